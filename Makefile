@@ -1,0 +1,69 @@
+# Needs Python 3.11 or newer with pip, and make. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# What is installed is remembered in stamps, so that installing happens once, and again when its inputs change.
+MADE := $(VENV)/.made
+PACKAGE := $(VENV)/.installed-package
+DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+INPUTS := pyproject.toml constraints.txt
+
+# One thread a process: the tests run on all cores already.
+test: export OMP_NUM_THREADS = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(PACKAGE) ## reproduce the kernel alignment figures into runs/kernel-alignment
+	$(BIN)/adaptive-tangents reproduce kernel-alignment --out runs/kernel-alignment
+
+test: lint ## lint, then run every test on all cores
+	$(BIN)/python -m pytest -n auto
+
+lint: $(DEV) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV) ## put the code into the project's format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: $(BENCH) ## run the benchmarks one after the other
+	@set -e; for script in benchmarks/bench_*.py; do \
+		if [ ! -e "$$script" ]; then echo "there is no benchmarks/bench_*.py"; exit 1; fi; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "adaptive-tangents needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
+		echo "name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(PACKAGE): $(MADE) $(INPUTS)
+	$(PIP) -e .
+	@touch $@
+
+# The extras hold the package too: no need to install it by itself afterwards.
+$(DEV): $(MADE) $(INPUTS)
+	$(PIP) -e '.[dev]'
+	@touch $(PACKAGE) $@
+
+$(BENCH): $(MADE) $(INPUTS)
+	$(PIP) -e '.[bench]'
+	@touch $(PACKAGE) $@

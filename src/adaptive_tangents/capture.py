@@ -1,0 +1,390 @@
+"""Model and inputs to tangent features: hooks where layers factor, one batched backward pass, a fallback for the rest.
+
+Which parameters share a block is read off the model alone, so features of any two batches go together. A block counts
+as factored only where every use of its parameters in the autograd graph is a call of a layer with a rule, and where a
+random combination of its features is what autograd says; every other block is materialised. Nothing is skipped.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy as copy_of
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from adaptive_tangents.blocks import Block, Dense, Outer, Slot
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take
+from adaptive_tangents.layers import LayerRule, bias_inputs, rule_for
+from adaptive_tangents.memory import memory_limit, require_memory
+
+
+def tangent_features(
+    model: nn.Module,
+    x: Batch,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+) -> TangentFeatures:
+    r"""Tangent features φ(x) = ∂f(x;θ)/∂θ of a network, exact, in factors Σ_t δ_t h_tᵀ wherever a layer allows it.
+
+    ``x`` is a tensor, tuple or dict of tensors with n samples first; ``params`` a state dict to evaluate at
+    (default: the model's own); ``wrt`` a name pattern, a parameter, or several (default: those that require a gradient);
+    ``output`` picks a tensor (n, c) from what the model returns; ``memory_limit`` is in bytes (default: half of what
+    is free). The model is left as found. Source: LeJeune & Alemohammad, CPAL 2024, §2.
+
+    Raises TangentError where samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite,
+    or memory would not suffice.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> feats = at.tangent_features(model, torch.randn(10, 4))
+    >>> {name: block.shape for name, block in feats.blocks.items()}
+    {'0': (8, 5), '2': (2, 9)}
+    >>> feats.kernel(outputs="trace").shape
+    torch.Size([10, 10])
+    """
+    return Capture("tangent_features", model, x, params, wrt, output, memory_limit).features(x)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One call of a layer with a rule: what went in, and where its output enters the graph."""
+
+    module: nn.Module
+    rule: LayerRule
+    inputs: Tensor
+    version: int
+    edge: GradientEdge
+
+
+_PROBED = 16  # samples at either end of a batch on which interaction is tested
+
+
+class Capture:
+    """A network probed on single samples: checks done once, the cost of a sample known, features on request."""
+
+    def __init__(
+        self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
+        output: Output | None, limit: int | None,
+    ) -> None:  # fmt: skip
+        self.call = call
+        self.network: Network = network(call, model, x, params, wrt, output)
+        self.requested = limit
+        self.probe = self._features(take(x, slice(0, 1)), None)
+        self.limit = memory_limit(limit, self.probe.device)
+        self.c = self.probe.c
+        self.bytes_per_sample = max(1, self.probe.bytes)
+        self._check_interaction(x)
+
+    def check_more(self, x: Batch) -> None:
+        """The checks of a second batch."""
+        network(self.call, self.network.model, x, None, None, None)
+        self._check_interaction(x)
+
+    def features(self, x: Batch) -> TangentFeatures:
+        """The features of a batch, after a check that they fit into memory."""
+        n = samples(x)
+        remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
+        require_memory(self.call, 2 * n * self.bytes_per_sample, self.limit, remedy=remedy)
+        return self._features(x, {name for name, block in self.probe.blocks.items() if block.kind == "factored"})
+
+    def at(self, parameters: Mapping[str, Tensor]) -> "Capture":
+        """The same capture at other parameters, its checks not repeated."""
+        other = copy_of(self)
+        other.network = replace(self.network, parameters=parameters)
+        return other
+
+    def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """f(x; θ), shape (n, c)."""
+        with self._quiet(), torch.no_grad():
+            out = self.network(x, parameters)
+        check_finite(self.call, "the output", [out])
+        return out
+
+    def _check_interaction(self, x: Batch) -> None:
+        n = samples(x)
+        if n == 1:
+            return
+        if n > 2 * _PROBED:
+            ends = torch.cat([torch.arange(_PROBED), torch.arange(n - _PROBED, n)])
+            x, n = take(x, ends.to(self.probe.device)), 2 * _PROBED
+        together = self.outputs(x, {})
+        # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
+        for k in (0, n - 1):
+            alone = self.outputs(take(x, slice(k, k + 1)), {})[0]
+            scale = max(float(together.abs().max()), torch.finfo(together.dtype).tiny)
+            gap = float((together[k] - alone).abs().max()) / scale
+            if gap > 30 * torch.finfo(together.dtype).eps ** 0.75:
+                raise TangentError(
+                    f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
+                    f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
+                    "outputs are random; take out what mixes the batch, e.g. batch statistics or dropout"
+                )
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Leave the global random state as it was, whatever the model draws."""
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+            yield
+
+    def _features(self, x: Batch, factored: set[str] | None) -> TangentFeatures:
+        for copy in (False, True):
+            made = self._attempt(x, factored, copy=copy)
+            if made is not None:
+                return made
+        raise TangentError(f"{self.call}: a layer's input changed after it was copied; the model is not deterministic")
+
+    def _attempt(self, x: Batch, factored: set[str] | None, *, copy: bool) -> TangentFeatures | None:
+        """Features, or None where an in-place operation overwrote an input that was not copied."""
+        net = self.network
+        leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
+        uses: list[_Use] = []
+        with self._quiet(), torch.enable_grad():
+            with _hooks(net.model, uses, copy=copy):
+                out = net(x, leaves)
+            if any(use.inputs._version != use.version for use in uses):
+                return None
+            check_finite(self.call, "the output", [out.detach()])
+            n, c = out.shape
+            counts, nodes = _graph(out, {id(leaf): name for name, leaf in leaves.items()})
+            uses = [use for use in uses if use.edge.node in nodes]
+            groups = _groups(net)
+            plan = {g.name: g.calls(uses, counts, n) for g in groups if factored is None or g.name in factored}
+            plan = {name: calls for name, calls in plan.items() if calls}
+            edges = {id(use): use.edge for calls in plan.values() for use in calls}
+            gradients = dict(zip(edges, _backward(out, list(edges.values())), strict=True)) if edges else {}
+            blocks = {g.name: g.block(plan[g.name], gradients) for g in groups if g.name in plan}
+            for name in _refuted(out, leaves, blocks):
+                del blocks[name]
+        del uses, plan, edges, gradients
+        rest = [group for group in groups if group.name not in blocks]
+        if rest:
+            names = [slot.parameter for group in rest for slot in group.slots]
+            size = n * c * sum(net.parameters[name].numel() for name in names) * out.element_size()
+            remedy = f"take fewer samples or narrow wrt: {', '.join(names[:4])} cannot be factored"
+            require_memory(self.call, size, memory_limit(self.requested, out.device), remedy=remedy)
+            with self._quiet():
+                values = _materialise(net, names, x)
+            blocks |= {group.name: group.materialised(values) for group in rest}
+        for block in blocks.values():
+            check_finite(self.call, f"the tangent feature in block {block.name!r}", [
+                *( [block.outer.backward, block.outer.inputs] if block.outer is not None else []),
+                *( [block.dense.values] if block.dense is not None else []),
+            ])  # fmt: skip
+        shapes = {name: tuple(net.parameters[name].shape) for name in net.selected}
+        return TangentFeatures(n, c, {group.name: blocks[group.name] for group in groups}, shapes, self.requested)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that share one block: a weight or bias of ``modules``, both joined, or a lone parameter (no role)."""
+
+    name: str
+    matrix: tuple[int, int]
+    slots: tuple[Slot, ...]
+    role: str | None
+    joined: bool
+    modules: tuple[nn.Module, ...]
+
+    def calls(self, uses: list[_Use], counts: Mapping[str, int], n: int) -> list[_Use]:
+        """The layer calls that make up the features; empty where the parameters are used in any other way."""
+        members = {id(module) for module in self.modules}
+        found = [use for use in uses if id(use.module) in members]
+        rows = all(use.inputs.ndim > 1 and use.inputs.shape[0] == n for use in found)
+        return found if rows and all(counts[slot.parameter] == len(found) for slot in self.slots) else []
+
+    def block(self, uses: list[_Use], gradients: Mapping[int, Tensor]) -> Block:
+        """The block in factors, positions of all calls one after the other."""
+        backward, inputs = [], []
+        for use in uses:
+            h = use.rule.inputs(use.module, use.inputs)
+            columns = ([h] if self.role == "weight" else []) + (
+                [bias_inputs(h)] if self.joined or self.role == "bias" else []
+            )
+            inputs.append(columns[0] if len(columns) == 1 else torch.cat(columns, -1))
+            backward.append(use.rule.backward(use.module, gradients[id(use)]))
+        outer = Outer(torch.cat(backward, 1), torch.cat(inputs, 1)) if len(uses) > 1 else Outer(backward[0], inputs[0])
+        return Block(self.name, self.matrix, self.slots, outer=outer)
+
+    def materialised(self, values: Mapping[str, Tensor]) -> Block:
+        """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
+        parts = [
+            values[s.parameter].reshape(*values[s.parameter].shape[:2], self.matrix[0], s.width) for s in self.slots
+        ]
+        dense = Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        return Block(self.name, self.matrix, self.slots, dense=dense)
+
+
+@contextmanager
+def _hooks(model: nn.Module, uses: list[_Use], *, copy: bool) -> Iterator[None]:
+    """Record every call of a layer that has a rule; all hooks are gone afterwards."""
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+        rule = rule_for(module)
+        x = arguments[0] if arguments else keywords.get("input")
+        if rule is None or not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        kept = x.detach().clone() if copy else x.detach()
+        uses.append(_Use(module, rule, kept, kept._version, get_gradient_edge(out)))
+
+    handles = []
+    try:
+        for module in model.modules():
+            if rule_for(module) is not None:
+                # First, so that what the model's own hooks make of the output is seen as downstream of the layer.
+                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _graph(out: Tensor, leaves: Mapping[int, str]) -> tuple[dict[str, int], set[Node]]:
+    """How often the graph of ``out`` uses each leaf, and all its nodes."""
+    counts = dict.fromkeys(leaves.values(), 0)
+    nodes: set[Node] = set()
+    stack = [out.grad_fn] if out.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for successor, _ in node.next_functions:
+            if successor is None:
+                continue
+            variable = getattr(successor, "variable", None)
+            if variable is not None and id(variable) in leaves:
+                counts[leaves[id(variable)]] += 1
+            stack.append(successor)
+    return counts, nodes
+
+
+def _groups(net: Network) -> list[_Group]:
+    """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
+    names = {id(p): name for name, p in net.model.named_parameters()}
+    owners: dict[str, list[nn.Module]] = {}
+    roles: dict[str, str] = {}
+    paths: dict[int, str] = {}
+    for path, module in net.model.named_modules():
+        rule, paths[id(module)] = rule_for(module), path
+        for role, attribute in (("weight", rule.weight), ("bias", rule.bias)) if rule is not None else ():
+            name = names.get(id(module._parameters.get(attribute)), "")
+            if name in net.selected:
+                roles[name] = role
+                owners.setdefault(name, []).append(module)
+    partners = {
+        name: next((b for b in owners if roles[b] == "bias" and owners[b] == owners[name]), None)
+        for name in owners
+        if roles[name] == "weight"
+    }
+    groups = []
+    for name in net.selected:
+        if name in partners.values():
+            continue
+        parameter, modules, bias, title = net.parameters[name], owners.get(name, []), partners.get(name), name
+        rule = rule_for(modules[0]) if roles.get(name) == "weight" else None
+        o = parameter.shape[0] if parameter.ndim else 1
+        i = parameter.numel() // max(o, 1)
+        if rule is not None:
+            o, i = rule.matrix(modules[0])
+            if bias is not None or all(module._parameters.get(rule.bias) is None for module in modules):
+                title = paths[id(modules[0])] or name
+        slots = [Slot(name, tuple(parameter.shape), 0, i)]
+        if bias is not None:
+            slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
+        width = sum(slot.width for slot in slots)
+        groups.append(_Group(title, (o, width), tuple(slots), roles.get(name), bias is not None, tuple(modules)))
+    return groups
+
+
+def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> list[str]:
+    """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
+
+    So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
+    """
+    if not blocks:
+        return []
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    names = [slot.parameter for block in blocks.values() for slot in block.slots]
+    try:
+        found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True)
+    except RuntimeError:
+        return []  # an input of a layer was overwritten: autograd cannot say, and the copy is right
+    gradients = dict(zip(names, found, strict=True))
+    wide = torch.promote_types(out.dtype, torch.float32)
+    tolerance = max(1e-2, 16 * torch.finfo(out.dtype).eps)  # reduced-precision products stay below
+    wrong = []
+    for name, block in blocks.items():
+        gap = (block.combine(weights) - block.join(gradients)).to(wide).norm()
+        squares = block.map(dtype=wide).outer
+        assert squares is not None
+        scale = Outer(squares.backward**2, squares.inputs**2).combine(weights.to(wide) ** 2).sum().sqrt()
+        if bool(gap > tolerance * scale):
+            wrong.append(name)
+    return wrong
+
+
+def _backward(out: Tensor, edges: list[GradientEdge]) -> list[Tensor]:
+    """Gradients (c, n, ...) of every output, summed over samples that do not interact, at each edge."""
+    n, c = out.shape
+    selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
+    try:
+        return list(torch.autograd.grad(out, edges, selectors, retain_graph=True, is_grads_batched=True))
+    except RuntimeError:
+        # vmap over the backward pass is refused by some operations; one pass an output always works.
+        rows = [torch.autograd.grad(out, edges, selector, retain_graph=True) for selector in selectors]
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _materialise(net: Network, names: list[str], x: Batch) -> dict[str, Tensor]:
+    """∂f/∂θ (n, c, *shape) of parameters without factors: vmap of reverse mode, else sample by sample."""
+    chosen = {name: net.parameters[name].detach() for name in names}
+
+    def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
+        return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
+
+    try:
+        per_sample = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=_chunk(chosen, x))
+        made = per_sample(chosen, x)
+        return {name: made[name].detach() for name in names}
+    except RuntimeError:
+        return _sample_by_sample(net, chosen, x)
+
+
+def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    for k in range(samples(x)):
+        leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in chosen.items()}
+        with torch.enable_grad():
+            out = net(take(x, slice(k, k + 1)), leaves)[0]
+            per_output = [
+                torch.autograd.grad(
+                    value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                if value.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves.values()]
+                for value in out
+            ]
+        for name, gradients in zip(chosen, zip(*per_output, strict=True), strict=True):
+            rows[name].append(torch.stack(list(gradients)))
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def _chunk(chosen: Mapping[str, Tensor], x: Batch) -> int:
+    """Samples a vmap call holds at once."""
+    return max(1, min(samples(x), 50_000_000 // max(1, sum(t.numel() for t in chosen.values()))))
+
+
+def _map(x: Any, function: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {name: function(tensor) for name, tensor in x.items()}
+    return tuple(function(tensor) for tensor in x)

@@ -1,0 +1,240 @@
+"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of two routes costs fewer operations for the block.
+
+- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
+- materialise: Φ of a range of output units at a time, then one matrix product.
+
+Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.blocks import Block, Outer, Outputs, ranges, sum_tensors
+from adaptive_tangents.memory import format_bytes
+
+Route = Literal["gram", "materialise"]
+
+_WORKING_BYTES = 256_000_000  # more buys no speed, and features of a whole block are never held at once
+_PANELS = 4  # of a symmetric kernel: 5/8 of the products of the whole, each still large enough to run at full speed
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory."""
+
+    name: str
+    shape: tuple[int, int]
+    positions: int
+    route: Route
+    operations: int
+    working_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """What a kernel will cost before it is made; ``print`` it."""
+
+    blocks: tuple[BlockPlan, ...]
+    kernel_bytes: int
+    feature_bytes: int
+    limit: int
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of all blocks."""
+        return sum(block.operations for block in self.blocks)
+
+    @property
+    def bytes(self) -> int:
+        """Peak memory: features held, the kernel, and the largest block's working memory."""
+        return self.feature_bytes + self.kernel_bytes + max((b.working_bytes for b in self.blocks), default=0)
+
+    def __str__(self) -> str:
+        rows = [f"{'block':<24}{'o × i':>14}{'t':>7}  {'route':<12}{'operations':>12}{'working':>10}"]
+        for b in self.blocks:
+            shape = f"{b.shape[0]} × {b.shape[1]}"
+            rows.append(
+                f"{b.name:<24}{shape:>14}{b.positions:>7}  {b.route:<12}{b.operations:>12.3g}"
+                f"{format_bytes(b.working_bytes):>10}"
+            )
+        rows.append(
+            f"kernel {format_bytes(self.kernel_bytes)}, features {format_bytes(self.feature_bytes)}, "
+            f"peak {format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed, {self.operations:.3g} operations"
+        )
+        return "\n".join(rows)
+
+
+def plan_block(
+    a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
+) -> BlockPlan:
+    """The cheaper route for one block by counted operations (theory §6)."""
+    (o, i), pairs = a.shape, n * m // 2 if symmetric else n * m
+    depth = c * c if outputs == "full" else c
+    gram = 2 * pairs * a.positions * b.positions * (i + depth * (o + 1))
+    forms = [(a, n)] if symmetric else [(a, n), (b, m)]
+    dense = 2 * sum(rows * block.positions * c * o * i for block, rows in forms) + 2 * pairs * depth * o * i
+    factored = a.dense is None and b.dense is None
+    route: Route = "gram" if factored and gram <= dense else "materialise"
+    size = max(depth // c, 1)
+    if route == "gram":
+        least = 2 * (c if outputs == "diagonal" else size) * size * a.positions * b.positions * itemsize
+        whole = n * m * least
+    else:
+        least = 2 * c * i * itemsize
+        whole = max(n, m) * o * least
+    working = min(budget, whole, _WORKING_BYTES)
+    return BlockPlan(a.name, a.shape, a.positions, route, gram if route == "gram" else dense, max(working, least))
+
+
+def empty_kernel(n: int, m: int, c: int, outputs: Outputs, like: Tensor) -> Float[Tensor, "batch N M"]:
+    """A kernel of zeros in the layout of this module, in float32 or better."""
+    shape = {"full": (1, n * c, m * c), "trace": (1, n, m), "diagonal": (c, n, m)}[outputs]
+    return torch.zeros(shape, dtype=working_dtype(like.dtype), device=like.device)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that features of ``dtype`` are contracted in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def accumulate(
+    kernel: Float[Tensor, "batch N M"],
+    a: Block,
+    b: Block,
+    outputs: Outputs,
+    *,
+    route: Route,
+    symmetric: bool,
+    budget: int,
+) -> None:
+    """Add one block's kernel in place; where symmetric, the upper triangle only (`mirror` makes the rest)."""
+    factored = a.dense is None and b.dense is None
+    if route == "gram" and factored and a.outer is not None and b.outer is not None:
+        _accumulate_gram(kernel, a.outer, b.outer, outputs, symmetric=symmetric, budget=budget)
+    else:
+        _accumulate_features(kernel, a, b, outputs, symmetric=symmetric, budget=budget)
+    if a.shared is not None or b.shared is not None:
+        _accumulate_shared(kernel, a, b, outputs)
+
+
+def mirror(kernel: Float[Tensor, "batch N N"]) -> None:
+    """Copy the upper triangle onto the lower, in place."""
+    for rows in ranges(kernel.shape[1], 1024):
+        diagonal = kernel[:, rows, rows]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+        kernel[:, rows.stop :, rows] = kernel[:, rows, rows.stop :].mT
+
+
+def finish(kernel: Float[Tensor, "batch N M"], n: int, m: int, c: int, outputs: Outputs) -> Tensor:
+    """From this module's layout to the user's: (n, c, m, c), (n, m) or (n, m, c)."""
+    if outputs == "full":
+        return kernel.reshape(n, c, m, c)
+    return kernel[0] if outputs == "trace" else kernel.permute(1, 2, 0).contiguous()
+
+
+def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "batch N Q"]:
+    """Features as rows whose inner products are the kernel's entries."""
+    if outputs == "full":
+        return features.flatten(0, 1)[None]
+    return features.flatten(1)[None] if outputs == "trace" else features.transpose(0, 1)
+
+
+def _panels(total: int, group: int, size: int) -> list[slice]:
+    """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
+    if total * group >= 512:
+        size = min(size, -(-total // _PANELS))
+    return list(ranges(total, size))
+
+
+def _accumulate_gram(kernel: Tensor, a: Outer, b: Outer, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
+    n, t, c, _ = a.backward.shape
+    m, s = b.backward.shape[:2]
+    if t * s == 0:
+        return
+    group, batch = (c, 1) if outputs == "full" else (1, kernel.shape[0])
+    # One sample pair's working memory: gram of δ and of h, and their product where positions are summed.
+    pair = 2 * batch * (t * group) * (s * group) * kernel.element_size()
+    columns = max(1, min(m, budget // pair))
+    rows_a, rows_b = _rows(a.backward.flatten(0, 1), outputs), _rows(b.backward.flatten(0, 1), outputs)
+    inputs_a, inputs_b = (part.inputs.flatten(0, 1) for part in (a, b))
+    for p in (
+        _panels(n, group, max(1, budget // (pair * columns))) if symmetric else ranges(n, budget // (pair * columns))
+    ):
+        for q in ranges(m, columns):
+            if symmetric:
+                q = slice(max(q.start, p.start), q.stop)
+            width, height = q.stop - q.start, p.stop - p.start
+            if width <= 0:
+                continue
+            left = rows_a[:, p.start * t * group : p.stop * t * group]
+            right = rows_b[:, q.start * s * group : q.stop * s * group]
+            product = (left @ right.mT).reshape(batch, height, t, group, width, s, group)
+            inputs = inputs_a[p.start * t : p.stop * t] @ inputs_b[q.start * s : q.stop * s].mT
+            product *= inputs.reshape(1, height, t, 1, width, s, 1)
+            total = product.sum((2, 5)) if t * s > 1 else product
+            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
+            target += total.reshape(batch, height * group, width * group)
+
+
+def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
+    a, b = replace(a, shared=None), replace(b, shared=None)
+    if not a.summands or not b.summands:
+        return
+    n, c = a.samples, a.outputs
+    m, group = b.samples, kernel.shape[1] // n
+    unit = max(1, 2 * c * a.shape[1] * kernel.element_size())  # both sides of one sample, one output unit
+    size = max(1, min(max(n, m), budget // unit))
+    for p in ranges(n, size):
+        for q in ranges(m, size):
+            if symmetric and q.start < p.start:
+                continue
+            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
+            tile = (a if n == size else a.map(index=p), b if m == size else b.map(index=q))
+            _accumulate_tile(
+                target, *tile, outputs, symmetric=symmetric and p == q, rows=max(1, budget // (unit * size))
+            )
+
+
+def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, rows: int) -> None:
+    group = target.shape[1] // a.samples
+    for units in ranges(a.shape[0], rows):
+        left = _rows(a.features(units).flatten(2), outputs)
+        right = left if symmetric else _rows(b.features(units).flatten(2), outputs)
+        for p in _panels(a.samples, group, a.samples) if symmetric else [slice(0, a.samples)]:
+            panel = slice(p.start * group, p.stop * group)
+            first = panel.start if symmetric else 0
+            target[:, panel, first:].baddbmm_(left[:, panel], right[:, first:].mT)
+
+
+def _accumulate_shared(kernel: Tensor, a: Block, b: Block, outputs: Outputs) -> None:
+    """⟨Φ + sD, Φ′ + s′D′⟩ − ⟨Φ, Φ′⟩, through inner products with the few directions D."""
+
+    def add(left: Tensor, right: Tensor) -> None:
+        kernel.baddbmm_(_rows(left, outputs), _rows(right, outputs).mT)
+
+    rest = [part for part in (a.outer, a.dense) if part is not None]
+    if b.shared is not None and rest:
+        add(sum_tensors([part.inner(b.shared.directions) for part in rest]), b.shared.coefficients)
+    if a.shared is not None:
+        add(a.shared.coefficients, b.inner(a.shared.directions))
+
+
+def contract_blocks(
+    a: Mapping[str, Block],
+    b: Mapping[str, Block],
+    plan: KernelPlan,
+    kernels: Mapping[str, Tensor],
+    outputs: Outputs,
+    *,
+    symmetric: bool,
+) -> None:
+    """Add every block's kernel to its target in ``kernels`` (one common tensor, or one a block)."""
+    for step in plan.blocks:
+        target = kernels[step.name]
+        left, right = (blocks[step.name].map(dtype=target.dtype) for blocks in (a, b))
+        accumulate(target, left, right, outputs, route=step.route, symmetric=symmetric, budget=step.working_bytes)

@@ -1,0 +1,219 @@
+"""What users hand in: batches of tensors, models with parameters overlaid, outputs picked; checked before any work."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.blocks import Index
+from adaptive_tangents.errors import TangentError
+
+Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+Output = Callable[[Any], Tensor]
+Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with the parameters and buffers to evaluate it at; the model itself is never written to."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    selected: tuple[str, ...]
+    output: Output | None
+    call: str
+
+    def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """f(x; θ), shape (n, c), with some parameters replaced; x is a copy, which the model may overwrite."""
+        x = take(x, None)
+        state = {**self.parameters, **{name: b.clone() for name, b in self.buffers.items()}, **parameters}
+        if isinstance(x, Mapping):
+            out = torch.func.functional_call(self.model, state, (), dict(x))
+        else:
+            out = torch.func.functional_call(self.model, state, (x,) if isinstance(x, Tensor) else x)
+        return self._checked(out if self.output is None else self.output(out), samples(x))
+
+    def _checked(self, out: Any, n: int) -> Tensor:
+        pick = "pass output=, a function of what the model returns that gives a tensor (n, c)"
+        if not isinstance(out, Tensor):
+            raise TangentError(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
+        if out.ndim != 2 or out.shape[0] != n:
+            raise TangentError(
+                f"{self.call}: the output has shape {tuple(out.shape)}, expected ({n}, c), one row a sample; {pick}"
+            )
+        if not out.is_floating_point():
+            raise TangentError(f"{self.call}: the output is {out.dtype}, which has no derivative; {pick}")
+        return out
+
+
+def network(
+    call: str,
+    model: nn.Module,
+    x: Batch,
+    params: Mapping[str, Tensor] | None,
+    wrt: Selection | None,
+    output: Output | None,
+) -> Network:
+    """The model at ``params`` with the parameters selected by ``wrt``, after checking that all of it fits together."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    if not parameters:
+        raise TangentError(f"{call}: the model has no parameters")
+    selected = select(call, model, wrt)
+    if params is not None:
+        parameters, buffers = overlay(call, model, params)
+    _check_mode(call, model)
+    _check_batch(call, x, parameters)
+    return Network(model, parameters, buffers, selected, output, call)
+
+
+def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...]:
+    """Names of the parameters that ``wrt`` means, in the model's order: None takes those that require a gradient."""
+    named = dict(model.named_parameters())
+    if wrt is None:
+        chosen = {name for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise TangentError(f"{call}: no parameter requires a gradient; name the ones you want, e.g. wrt='*'")
+        return tuple(name for name in named if name in chosen)
+    chosen = set()
+    for item in [wrt] if isinstance(wrt, str | Tensor) else wrt:
+        if isinstance(item, str):
+            found = {name for name in named if fnmatchcase(name, item)}
+        else:
+            found = {name for name, p in named.items() if p is item}
+        if not found:
+            what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
+            raise TangentError(f"{call}: wrt {what} matches no parameter; the parameters are {_list(named)}")
+        chosen |= found
+    if not chosen:
+        raise TangentError(f"{call}: wrt is empty; the parameters are {_list(named)}")
+    return tuple(name for name in named if name in chosen)
+
+
+def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers of the model with those of a state dict in their place."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    aliases = set(dict(model.named_parameters(remove_duplicate=False))) | set(model.state_dict(keep_vars=True))
+    unknown = [name for name in params if name not in parameters and name not in buffers and name not in aliases]
+    missing = [name for name in parameters if name not in params]
+    wrong = [
+        f"{name} {tuple(params[name].shape)} for {tuple(old.shape)}"
+        for name, old in {**parameters, **buffers}.items()
+        if name in params and params[name].shape != old.shape
+    ]
+    problems = [
+        f"{what} {_list(names)}"
+        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape:", wrong))
+        if names
+    ]
+    if problems:
+        raise TangentError(
+            f"{call}: the state dict does not fit the model: {'; '.join(problems)}; "
+            "pass a state dict of this architecture"
+        )
+    for name, old in {**parameters, **buffers}.items():
+        new = params.get(name)
+        if new is not None and (new.dtype, new.device) != (old.dtype, old.device):
+            raise TangentError(
+                f"{call}: the state dict has {name!r} as {new.dtype} on {new.device}, the model as {old.dtype} on "
+                f"{old.device}; convert the state dict or the model"
+            )
+        bad = new is not None and new.is_floating_point() and not bool(torch.isfinite(new).all())
+        if bad:
+            raise TangentError(f"{call}: the state dict holds a non-finite value in {name!r}; use another checkpoint")
+    return (
+        {name: params[name].detach() for name in parameters},
+        {name: params.get(name, old).detach() for name, old in buffers.items()},
+    )
+
+
+def tensors(x: Batch) -> list[Tensor]:
+    """The tensors of a batch."""
+    return [x] if isinstance(x, Tensor) else list(x.values() if isinstance(x, Mapping) else x)
+
+
+def samples(x: Batch) -> int:
+    """Number of samples of a batch, n."""
+    return tensors(x)[0].shape[0]
+
+
+def take(x: Batch, index: Index | None) -> Any:
+    """Some samples of a batch, in the same container; None copies all of them."""
+    if isinstance(x, Tensor):
+        return x.clone() if index is None else x[index]
+    if isinstance(x, Mapping):
+        return {name: take(tensor, index) for name, tensor in x.items()}
+    return tuple(take(tensor, index) for tensor in x)
+
+
+def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
+    """Raise TangentError naming the first sample (first dimension) with a non-finite value."""
+    for tensor in values:
+        if tensor.is_floating_point() and tensor.numel():
+            finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
+            if not bool(finite):
+                bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+                first = int(bad.nonzero()[0, 0])
+                raise TangentError(
+                    f"{call}: {what} of sample {first} is not finite; remove the sample or mend what made it so"
+                )
+
+
+def _check_batch(call: str, x: Any, parameters: Mapping[str, Tensor]) -> None:
+    if not isinstance(x, Tensor | tuple | Mapping) or not all(isinstance(t, Tensor) for t in tensors(x)):
+        raise TangentError(f"{call}: x is a tensor, or a tuple or dict of tensors, got {type(x).__name__}")
+    if not tensors(x) or any(t.ndim == 0 for t in tensors(x)):
+        raise TangentError(f"{call}: every tensor of x has the samples as its first dimension; got a scalar or nothing")
+    counts = {t.shape[0] for t in tensors(x)}
+    if len(counts) > 1:
+        raise TangentError(f"{call}: the tensors of x hold different numbers of samples: {sorted(counts)}")
+    if counts == {0}:
+        raise TangentError(f"{call}: x holds no samples")
+    weight = next(iter(parameters.values()))
+    for tensor in tensors(x):
+        if tensor.device != weight.device:
+            raise TangentError(
+                f"{call}: x is on {tensor.device} and the model on {weight.device}; move one with .to(device)"
+            )
+    dtypes = {p.dtype for p in parameters.values()}
+    floating = {t.dtype for t in tensors(x) if t.is_floating_point()}
+    if floating and not floating & dtypes:
+        raise TangentError(
+            f"{call}: x is {_list(map(str, floating))} and the model {_list(map(str, dtypes))}; "
+            "convert one with .to(dtype)"
+        )
+    check_finite(call, "the input", tensors(x))
+
+
+def _check_mode(call: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm and not module.training and module.running_mean is None:
+            raise TangentError(
+                f"{call}: {kind} {name!r} keeps no running statistics, so samples of a batch influence each other in "
+                "evaluation mode too; make it with track_running_stats=True"
+            )
+        if not module.training:
+            continue
+        if norm:
+            raise TangentError(
+                f"{call}: {kind} {name!r} is in training mode, so samples of a batch influence each other; "
+                "call model.eval() first"
+            )
+        rates = [getattr(module, rate, 0.0) for rate in ("p", "dropout")]
+        random = isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention | nn.RNNBase | nn.RReLU)
+        if random and (isinstance(module, nn.RReLU) or any(isinstance(rate, float) and rate > 0 for rate in rates)):
+            raise TangentError(
+                f"{call}: {kind} {name!r} is in training mode, so outputs are random; call model.eval() first"
+            )
+
+
+def _list(names: Iterable[str], *, most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,101 @@
+"""Kernels larger than their features: tiles of samples, captured and contracted one pair at a time."""
+
+from collections.abc import Mapping
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.blocks import Outputs, ranges
+from adaptive_tangents.capture import Capture
+from adaptive_tangents.contraction import working_dtype
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
+from adaptive_tangents.memory import require_memory
+
+
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None,
+) -> dict[str, Tensor]: ...  # fmt: skip
+def tangent_kernel(
+    model: nn.Module,
+    x: Batch,
+    x2: Batch | None = None,
+    outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    by_block: bool = False,
+    *,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+    tile: int | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile so that features of all samples are never held.
+
+    Arguments as for ``tangent_features`` and ``TangentFeatures.kernel``; ``tile`` is the samples a tile holds (default:
+    as many as memory allows). With ``x2`` absent the kernel is of x with itself and exactly symmetric.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
+    >>> K = at.tangent_kernel(model, x, tile=3)
+    >>> torch.allclose(K, at.tangent_features(model, x).kernel(), atol=1e-6)
+    True
+    """
+    call = "tangent_kernel"
+    if tile is not None and tile < 1:
+        raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
+    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    if x2 is not None:
+        capture.check_more(x2)
+    n, m = samples(x), samples(x if x2 is None else x2)
+    limit, c = capture.limit, capture.c
+    entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
+    copies = len(capture.probe.blocks) if by_block else 1
+    itemsize = torch.empty((), dtype=working_dtype(capture.probe.dtype)).element_size()
+    require_memory(
+        call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
+    )
+    room = max(1, (limit - copies * entries * itemsize) // 4)  # two tiles of features, and what it takes to make them
+    tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
+    if tile >= max(n, m):
+        left, right = capture.features(x), None if x2 is None else capture.features(x2)
+        return left.kernel(right, outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
+    kernels: dict[str, Tensor] = {}
+    for rows in ranges(n, tile):
+        left = capture.features(take(x, rows))
+        for columns in ranges(m, tile):
+            if x2 is None and columns.start < rows.start:
+                continue
+            right = None if x2 is None and columns == rows else capture.features(take(x if x2 is None else x2, columns))
+            piece = left.kernel(right, outputs=outputs, by_block=True) if by_block else {"": left.kernel(right, outputs=outputs)}
+            for name, values in piece.items():
+                if name not in kernels:
+                    kernels[name] = values.new_zeros(_shape(outputs, n, m, c))
+                _place(kernels[name], values, rows, columns, outputs, mirror=x2 is None)
+    return kernels if by_block else kernels[""]
+
+
+def _shape(outputs: Outputs, n: int, m: int, c: int) -> tuple[int, ...]:
+    return {"full": (n, c, m, c), "trace": (n, m), "diagonal": (n, m, c)}[outputs]
+
+
+def _place(kernel: Tensor, piece: Tensor, rows: slice, columns: slice, outputs: Outputs, *, mirror: bool) -> None:
+    if outputs == "full":
+        kernel[rows, :, columns] = piece
+        if mirror:
+            kernel[columns, :, rows] = piece.permute(2, 3, 0, 1)
+    else:
+        kernel[rows, columns] = piece
+        if mirror:
+            kernel[columns, rows] = piece.transpose(0, 1)
+
+

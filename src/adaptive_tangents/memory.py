@@ -1,0 +1,80 @@
+"""How much memory there is, how much a call may take, and the refusal when it would take more."""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from adaptive_tangents.errors import TangentError
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be allocated on ``device``, process and container limits included.
+
+    >>> available_bytes() > 0
+    True
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + int(reserved)
+    candidates = [_host_bytes(), _container_bytes(), _process_bytes()]
+    return max(0, min(value for value in candidates if value is not None))
+
+
+def memory_limit(requested: int | None, device: torch.device | str = "cpu") -> int:
+    """The limit in force: what was asked for, else half of what is free on ``device``."""
+    if requested is None:
+        return available_bytes(device) // 2
+    if requested <= 0:
+        raise TangentError(f"memory_limit: expected a positive number of bytes, got {requested}")
+    return int(requested)
+
+
+def require_memory(call: str, needed: int, limit: int, *, remedy: str) -> None:
+    """Raise TangentError where ``needed`` bytes exceed ``limit``."""
+    if needed > limit:
+        raise TangentError(
+            f"{call}: needs {format_bytes(needed)} of memory and the limit is {format_bytes(limit)}; "
+            f"{remedy}, or raise memory_limit"
+        )
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people.
+
+    >>> format_bytes(2_500_000)
+    '2.5 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _host_bytes() -> int | None:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _container_bytes() -> int | None:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _process_bytes() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/statm")
+    if soft == resource.RLIM_INFINITY or not status.exists():
+        return None
+    return soft - int(status.read_text().split()[0]) * resource.getpagesize()

@@ -1,0 +1,376 @@
+"""Result folders: written whole or not at all, read back with clear errors, and told as one self-contained page."""
+
+import base64
+import json
+import math
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+
+from adaptive_tangents import figures
+from adaptive_tangents.errors import TangentError
+
+T = TypeVar("T")
+Results = Mapping[str, Any]
+Arrays = Mapping[str, NDArray[Any]]
+
+RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
+# A change of alignment smaller than this reads as "stays".
+_NOTICEABLE = 0.02
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LABELS = {
+    "alignment.initial": "sim(K_0, K_y)",
+    "alignment.average": "sim(K̄, K_y)",
+    "alignment.final": "sim(K_T, K_y)",
+    "diagonal.near": "mean K̄(x, x) near the boundary",
+    "diagonal.far": "mean K̄(x, x) far from the boundary",
+    "diagonal_ratio": "K̄(x, x), near over far",
+}
+
+_HEADLINE = tuple(_LABELS)
+_LABELS["path_error_db"] = "accuracy of the path average, dB"
+
+
+class Finding(NamedTuple):
+    """One number of a run beside the published one and the one measured earlier for this project, all as text."""
+
+    label: str
+    ours: str
+    paper: str
+    project: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What an experiment's page needs: its template, figures, headline metrics, arrays, and its words."""
+
+    template: str
+    figures: Mapping[str, figures.Draw]
+    headline: tuple[str, ...]
+    arrays: Callable[[Results], list[str]]
+    context: Callable[[Results], dict[str, Any]]
+
+
+def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
+    """Write `results.json` and `arrays.npz` into `directory`, each replaced in one step; return the folder.
+
+    Non-finite numbers become null. Raises TangentError for a value JSON has no form for, or an array of objects.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = write_results({"experiment": "demo", "loss": float("nan")}, {"x": np.zeros(3)}, folder)
+    ...     load_results(folder)
+    ({'experiment': 'demo', 'loss': None}, {'x': array([0., 0., 0.])})
+    """
+    directory = Path(directory)
+    plain = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in plain.items():
+        if array.dtype.hasobject:
+            raise TangentError(f"report: array {name!r} holds Python objects; give an array of numbers or text")
+    text = json.dumps(_plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The arrays first: a folder whose results.json is new has its arrays too.
+    # numpy 1.26 has no allow_pickle here and would store one as an array.
+    _replace(directory / ARRAYS_FILE, lambda file: np.savez_compressed(file, **plain))  # type: ignore[arg-type]
+    _put(directory / RESULTS_FILE, text.encode())
+    return directory
+
+
+def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Read a result folder back as (results, arrays). Raises TangentError where a part is missing or unreadable."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise TangentError(f"report: no folder {directory}; give the folder an experiment wrote its results to")
+    source, store = directory / RESULTS_FILE, directory / ARRAYS_FILE
+    if not source.is_file():
+        raise TangentError(f"report: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
+    try:
+        results = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TangentError(f"report: {source} is not valid JSON ({error}); run the experiment again") from error
+    if not isinstance(results, dict) or "experiment" not in results:
+        raise TangentError(f"report: {source} names no experiment; run the experiment again")
+    if not store.is_file():
+        raise TangentError(f"report: no {ARRAYS_FILE} beside {source}; copy it there or run the experiment again")
+    try:
+        with np.load(store, allow_pickle=False) as archive:
+            return results, {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise TangentError(f"report: cannot read {store} ({error}); run the experiment again") from error
+
+
+def build_report(directory: str | os.PathLike[str]) -> Path:
+    """Draw every figure of a result folder as PNG and SVG, write the page, and return its path.
+
+    Raises TangentError where `load_results` does, for an experiment without a page, and for missing arrays or numbers.
+    """
+    directory = Path(directory)
+    results, arrays = load_results(directory)
+    page = _page(results)
+    missing = [name for name in _answered(page.arrays, results) if name not in arrays]
+    if missing:
+        raise TangentError(f"report: {ARRAYS_FILE} lacks {', '.join(missing)}; run the experiment again")
+    drawings = _answered(
+        lambda r: {name: figures.render(draw, name, r, arrays) for name, draw in page.figures.items()}, results
+    )
+    html = _answered(lambda r: _render(page, r, drawings), results)
+    folder = directory / FIGURES_FOLDER
+    folder.mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        _put(folder / f"{name}.png", drawing.png)
+        _put(folder / f"{name}.svg", drawing.svg.encode())
+    _put(directory / PAGE_FILE, html.encode())
+    return directory / PAGE_FILE
+
+
+def summary_table(results: Results) -> list[Finding]:
+    """The headline numbers and every number with a reference, as rows (label, ours, paper, project reference)."""
+    metrics, reference = results.get("metrics", {}), results.get("reference", {})
+    headline = [f"{target}.{key}" for target in results.get("targets", {}) for key in _page(results).headline]
+    return [
+        Finding(
+            _label(key), number(metrics.get(key)), *(given(reference.get(key, {}).get(s)) for s in ("paper", "project"))
+        )
+        for key in dict.fromkeys((*headline, *reference))
+    ]
+
+
+def number(value: Any) -> str:
+    """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
+
+    >>> number(0.4), number(-2.41e-9), number(None), number(True)
+    ('0.400', '−2.4·10⁻⁹', '—', 'yes')
+    """
+    if not isinstance(value, float) or value == 0 or not math.isfinite(value):
+        return given(value)
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".replace("-", "−", value < 0).split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def given(value: Any) -> str:
+    """A value someone chose or published, with the figures it came with.
+
+    >>> given(0.4), given(0.05), given("20–30"), given([0.1, 1.0]), given(None)
+    ('0.40', '0.05', '20–30', '0.1, 1', '—')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(f"{item:g}" if isinstance(item, float) else given(item) for item in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
+        "-", "−" if isinstance(value, float | int) else "-"
+    )
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{k}]") for k, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TangentError(
+        f"report: {where} is a {type(value).__name__}, which JSON cannot hold; give a number, text, a list or a mapping"
+    )
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write beside the file and swap it in, so that a reader sees the old one or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(name, 0o644)  # mkstemp's own mode would hide a shared folder's page from its other readers
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _put(path: Path, content: bytes) -> None:
+    _replace(path, lambda file: file.write(content))
+
+
+def _page(results: Results) -> Page:
+    name = results.get("experiment")
+    if name not in _PAGES:
+        raise TangentError(f"report: no page for experiment {name!r}; the experiments with one are {', '.join(_PAGES)}")
+    return _PAGES[name]
+
+
+def _answered(question: Callable[[Results], T], results: Results) -> T:
+    try:
+        return question(results)
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise TangentError(f"report: {RESULTS_FILE} is incomplete ({error}); run the experiment again") from error
+
+
+def _label(key: str) -> str:
+    target, _, rest = key.partition(".")
+    return f"{figures.label(target)}: {_LABELS.get(rest, figures.label(rest.replace('.', ' ')))}"
+
+
+def _inline(drawing: figures.Drawing) -> Markup:
+    """The figure for the page: drawn shapes take the page's colours, pixels go in as PNG for their size."""
+    if "<image" in drawing.svg:
+        return Markup('<img class="pixels" alt="" src="data:image/png;base64,{}">').format(
+            base64.b64encode(drawing.png).decode()
+        )
+    text = drawing.svg[drawing.svg.index("<svg") :]
+    text = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text)
+    names = {figures.INK: "ink", figures.MUTED: "muted", figures.RULE: "rule", figures.PAPER: "paper"}
+    return Markup(re.sub("|".join(names), lambda match: f"var(--{names[match[0]]})", text))
+
+
+def _render(page: Page, results: Results, drawings: Mapping[str, figures.Drawing]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("adaptive_tangents"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "given": given,
+        "fixed": _fixed,
+        "label": figures.label,
+        "model_name": figures.model_name,
+        "notation": _notation,
+        "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
+        "rank": lambda value: number(value) if value is None else f"{value:.1f}",
+    }
+    inlined = {name: _inline(drawing) for name, drawing in drawings.items()}
+    context = {
+        **results,
+        "figures": inlined,
+        "findings": summary_table(results),
+        "structures": figures.STRUCTURES,
+        **page.context(results),
+    }
+    return environment.get_template(page.template).render(context)
+
+
+def _notation(text: str) -> Markup:
+    """Set the letters of the theory: K_y with a subscript, a bar over K, K(x, x) in italics."""
+    html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', str(escape(text))).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
+    html = re.sub(r"\b([A-Za-zθφσ])_([A-Za-z])\b", r"<i>\1</i><sub><i>\2</i></sub>", html)
+    return Markup(re.sub(r"\b([A-Za-zθφσ])_(\d)\b", r"<i>\1</i><sub>\2</sub>", html))
+
+
+def _fixed(value: float | None) -> str:
+    return given(value) if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def _alignment_arrays(results: Results) -> list[str]:
+    kernels = [f"kernel.{name}" for name in ("initial", "average", "final", "adapted")]
+    spectra = [f"singular_values.network.{block}" for block in results["blocks"]]
+    path = ["linearization.positions", "linearization.error", "training.loss"]
+    return [
+        f"{t}.{name}" for t in results["targets"] for name in ("teacher", "change", "images", *kernels, *spectra, *path)
+    ]
+
+
+def _alignment_context(results: Results) -> dict[str, Any]:
+    """The words that hang on the numbers: the answer, and which target K_0 represents worse by how many measures."""
+    targets = results["targets"]
+    worse, votes = _represented_worse(targets)
+    verdict, answer = _answer(targets, worse, votes)
+    data = results["data"]["name"]
+    command = results.get("command", f"adaptive-tangents reproduce {results['experiment']} --data {data}")
+    return {"verdict": verdict, "answer": answer, "worse": worse, "votes": votes, "command": command}
+
+
+def _represented_worse(targets: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Of two targets the one that most of the three measures call worse represented by K_0, and how many do."""
+    if len(targets) != 2:
+        return None, 0
+    first, second = targets
+    votes = {first: 0, second: 0}
+    for measure, larger_is_worse in (("rkhs_norm", True), ("top10_energy", False), ("leave_one_out_rmse", True)):
+        a, b = (targets[target]["representability"][measure] for target in (first, second))
+        if a is not None and b is not None and a != b:
+            votes[first if (a > b) == larger_is_worse else second] += 1
+    worse = max(votes, key=votes.__getitem__)
+    return (worse, votes[worse]) if votes[worse] >= 2 else (None, 0)
+
+
+def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[str, list[str]]:
+    """Whether the claim holds in these numbers, in a line and in a few sentences."""
+    change = {t: (n["alignment"]["initial"], n["alignment"]["average"]) for t, n in targets.items()}
+    gains: dict[str | None, float] = {t: end - start for t, (start, end) in change.items() if None not in (start, end)}
+    if not gains:
+        return "Unanswered: the alignment could not be measured in this run.", []
+    turned = [target for target in targets if gains.get(target, 0) > _NOTICEABLE]
+    other = next((t for t in targets if t != worse), None)
+    compared = worse in gains and other in gains
+    more = compared and gains[worse] > gains[other]
+    if not turned:
+        verdict = "No: in this run training does not turn the kernel toward the task."
+    elif len(turned) < len(targets):
+        verdict = f"In part: the kernel turns toward the task for the {' and '.join(turned)} target only."
+    elif compared:
+        verdict = f"Yes, {'and' if more else 'but not'} more where the initial features represent the target poorly."
+    else:
+        verdict = "Yes: in this run training turns the kernel toward the task."
+    parts = " and ".join(
+        f"{_fixed(end)} for the {figures.label(t)} target "
+        f"({'up' if end > start else 'down'} from {_fixed(start)} at the start)"
+        for t, (start, end) in change.items()
+        if t in gains
+    )
+    sentences = [f"Averaged over the path of training, the kernel’s alignment with the task, sim(K̄, K_y), is {parts}."]
+    if compared:
+        sentences.append(
+            f"By {'all' if votes == 3 else 'two of'} three measures K_0 represents the {worse} target worse, and its "
+            f"alignment rises {'more' if more else 'no more'} than the other’s: by {_fixed(gains[worse])} against "
+            f"{_fixed(gains[other])}."
+        )
+    ratios = {t: n["diagonal_ratio"] for t, n in targets.items() if n["diagonal_ratio"] is not None}
+    if ratios:
+        sizes = " and ".join(f"{_fixed(ratio)} times for the {figures.label(t)} target" for t, ratio in ratios.items())
+        sentences.append(f"Near the teacher’s sign change K̄(x, x) is {sizes} what it is far from it.")
+    return verdict, sentences
+
+
+_PAGES: dict[str, Page] = {
+    "kernel-alignment": Page(
+        template="kernel_alignment.html.j2",
+        figures={
+            "kernels": figures.draw_kernels,
+            "diagonal": figures.draw_diagonal,
+            "digits": figures.draw_digits,
+            "layers": figures.draw_layers,
+            "decomposition": figures.draw_decomposition,
+            "path": figures.draw_path,
+            "spectra": figures.draw_spectra,
+            "models": figures.draw_models,
+            "explain": figures.draw_explain,
+        },
+        headline=_HEADLINE,
+        arrays=_alignment_arrays,
+        context=_alignment_context,
+    ),
+}

@@ -1,0 +1,95 @@
+"""Feature transforms M: what the structures return and what features are adapted by (theory: φ → Mφ).
+
+A matrix block is transformed on its sides, Φ → M_L Φ M_Rᵀ; the joint transform of the Full structure moves one direction
+that runs through all blocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A symmetric side factor kept as identity plus low rank, M = I + U diag(g - 1) Uᵀ.
+
+    ``directions`` U has orthonormal columns (d, k); ``gains`` g (k,) are the singular values of M along them.
+    """
+
+    directions: Float[Tensor, "d k"]
+    gains: Float[Tensor, " k"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        directions = self.directions.to(rows.dtype)
+        return rows + ((rows @ directions) * (self.gains - 1).to(rows.dtype)) @ directions.mT
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return self.apply(torch.eye(self.directions.shape[0]).to(self.directions))
+
+    def squared(self) -> "LowRank":
+        """MᵀM."""
+        return LowRank(self.directions, self.gains**2)
+
+    def inverse(self) -> "LowRank":
+        """M⁻¹."""
+        return LowRank(self.directions, 1 / self.gains)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A side factor given as any square matrix."""
+
+    values: Float[Tensor, "d d"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        return rows @ self.values.to(rows.dtype).mT
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return self.values
+
+
+Side = LowRank | Matrix
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The transform Φ → scale · M_L Φ M_Rᵀ of one matrix block; an absent side is the identity."""
+
+    left: Side | None = None
+    right: Side | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The transform M = I + (z - 1) b bᵀ over all parameters at once, for a unit vector b given block by block."""
+
+    direction: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
+    gain: float
+
+
+Transform = Sides | Joint
+
+
+def transform_matrices(
+    matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
+) -> dict[str, Float[Tensor, "_o _i"]]:
+    """M applied to one matrix a block: B → scale · M_L B M_Rᵀ, or the joint transform of all of them."""
+    moved = dict(matrices)
+    for name, transform in transforms.items():
+        if isinstance(transform, Sides):
+            matrix = moved[name] if transform.right is None else transform.right.apply(moved[name])
+            matrix = matrix if transform.left is None else transform.left.apply(matrix.mT).mT
+            moved[name] = transform.scale * matrix
+    for joint in {id(t): t for t in transforms.values() if isinstance(t, Joint)}.values():
+        along = sum(float((matrix * moved[name]).sum()) for name, matrix in joint.direction.items())
+        for name, matrix in joint.direction.items():
+            moved[name] = moved[name] + (joint.gain - 1) * along * matrix
+    return moved

@@ -1,0 +1,49 @@
+"""Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Whoever imported the package before this line (pytest does, to resolve a warning filter of pyproject.toml that names
+# its class) has an unchecked copy: drop it, so that the tests import the checked one.
+for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
+    del sys.modules[_module]
+# An int is a float, as the type checker reads it too.
+install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import torch  # noqa: E402  (after the hook, lest anything it starts import the package)
+
+settings.register_profile("adaptive-tangents", deadline=None)
+settings.load_profile("adaptive-tangents")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+DATA_VARIABLE = "ADAPTIVE_TANGENTS_DATA"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data-dir", help=f"folder with real data, MNIST/raw/*-ubyte[.gz] in it (or set {DATA_VARIABLE})", default=None
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The closing colon keeps pytest from reusing the class it resolved for the same words before the hook.
+    config.addinivalue_line("filterwarnings", "error::adaptive_tangents.errors.TangentWarning:")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder with real data; tests that ask for it are skipped where none is named."""
+    named = request.config.getoption("--data-dir") or os.environ.get(DATA_VARIABLE)
+    if not named:
+        pytest.skip(f"no folder with real data: give --data-dir or set {DATA_VARIABLE}")
+    folder = Path(named)
+    if not folder.is_dir():
+        pytest.fail(f"the folder with real data, {named!r}, does not exist")
+    return folder
