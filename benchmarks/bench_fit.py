@@ -4,11 +4,11 @@ import time
 import warnings
 
 import torch
-from common import contend
 
 import adaptive_tangents as at
 from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.experiments.training import relu_network
+from common import contend
 
 
 def problem() -> tuple[at.TangentFeatures, torch.Tensor]:

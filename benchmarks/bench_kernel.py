@@ -4,11 +4,13 @@
 floating-point operations as ours counts, in plain products of the same shape.
 """
 
+from itertools import pairwise
+
 import torch
-from common import best_of, contend
 from torch import nn
 
 import adaptive_tangents as at
+from common import best_of, contend
 
 N, WIDTH, OUTPUTS = 100, 1024, 10
 
@@ -16,7 +18,7 @@ N, WIDTH, OUTPUTS = 100, 1024, 10
 def network() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     widths = [784, WIDTH, WIDTH, WIDTH, WIDTH]
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(WIDTH, OUTPUTS)), torch.randn(N, 784)
 
 

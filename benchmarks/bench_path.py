@@ -4,10 +4,10 @@ import resource
 import time
 
 import torch
-from common import contend
 
 import adaptive_tangents as at
 from adaptive_tangents.experiments.training import relu_network
+from common import contend
 
 
 def measure(n: int, c: int, nodes: int) -> dict[str, object]:

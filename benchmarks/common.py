@@ -20,7 +20,9 @@ from rich.table import Table
 OUT = Path("runs") / "benchmarks"
 
 
-def contend(script: str, contenders: Mapping[str, Callable[[], dict[str, Any]]], title: str, columns: Sequence[str]) -> None:
+def contend(
+    script: str, contenders: Mapping[str, Callable[[], dict[str, Any]]], title: str, columns: Sequence[str]
+) -> None:
     """Run every contender, or the one named by --only; print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--only", choices=contenders, help="run this one here and print its row as JSON")

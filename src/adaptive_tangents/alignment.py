@@ -90,7 +90,9 @@ def cka(K1: Kernel, K2: Kernel, *, unbiased: bool = False) -> float:
     """
     a, b = _kernel("cka", K1), _kernel("cka", K2)
     if tuple(K1.shape) != tuple(K2.shape):
-        raise TangentError(f"cka: the kernels have shapes {tuple(K1.shape)} and {tuple(K2.shape)}; use the same samples")
+        raise TangentError(
+            f"cka: the kernels have shapes {tuple(K1.shape)} and {tuple(K2.shape)}; use the same samples"
+        )
     if not unbiased:
         return _cosine("cka", _center(a, K1), _center(b, K2), before=(a, b))
     if K1.ndim != 2:
@@ -100,7 +102,9 @@ def cka(K1: Kernel, K2: Kernel, *, unbiased: bool = False) -> float:
     a, b = (matrix - torch.diag(matrix.diagonal()) for matrix in (a, b))
     own = [_hsic(matrix, matrix) for matrix in (a, b)]
     if any(float(size) <= _NOTHING * float((matrix**2).sum()) for size, matrix in zip(own, (a, b), strict=True)):
-        raise TangentError("cka: a kernel has no unbiased variance on these samples; use more samples or unbiased=False")
+        raise TangentError(
+            "cka: a kernel has no unbiased variance on these samples; use more samples or unbiased=False"
+        )
     return float(_hsic(a, b) / (own[0] * own[1]).sqrt())
 
 
@@ -108,7 +112,8 @@ def decompose(K: Kernel, K0: Kernel, y: Kernel) -> Decomposition:
     r"""Least squares of a kernel on the initial kernel and the target kernel, K = w₀K₀ + w_yK_y + residual.
 
     The residual's diagonal is large at samples that the smooth part of the target does not explain.
-    Raises TangentError where shapes differ or K₀ and K_y are proportional. Source: LeJeune & Alemohammad, CPAL 2024, §4.
+    Raises TangentError where shapes differ, K is zero, or K₀ and K_y are proportional.
+    Source: LeJeune & Alemohammad, CPAL 2024, §4.
 
     >>> y, K0 = torch.tensor([1.0, -1.0, 2.0]), torch.eye(3)
     >>> found = decompose(2 * K0 + 3 * torch.outer(y, y), K0, y)
@@ -119,6 +124,8 @@ def decompose(K: Kernel, K0: Kernel, y: Kernel) -> Decomposition:
     initial = _kernel("decompose", K0)
     if tuple(K0.shape) != tuple(K.shape):
         raise TangentError(f"decompose: K has shape {tuple(K.shape)} and K0 {tuple(K0.shape)}; use the same samples")
+    if not bool(kernel.any()):
+        raise TangentError("decompose: K is zero, so there is nothing to decompose")
     parts = (initial, target @ target.mT)
     gram = torch.stack([torch.stack([(a * b).sum() for b in parts]) for a in parts])
     if float(torch.linalg.det(gram)) <= 1e-12 * float(gram[0, 0] * gram[1, 1]):
@@ -141,7 +148,9 @@ def representability(K0: Kernel, r: Kernel, *, jitter: float = 1e-10) -> Represe
     """
     kernel, target = _pair("representability", K0, r)
     if K0.ndim == 2 and target.shape[1] > 1:
-        raise TangentError("representability: several outputs need the full kernel (n, c, n, c), or one output at a time")
+        raise TangentError(
+            "representability: several outputs need the full kernel (n, c, n, c), or one output at a time"
+        )
     if not bool(target.any()):
         raise TangentError("representability: the targets are zero, which every kernel represents")
     added = jitter * float(kernel.diagonal().mean())
@@ -174,9 +183,7 @@ def effective_rank(B: Kernel) -> EffectiveRank:
     values = values / values.max()
     squares, shares = values**2, values / values.sum()
     entropy = -float((shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum())
-    return EffectiveRank(
-        float(squares.sum()), float(np.exp(entropy)), float(squares.sum() ** 2 / (squares**2).sum())
-    )
+    return EffectiveRank(float(squares.sum()), float(np.exp(entropy)), float(squares.sum() ** 2 / (squares**2).sum()))
 
 
 def _tensor(call: str, values: Kernel) -> Tensor:

@@ -173,7 +173,9 @@ class Block:
     @property
     def _like(self) -> Tensor:
         part = self.summands[0]
-        return part.backward if isinstance(part, Outer) else part.values if isinstance(part, Dense) else part.coefficients
+        return (
+            part.backward if isinstance(part, Outer) else part.values if isinstance(part, Dense) else part.coefficients
+        )
 
     @property
     def summands(self) -> tuple[Outer | Dense | Shared, ...]:
@@ -182,9 +184,7 @@ class Block:
     @property
     def bytes(self) -> int:
         """Memory held by this block's features."""
-        return sum(
-            tensor.numel() * tensor.element_size() for part in self.summands for tensor in vars(part).values()
-        )
+        return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in vars(part).values())
 
     def features(self, rows: slice = slice(None)) -> Float[Tensor, "n c r i"]:
         """Φ of a range of output units, materialised."""
@@ -222,7 +222,9 @@ class Block:
         return self._each(lambda part: part.map(function))
 
     def _each(self, change: Callable[[Any], Any]) -> "Block":
-        outer, dense, shared = (None if part is None else change(part) for part in (self.outer, self.dense, self.shared))
+        outer, dense, shared = (
+            None if part is None else change(part) for part in (self.outer, self.dense, self.shared)
+        )
         return replace(self, outer=outer, dense=dense, shared=shared)
 
     def split(self, matrix: Float[Tensor, "o i"]) -> dict[str, Tensor]:
@@ -239,7 +241,9 @@ def sum_blocks(blocks: list[Block]) -> Block:
     """The block of Σ_q Φ_q: positions of all the blocks, one after the other."""
     outers = [block.outer for block in blocks if block.outer is not None]
     denses = [block.dense.values for block in blocks if block.dense is not None]
-    outer = Outer(torch.cat([p.backward for p in outers], 1), torch.cat([p.inputs for p in outers], 1)) if outers else None
+    outer = (
+        Outer(torch.cat([p.backward for p in outers], 1), torch.cat([p.inputs for p in outers], 1)) if outers else None
+    )
     total = replace(blocks[0], outer=outer, dense=Dense(sum_tensors(denses)) if denses else None, shared=None)
     for block in blocks:
         total = total if block.shared is None else total.plus(block.shared)

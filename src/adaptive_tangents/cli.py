@@ -17,8 +17,8 @@ from rich.table import Table
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import kernel_alignment
-from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
+from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.report import build_report, load_results, summary_table, write_results
 
@@ -56,7 +56,9 @@ def reproduce(
     """Run a published experiment on real data and write results.json, figures, checkpoints and report.html."""
     with _worded_errors():
         if name not in (*EXPERIMENTS, "all"):
-            raise TangentError(f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all")
+            raise TangentError(
+                f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all"
+            )
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -67,7 +69,9 @@ def reproduce(
             training=SGD(epochs=epochs),
         )  # fmt: skip
         if quick:
-            config = replace(config, training=SGD(epochs=20), kernel_samples=100, path_nodes=16, strengths=(10.0, 100.0))
+            config = replace(
+                config, training=SGD(epochs=20), kernel_samples=100, path_nodes=16, strengths=(10.0, 100.0)
+            )
         settings = kernel_alignment.config_dict(config)
         earlier = read_checkpoints(folder, settings) if resume else {}
         with _progress() as progress:
@@ -90,11 +94,13 @@ def _finish(folder: Path) -> None:
     with console.status("Drawing the report"):
         page = build_report(folder)
     results, _ = load_results(folder)
-    table = Table(title=f"{results['experiment']} on {results['data']['name']}, {results['data']['train']} training samples")
+    table = Table(
+        title=f"{results['experiment']} on {results['data']['name']}, {results['data']['train']} training samples"
+    )
     for k, heading in enumerate(("", "this run", "paper", "project, 2,850 samples")):
         table.add_column(heading, justify="right" if k else "left", no_wrap=k > 0)
-    for row in summary_table(results):
-        table.add_row(*row)
+    for label, *values in summary_table(results):
+        table.add_row(label.replace("_0", "₀"), *values)
     console.print(table)
     # Plain text, unwrapped: a path that is broken over lines cannot be opened.
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)

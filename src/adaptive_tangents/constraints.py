@@ -28,10 +28,11 @@ def independent_constraints(
 
     Rows of φ that depend on others stay dependent under every invertible M, so this is done once, on the initial kernel.
     """
-    values, vectors = torch.linalg.eigh(kernel)
+    values = torch.linalg.eigvalsh(kernel)
     smallest, largest = float(values[0]), float(values[-1])
     if not interpolate or smallest > _RANK_TOLERANCE * largest:
         return Constraints(smallest, None)
+    values, vectors = torch.linalg.eigh(kernel)
     null = vectors[:, values <= _RANK_TOLERANCE * largest]
     conflict = null @ (null.mT @ r)
     if float(conflict.norm()) > _CONFLICT_TOLERANCE * float(r.norm()):

@@ -70,13 +70,21 @@ def explain(
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
     quarter = max(2, n // 4)
-    parts = (order[2 * quarter :].sort().values, order[:quarter].sort().values, order[quarter : 2 * quarter].sort().values)
+    parts = (
+        order[2 * quarter :].sort().values,
+        order[:quarter].sort().values,
+        order[quarter : 2 * quarter].sort().values,
+    )
     start, end = start_feats.to(torch.float64), end_feats.to(torch.float64)
+    if not any(_Pair(block, end.blocks[name]).change > 0 for name, block in start.blocks.items()):
+        raise TangentError("explain: the features are the same at start and end, so there is no change to explain")
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     if isinstance(structure, Full):
         return _explain_full(start, end, structure, parts, sizes, strengths)
     if not isinstance(structure, Fixed | LayerScale | Left | Right | TwoSided):
-        raise TangentError(f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures")
+        raise TangentError(
+            f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures"
+        )
     r2, fit_r2, chosen, transforms = {}, {}, {}, {}
     errors, changes = 0.0, 0.0
     for name, block in start.blocks.items():
@@ -104,8 +112,9 @@ class _Pair:
 
     @cached_property
     def change(self) -> float:
-        """Σ‖B − A‖²."""
-        return self.error(Sides())
+        """Σ‖B − A‖², zero where it is no more than rounding."""
+        change = self.error(Sides())
+        return change if change > 1e-13 * self.size else 0.0
 
     def error(self, transform: Sides) -> float:
         """Σ‖B − M A‖²."""
@@ -148,7 +157,7 @@ def _solve_side(pair: _Pair, side: str, factors: Mapping[str, Tensor | None], st
     size = square.shape[0]
     ridge = strength * float(square.trace()) / size + torch.finfo(square.dtype).tiny
     eye = torch.eye(size, dtype=square.dtype, device=square.device)
-    factor: Tensor = torch.linalg.solve(square + ridge * eye, (cross + ridge * eye).mT)
+    factor = torch.cholesky_solve((cross + ridge * eye).mT, torch.linalg.cholesky(square + ridge * eye))
     return factor.mT
 
 
@@ -192,7 +201,7 @@ def _inner(a: Block, b: Block) -> float:
 
 def _cost(a: Block, b: Block) -> int:
     """Entries that one sample's pairs of positions take."""
-    assert a.outer is not None and b.outer is not None
+    assert a.outer is not None
     t, c, o = a.outer.backward.shape[1:]
     return t * max(b.positions, c * o, a.shape[1])
 
@@ -219,7 +228,10 @@ def _explain_full(
         inverse = (vectors / (values.clamp_min(0) + strength * float(kernel.diagonal().mean()))) @ vectors.mT
         weights = cross @ inverse
         return {
-            name: max(0.0, own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum()))
+            name: max(
+                0.0,
+                own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum()),
+            )
             for name in own
         }
 
@@ -256,7 +268,9 @@ def _r2(error: float, change: float) -> float:
 
 
 def _check(start: TangentFeatures, end: TangentFeatures) -> None:
-    if (start.n, start.c) != (end.n, end.c) or {k: b.shape for k, b in start.blocks.items()} != {k: b.shape for k, b in end.blocks.items()}:
+    if (start.n, start.c) != (end.n, end.c) or {k: b.shape for k, b in start.blocks.items()} != {
+        k: b.shape for k, b in end.blocks.items()
+    }:
         raise TangentError(
             f"explain: the features differ in samples, outputs or blocks: {start!r} and {end!r}; "
             "make both on the same samples with the same model, wrt and output"

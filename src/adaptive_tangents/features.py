@@ -208,7 +208,8 @@ class TangentFeatures:
             raise TangentError(f"{call}: expected shape {shape}, got {tuple(value.shape)}")
         if value.dtype != self.dtype or value.device != self.device:
             raise TangentError(
-                f"{call}: features are {self.dtype} on {self.device}, got {value.dtype} on {value.device}; convert one of them"
+                f"{call}: features are {self.dtype} on {self.device}, got {value.dtype} on {value.device}; "
+                "convert one of them"
             )
 
     def _check_partner(self, other: "TangentFeatures") -> None:

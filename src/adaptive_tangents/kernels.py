@@ -76,7 +76,11 @@ def tangent_kernel(
             if x2 is None and columns.start < rows.start:
                 continue
             right = None if x2 is None and columns == rows else capture.features(take(x if x2 is None else x2, columns))
-            piece = left.kernel(right, outputs=outputs, by_block=True) if by_block else {"": left.kernel(right, outputs=outputs)}
+            piece = (
+                left.kernel(right, outputs=outputs, by_block=True)
+                if by_block
+                else {"": left.kernel(right, outputs=outputs)}
+            )
             for name, values in piece.items():
                 if name not in kernels:
                     kernels[name] = values.new_zeros(_shape(outputs, n, m, c))
@@ -97,5 +101,3 @@ def _place(kernel: Tensor, piece: Tensor, rows: slice, columns: slice, outputs: 
         kernel[rows, columns] = piece
         if mirror:
             kernel[columns, rows] = piece.transpose(0, 1)
-
-

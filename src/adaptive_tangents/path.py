@@ -83,7 +83,9 @@ def average_features(
     change = (first.outputs(x, theta1) - first.outputs(x, first.network.parameters)).double()
     scale = float(change.norm())
     if scale == 0:
-        raise TangentError(f"{call}: the network's outputs are the same at start and end; there is no change to average")
+        raise TangentError(
+            f"{call}: the network's outputs are the same at start and end; there is no change to average"
+        )
     delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
     count = nodes or min(4, max_nodes)
     while True:

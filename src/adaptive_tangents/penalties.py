@@ -26,15 +26,15 @@ class Penalty(ABC):
 
     @abstractmethod
     def pull(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """u = z·ω′(z)/2."""
+        """The pull u = z·ω′(z)/2."""
 
     @abstractmethod
     def excess(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """z − 1 for the gain z(u), accurate where z is close to 1."""
+        """The excess z − 1 of the gain z(u), accurate where z is close to 1."""
 
     @abstractmethod
     def elasticity(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """d log z / d log u along the gain."""
+        """The elasticity d log z / d log u along the gain."""
 
     @abstractmethod
     def dual(self, s: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -223,5 +223,3 @@ def _check_strength(penalty: Quadratic | Absolute) -> None:
         raise TangentError(
             f"{name}: the strength λ is positive and finite, got {penalty.strength}; use Fixed() for no adaptation"
         )
-
-

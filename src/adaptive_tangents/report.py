@@ -119,6 +119,8 @@ def build_report(directory: str | os.PathLike[str]) -> Path:
     missing = [name for name in _answered(page.arrays, results) if name not in arrays]
     if missing:
         raise TangentError(f"report: {ARRAYS_FILE} lacks {', '.join(missing)}; run the experiment again")
+    # One precision for all drawings; images stay bytes.
+    arrays = {name: array.astype(float) if array.dtype.kind == "f" else array for name, array in arrays.items()}
     drawings = _answered(
         lambda r: {name: figures.render(draw, name, r, arrays) for name, draw in page.figures.items()}, results
     )
@@ -300,7 +302,27 @@ def _alignment_context(results: Results) -> dict[str, Any]:
     verdict, answer = _answer(targets, worse, votes)
     data = results["data"]["name"]
     command = results.get("command", f"adaptive-tangents reproduce {results['experiment']} --data {data}")
-    return {"verdict": verdict, "answer": answer, "worse": worse, "votes": votes, "command": command}
+    turns = _turns(targets)
+    return {"verdict": verdict, "answer": answer, "worse": worse, "votes": votes, "command": command, "turns": turns}
+
+
+def _turns(targets: Mapping[str, Any]) -> list[str]:
+    """Whether the exact models turn the kernel, for each structure and target, at the strength where they do most."""
+    sentences = []
+    for structure in ("Full", "TwoSided"):
+        parts = []
+        for name, target in targets.items():
+            fits = [m for m in target["model"].values() if m["structure"] == structure and m["alignment"] is not None]
+            start = target["alignment"]["initial"]
+            if fits and start is not None:
+                best = max(fits, key=lambda fit: fit["alignment"])
+                parts.append(
+                    f"{_fixed(best['alignment'])} at λ = {best['strength']:g} for the {figures.label(name)} target "
+                    f"(K_0: {_fixed(start)})"
+                )
+        if parts:
+            sentences.append(f"{structure} takes sim(K_M, K_y) to at most {' and '.join(parts)}.")
+    return sentences
 
 
 def _represented_worse(targets: Mapping[str, Any]) -> tuple[str | None, int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -104,7 +104,7 @@ class Fit:
 
 def fit(
     feats: TangentFeatures,
-    r: Float[Tensor, "..."],
+    r: Shaped[Tensor, "..."],
     *,
     structure: Structure | None = None,
     ridge: float = 0.0,
@@ -147,7 +147,9 @@ def _targets(feats: TangentFeatures, r: Tensor) -> Tensor:
     given = tuple(r.shape)
     r = r[:, None] if r.ndim == 1 and feats.c == 1 else r
     if tuple(r.shape) != (feats.n, feats.c):
-        raise TangentError(f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs")
+        raise TangentError(
+            f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+        )
     if r.device != feats.device:
         raise TangentError(f"fit: targets are on {r.device} and features on {feats.device}; move one with .to(device)")
     if not r.is_floating_point():
@@ -193,7 +195,9 @@ class _Alternation:
             stationarity = self._stationarity(step)
             accelerated = False
             transforms = step.solution.transforms
-            change = math.inf if previous is None else abs(previous.objective - step.objective) / max(step.objective, 1e-300)
+            change = (
+                math.inf if previous is None else abs(previous.objective - step.objective) / max(step.objective, 1e-300)
+            )
             if self.scale == 0:
                 converged, reason = True, "the targets are zero, and so is the model"
             elif change <= self.tol and stationarity <= math.sqrt(self.tol):
@@ -202,14 +206,16 @@ class _Alternation:
             elif len(history) + 1 >= self.max_rounds:
                 reason = (
                     f"stopped after {self.max_rounds} rounds with the objective changing by {change:.1e} relative (asked: "
-                    f"{self.tol:g}) and stationarity {stationarity:.1e} (asked: {math.sqrt(self.tol):.1e}); raise max_rounds or tol"
+                    f"{self.tol:g}) and stationarity {stationarity:.1e} (asked: {math.sqrt(self.tol):.1e}); "
+                    "raise max_rounds or tol"
                 )
             else:
                 still = still + 1 if change <= 1e-14 else 0
                 if still >= 10:
                     reason = (
                         f"the objective no longer changes in float64 but stationarity is {stationarity:.1e} (asked: "
-                        f"{math.sqrt(self.tol):.1e}); the kernel may be too ill-conditioned: use a positive ridge"
+                        f"{math.sqrt(self.tol):.1e}): adaptation this strong moves too slowly, or the kernel is "
+                        "ill-conditioned; raise tol, use a stronger penalty, or a positive ridge"
                     )
                 elif self.memory is not None:
                     better = self._extrapolate(start, step)
@@ -320,7 +326,8 @@ class _Alternation:
 
 class _Extrapolation:
     """Anderson extrapolation of a map B → T(B): the combination of past images, weights adding to one, with the least
-    combined residual T(B) − B. Images that meet a linear constraint combine to one that meets it too."""
+    combined residual T(B) − B. Images that meet a linear constraint combine to one that meets it too.
+    """
 
     def __init__(self, depth: int = 10) -> None:
         self.depth = depth
@@ -337,9 +344,9 @@ class _Extrapolation:
         stack = torch.stack(self.residuals)
         gram = stack @ stack.mT
         gram.diagonal().add_(1e-14 * float(gram.diagonal().max()))
-        weights = torch.linalg.solve(gram, torch.ones_like(gram[0]))
+        weights, failed = torch.linalg.solve_ex(gram, torch.ones_like(gram[0]))
         total = float(weights.sum())
-        if not math.isfinite(total) or total == 0:
+        if int(failed) or not math.isfinite(total) or total == 0:  # residuals of zero: nothing moves
             self.forget()
             return None
         mixed = torch.einsum("k,kp->p", weights / total, torch.stack(self.images))

@@ -88,7 +88,10 @@ class Fixed(BlockStructure):
 
 @dataclass(frozen=True)
 class Full(Structure):
-    """Any p × p matrix: Ω̃(β) = ω̃(‖β‖), so the fit is that of Fixed and only the kernel changes (theory §5)."""
+    """Any p × p matrix: Ω̃(β) = ω̃(‖β‖), so interpolation gives the fit of Fixed and only the kernel changes.
+
+    With a ridge ρ the fit is that of Fixed with ridge ρ/z², z the one singular value that moved.
+    """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
 

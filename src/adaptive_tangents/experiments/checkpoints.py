@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
@@ -25,11 +25,13 @@ def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(plain, draft, metadata={"config": _text(config)})
+        draft.write_bytes(save(plain, metadata={"config": _text(config)}))
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         draft.unlink(missing_ok=True)
-        raise TangentError(f"checkpoint: {path} cannot be written ({error}); choose another folder with --out") from error
+        raise TangentError(
+            f"checkpoint: {path} cannot be written ({error}); choose another folder with --out"
+        ) from error
     return path
 
 

@@ -172,7 +172,9 @@ def _problem(config: KernelAlignmentConfig, device: str) -> _Problem:
             f"{config.kernel_samples}; lower kernel_samples or use more data"
         )
     generator = torch.Generator().manual_seed(config.seed)
-    teacher = relu_network((x.shape[1], config.width, config.width), ("hidden1", "hidden2"), bias=False, generator=generator)
+    teacher = relu_network(
+        (x.shape[1], config.width, config.width), ("hidden1", "hidden2"), bias=False, generator=generator
+    )
     teacher.append(nn.ReLU()).to(device)
     signs = torch.where(digits.train_labels == config.digits[0], -1.0, 1.0).to(device)[:, None]
     with torch.no_grad():
@@ -213,7 +215,12 @@ def _student(config: KernelAlignmentConfig, problem: _Problem, device: str) -> n
 
 
 def _trained(
-    config: KernelAlignmentConfig, name: str, problem: _Problem, clock: Clock, resume: Mapping[str, Checkpoint], device: str
+    config: KernelAlignmentConfig,
+    name: str,
+    problem: _Problem,
+    clock: Clock,
+    resume: Mapping[str, Checkpoint],
+    device: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     student = _student(config, problem, device)
     start = _snapshot(student)
@@ -234,7 +241,13 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _measure(
-    config: KernelAlignmentConfig, name: str, problem: _Problem, start: Checkpoint, end: Checkpoint, clock: Clock, device: str
+    config: KernelAlignmentConfig,
+    name: str,
+    problem: _Problem,
+    start: Checkpoint,
+    end: Checkpoint,
+    clock: Clock,
+    device: str,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """All measurements of one trained student, and the arrays behind the figures."""
     student, x = _student(config, problem, device), problem.x[problem.chosen]
@@ -336,7 +349,12 @@ def _vector(feats: TangentFeatures, parameters: Checkpoint) -> Tensor:
 
 
 def _linearization(
-    config: KernelAlignmentConfig, model: nn.Module, start: Checkpoint, end: Checkpoint, x: Tensor, initial: TangentFeatures
+    config: KernelAlignmentConfig,
+    model: nn.Module,
+    start: Checkpoint,
+    end: Checkpoint,
+    x: Tensor,
+    initial: TangentFeatures,
 ) -> tuple[Tensor, Tensor]:
     """Relative error of f(x;θ₀) + φ₀(x)(θ_s − θ₀) against f(x;θ_s), s from 0 to 1 along the straight path."""
     step = initial.matvec(_vector(initial, end) - _vector(initial, start))
@@ -366,8 +384,16 @@ def _errors(prediction: Tensor, target: Tensor) -> dict[str, float]:
     return {"mse": float(((prediction - target) ** 2).mean()), "error": float(wrong.double().mean())}
 
 
-def _explanations(initial: TangentFeatures, average: TangentFeatures, progress: Callable[[float], None]) -> dict[str, Any]:
-    structures = {"layer_scale": LayerScale(), "left": Left(), "right": Right(), "two_sided": TwoSided(), "full": Full()}
+def _explanations(
+    initial: TangentFeatures, average: TangentFeatures, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    structures = {
+        "layer_scale": LayerScale(),
+        "left": Left(),
+        "right": Right(),
+        "two_sided": TwoSided(),
+        "full": Full(),
+    }
     found: dict[str, Any] = {}
     for k, (key, structure) in enumerate(structures.items()):
         explanation = explain(initial, average, structure)
@@ -404,15 +430,19 @@ def _models(
             **{f"test_{kind}": value for kind, value in test.items()},
             **{
                 certificate: getattr(found, certificate)
-                for certificate in ("objective", "feasibility", "stationarity", "lower_bound", "rounds", "converged", "reason")
+                for certificate in (
+                    "objective",
+                    "feasibility",
+                    "stationarity",
+                    "lower_bound",
+                    "rounds",
+                    "converged",
+                    "reason",
+                )
             },
             "seconds": found.history[-1].seconds,
-            "block": {
-                block: {"effective_rank": asdict(effective_rank(found.coefficients[block]))} for block in BLOCKS
-            },
+            "block": {block: {"effective_rank": asdict(effective_rank(found.coefficients[block]))} for block in BLOCKS},
         }
         fits[key] = found
         progress((k + 1) / len(grid))
     return models, fits
-
-

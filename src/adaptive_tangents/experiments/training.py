@@ -19,7 +19,9 @@ class SGD:
     momentum: float = 0.9
 
 
-def relu_network(widths: tuple[int, ...], names: tuple[str, ...], *, bias: bool, generator: torch.Generator) -> nn.Sequential:
+def relu_network(
+    widths: tuple[int, ...], names: tuple[str, ...], *, bias: bool, generator: torch.Generator
+) -> nn.Sequential:
     """A ReLU network with weights N(0, 2/fan_in) and zero biases, its linear layers called ``names``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for k, name in enumerate(names):

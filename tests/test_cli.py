@@ -1,0 +1,110 @@
+"""The commands: what they print, what they write, and how they refuse."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from adaptive_tangents import __version__, cli
+from adaptive_tangents.experiments import kernel_alignment
+from adaptive_tangents.experiments.training import relu_network
+
+runner = CliRunner()
+REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return out, done.output
+
+
+def test_reproduce_prints_findings_beside_the_papers_and_the_path_of_the_report(folder) -> None:
+    out, printed = folder
+    assert "sim(K̄, K_y)" in printed
+    assert "0.40" in printed
+    assert "paper" in printed
+    assert f"Report: {(out / 'report.html').resolve()}" in printed
+
+
+def test_reproduce_writes_results_figures_checkpoints_and_one_page(folder) -> None:
+    out, _ = folder
+    results = json.loads((out / "results.json").read_text())
+    assert {"config", "seed", "versions", "device", "wall_seconds", "metrics"} <= set(results)
+    assert results["metrics"]["sign.alignment.average"] == results["targets"]["sign"]["alignment"]["average"]
+    assert (out / "report.html").stat().st_size > 100_000
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".png", ".svg"}
+    assert not [path for path in out.rglob("*") if path.suffix in (".part", ".tmp")]
+
+
+def test_checkpoints_load_into_the_network_as_plain_state_dicts(folder) -> None:
+    out, _ = folder
+    model = relu_network((784, 256, 256, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
+    for kind in ("start", "end"):
+        model.load_state_dict(load_file(out / "checkpoints" / f"sign.{kind}.safetensors"))
+
+
+def test_report_draws_the_page_again_the_same(folder) -> None:
+    out, _ = folder
+    page = out / "report.html"
+    before = page.read_text()
+    page.unlink()
+    done = runner.invoke(cli.app, ["report", str(out)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text() == before
+
+
+def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
+    out, _ = folder
+    before = json.loads((out / "results.json").read_text())["metrics"]
+    monkeypatch.setattr(kernel_alignment, "train", lambda *_, **__: pytest.fail("training was repeated"))
+    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
+    assert done.exit_code == 0, done.output
+    after = json.loads((out / "results.json").read_text())["metrics"]
+    assert after["sign.alignment.average"] == before["sign.alignment.average"]
+
+
+def test_resume_with_other_settings_is_refused(folder) -> None:
+    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(folder[0]), "--resume", "--seed", "7"])
+    assert done.exit_code == 1
+    assert "was made with other settings" in done.output
+
+
+def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel_alignment, "run", interrupt)
+    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(tmp_path)])
+    assert done.exit_code == 130
+    assert "--resume keeps what was trained" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "alchemy"], "there is no experiment 'alchemy'; choose from kernel-alignment or all"),
+        ([*REPRODUCE, "--data", "imagenet"], "imagenet"),
+        ([*REPRODUCE, "--data", "mnist", "--data-dir", "nowhere"], "nowhere"),
+        ([*REPRODUCE, "--device", "tpu9"], "device 'tpu9' cannot be used here; use --device cpu"),
+        (["reproduce", "kernel-alignment", "--epochs", "0"], "epochs, batch size, width and path nodes are positive"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_refusals_are_one_line_of_words_and_write_nothing(arguments, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(cli.app, arguments)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_the_packages() -> None:
+    done = runner.invoke(cli.app, ["--version"])
+    assert done.exit_code == 0
+    assert __version__ in done.output

@@ -1,0 +1,382 @@
+"""The regulariser each structure induces, its gradient, its best transform and its dual, against their definitions."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import adaptive_tangents as at
+import theory_reference as reference
+from adaptive_tangents.transforms import Joint, LowRank, Sides, transform_matrices
+
+Coefficients = dict[str, Tensor]
+SHAPES = {"wide": (2, 4), "tall": (5, 3), "column": (3, 1), "single": (1, 1)}
+
+# name: (structure for a strength, ω of the singular values of one factor per side)
+SIDED = {
+    "Left": lambda p, q: at.Left(p),
+    "Right": lambda p, q: at.Right(p),
+    "TwoSided": lambda p, q: at.TwoSided(p, q),
+}
+STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+    "Fixed": lambda p, q: at.Fixed(),
+    "Full": lambda p, q: at.Full(p),
+    "LayerScale": lambda p, q: at.LayerScale(p),
+    **SIDED,
+}
+PENALTIES = {"quadratic": at.Quadratic, "absolute": at.Absolute}
+few = settings(max_examples=8)
+seeds = st.integers(0, 10_000)
+strengths = st.floats(-3, 3).map(lambda x: 10.0**x)
+scales = st.floats(-2, 2).map(lambda x: 10.0**x)
+
+
+def coefficients(seed: int, scale: float = 1.0) -> Coefficients:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: scale * torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()
+    }
+
+
+def flat(matrices: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([matrices[name].flatten() for name in SHAPES])
+
+
+def omega(values: Tensor, penalty: at.Penalty) -> float:
+    """Ω(M) = Σ ω(σ_j(M)) of the singular values of a factor, free below 1."""
+    return float(penalty.value(values.clamp_min(1)).sum())
+
+
+def random_factor(size: int, generator: torch.Generator, spread: float) -> Tensor:
+    return torch.eye(size, dtype=torch.float64) + spread * torch.randn(
+        size, size, generator=generator, dtype=torch.float64
+    )
+
+
+def inner_objective(
+    name: str, b: Coefficients, first: at.Penalty, second: at.Penalty, seed: int, spread: float
+) -> float:
+    """‖M⁻ᵀβ‖² + Ω(M) of a random M of the structure, written with dense matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "Full":
+        beta = flat(b)
+        m = random_factor(len(beta), generator, spread / 3)
+        return float((torch.linalg.solve(m.mT, beta) ** 2).sum()) + omega(torch.linalg.svdvals(m), first)
+    total = 0.0
+    for matrix in b.values():
+        o, i = matrix.shape
+        theta = matrix
+        if name == "LayerScale":
+            s = 1 + spread * float(torch.rand(1, generator=generator)) * 3
+            theta = matrix / s
+            total += omega(torch.tensor([s], dtype=torch.float64), first)
+        if name in ("Left", "TwoSided"):
+            left = random_factor(o, generator, spread)
+            theta = torch.linalg.solve(left.mT, theta)  # B = M_Lᵀ Θ M_R
+            total += omega(torch.linalg.svdvals(left), first)
+        if name in ("Right", "TwoSided"):
+            right = random_factor(i, generator, spread)
+            theta = torch.linalg.solve(right.mT, theta.mT).mT
+            total += omega(torch.linalg.svdvals(right), first if name == "Right" else second)
+        total += float((theta**2).sum())
+    return total
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(
+    seed=seeds, one=strengths, other=strengths, scale=scales, spread=st.floats(0.0, 3.0)
+)  # fmt: skip
+def test_no_transform_of_the_structure_is_cheaper_than_the_induced_penalty(
+    name: str, penalty: str, seed: int, one: float, other: float, scale: float, spread: float
+) -> None:
+    first, second = PENALTIES[penalty](one), PENALTIES[penalty](other)
+    b = coefficients(seed, scale)
+    least = STRUCTURES[name](first, second).penalty(b)
+    assert least <= inner_objective(name, b, first, second, seed + 1, spread) * (1 + 1e-9)
+
+
+def attained(
+    transforms: Mapping[str, at.transforms.Transform],
+    b: Coefficients,
+    first: at.Penalty,
+    second: at.Penalty,
+    right: at.Penalty,
+) -> float:
+    """‖M⁻ᵀβ‖² + Ω(M) at the transforms a structure returned, from their dense matrices."""
+    joint = next(iter(transforms.values()))
+    if isinstance(joint, Joint):
+        direction = flat(joint.direction)
+        m = torch.eye(len(direction), dtype=torch.float64) + (joint.gain - 1) * torch.outer(direction, direction)
+        return float((torch.linalg.solve(m.mT, flat(b)) ** 2).sum()) + omega(torch.linalg.svdvals(m), first)
+    total = 0.0
+    for name, matrix in b.items():
+        sides = transforms[name]
+        assert isinstance(sides, Sides)
+        theta = matrix / sides.scale
+        if sides.scale != 1:
+            total += omega(torch.tensor([sides.scale], dtype=torch.float64), first)
+        if sides.left is not None:
+            m = sides.left.matrix()
+            theta = torch.linalg.solve(m.mT, theta)
+            total += omega(torch.linalg.svdvals(m), first)
+        if sides.right is not None:
+            m = sides.right.matrix()
+            theta = torch.linalg.solve(m.mT, theta.mT).mT
+            total += omega(torch.linalg.svdvals(m), right)
+        total += float((theta**2).sum())
+    return total
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_update_attains_the_induced_penalty(
+    name: str, penalty: str, seed: int, one: float, other: float, scale: float
+) -> None:
+    first, second = PENALTIES[penalty](one), PENALTIES[penalty](other)
+    structure, b = STRUCTURES[name](first, second), coefficients(seed, scale)
+    found = attained(structure.update(b), b, first, second, second if name == "TwoSided" else first)
+    # Singular values of a dense M round at eps·σ_max, so ω there is known to about λ·eps·σ_max.
+    assert found == pytest.approx(structure.penalty(b), rel=1e-9, abs=1e-12 * max(one, other))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, scale=scales)
+def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: int, scale: float) -> None:
+    one, other = reference.quadratic(0.5), reference.quadratic(4.0)
+    b = coefficients(seed, scale)
+    if name == "Fixed":
+        expected = float((flat(b) ** 2).sum())
+    elif name == "Full":
+        expected = reference.induced(one, float(flat(b).norm()))[0]
+    elif name == "LayerScale":
+        expected = sum(reference.induced(one, float(matrix.norm()))[0] for matrix in b.values())
+    else:
+        if name == "TwoSided":  # the twin is slow: one block only
+            b = {"wide": b["wide"]}
+        values = np.concatenate([np.linalg.svd(matrix.numpy(), compute_uv=False) for matrix in b.values()])
+        expected = sum(
+            reference.induced_by_two(one, other, float(v))
+            if name == "TwoSided"
+            else reference.induced(one, float(v))[0]
+            for v in values
+        )
+    structure = STRUCTURES[name](at.Quadratic(0.5), at.Quadratic(4.0))
+    assert structure.penalty(b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_gradient_is_the_derivative_along_every_direction(
+    name: str, penalty: str, seed: int, one: float, other: float, scale: float
+) -> None:
+    structure = STRUCTURES[name](PENALTIES[penalty](one), PENALTIES[penalty](other))
+    b, direction = coefficients(seed, scale), coefficients(seed + 1, scale)
+    step = 1e-4
+
+    def along(k: int) -> float:
+        return structure.penalty({key: matrix + k * step * direction[key] for key, matrix in b.items()})
+
+    slope = (along(-2) - 8 * along(-1) + 8 * along(1) - along(2)) / (12 * step)
+    gradient = structure.gradient(b)
+    found = float((flat(gradient) * flat(direction)).sum())
+    size = float(flat(gradient).norm() * flat(direction).norm())
+    # Absolute has a kink in its second derivative, which a difference may straddle.
+    assert found == pytest.approx(slope, abs=(1e-8 if penalty == "quadratic" else 1e-4) * size)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, scale=scales)
+def test_gradient_is_twice_the_coefficients_whitened_by_the_best_transform(name: str, seed: int, scale: float) -> None:
+    structure, b = STRUCTURES[name](at.Quadratic(0.3), at.Quadratic(2.0)), coefficients(seed, scale)
+    transforms = structure.update(b)
+    back = structure.gradient(b)
+    for _ in range(2):  # M symmetric: P = MᵀM is M twice
+        back = transform_matrices(back, transforms)
+    torch.testing.assert_close(flat(back), 2 * flat(b), rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, scale=scales)
+def test_penalty_does_not_change_under_rotations_of_either_side(name: str, seed: int, scale: float) -> None:
+    structure, b = STRUCTURES[name](at.Quadratic(0.3), at.Absolute(2.0)), coefficients(seed, scale)
+    generator = torch.Generator().manual_seed(seed + 1)
+    turned, gradients, gradient = {}, {}, structure.gradient(b)
+    for key, matrix in b.items():
+        q, _ = torch.linalg.qr(torch.randn(len(matrix), len(matrix), generator=generator, dtype=torch.float64))
+        w, _ = torch.linalg.qr(torch.randn(matrix.shape[1], matrix.shape[1], generator=generator, dtype=torch.float64))
+        turned[key] = q @ matrix @ w
+        gradients[key] = q @ gradient[key] @ w
+    assert structure.penalty(turned) == pytest.approx(structure.penalty(b), rel=1e-11)
+    torch.testing.assert_close(flat(structure.gradient(turned)), flat(gradients), rtol=1e-8, atol=1e-10 * scale)
+
+
+@few
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_best_factors_are_identity_plus_gains_along_the_singular_vectors(
+    seed: int, one: float, other: float, scale: float
+) -> None:
+    """M_L = I + U diag(a − 1)Uᵀ, M_R = I + V diag(b − 1)Vᵀ; (a, b) minimise ω_L(a) + ω_R(b) + σ²/(ab)²."""
+    matrix = coefficients(seed, scale)["tall"]
+    sides = at.TwoSided(at.Quadratic(one), at.Quadratic(other)).update({"tall": matrix})["tall"]
+    assert isinstance(sides, Sides)
+    assert sides.left is not None
+    assert sides.right is not None
+    u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
+    a, b = (u.mT @ sides.left.matrix() @ u).diagonal(), (vt @ sides.right.matrix() @ vt.mT).diagonal()
+    torch.testing.assert_close(
+        sides.left.matrix(),
+        torch.eye(5, dtype=torch.float64) + (u * (a - 1)) @ u.mT,
+        rtol=1e-9,
+        atol=1e-11 * float(a.max()),
+    )
+    torch.testing.assert_close(
+        sides.right.matrix(),
+        torch.eye(3, dtype=torch.float64) + (vt.mT * (b - 1)) @ vt,
+        rtol=1e-9,
+        atol=1e-11 * float(b.max()),
+    )
+    # Zero derivative in log a and in log b, of a sum that is convex in them.
+    shared = 2 * sigma**2 / (a * b) ** 2
+    for gain, strength in ((a, one), (b, other)):
+        torch.testing.assert_close(
+            2 * strength * (gain - 1) * gain, shared, rtol=1e-8, atol=1e-13 * strength * float(gain.max()) ** 2
+        )
+
+
+def test_equal_sides_move_equally_and_a_stronger_penalty_moves_less() -> None:
+    matrix = coefficients(3, 3.0)["single"]
+    even = at.TwoSided(at.Quadratic(1.0)).update({"single": matrix})["single"]
+    assert float(even.left.gains) == pytest.approx(float(even.right.gains), rel=1e-14)
+    uneven = at.TwoSided(at.Quadratic(1.0), at.Quadratic(100.0)).update({"single": matrix})["single"]
+    a, b = float(uneven.left.gains), float(uneven.right.gains)
+    assert a > float(even.left.gains) > b > 1
+    assert 1.0 * (a - 1) * a == pytest.approx(100.0 * (b - 1) * b, rel=1e-10)
+
+
+def test_a_composition_can_be_the_penalty_of_a_side() -> None:
+    """Three transforms of one value, two of them on the left: the induced penalty is that of all three composed."""
+    one, two, three = at.Quadratic(0.5), at.Absolute(0.7), at.Quadratic(3.0)
+    b = coefficients(5, 4.0)
+    nested = at.TwoSided(one.compose(two), three)
+    values = torch.cat([torch.linalg.svdvals(matrix) for matrix in b.values()])
+    expected = float(one.compose(two).compose(three).induced().value(values).sum())
+    assert nested.penalty(b) == pytest.approx(expected, rel=1e-12)
+    composed = one.compose(two)
+    assert attained(nested.update(b), b, composed, three, three) == pytest.approx(expected, rel=1e-9)
+    assert at.Left(composed).penalty(b) < at.Left(one).penalty(b)
+
+
+@few
+@given(seed=seeds, scale=scales)
+def test_more_freedom_never_costs_more(seed: int, scale: float) -> None:
+    b, p = coefficients(seed, scale), at.Quadratic(0.5)
+    fixed, full = at.Fixed().penalty(b), at.Full(p).penalty(b)
+    one, both = at.Left(p).penalty(b), at.TwoSided(p).penalty(b)
+    assert both <= one * (1 + 1e-12)
+    assert one <= fixed * (1 + 1e-12)
+    assert at.LayerScale(p).penalty(b) <= fixed * (1 + 1e-12)
+    assert full <= at.LayerScale(p).penalty(b) * (1 + 1e-12)  # one rank-one M against one factor a block
+    assert at.Right(p).penalty(b) == pytest.approx(one, rel=1e-13)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds, strength=strengths, scale=scales, share=st.floats(0.0, 0.999))
+def test_dual_bounds_the_conjugate(name: str, seed: int, strength: float, scale: float, share: float) -> None:
+    """⟨G, β⟩ − Ω̃(β) ≤ Ω̃*(G) for every pair."""
+    p = at.Quadratic(strength)
+    structure = STRUCTURES[name](p, p)
+    b, g = coefficients(seed, scale), coefficients(seed + 1)
+    largest = max(float(torch.linalg.matrix_norm(matrix, 2)) for matrix in g.values())
+    if name in ("Full", "LayerScale"):
+        largest = float(flat(g).norm())
+    g = {key: share * 2 * math.sqrt(strength) / largest * matrix for key, matrix in g.items()}
+    conjugate = structure.dual(g)
+    if name == "TwoSided":
+        assert conjugate == math.inf or share == 0
+    else:
+        assert math.isfinite(conjugate)
+    reached = float((flat(g) * flat(b)).sum()) - structure.penalty(b)
+    assert reached <= conjugate + 1e-10 * abs(reached)
+
+
+@pytest.mark.parametrize("name", ["Fixed", "Full", "LayerScale", "Left", "Right"])
+@few
+@given(seed=seeds, scale=st.floats(-2, 1).map(lambda x: 10.0**x))
+def test_dual_is_attained_at_the_gradient_of_a_convex_structure(name: str, seed: int, scale: float) -> None:
+    structure, b = STRUCTURES[name](at.Quadratic(0.5), at.Quadratic(0.5)), coefficients(seed, scale)
+    g = structure.gradient(b)
+    expected = float((flat(g) * flat(b)).sum()) - structure.penalty(b)
+    assert structure.dual(g) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_zero_coefficients_cost_nothing_and_move_nothing(name: str, penalty: str) -> None:
+    structure = STRUCTURES[name](PENALTIES[penalty](0.5), PENALTIES[penalty](2.0))
+    b = coefficients(0, 0.0)
+    solution = structure.solution(b)
+    assert solution.penalty == 0
+    assert float(flat(solution.gradient).norm()) == 0
+    assert structure.dual(b) == 0
+    probe = coefficients(1)
+    torch.testing.assert_close(flat(transform_matrices(probe, solution.transforms)), flat(probe), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SIDED)
+@few
+@given(seed=seeds, scale=scales)
+def test_rank_deficient_coefficients_move_only_the_directions_they_have(name: str, seed: int, scale: float) -> None:
+    tall = coefficients(seed, scale)["tall"]
+    u, sigma, vt = torch.linalg.svd(tall, full_matrices=False)
+    b = {"tall": sigma[0] * torch.outer(u[:, 0], vt[0])}
+    structure = SIDED[name](at.Quadratic(1e-3), at.Quadratic(1e-3))
+    sides = structure.update(b)["tall"]
+    for side in (sides.left, sides.right):
+        assert side is None or int((torch.linalg.svdvals(side.matrix()) > 1 + 1e-9).sum()) == 1
+    alone = structure.penalty({"one": sigma[0].reshape(1, 1)})
+    assert structure.penalty(b) == pytest.approx(alone, rel=1e-11)
+
+
+@few
+@given(seed=seeds)
+def test_low_rank_factors_are_the_dense_matrices_they_stand_for(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(5, 2, generator=generator, dtype=torch.float64))
+    gains = 1 + 3 * torch.rand(2, generator=generator, dtype=torch.float64)
+    factor = LowRank(q, gains)
+    dense = torch.eye(5, dtype=torch.float64) + q @ torch.diag(gains - 1) @ q.mT
+    torch.testing.assert_close(factor.matrix(), dense)
+    torch.testing.assert_close(factor.squared().matrix(), dense @ dense)
+    torch.testing.assert_close(factor.inverse().matrix(), torch.linalg.inv(dense))
+    rows = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(factor.apply(rows), torch.einsum("ij,abj->abi", dense, rows))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@few
+@given(seed=seeds)
+def test_features_and_coefficients_are_transformed_by_the_same_matrix(name: str, seed: int) -> None:
+    """⟨Mφ, θ⟩ = ⟨φ, Mᵀθ⟩, and the transforms found are symmetric: both sides of it are the library's."""
+    structure = STRUCTURES[name](at.Quadratic(0.1), at.Quadratic(0.2))
+    case = reference.problem(seed, n=3, c=2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    b, theta = (case.split(torch.randn(case.rows.shape[1], generator=generator, dtype=torch.float64)) for _ in range(2))
+    transforms = structure.update(b)
+    moved = case.feats.transformed(transforms).inner(theta)
+    expected = case.rows @ case.flatten(transform_matrices(theta, transforms))
+    torch.testing.assert_close(moved.flatten(), expected, rtol=1e-10, atol=1e-10)
