@@ -309,9 +309,9 @@ PICK = r"pass output=, a function of what the model returns that gives a tensor 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda m, x: m.fc(x)[:, 0], r"the output has shape \(1,\), expected \(1, c\), one row a sample; " + PICK),
-        (lambda m, x: m.fc(x)[:, None], r"the output has shape \(1, 1, 2\), expected \(1, c\).*" + PICK),
-        (lambda m, x: m.fc(x).mean(), r"the output has shape \(\), expected \(1, c\).*" + PICK),
+        (lambda m, x: m.fc(x)[:, 0], r"the output has shape \(3,\), expected \(3, c\), one row a sample; " + PICK),
+        (lambda m, x: m.fc(x)[:, None], r"the output has shape \(3, 1, 2\), expected \(3, c\).*" + PICK),
+        (lambda m, x: m.fc(x).mean(), r"the output has shape \(\), expected \(3, c\).*" + PICK),
         (lambda m, x: m.fc(x).argmax(1, keepdim=True), r"the output is torch.int64, which has no derivative; " + PICK),
         (lambda m, x: (m.fc(x), x), r"the model returned tuple, not a tensor; " + PICK),
         (lambda m, x: {"out": m.fc(x)}, r"the model returned dict, not a tensor; " + PICK),
@@ -323,7 +323,7 @@ def test_outputs_that_are_not_one_row_a_sample_are_refused(function: Callable[..
 
 def test_an_output_function_is_held_to_the_same() -> None:
     model, x = by_name["Tanh"].build()
-    refused(r"the output has shape \(1,\), expected \(1, c\)", model, x, output=lambda out: out.sum(1))
+    refused(r"the output has shape \(6,\), expected \(6, c\)", model, x, output=lambda out: out.sum(1))
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
@@ -391,9 +391,7 @@ def test_too_little_memory_is_refused_before_the_batch_is_run() -> None:
 
 def test_too_little_memory_for_what_cannot_be_factored_is_refused_naming_it() -> None:
     model = Forward(lambda m, x: x @ m.free, free=normal(4, 2))
-    message = (
-        r"needs 128 bytes .* is 100 bytes; take fewer samples or narrow wrt: free cannot be factored, or raise memory"
-    )
+    message = r"needs 384 bytes .* is 100 bytes; take fewer samples, or narrow wrt: free cannot be factored, or raise"
     refused(message, model, normal(3, 4), memory_limit=100)
 
 

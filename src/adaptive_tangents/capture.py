@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from adaptive_tangents.blocks import Block, Dense, Outer, Slot
+from adaptive_tangents.blocks import Block, Dense, Outer, Slot, sum_tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take
+from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
 from adaptive_tangents.layers import LayerRule, bias_inputs, rule_for
 from adaptive_tangents.memory import memory_limit, require_memory
 
@@ -64,11 +64,25 @@ class _Use:
     edge: GradientEdge
 
 
-_PROBED = 16  # samples at either end of a batch on which interaction is tested
+_PROBED = 16  # samples, spread over a batch, on which is tested what no layer can tell
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few samples of a batch tell: outputs, bytes a sample takes, blocks, and those whose factors are refuted."""
+
+    c: int
+    dtype: torch.dtype
+    device: torch.device
+    factored_bytes: int
+    whole_bytes: int
+    whole: tuple[str, ...]
+    blocks: int
+    refuted: frozenset[str]
 
 
 class Capture:
-    """A network probed on single samples: checks done once, the cost of a sample known, features on request."""
+    """A network probed on a few samples: checks done once, the cost of a sample known, features on request."""
 
     def __init__(
         self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
@@ -77,22 +91,30 @@ class Capture:
         self.call = call
         self.network: Network = network(call, model, x, params, wrt, output)
         self.requested = limit
-        self.probe = self._features(take(x, slice(0, 1)))
+        self.probe = self._probe(x)
         self.limit = memory_limit(limit, self.probe.device)
-        self.c = self.probe.c
-        self.bytes_per_sample = max(1, self.probe.bytes)
-        self._check_interaction(x)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Memory that the features of one sample take."""
+        return max(1, self.probe.factored_bytes + self.probe.whole_bytes)
 
     def check_more(self, x: Batch) -> None:
         """The checks of a second batch."""
         network(self.call, self.network.model, x, None, None, None)
-        self._check_interaction(x)
+        refuted = self.probe.refuted | self._probe(x).refuted
+        self.probe = replace(self.probe, refuted=refuted)
 
     def features(self, x: Batch) -> TangentFeatures:
         """The features of a batch, after a check that they fit into memory."""
-        n = samples(x)
-        remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
-        require_memory(self.call, 2 * n * self.bytes_per_sample, self.limit, remedy=remedy)
+        probe = self.probe
+        # Factors are copied once while they are put together; materialised features are not.
+        needed = samples(x) * (2 * probe.factored_bytes + probe.whole_bytes)
+        if probe.whole:
+            remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
+        else:
+            remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
+        require_memory(self.call, needed, self.limit, remedy=remedy)
         return self._features(x)
 
     def at(self, parameters: Mapping[str, Tensor]) -> "Capture":
@@ -108,14 +130,35 @@ class Capture:
         check_finite(self.call, "the output", [out])
         return out
 
-    def _check_interaction(self, x: Batch) -> None:
+    def _probe(self, x: Batch) -> Probe:
+        n = samples(x)
+        some = x
+        if n > _PROBED:
+            # Out of order between first and last, so that a model which sorts its batch cannot find it sorted.
+            spread = torch.linspace(0, n - 1, _PROBED).long()
+            some = take(x, torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]]).to(tensors(x)[0].device))
+        out, groups, blocks, refuted = self._factored(some, verify=True)
+        c = out.shape[1]
+        if not bool(torch.isfinite(out).all()):
+            self.outputs(x, {})  # names the sample by its place in the batch
+        self._check_interaction(some, out)
+        kept = [block.outer for name, block in blocks.items() if name not in refuted and block.outer is not None]
+        whole = [group for group in groups if group.name in refuted or group.name not in blocks]
+        return Probe(
+            c,
+            out.dtype,
+            out.device,
+            sum(c * outer.backward[0].nbytes + outer.inputs[0].nbytes for outer in kept),
+            sum(c * group.matrix[0] * group.matrix[1] * out.element_size() for group in whole),
+            tuple(slot.parameter for group in whole for slot in group.slots),
+            len(groups),
+            refuted,
+        )
+
+    def _check_interaction(self, x: Batch, together: Tensor) -> None:
         n = samples(x)
         if n == 1:
             return
-        if n > 2 * _PROBED:
-            ends = torch.cat([torch.arange(_PROBED), torch.arange(n - _PROBED, n)])
-            x, n = take(x, ends.to(self.probe.device)), 2 * _PROBED
-        together = self.outputs(x, {})
         # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
         for k in (0, n - 1):
             alone = self.outputs(take(x, slice(k, k + 1)), {})[0]
@@ -135,14 +178,37 @@ class Capture:
             yield
 
     def _features(self, x: Batch) -> TangentFeatures:
-        made = self._attempt(x, copy=False)
+        net = self.network
+        out, groups, blocks, _ = self._factored(x, verify=False)
+        n, c = out.shape
+        check_finite(self.call, "the output", [out])
+        for name in self.probe.refuted & set(blocks):
+            del blocks[name]
+        rest = [group for group in groups if group.name not in blocks]
+        if rest:
+            names = [slot.parameter for group in rest for slot in group.slots]
+            with self._quiet():
+                values = _materialise(net, names, x)
+            blocks |= {group.name: group.materialised(values) for group in rest}
+        for block in blocks.values():
+            parts = [tensor for part in block.summands for tensor in vars(part).values()]
+            check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
+        shapes = {name: tuple(net.parameters[name].shape) for name in net.selected}
+        return TangentFeatures(n, c, {group.name: blocks[group.name] for group in groups}, shapes, self.requested)
+
+    def _factored(self, x: Batch, *, verify: bool) -> "_Factored":
+        """Outputs, groups, and the blocks that have factors.
+
+        To verify, the blocks are of one random combination of the outputs, and those that autograd refutes are named.
+        """
+        made = self._attempt(x, copy=False, verify=verify)
         if made is None:
-            made = self._attempt(x, copy=True)
+            made = self._attempt(x, copy=True, verify=verify)
         assert made is not None
         return made
 
-    def _attempt(self, x: Batch, *, copy: bool) -> TangentFeatures | None:
-        """Features, or None where an in-place operation overwrote an input that was not copied."""
+    def _attempt(self, x: Batch, *, copy: bool, verify: bool) -> "_Factored | None":
+        """One pass, or None where an in-place operation overwrote an input that was not copied."""
         net = self.network
         leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
         uses: list[_Use] = []
@@ -151,35 +217,17 @@ class Capture:
                 out = net(x, leaves)
             if any(use.inputs._version != use.version for use in uses):
                 return None
-            check_finite(self.call, "the output", [out.detach()])
-            n, c = out.shape
             counts, nodes = _graph(out, {id(leaf): name for name, leaf in leaves.items()})
             uses = [use for use in uses if use.edge.node in nodes]
             groups = _groups(net)
-            plan = {g.name: g.calls(uses, counts, n) for g in groups}
+            plan = {g.name: g.calls(uses, counts, len(out)) for g in groups}
             plan = {name: calls for name, calls in plan.items() if calls}
             edges = {id(use): use.edge for calls in plan.values() for use in calls}
-            gradients = dict(zip(edges, _backward(out, list(edges.values())), strict=True)) if edges else {}
+            seen = _mixed(out) if verify else out
+            gradients = dict(zip(edges, _backward(seen, list(edges.values())), strict=True)) if edges else {}
             blocks = {g.name: g.block(plan[g.name], gradients) for g in groups if g.name in plan}
-            for name in _refuted(out, leaves, blocks):
-                del blocks[name]
-        del uses, plan, edges, gradients
-        rest = [group for group in groups if group.name not in blocks]
-        if rest:
-            names = [slot.parameter for group in rest for slot in group.slots]
-            size = n * c * sum(net.parameters[name].numel() for name in names) * out.element_size()
-            remedy = f"take fewer samples or narrow wrt: {', '.join(names[:4])} cannot be factored"
-            require_memory(self.call, size, memory_limit(self.requested, out.device), remedy=remedy)
-            with self._quiet():
-                values = _materialise(net, names, x)
-            blocks |= {group.name: group.materialised(values) for group in rest}
-        for block in blocks.values():
-            check_finite(self.call, f"the tangent feature in block {block.name!r}", [
-                *( [block.outer.backward, block.outer.inputs] if block.outer is not None else []),
-                *( [block.dense.values] if block.dense is not None else []),
-            ])  # fmt: skip
-        shapes = {name: tuple(net.parameters[name].shape) for name in net.selected}
-        return TangentFeatures(n, c, {group.name: blocks[group.name] for group in groups}, shapes, self.requested)
+            refuted = _refuted(seen, leaves, blocks) if verify else frozenset[str]()
+        return out.detach(), groups, blocks, refuted
 
 
 @dataclass(frozen=True)
@@ -220,6 +268,9 @@ class _Group:
         ]
         dense = Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
         return Block(self.name, self.matrix, self.slots, dense=dense)
+
+
+_Factored = tuple[Tensor, list[_Group], dict[str, Block], frozenset[str]]
 
 
 @contextmanager
@@ -304,32 +355,44 @@ def _groups(net: Network) -> list[_Group]:
     return groups
 
 
-def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> list[str]:
+def _mixed(out: Tensor) -> Tensor:
+    """A random combination of the outputs (n, 1)."""
+    return out @ torch.randn(out.shape[1], 1, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> frozenset[str]:
     """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
 
     So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
+    Both sides are compared in a random direction of the input side, which costs less than the whole matrices.
     """
     if not blocks:
-        return []
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        return frozenset()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(out.shape, generator=generator).to(out)
     names = [slot.parameter for block in blocks.values() for slot in block.slots]
     try:
         found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True)
     except RuntimeError:
-        return []  # an input of a layer was overwritten: autograd cannot say, and the copy is right
+        return frozenset()  # an input of a layer was overwritten: autograd cannot say, and the copy is right
     gradients = dict(zip(names, found, strict=True))
     wide = torch.promote_types(out.dtype, torch.float32)
     # What products in reduced precision differ by stays below.
     tolerance = 1e-6 if out.dtype == torch.float64 else max(1e-2, 16 * torch.finfo(out.dtype).eps)
     wrong = []
     for name, block in blocks.items():
-        gap = (block.combine(weights) - block.join(gradients)).to(wide).norm()
-        squares = block.map(dtype=wide).outer
-        assert squares is not None
-        scale = Outer(squares.backward**2, squares.inputs**2).combine(weights.to(wide) ** 2).sum().sqrt()
-        if bool(gap > tolerance * scale):
+        outer = block.map(dtype=wide).outer
+        assert outer is not None
+        o, i = block.shape
+        direction = torch.randn(i, generator=generator).to(outer.inputs)
+        along = weights.to(wide)[:, None, :] * (outer.inputs @ direction)[..., None]
+        ours = along.flatten() @ outer.backward.reshape(-1, o)
+        parts = [(s, gradients[s.parameter].to(wide).reshape(o, s.width)) for s in block.slots]
+        theirs = sum_tensors([part @ direction[s.column : s.column + s.width] for s, part in parts])
+        sizes = weights.to(wide)[:, None, :] ** 2 * (outer.backward**2).sum(-1) * (outer.inputs**2).sum(-1)[..., None]
+        if bool((ours - theirs).norm() > tolerance * sizes.sum().sqrt()):
             wrong.append(name)
-    return wrong
+    return frozenset(wrong)
 
 
 def _backward(out: Tensor, edges: list[GradientEdge]) -> list[Tensor]:

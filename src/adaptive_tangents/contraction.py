@@ -124,7 +124,7 @@ def accumulate(
 
 def mirror(kernel: Float[Tensor, "batch N N"]) -> None:
     """Copy the upper triangle onto the lower, in place."""
-    for rows in ranges(kernel.shape[1], 1024):
+    for rows in ranges(kernel.shape[1], 128):
         diagonal = kernel[:, rows, rows]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
         kernel[:, rows.stop :, rows] = kernel[:, rows, rows.stop :].mT

@@ -57,9 +57,9 @@ def tangent_kernel(
     if x2 is not None:
         capture.check_more(x2)
     n, m = samples(x), samples(x if x2 is None else x2)
-    limit, c = capture.limit, capture.c
+    limit, c = capture.limit, capture.probe.c
     entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
-    copies = len(capture.probe.blocks) if by_block else 1
+    copies = capture.probe.blocks if by_block else 1
     itemsize = torch.empty((), dtype=working_dtype(capture.probe.dtype)).element_size()
     require_memory(
         call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"

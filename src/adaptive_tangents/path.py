@@ -109,8 +109,7 @@ def average_features(
 def _average(call: str, first: Capture, theta1: Mapping[str, Tensor], x: Batch, count: int) -> TangentFeatures:
     points, weights = np.polynomial.legendre.leggauss(count)
     limit = limit_in_force(first.requested, first.probe.device)
-    factored = sum(b.bytes for b in first.probe.blocks.values() if b.kind == "factored")
-    whole = sum(b.bytes for b in first.probe.blocks.values() if b.kind != "factored")
+    factored, whole = first.probe.factored_bytes, first.probe.whole_bytes
     require_memory(
         call, 2 * samples(x) * (count * factored + 2 * whole), limit,
         remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
