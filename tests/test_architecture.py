@@ -30,6 +30,7 @@ ORDER = (
     "features",
     "layers",
     "inputs",
+    "recording",
     "capture",
     "path",
     "penalties",

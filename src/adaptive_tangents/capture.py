@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from adaptive_tangents.blocks import Block, Dense, Outer, Slot, sum_tensors
+from adaptive_tangents.blocks import Block, sum_tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
-from adaptive_tangents.layers import LayerRule, bias_inputs, rule_for
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.recording import Group, Use, graph_uses, parameter_groups, recorded_calls
 
 
 def tangent_features(
@@ -51,17 +51,6 @@ def tangent_features(
     torch.Size([10, 10])
     """
     return Capture("tangent_features", model, x, params, wrt, output, memory_limit).features(x)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """One call of a layer with a rule: what went in, and where its output enters the graph."""
-
-    module: nn.Module
-    rule: LayerRule
-    inputs: Tensor
-    version: int
-    edge: GradientEdge
 
 
 _PROBED = 16  # samples, spread over a batch, on which is tested what no layer can tell
@@ -143,7 +132,8 @@ class Capture:
             self.outputs(x, {})  # names the sample by its place in the batch
         self._check_interaction(some, out)
         kept = [block.outer for name, block in blocks.items() if name not in refuted and block.outer is not None]
-        whole = [group for group in groups if group.name in refuted or group.name not in blocks]
+        factored = {name for name, block in blocks.items() if block.dense is None} - refuted
+        whole = [group for group in groups if group.name not in factored]
         return Probe(
             c,
             out.dtype,
@@ -211,15 +201,15 @@ class Capture:
         """One pass, or None where an in-place operation overwrote an input that was not copied."""
         net = self.network
         leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
-        uses: list[_Use] = []
+        uses: list[Use] = []
         with self._quiet(), torch.enable_grad():
-            with _hooks(net.model, uses, copy=copy):
+            with recorded_calls(net.model, uses, copy=copy):
                 out = net(x, leaves)
             if any(use.inputs._version != use.version for use in uses):
                 return None
-            counts, nodes = _graph(out, {id(leaf): name for name, leaf in leaves.items()})
+            counts, nodes = graph_uses(out, {id(leaf): name for name, leaf in leaves.items()})
             uses = [use for use in uses if use.edge.node in nodes]
-            groups = _groups(net)
+            groups = parameter_groups(net)
             plan = {g.name: g.calls(uses, counts, len(out)) for g in groups}
             plan = {name: calls for name, calls in plan.items() if calls}
             edges = {id(use): use.edge for calls in plan.values() for use in calls}
@@ -230,129 +220,7 @@ class Capture:
         return out.detach(), groups, blocks, refuted
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Parameters that share one block: a weight or bias of ``modules``, both joined, or a lone parameter (no role)."""
-
-    name: str
-    matrix: tuple[int, int]
-    slots: tuple[Slot, ...]
-    role: str | None
-    joined: bool
-    modules: tuple[nn.Module, ...]
-
-    def calls(self, uses: list[_Use], counts: Mapping[str, int], n: int) -> list[_Use]:
-        """The layer calls that make up the features; empty where the parameters are used in any other way."""
-        members = {id(module) for module in self.modules}
-        found = [use for use in uses if id(use.module) in members]
-        rows = all(use.inputs.ndim > 1 and use.inputs.shape[0] == n for use in found)
-        return found if rows and all(counts[slot.parameter] == len(found) for slot in self.slots) else []
-
-    def block(self, uses: list[_Use], gradients: Mapping[int, Tensor]) -> Block:
-        """The block in factors, positions of all calls one after the other."""
-        backward, inputs = [], []
-        for use in uses:
-            h = use.rule.inputs(use.module, use.inputs)
-            columns = ([h] if self.role == "weight" else []) + (
-                [bias_inputs(h)] if self.joined or self.role == "bias" else []
-            )
-            inputs.append(columns[0] if len(columns) == 1 else torch.cat(columns, -1))
-            backward.append(use.rule.backward(use.module, gradients[id(use)]))
-        outer = Outer(torch.cat(backward, 1), torch.cat(inputs, 1)) if len(uses) > 1 else Outer(backward[0], inputs[0])
-        return Block(self.name, self.matrix, self.slots, outer=outer)
-
-    def materialised(self, values: Mapping[str, Tensor]) -> Block:
-        """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
-        parts = [
-            values[s.parameter].reshape(*values[s.parameter].shape[:2], self.matrix[0], s.width) for s in self.slots
-        ]
-        dense = Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
-        return Block(self.name, self.matrix, self.slots, dense=dense)
-
-
-_Factored = tuple[Tensor, list[_Group], dict[str, Block], frozenset[str]]
-
-
-@contextmanager
-def _hooks(model: nn.Module, uses: list[_Use], *, copy: bool) -> Iterator[None]:
-    """Record every call of a layer that has a rule; all hooks are gone afterwards."""
-
-    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
-        rule = rule_for(module)
-        x = arguments[0] if arguments else keywords.get("input")
-        if rule is None or not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
-            return
-        kept = x.detach().clone() if copy else x.detach()
-        uses.append(_Use(module, rule, kept, kept._version, get_gradient_edge(out)))
-
-    handles = []
-    try:
-        for module in model.modules():
-            if rule_for(module) is not None:
-                # First, so that what the model's own hooks make of the output is seen as downstream of the layer.
-                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _graph(out: Tensor, leaves: Mapping[int, str]) -> tuple[dict[str, int], set[Node]]:
-    """How often the graph of ``out`` uses each leaf, and all its nodes."""
-    counts = dict.fromkeys(leaves.values(), 0)
-    nodes: set[Node] = set()
-    stack = [out.grad_fn] if out.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        for successor, _ in node.next_functions:
-            if successor is None:
-                continue
-            variable = getattr(successor, "variable", None)
-            if variable is not None and id(variable) in leaves:
-                counts[leaves[id(variable)]] += 1
-            stack.append(successor)
-    return counts, nodes
-
-
-def _groups(net: Network) -> list[_Group]:
-    """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
-    names = {id(p): name for name, p in net.model.named_parameters()}
-    owners: dict[str, list[nn.Module]] = {}
-    roles: dict[str, str] = {}
-    paths: dict[int, str] = {}
-    for path, module in net.model.named_modules():
-        rule, paths[id(module)] = rule_for(module), path
-        for role, attribute in (("weight", rule.weight), ("bias", rule.bias)) if rule is not None else ():
-            name = names.get(id(module._parameters.get(attribute)), "")
-            if name in net.selected:
-                roles[name] = role
-                owners.setdefault(name, []).append(module)
-    partners = {
-        name: next((b for b in owners if roles[b] == "bias" and owners[b] == owners[name]), None)
-        for name in owners
-        if roles[name] == "weight"
-    }
-    groups = []
-    for name in net.selected:
-        if name in partners.values():
-            continue
-        parameter, modules, bias, title = net.parameters[name], owners.get(name, []), partners.get(name), name
-        rule = rule_for(modules[0]) if roles.get(name) == "weight" else None
-        o = parameter.shape[0] if parameter.ndim else 1
-        i = parameter.numel() // max(o, 1)
-        if rule is not None:
-            o, i = rule.matrix(modules[0])
-            if bias is not None or all(module._parameters.get(rule.bias) is None for module in modules):
-                title = paths[id(modules[0])] or name
-        slots = [Slot(name, tuple(parameter.shape), 0, i)]
-        if bias is not None:
-            slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
-        width = sum(slot.width for slot in slots)
-        groups.append(_Group(title, (o, width), tuple(slots), roles.get(name), bias is not None, tuple(modules)))
-    return groups
+_Factored = tuple[Tensor, list[Group], dict[str, Block], frozenset[str]]
 
 
 def _mixed(out: Tensor) -> Tensor:
@@ -381,16 +249,22 @@ def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Blo
     tolerance = 1e-6 if out.dtype == torch.float64 else max(1e-2, 16 * torch.finfo(out.dtype).eps)
     wrong = []
     for name, block in blocks.items():
-        outer = block.map(dtype=wide).outer
-        assert outer is not None
         o, i = block.shape
-        direction = torch.randn(i, generator=generator).to(outer.inputs)
-        along = weights.to(wide)[:, None, :] * (outer.inputs @ direction)[..., None]
-        ours = along.flatten() @ outer.backward.reshape(-1, o)
+        direction = torch.randn(i, generator=generator).to(out).to(wide)
+        along, size = weights.new_zeros(o, dtype=wide), weights.new_zeros((), dtype=wide)
+        wide_block, w = block.map(dtype=wide), weights.to(wide)
+        if wide_block.outer is not None:
+            outer = wide_block.outer
+            signals = w[:, None, :] * (outer.inputs @ direction)[..., None]
+            along = along + signals.flatten() @ outer.backward.reshape(-1, o)
+            squares = w[:, None, :] ** 2 * (outer.backward**2).sum(-1) * (outer.inputs**2).sum(-1)[..., None]
+            size = size + squares.sum()
+        if wide_block.dense is not None:
+            along = along + wide_block.dense.combine(w) @ direction
+            size = size + (w[..., None, None] * wide_block.dense.values).square().sum()
         parts = [(s, gradients[s.parameter].to(wide).reshape(o, s.width)) for s in block.slots]
         theirs = sum_tensors([part @ direction[s.column : s.column + s.width] for s, part in parts])
-        sizes = weights.to(wide)[:, None, :] ** 2 * (outer.backward**2).sum(-1) * (outer.inputs**2).sum(-1)[..., None]
-        if bool((ours - theirs).norm() > tolerance * sizes.sum().sqrt()):
+        if bool((along - theirs).norm() > tolerance * size.sqrt()):
             wrong.append(name)
     return frozenset(wrong)
 

@@ -1,64 +1,184 @@
-"""For each torch layer: its input-side and output-side factors. The only file that knows layer types.
+"""For each torch layer: what its parameters' features are made of. The only file that knows layer types.
 
-A rule says how a layer's weight gradient is a sum of outer products over positions, given what went in and the gradient
-of an output with respect to what came out. To support a layer type, add its rule here.
+A rule gives the features of a layer's weight and bias from what went into the layer and the gradients of the outputs with
+respect to what came out: factors δ and h over positions where the weight acts on shared inputs, or the features themselves
+where it does not (norm scales, grouped convolutions). To support a layer type, add its rule here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from adaptive_tangents.blocks import Dense, Outer
+
+_Gradients = Float[Tensor, "c n *rest"]
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one layer type factors: ∂f/∂W = Σ_t δ_t h_tᵀ and ∂f/∂b = Σ_t δ_t.
+    """How one layer type's features are made, x being its input and g (c, n, ...) the gradients at its output.
 
-    ``inputs(module, x)`` gives h (n, t, i) from the layer's input; ``backward(module, g)`` gives δ (n, t, c, o) from
-    the gradients g (c, n, ...) of the c outputs with respect to the layer's output; ``matrix(module)`` is (o, i).
+    ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives δ (n, t, c, o),
+    the bias's features before they are summed over positions; ``matrix(module)`` is (o, i) of the weight; ``joined``: the
+    bias is one more input column of the weight's block. ``keep(module, x)`` is what a call has to remember of its input.
     """
 
-    layer: type[nn.Module]
-    weight: str
-    bias: str
+    layers: tuple[type[nn.Module], ...]
     matrix: Callable[[nn.Module], tuple[int, int]]
-    inputs: Callable[[nn.Module, Tensor], Float[Tensor, "n t i"]]
-    backward: Callable[[nn.Module, Tensor], Float[Tensor, "n t c o"]]
+    weight: Callable[[nn.Module, Tensor, Tensor], Outer | Dense]
+    bias: Callable[[nn.Module, Tensor], Float[Tensor, "n t c o"]]
+    joined: bool
+    accepts: Callable[[nn.Module, Tensor], bool] = lambda module, x: x.ndim > 1
+    keep: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: x
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule that describes ``module``'s forward exactly, or None: a subclass or object with a forward of its own."""
+    if "forward" in vars(module):
+        return None
     for rule in RULES:
-        if (
-            isinstance(module, rule.layer)
-            and type(module).forward is rule.layer.forward
-            and "forward" not in vars(module)
-        ):
-            return rule
+        for layer in rule.layers:
+            if isinstance(module, layer) and type(module).forward is layer.forward:
+                return rule
     return None
 
 
-def _linear_inputs(module: nn.Module, x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+def with_bias_column(weight: Outer | Dense, bias: Float[Tensor, "n t c o"]) -> Outer | Dense:
+    """Features of a weight with its bias as one more input column."""
+    if isinstance(weight, Outer):
+        return Outer(weight.backward, torch.cat([weight.inputs, torch.ones_like(weight.inputs[..., :1])], -1))
+    return Dense(torch.cat([weight.values, bias.sum(1)[..., None]], -1))
 
 
-def _linear_backward(module: nn.Module, gradient: Tensor) -> Tensor:
-    c, n, *_, o = gradient.shape
-    return gradient.reshape(c, n, -1, o).permute(1, 2, 0, 3).contiguous()
+def bias_alone(rule: LayerRule, bias: Float[Tensor, "n t c o"], matrix: tuple[int, int]) -> Outer | Dense:
+    """Features of a bias that has a block of its own, (o, 1) unless it is a norm's over several dimensions."""
+    total = bias.sum(1, keepdim=True)
+    if rule.joined:
+        return Outer(total, torch.ones_like(total[:, :, 0, :1]))
+    return Dense(total[:, 0].reshape(*total[:, 0].shape[:2], *matrix))
 
 
-def _linear_matrix(module: nn.Module) -> tuple[int, int]:
+def _shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(module.weight, Tensor)
-    return module.weight.shape[0], module.weight.shape[1]
+    return module.weight.shape[0], module.weight.numel() // module.weight.shape[0]
+
+
+# Linear, any dimensions between samples and units: they are positions.
+
+
+def _linear(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer:
+    return Outer(_linear_backward(module, gradient), x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1]))
+
+
+def _linear_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+    c, n, *middle, o = gradient.shape
+    return gradient.reshape(c, n, prod(middle), o).permute(1, 2, 0, 3).contiguous()
+
+
+# Convolutions: output pixels are positions, unfolded patches the inputs. Groups see different inputs, so their features are
+# made outright.
+
+
+def _convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | Dense:
+    assert isinstance(module, _ConvNd)
+    patches, backward = _patches(module, x), _channels_backward(module, gradient)
+    g = module.groups
+    if g == 1:
+        return Outer(backward, patches)
+    n, t, c, o = backward.shape
+    signals = backward.reshape(n, t, c, g, o // g).permute(0, 3, 2, 4, 1).reshape(n * g, c * (o // g), t)
+    inputs = patches.reshape(n, t, g, -1).transpose(1, 2).reshape(n * g, t, -1)
+    values = (signals @ inputs).reshape(n, g, c, o // g, -1)
+    return Dense(values.transpose(1, 2).reshape(n, c, o, -1))
+
+
+def _patches(module: _ConvNd, x: Tensor) -> Float[Tensor, "n t i"]:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    dimensions = len(module.kernel_size)
+    for d, (k, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
+    # (n, channels, pixels..., kernel...) to (n, pixels, channels · kernel)
+    pixels, kernel = range(2, 2 + dimensions), range(2 + dimensions, 2 + 2 * dimensions)
+    n, t = x.shape[0], prod(x.shape[2 : 2 + dimensions])
+    i = x.shape[1] * prod(module.kernel_size)
+    return x.permute(0, *pixels, 1, *kernel).reshape(n, t, i)
+
+
+def _channels_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+    c, n, o, *pixels = gradient.shape
+    return gradient.reshape(c, n, o, prod(pixels)).permute(1, 3, 0, 2).contiguous()
+
+
+# Norms: the scale multiplies normalised inputs entry by entry, its feature is Σ_t δ_t ⊙ x̂_t.
+
+
+def _last_normalised(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape = list(module.normalized_shape)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, shape, None, None, module.eps)
+    return F.rms_norm(x, shape, None, module.eps)
+
+
+def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    assert isinstance(module, _BatchNorm | _InstanceNorm)
+    if isinstance(module, _BatchNorm) or module.track_running_stats:
+        return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    return F.instance_norm(x, eps=module.eps)
+
+
+def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
+    total = _last_backward(module, gradient * normalised).sum(1)
+    return Dense(total.reshape(*total.shape[:2], *_shape(module)))
+
+
+def _last_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    c, n = gradient.shape[:2]
+    o = prod(module.normalized_shape)
+    return gradient.reshape(c, n, gradient[0, 0].numel() // o, o).permute(1, 2, 0, 3)
+
+
+def _channels_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
+    return Dense(_channels_backward(module, gradient * normalised).sum(1)[..., None])
+
+
+def _batched(module: nn.Module, x: Tensor, *, dimensions: tuple[int, ...]) -> bool:
+    return x.ndim in dimensions
+
+
+def _convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
+    batched = partial(_batched, dimensions=(dimensions + 2,))
+    return LayerRule((layer,), _shape, _convolution, _channels_backward, joined=True, accepts=batched)
+
+
+def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
+    return LayerRule(
+        layers, _shape, _channels_scale, _channels_backward, joined=False,
+        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised,
+    )  # fmt: skip
 
 
 RULES: tuple[LayerRule, ...] = (
-    LayerRule(nn.Linear, "weight", "bias", _linear_matrix, _linear_inputs, _linear_backward),
+    LayerRule((nn.Linear,), _shape, _linear, _linear_backward, joined=True),
+    _convolution_rule(nn.Conv1d, 1),
+    _convolution_rule(nn.Conv2d, 2),
+    _convolution_rule(nn.Conv3d, 3),
+    LayerRule((nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_backward, joined=False, keep=_last_normalised),
+    _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
+    _channel_norm_rule((nn.InstanceNorm1d,), (3,)),
+    _channel_norm_rule((nn.InstanceNorm2d,), (4,)),
+    _channel_norm_rule((nn.InstanceNorm3d,), (5,)),
 )
-
-
-def bias_inputs(like: Float[Tensor, "n t i"]) -> Float[Tensor, "n t 1"]:
-    """The input that a bias sees at every position."""
-    return torch.ones_like(like[..., :1])

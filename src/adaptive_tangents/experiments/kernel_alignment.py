@@ -49,6 +49,7 @@ REFERENCE: dict[str, dict[str, float | str]] = {
     "smooth.diagonal.far": {"project": 13.4},
     "sign.diagonal_ratio": {"paper": "3–5", "project": 2.3},
     "smooth.diagonal_ratio": {"project": 1.12},
+    "smooth.path_error_db": {},
     "sign.path_error_db": {"project": "48, 50 equal points"},
 }
 
