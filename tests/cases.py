@@ -274,6 +274,13 @@ CASES = (
         nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 2)).double(), normal(3, 2, 2, 3, 3)), ("0", "4")),
     Case("grouped and depthwise convolutions", lambda: (nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(),
         nn.Conv2d(6, 6, 2, groups=6, bias=False), nn.Flatten(), nn.Linear(24, 2)).double(), normal(4, 4, 4, 4)), ("4",)),
+    Case("transposed convolutions", lambda: (nn.Sequential(nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0),
+        output_padding=(1, 0)), nn.Tanh(), nn.ConvTranspose2d(3, 2, 2, dilation=2, bias=False), nn.Flatten(),
+        nn.Linear(96, 2)).double(), normal(4, 2, 3, 3)), ("0.weight", "2.weight", "4")),
+    Case("a transposed convolution with room left over", lambda: (nn.Sequential(nn.ConvTranspose1d(2, 3, 2, dilation=3,
+        output_padding=2), nn.Flatten(), nn.Linear(27, 2)).double(), normal(4, 2, 4)), ("0.weight", "2")),
+    Case("a grouped transposed convolution", lambda: (nn.Sequential(nn.ConvTranspose3d(4, 6, (1, 2, 2), stride=2, groups=2),
+        nn.Tanh(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 2)).double(), normal(3, 4, 2, 2, 2)), ("4",)),
     Case("a convolution without samples", lambda: (Forward(lambda m, x: m.out(torch.stack([m.conv(one) for one in x])
         .mean((2, 3)).tanh()), conv=nn.Conv2d(4, 3, 2), out=nn.Linear(3, 2)), normal(4, 4, 3, 3)), ("out",)),
     Case("a convolution called twice", lambda: (Forward(lambda m, x: m.out(m.conv(m.conv(x).tanh()).mean((2, 3))),

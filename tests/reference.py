@@ -97,8 +97,14 @@ def sided(
     left: Array | None = None,
     right: Array | None = None,
     scale: float = 1.0,
+    inputs_first: bool = False,
 ) -> Array:
-    """φ with scale · M_L Φ M_Rᵀ in the block whose matrix has the named parameters as its columns, each (o, ...)."""
+    """φ with scale · M_L Φ M_Rᵀ in the block whose matrix has the named parameters as its columns, each (o, ...).
+
+    ``inputs_first``: the one parameter is (i, ...) instead, the transpose of the block's matrix.
+    """
+    if inputs_first:  # (M_L Φ M_Rᵀ)ᵀ = M_R Φᵀ M_Lᵀ
+        return sided(phi, parameters, names, left=right, right=left, scale=scale)
     phi = phi.copy()
     widths = [int(np.prod(parameters[name][1:])) for name in names]
     height = parameters[names[0]][0] if parameters[names[0]] else 1

@@ -283,7 +283,14 @@ def adapted(case: Case, kind: str, seed: int = 3) -> tuple[at.TangentFeatures, a
                 arrays = {"left": left, "right": right}
                 known = {role: None if side is None else side.numpy() for role, side in arrays.items()}
                 phis = [
-                    reference.sided(phi, p.feats.parameters, slots(block), scale=scale, **known)
+                    reference.sided(
+                        phi,
+                        p.feats.parameters,
+                        slots(block),
+                        scale=scale,
+                        inputs_first=block.slots[0].transposed,
+                        **known,
+                    )
                     if block.shape[0] * block.shape[1]
                     else phi
                     for phi in phis

@@ -131,12 +131,28 @@ class _Map:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter sits in its block's matrix: columns ``column`` to ``column + width``, reshaped to ``shape``."""
+    """Where a parameter sits in its block's matrix: columns ``column`` to ``column + width``.
+
+    ``transposed``: the parameter's leading dimensions are the columns, as layers that store their weights inputs first.
+    """
 
     parameter: str
     shape: tuple[int, ...]
     column: int
     width: int
+    transposed: bool = False
+
+    def place(self, values: Tensor, rows: int) -> Tensor:
+        """The parameter's values (*lead, *shape), whatever dimensions come first, as its columns (*lead, o, width)."""
+        lead = values.shape[: values.ndim - len(self.shape)]
+        if self.transposed:
+            return values.reshape(*lead, self.width, rows).mT
+        return values.reshape(*lead, rows, self.width)
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The parameter's values (*lead, *shape) out of the block's matrix (*lead, o, i)."""
+        columns = matrix[..., self.column : self.column + self.width]
+        return (columns.mT if self.transposed else columns).reshape((*matrix.shape[:-2], *self.shape))
 
 
 @dataclass(frozen=True)
@@ -229,11 +245,11 @@ class Block:
 
     def split(self, matrix: Float[Tensor, "o i"]) -> dict[str, Tensor]:
         """A block matrix as its parameters."""
-        return {s.parameter: matrix[:, s.column : s.column + s.width].reshape(s.shape) for s in self.slots}
+        return {slot.parameter: slot.take(matrix) for slot in self.slots}
 
     def join(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "o i"]:
         """Parameters as the block matrix."""
-        columns = [parameters[s.parameter].reshape(self.shape[0], s.width) for s in self.slots]
+        columns = [slot.place(parameters[slot.parameter], self.shape[0]) for slot in self.slots]
         return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 

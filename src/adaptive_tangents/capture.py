@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from adaptive_tangents.blocks import Block, sum_tensors
+from adaptive_tangents.blocks import Block
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
@@ -262,8 +262,7 @@ def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Blo
         if wide_block.dense is not None:
             along = along + wide_block.dense.combine(w) @ direction
             size = size + (w[..., None, None] * wide_block.dense.values).square().sum()
-        parts = [(s, gradients[s.parameter].to(wide).reshape(o, s.width)) for s in block.slots]
-        theirs = sum_tensors([part @ direction[s.column : s.column + s.width] for s, part in parts])
+        theirs = block.join(gradients).to(wide) @ direction
         if bool((along - theirs).norm() > tolerance * size.sqrt()):
             wrong.append(name)
     return frozenset(wrong)

@@ -83,7 +83,8 @@ class TangentFeatures:
         if vector.shape != (self.p,):
             raise TangentError(f"split: expected a vector of p = {self.p} entries, got shape {tuple(vector.shape)}")
         sizes = [torch.Size(shape).numel() for shape in self.parameters.values()]
-        named = dict(zip(self.parameters, torch.split(vector, sizes), strict=True))
+        parts = zip(self.parameters.items(), torch.split(vector, sizes), strict=True)
+        named = {name: part.reshape(shape) for (name, shape), part in parts}
         return {name: block.join(named) for name, block in self.blocks.items()}
 
     def join(self, matrices: Mapping[str, Float[Tensor, "_o _i"]]) -> Float[Tensor, " p"]:
@@ -107,7 +108,7 @@ class TangentFeatures:
             phi = block.features()
             for slot in block.slots:
                 first, size = offsets[slot.parameter], block.shape[0] * slot.width
-                out[:, :, first : first + size] = phi[..., slot.column : slot.column + slot.width].flatten(2)
+                out[:, :, first : first + size] = slot.take(phi).reshape(self.n, self.c, size)
         return out
 
     def matvec(self, v: Float[Tensor, " p"]) -> Float[Tensor, "n c"]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from adaptive_tangents.blocks import Dense, Outer
@@ -29,7 +29,8 @@ class LayerRule:
 
     ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives δ (n, t, c, o),
     the bias's features before they are summed over positions; ``matrix(module)`` is (o, i) of the weight; ``joined``: the
-    bias is one more input column of the weight's block. ``keep(module, x)`` is what a call has to remember of its input.
+    bias is one more input column of the weight's block; ``transposed``: the weight is stored inputs first;
+    ``accepts(module, x)``: samples come first in this input; ``keep(module, x)`` is what a call has to remember of it.
     """
 
     layers: tuple[type[nn.Module], ...]
@@ -37,6 +38,7 @@ class LayerRule:
     weight: Callable[[nn.Module, Tensor, Tensor], Outer | Dense]
     bias: Callable[[nn.Module, Tensor], Float[Tensor, "n t c o"]]
     joined: bool
+    transposed: bool = False
     accepts: Callable[[nn.Module, Tensor], bool] = lambda module, x: x.ndim > 1
     keep: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: x
 
@@ -103,15 +105,40 @@ def _convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | 
 
 def _patches(module: _ConvNd, x: Tensor) -> Float[Tensor, "n t i"]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    dimensions = len(module.kernel_size)
+    return _windows(module, F.pad(x, module._reversed_padding_repeated_twice, mode=mode)).flatten(1, -2)
+
+
+def _windows(module: _ConvNd, x: Tensor) -> Float[Tensor, "n *pixels i"]:
+    """Windows of a layer's kernel, stride and dilation, each flattened with its channels."""
     for d, (k, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
-    # (n, channels, pixels..., kernel...) to (n, pixels, channels · kernel)
+    # (n, channels, pixels..., kernel...) to (n, pixels..., channels · kernel)
+    dimensions = len(module.kernel_size)
     pixels, kernel = range(2, 2 + dimensions), range(2 + dimensions, 2 + 2 * dimensions)
-    n, t = x.shape[0], prod(x.shape[2 : 2 + dimensions])
-    i = x.shape[1] * prod(module.kernel_size)
-    return x.permute(0, *pixels, 1, *kernel).reshape(n, t, i)
+    return x.permute(0, *pixels, 1, *kernel).flatten(1 + dimensions)
+
+
+# Transposed convolutions, weights stored inputs first: input pixels are positions, patches of the gradient the signals.
+
+
+def _transposed_convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | Dense:
+    assert isinstance(module, _ConvTransposeNd)
+    c, n = gradient.shape[:2]
+    padding = [int(size) for size in module._reversed_padding_repeated_twice]
+    windows = _windows(module, F.pad(gradient.flatten(0, 1), padding))
+    for d, size in enumerate(x.shape[2:]):
+        windows = windows.narrow(1 + d, 0, size)  # output_padding may leave room for windows of no input
+    g, t, i = module.groups, prod(x.shape[2:]), x.shape[1]
+    signals = windows.reshape(c, n, t, g, windows.shape[-1] // g)
+    inputs = x.reshape(n, g, i // g, t)
+    if g == 1:
+        return Outer(signals[:, :, :, 0].permute(1, 2, 0, 3).contiguous(), inputs[:, 0].mT.contiguous())
+    return Dense(torch.einsum("cntgo,ngit->ncogi", signals, inputs).flatten(3))
+
+
+def _transposed_shape(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module.weight, Tensor)
+    return module.weight[0].numel(), module.weight.shape[0]
 
 
 def _channels_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
@@ -164,6 +191,14 @@ def _convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
     return LayerRule((layer,), _shape, _convolution, _channels_backward, joined=True, accepts=batched)
 
 
+def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
+    batched = partial(_batched, dimensions=(dimensions + 2,))
+    return LayerRule(
+        (layer,), _transposed_shape, _transposed_convolution, _channels_backward, joined=False, transposed=True,
+        accepts=batched,
+    )  # fmt: skip
+
+
 def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
     return LayerRule(
         layers, _shape, _channels_scale, _channels_backward, joined=False,
@@ -176,6 +211,9 @@ RULES: tuple[LayerRule, ...] = (
     _convolution_rule(nn.Conv1d, 1),
     _convolution_rule(nn.Conv2d, 2),
     _convolution_rule(nn.Conv3d, 3),
+    _transposed_convolution_rule(nn.ConvTranspose1d, 1),
+    _transposed_convolution_rule(nn.ConvTranspose2d, 2),
+    _transposed_convolution_rule(nn.ConvTranspose3d, 3),
     LayerRule((nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_backward, joined=False, keep=_last_normalised),
     _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
     _channel_norm_rule((nn.InstanceNorm1d,), (3,)),

@@ -62,9 +62,7 @@ class Group:
 
     def materialised(self, values: Mapping[str, Tensor]) -> Block:
         """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
-        parts = [
-            values[s.parameter].reshape(*values[s.parameter].shape[:2], self.matrix[0], s.width) for s in self.slots
-        ]
+        parts = [slot.place(values[slot.parameter], self.matrix[0]) for slot in self.slots]
         dense = Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
         return Block(self.name, self.matrix, self.slots, dense=dense)
 
@@ -147,7 +145,7 @@ def parameter_groups(net: Network) -> list[Group]:
             alone = all(module._parameters.get("bias") is None for module in modules)
             if bias is not None or (alone and rule.joined):
                 title = paths[id(modules[0])] or name
-        slots = [Slot(name, tuple(parameter.shape), 0, i)]
+        slots = [Slot(name, tuple(parameter.shape), 0, i, transposed=rule is not None and rule.transposed)]
         if bias is not None:
             slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
         width = sum(slot.width for slot in slots)
