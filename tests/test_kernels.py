@@ -112,3 +112,10 @@ def test_both_batches_are_checked() -> None:
         at.tangent_kernel(model, x, bad)
     with pytest.raises(at.TangentError, match=r"tangent_kernel: x is torch\.float32 and the model torch\.float64"):
         at.tangent_kernel(model, x, x.float())
+
+
+def test_unknown_outputs_are_refused_by_name() -> None:
+    model, x = by_name["Tanh"].build()
+    unchecked = getattr(at.tangent_kernel, "__wrapped__", at.tangent_kernel)
+    with pytest.raises(at.TangentError, match="tangent_kernel: outputs is 'full', 'trace' or 'diagonal', got 'sum'"):
+        unchecked(model, x, outputs="sum")

@@ -15,12 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.blocks import Block, Outer, Outputs, ranges, sum_tensors
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import format_bytes
 
 Route = Literal["gram", "materialise"]
 
 _WORKING_BYTES = 256_000_000  # more buys no speed, and features of a whole block are never held at once
 _PANELS = 4  # of a symmetric kernel: 5/8 of the products of the whole, each still large enough to run at full speed
+
+
+def check_outputs(call: str, outputs: str) -> None:
+    """Raise TangentError unless ``outputs`` names a kind of kernel."""
+    if outputs not in ("full", "trace", "diagonal"):
+        raise TangentError(f"{call}: outputs is 'full', 'trace' or 'diagonal', got {outputs!r}")
 
 
 @dataclass(frozen=True)

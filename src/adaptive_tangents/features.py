@@ -167,8 +167,7 @@ class TangentFeatures:
         ``by_block`` gives one kernel a block; they add up to the whole. Accumulated in float32 or better.
         Raises TangentError where features do not belong together or memory would exceed the limit.
         """
-        if outputs not in ("full", "trace", "diagonal"):
-            raise TangentError(f"kernel: outputs is 'full', 'trace' or 'diagonal', got {outputs!r}")
+        contraction.check_outputs("kernel", outputs)
         plan = self._plan(other, outputs, kernels=len(self.blocks) if by_block else 1)
         remedy = "use outputs='trace' or 'diagonal', tangent_kernel, or fewer samples"
         require_memory("kernel", plan.kernel_bytes, plan.limit, remedy=remedy)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.blocks import Outputs, ranges
 from adaptive_tangents.capture import Capture
-from adaptive_tangents.contraction import working_dtype
+from adaptive_tangents.contraction import check_outputs, working_dtype
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
@@ -51,6 +51,7 @@ def tangent_kernel(
     True
     """
     call = "tangent_kernel"
+    check_outputs(call, outputs)
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
     capture = Capture(call, model, x, params, wrt, output, memory_limit)
