@@ -27,16 +27,16 @@ _Gradients = Float[Tensor, "c n *rest"]
 class LayerRule:
     """How one layer type's features are made, x being its input and g (c, n, ...) the gradients at its output.
 
-    ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives δ (n, t, c, o),
-    the bias's features before they are summed over positions; ``matrix(module)`` is (o, i) of the weight; ``joined``: the
-    bias is one more input column of the weight's block; ``transposed``: the weight is stored inputs first;
-    ``accepts(module, x)``: samples come first in this input; ``keep(module, x)`` is what a call has to remember of it.
+    ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives those of the
+    bias, Σ_t δ_t (n, c, o); ``matrix(module)`` is (o, i) of the weight; ``joined``: the bias is one more input column of
+    the weight's block; ``transposed``: the weight is stored inputs first; ``accepts(module, x)``: samples come first in
+    this input; ``keep(module, x)`` is what a call has to remember of it.
     """
 
     layers: tuple[type[nn.Module], ...]
     matrix: Callable[[nn.Module], tuple[int, int]]
     weight: Callable[[nn.Module, Tensor, Tensor], Outer | Dense]
-    bias: Callable[[nn.Module, Tensor], Float[Tensor, "n t c o"]]
+    bias: Callable[[nn.Module, Tensor], Float[Tensor, "n c o"]]
     joined: bool
     transposed: bool = False
     accepts: Callable[[nn.Module, Tensor], bool] = lambda module, x: x.ndim > 1
@@ -54,19 +54,19 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     return None
 
 
-def with_bias_column(weight: Outer | Dense, bias: Float[Tensor, "n t c o"]) -> Outer | Dense:
+def with_bias_column(rule: LayerRule, module: nn.Module, weight: Outer | Dense, gradient: _Gradients) -> Outer | Dense:
     """Features of a weight with its bias as one more input column."""
     if isinstance(weight, Outer):
         return Outer(weight.backward, torch.cat([weight.inputs, torch.ones_like(weight.inputs[..., :1])], -1))
-    return Dense(torch.cat([weight.values, bias.sum(1)[..., None]], -1))
+    return Dense(torch.cat([weight.values, rule.bias(module, gradient)[..., None]], -1))
 
 
-def bias_alone(rule: LayerRule, bias: Float[Tensor, "n t c o"], matrix: tuple[int, int]) -> Outer | Dense:
+def bias_alone(rule: LayerRule, module: nn.Module, gradient: _Gradients, matrix: tuple[int, int]) -> Outer | Dense:
     """Features of a bias that has a block of its own, (o, 1) unless it is a norm's over several dimensions."""
-    total = bias.sum(1, keepdim=True)
+    total = rule.bias(module, gradient)
     if rule.joined:
-        return Outer(total, torch.ones_like(total[:, :, 0, :1]))
-    return Dense(total[:, 0].reshape(*total[:, 0].shape[:2], *matrix))
+        return Outer(total[:, None], torch.ones_like(total[:, None, 0, :1]))
+    return Dense(total.reshape(*total.shape[:2], *matrix))
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -81,9 +81,14 @@ def _linear(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer:
     return Outer(_linear_backward(module, gradient), x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1]))
 
 
-def _linear_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+def _linear_backward(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
     c, n, *middle, o = gradient.shape
     return gradient.reshape(c, n, prod(middle), o).permute(1, 2, 0, 3).contiguous()
+
+
+def _linear_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"]:
+    c, n, *middle, o = gradient.shape
+    return gradient.reshape(c, n, prod(middle), o).sum(2).transpose(0, 1).contiguous()
 
 
 # Convolutions: output pixels are positions, unfolded patches the inputs. Groups see different inputs, so their features are
@@ -141,9 +146,15 @@ def _transposed_shape(module: nn.Module) -> tuple[int, int]:
     return module.weight[0].numel(), module.weight.shape[0]
 
 
-def _channels_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+def _channels_backward(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
     c, n, o, *pixels = gradient.shape
-    return gradient.reshape(c, n, o, prod(pixels)).permute(1, 3, 0, 2).contiguous()
+    # Pixels stay innermost in memory: a copy that moves whole images is many times faster than one that moves numbers.
+    return gradient.reshape(c, n, o, prod(pixels)).transpose(0, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _channels_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"]:
+    c, n, o, *pixels = gradient.shape
+    return gradient.reshape(c, n, o, prod(pixels)).sum(-1).transpose(0, 1).contiguous()
 
 
 # Norms: the scale multiplies normalised inputs entry by entry, its feature is Σ_t δ_t ⊙ x̂_t.
@@ -167,19 +178,23 @@ def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
-    total = _last_backward(module, gradient * normalised).sum(1)
+    total = _last_bias(module, gradient * normalised)
     return Dense(total.reshape(*total.shape[:2], *_shape(module)))
 
 
-def _last_backward(module: nn.Module, gradient: _Gradients) -> Tensor:
+def _last_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"]:
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
     c, n = gradient.shape[:2]
     o = prod(module.normalized_shape)
-    return gradient.reshape(c, n, gradient[0, 0].numel() // o, o).permute(1, 2, 0, 3)
+    return gradient.reshape(c, n, gradient[0, 0].numel() // o, o).sum(2).transpose(0, 1).contiguous()
 
 
 def _channels_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
-    return Dense(_channels_backward(module, gradient * normalised).sum(1)[..., None])
+    c, n, o, *pixels = gradient.shape
+    # One product a channel image, (c, pixels) with (pixels): nothing of the gradients' size is made.
+    signals = gradient.reshape(c, n * o, prod(pixels)).transpose(0, 1)
+    total = signals @ normalised.reshape(n * o, prod(pixels), 1)
+    return Dense(total.reshape(n, o, c).transpose(1, 2).contiguous()[..., None])
 
 
 def _batched(module: nn.Module, x: Tensor, *, dimensions: tuple[int, ...]) -> bool:
@@ -188,33 +203,33 @@ def _batched(module: nn.Module, x: Tensor, *, dimensions: tuple[int, ...]) -> bo
 
 def _convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
     batched = partial(_batched, dimensions=(dimensions + 2,))
-    return LayerRule((layer,), _shape, _convolution, _channels_backward, joined=True, accepts=batched)
+    return LayerRule((layer,), _shape, _convolution, _channels_bias, joined=True, accepts=batched)
 
 
 def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
     batched = partial(_batched, dimensions=(dimensions + 2,))
     return LayerRule(
-        (layer,), _transposed_shape, _transposed_convolution, _channels_backward, joined=False, transposed=True,
+        (layer,), _transposed_shape, _transposed_convolution, _channels_bias, joined=False, transposed=True,
         accepts=batched,
     )  # fmt: skip
 
 
 def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
     return LayerRule(
-        layers, _shape, _channels_scale, _channels_backward, joined=False,
+        layers, _shape, _channels_scale, _channels_bias, joined=False,
         accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised,
     )  # fmt: skip
 
 
 RULES: tuple[LayerRule, ...] = (
-    LayerRule((nn.Linear,), _shape, _linear, _linear_backward, joined=True),
+    LayerRule((nn.Linear,), _shape, _linear, _linear_bias, joined=True),
     _convolution_rule(nn.Conv1d, 1),
     _convolution_rule(nn.Conv2d, 2),
     _convolution_rule(nn.Conv3d, 3),
     _transposed_convolution_rule(nn.ConvTranspose1d, 1),
     _transposed_convolution_rule(nn.ConvTranspose2d, 2),
     _transposed_convolution_rule(nn.ConvTranspose3d, 3),
-    LayerRule((nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_backward, joined=False, keep=_last_normalised),
+    LayerRule((nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_bias, joined=False, keep=_last_normalised),
     _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
     _channel_norm_rule((nn.InstanceNorm1d,), (3,)),
     _channel_norm_rule((nn.InstanceNorm2d,), (4,)),

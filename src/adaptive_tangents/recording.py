@@ -49,12 +49,11 @@ class Group:
         for use in uses:
             rule, module, gradient = use.rule, use.module, gradients[id(use)]
             if self.role == "bias":
-                parts.append(bias_alone(rule, rule.bias(module, gradient), self.matrix))
+                parts.append(bias_alone(rule, module, gradient, self.matrix))
                 continue
             weight = rule.weight(module, use.inputs, gradient)
             if self.joined:
-                bias = weight.backward if isinstance(weight, Outer) else rule.bias(module, gradient)
-                weight = with_bias_column(weight, bias)
+                weight = with_bias_column(rule, module, weight, gradient)
             parts.append(weight)
         outers = [Block(self.name, self.matrix, self.slots, outer=part) for part in parts if isinstance(part, Outer)]
         denses = [Block(self.name, self.matrix, self.slots, dense=part) for part in parts if isinstance(part, Dense)]
