@@ -434,3 +434,30 @@ def test_a_second_batch_is_checked_as_the_first_was() -> None:
     with pytest.raises(at.TangentError, match=r"call: x is torch\.float32 and the model torch\.float64"):
         capture.check_more(normal(3, 4).float())
     assert take((normal(3), normal(3, 2)), slice(0, 2))[1].shape == (2, 2)
+
+
+REFUTED = {
+    "tokens first": {"a", "b"},
+    "two learned queries and two samples": {"to_query"},
+    "a gate that sorts the batch": {"fc"},
+}
+MADE_OUTRIGHT = {
+    "LayerNorm": {"1.weight", "1.bias"},
+    "BatchNorm in eval": {"1.weight", "1.bias"},
+    "grouped and depthwise convolutions": {"0", "2"},
+    "transposed convolutions": {"0.bias"},
+    "a transposed convolution with room left over": {"0.bias"},
+    "a grouped transposed convolution": {"0.weight", "0.bias"},
+    "norms of images": {"1.weight", "1.bias", "4.weight", "4.bias", "6.weight", "6.bias"},
+    "norms of tokens": {"layer.weight", "layer.bias", "rms.weight"},
+    "a residual network": {"n.weight", "n.bias"},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layer_rules_hold_up_against_autograd_wherever_a_layer_can_tell(case: Case) -> None:
+    model, x = case.build()
+    capture = Capture("call", model, x, None, case.wrt, case.output, None)
+    _, _, blocks, _ = capture._factored(x, verify=False)
+    assert set(capture.probe.refuted) == REFUTED.get(case.name, set())
+    assert {name for name, block in blocks.items() if block.dense is not None} == MADE_OUTRIGHT.get(case.name, set())
