@@ -95,7 +95,7 @@ def with_frozen(model: nn.Module, *names: str) -> nn.Module:
 def with_statistics(model: nn.Module) -> nn.Module:
     """Running statistics of batch norms other than those of a new layer."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
             module.weight.data.normal_()
@@ -290,6 +290,9 @@ CASES = (
     Case("norms of images", lambda: (with_statistics(nn.Sequential(nn.Conv2d(2, 4, 2, bias=False), nn.BatchNorm2d(4),
         nn.ReLU(inplace=True), nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.InstanceNorm2d(4, affine=True),
         nn.Flatten(), nn.Linear(36, 2)).double()), normal(4, 2, 5, 5)), ("0", "3", "8")),
+    Case("InstanceNorm with running statistics", lambda: (with_statistics(nn.Sequential(nn.Conv1d(2, 3, 2),
+        nn.InstanceNorm1d(3, affine=True, track_running_stats=True), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()),
+        normal(4, 2, 5)), ("0", "4")),
     Case("norms of tokens", lambda: (Forward(lambda m, x: m.out(m.rms(m.layer(m.fc(x).tanh())).mean(1)),
         fc=nn.Linear(4, 5), layer=nn.LayerNorm((3, 5)), rms=nn.RMSNorm(5), out=nn.Linear(5, 2)), normal(4, 3, 4)),
         ("fc", "out")),

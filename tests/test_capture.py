@@ -449,6 +449,7 @@ MADE_OUTRIGHT = {
     "a transposed convolution with room left over": {"0.bias"},
     "a grouped transposed convolution": {"0.weight", "0.bias"},
     "norms of images": {"1.weight", "1.bias", "4.weight", "4.bias", "6.weight", "6.bias"},
+    "InstanceNorm with running statistics": {"1.weight", "1.bias"},
     "norms of tokens": {"layer.weight", "layer.bias", "rms.weight"},
     "a residual network": {"n.weight", "n.bias"},
 }
@@ -461,3 +462,10 @@ def test_layer_rules_hold_up_against_autograd_wherever_a_layer_can_tell(case: Ca
     _, _, blocks, _ = capture._factored(x, verify=False)
     assert set(capture.probe.refuted) == REFUTED.get(case.name, set())
     assert {name for name, block in blocks.items() if block.dense is not None} == MADE_OUTRIGHT.get(case.name, set())
+
+
+def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> None:
+    model, x = by_name["InstanceNorm with running statistics"].build()
+    model.train()
+    assert not Capture("call", model, x, None, None, None, None).probe.refuted
+    np.testing.assert_allclose(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x), atol=1e-12)

@@ -367,6 +367,13 @@ def test_the_answer_counts_the_measures_that_agree() -> None:
     assert "1.20 times for the smooth target and 2.30 times for the sign target" in answer
 
 
+def test_the_exact_models_are_said_to_turn_the_kernel_as_far_as_the_best_of_them_does() -> None:
+    full, two_sided = report._alignment_context(_results())["turns"]
+    assert full.startswith("Full takes sim(K_M, K_y) to at most 0.810 at λ = 1 for the smooth target (K_0: ")
+    assert "to at most 0.490 at λ = 0.1 for the smooth target" in two_sided
+    assert "and 0.490 at λ = 0.1 for the sign target (K_0: 0.0400)" in two_sided
+
+
 # --- the page
 
 

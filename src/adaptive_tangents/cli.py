@@ -50,7 +50,12 @@ def reproduce(
     samples: Annotated[int, typer.Option(help="Training samples the kernels are of.")] = 500,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = 500,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="A small run to see it work: numbers mean little.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A small run to see it work, whatever --samples and --epochs say: its numbers mean little."
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has trained.")] = False,
 ) -> None:
     """Run a published experiment on real data and write results.json, figures, checkpoints and report.html."""

@@ -172,7 +172,7 @@ def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
     assert isinstance(module, _BatchNorm | _InstanceNorm)
-    if isinstance(module, _BatchNorm) or module.track_running_stats:
+    if isinstance(module, _BatchNorm) or (module.track_running_stats and not module.training):
         return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
     return F.instance_norm(x, eps=module.eps)
 

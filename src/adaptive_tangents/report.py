@@ -317,8 +317,8 @@ def _turns(targets: Mapping[str, Any]) -> list[str]:
             if fits and start is not None:
                 best = max(fits, key=lambda fit: fit["alignment"])
                 parts.append(
-                    f"{_fixed(best['alignment'])} at λ = {best['strength']:g} for the {figures.label(name)} target "
-                    f"(K_0: {_fixed(start)})"
+                    f"{number(best['alignment'])} at λ = {best['strength']:g} for the {figures.label(name)} target "
+                    f"(K_0: {number(start)})"
                 )
         if parts:
             sentences.append(f"{structure} takes sim(K_M, K_y) to at most {' and '.join(parts)}.")
