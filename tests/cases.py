@@ -190,7 +190,7 @@ def linear_with(shape: tuple[int, ...], function: Callable[..., Tensor]) -> Call
 
 
 CASES = (
-    Case("linear map", lambda: (Forward(lambda m, x: x @ m.w.T, w=normal(2, 4)), normal(5, 4))),
+    Case("linear map", lambda: (Forward(lambda m, x: x @ m.w.T, w=normal(2, 4)), normal(5, 4)), ("w",)),
     Case("bare Linear", lambda: (nn.Linear(4, 3).double(), normal(5, 4)), ("weight",)),
     Case("bare Linear without bias", lambda: (nn.Linear(4, 3, bias=False).double(), normal(5, 4)), ("weight",)),
     Case("ReLU", lambda: (mlp(nn.ReLU), normal(6, 4)), ("0", "2", "4")),
@@ -217,10 +217,10 @@ CASES = (
     Case("as many tokens as samples", lambda: (Forward(lambda m, x: m.b(m.a(x).tanh()).mean(1), a=nn.Linear(4, 5),
         b=nn.Linear(5, 2)), normal(3, 3, 4)), ("a", "b")),
     Case("tokens first", lambda: (Forward(lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh()).mean(0), a=nn.Linear(4, 5),
-        b=nn.Linear(5, 2)), normal(3, 3, 4))),
+        b=nn.Linear(5, 2)), normal(3, 3, 4)), ("a", "b")),
     Case("samples and tokens as one dimension", lambda: (Forward(
         lambda m, x: m.b(m.a(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2]).mean(1)), a=nn.Linear(4, 5),
-        b=nn.Linear(5, 2)), normal(4, 3, 4)), ("b",)),
+        b=nn.Linear(5, 2)), normal(4, 3, 4)), ("a", "b")),
     Case("attention", lambda: (Forward(attention, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4),
         out=nn.Linear(4, 2)), normal(4, 3, 4)), ("q", "k", "v", "out")),
     Case("a learned query", lambda: (Forward(pooled_by_query, query=normal(1, 4), to_query=nn.Linear(4, 4),
@@ -244,14 +244,14 @@ CASES = (
     Case("two layers with one weight and no bias", lambda: (with_shared_weight(bias=False), normal(5, 4)),
         ("a", "out")),
     Case("a weight also used beside its layer", lambda: (Forward(
-        lambda m, x: F.linear(m.fc(x).tanh(), m.fc.weight), fc=nn.Linear(4, 4)), normal(5, 4))),
+        lambda m, x: F.linear(m.fc(x).tanh(), m.fc.weight), fc=nn.Linear(4, 4)), normal(5, 4)), ("fc",)),
     Case("a weight penalised in the output", lambda: (Forward(
         lambda m, x: m.fc(x) + m.fc.weight.square().sum() + m.fc.bias[0], fc=nn.Linear(4, 3)), normal(5, 4))),
     Case("a weight penalised a little in the output", lambda: (Forward(
         lambda m, x: m.fc(x) + 1e-8 * m.fc.weight.square().sum(), fc=nn.Linear(4, 3)), normal(5, 4))),
     Case("a lone scale", linear_with((), lambda m, x: m.free * m.fc(x)), ("fc",)),
     Case("a lone vector", linear_with((4,), lambda m, x: m.fc(x * m.free)), ("fc",)),
-    Case("a lone matrix", linear_with((4, 4), lambda m, x: m.fc((x @ m.free).tanh())), ("fc",)),
+    Case("a lone matrix", linear_with((4, 4), lambda m, x: m.fc((x @ m.free).tanh())), ("free", "fc")),
     Case("a lone empty parameter", linear_with((0,), lambda m, x: m.fc(x) + m.free.sum()), ("fc",)),
     Case("an unused parameter", linear_with((2, 2), lambda m, x: m.fc(x)), ("fc",)),
     Case("an unused layer", lambda: (Forward(lambda m, x: (m.out(x), m.spare(x))[0], spare=nn.Linear(4, 3),
@@ -300,9 +300,9 @@ CASES = (
         a=nn.Conv2d(2, 3, 1), b=nn.Conv2d(3, 3, 3, padding=1), n=nn.BatchNorm2d(3), c=nn.Conv2d(3, 3, 3, padding=1),
         out=nn.Linear(3, 2)), normal(4, 2, 4, 4)), ("a", "b", "c", "out")),
     Case("LSTM", lambda: (Forward(lambda m, x: m.out(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(3, 4, batch_first=True),
-        out=nn.Linear(4, 2)), normal(4, 3, 3)), ("out",)),
+        out=nn.Linear(4, 2)), normal(4, 3, 3)), ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "out")),
     Case("embedding of indices", lambda: (Forward(lambda m, x: m.out(m.table(x).mean(1)), table=nn.Embedding(7, 4),
-        out=nn.Linear(4, 2)), torch.randint(7, (5, 3))), ("out",)),
+        out=nn.Linear(4, 2)), torch.randint(7, (5, 3))), ("table", "out")),
     Case("control flow by item()", lambda: (Forward(branch, fc=nn.Linear(4, 2), scale=normal(2)), normal(5, 4)),
         ("fc",)),
     Case("control flow by numpy()", lambda: (Forward(
@@ -324,10 +324,10 @@ CASES = (
     Case("an input shifted in place", lambda: (Forward(shifted_input, fc=nn.Linear(4, 2)), normal(5, 4)), ("fc",)),
     Case("hooks of the user", lambda: (with_hook(mlp(nn.Tanh)), normal(5, 4)), ("0", "2", "4")),
     Case("a subclass with its own forward", lambda: (nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 2)).double(),
-        normal(5, 4)), ("2",)),
+        normal(5, 4)), ("0.weight", "2")),
     Case("a subclass without its own forward", lambda: (nn.Sequential(Renamed(4, 5), nn.Tanh(),
         nn.Linear(5, 2)).double(), normal(5, 4)), ("0", "2")),
-    Case("a forward set on the instance", lambda: (with_own_forward_on_the_instance(), normal(5, 4)), ("2", "4")),
+    Case("a forward set on the instance", lambda: (with_own_forward_on_the_instance(), normal(5, 4)), ("0.weight", "2", "4")),
     Case("weight norm", lambda: (nn.Sequential(normed(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 2)).double(),
         normal(5, 4)), ("0.bias", "2")),
     Case("an input that requires a gradient", lambda: (mlp(nn.Tanh), normal(5, 4).requires_grad_()), ("0", "2", "4")),

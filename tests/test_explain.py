@@ -10,7 +10,7 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.blocks import Dense, Outer
+from adaptive_tangents.summands import Dense, Outer
 from adaptive_tangents.transforms import Matrix, Sides
 
 SHAPES = ((4, 3, 2), (3, 5, 1), (3, 2, 0))

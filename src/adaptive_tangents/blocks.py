@@ -1,132 +1,18 @@
-"""One parameter block's features, Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ, and their contraction to a kernel.
+"""One parameter block's features, Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ: a sum of at most one summand of each kind, and its place."""
 
-Three kinds of summand make up a block, and any block may hold one of each:
-
-- ``Outer``: a sum of outer products over positions t, the factors of every layer that has them;
-- ``Dense``: the features themselves, for a parameter that has no factors;
-- ``Shared``: fixed directions D_k with coefficients s_k(x), what a joint transform of all blocks adds to each.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.summands import Dense, Flipped, Index, Lookup, Outer, SampleMap, Shared, Summand, sum_tensors
 from adaptive_tangents.transforms import Side
 
-Outputs = Literal["full", "trace", "diagonal"]
-Index = slice | Int[Tensor, " _k"]
-
-
-@dataclass(frozen=True)
-class Outer:
-    """Φ(x_k)_c = Σ_t δ_{k,t,c} h_{k,t}ᵀ: backward signals δ (n, t, c, o) and layer inputs h (n, t, i)."""
-
-    backward: Float[Tensor, "n t c o"]
-    inputs: Float[Tensor, "n t i"]
-
-    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
-        backward = self.backward[..., rows]
-        n, t, c, r = backward.shape
-        return (backward.reshape(n, t, c * r).mT @ self.inputs).reshape(n, c, r, self.inputs.shape[-1])
-
-    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
-        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
-        n, t, _, o = self.backward.shape
-        k = directions.shape[0]
-        projected = (self.inputs @ directions.flatten(0, 1).mT).reshape(n, t, k, o)
-        return (self.backward @ projected.mT).sum(1)
-
-    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
-        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
-        weighted = torch.einsum("nc,ntco->nto", weights, self.backward)
-        return weighted.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
-
-    def transformed(self, left: Side | None, right: Side | None) -> "Outer":
-        return Outer(
-            self.backward if left is None else left.apply(self.backward),
-            self.inputs if right is None else right.apply(self.inputs),
-        )
-
-    def scaled(self, scale: float) -> "Outer":
-        return Outer(scale * self.backward, self.inputs)
-
-    def map(self, function: "_Map") -> "Outer":
-        return Outer(function(self.backward), function(self.inputs))
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Materialised features Φ (n, c, o, i)."""
-
-    values: Float[Tensor, "n c o i"]
-
-    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units."""
-        return self.values[:, :, rows]
-
-    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
-        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
-        return self.values.flatten(2) @ directions.flatten(1).mT
-
-    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
-        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
-        return torch.einsum("nc,ncoi->oi", weights, self.values)
-
-    def transformed(self, left: Side | None, right: Side | None) -> "Dense":
-        values = self.values if right is None else right.apply(self.values)
-        return Dense(values if left is None else left.apply(values.mT).mT)
-
-    def scaled(self, scale: float) -> "Dense":
-        return Dense(scale * self.values)
-
-    def map(self, function: "_Map") -> "Dense":
-        return Dense(function(self.values))
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Φ(x_k)_c = Σ_j s_{k,c,j} D_j: coefficients s (n, c, k) on directions D (k, o, i) common to all samples."""
-
-    coefficients: Float[Tensor, "n c k"]
-    directions: Float[Tensor, "k o i"]
-
-    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
-        return torch.einsum("nck,kri->ncri", self.coefficients, self.directions[:, rows])
-
-    def inner(self, directions: Float[Tensor, "m o i"]) -> Float[Tensor, "n c m"]:
-        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
-        return self.coefficients @ (self.directions.flatten(1) @ directions.flatten(1).mT)
-
-    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
-        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
-        return torch.einsum("k,koi->oi", torch.einsum("nc,nck->k", weights, self.coefficients), self.directions)
-
-    def transformed(self, left: Side | None, right: Side | None) -> "Shared":
-        return Shared(self.coefficients, Dense(self.directions[None]).transformed(left, right).values[0])
-
-    def scaled(self, scale: float) -> "Shared":
-        return Shared(scale * self.coefficients, self.directions)
-
-    def map(self, function: "_Map") -> "Shared":
-        return Shared(function(self.coefficients), self.directions.to(function.dtype or self.directions.dtype))
-
-
-@dataclass(frozen=True)
-class _Map:
-    """What happens to every tensor that runs over samples: selection, then conversion."""
-
-    index: Index | None = None
-    dtype: torch.dtype | None = None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        tensor = tensor if self.index is None else tensor[self.index]
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+_Factors = TypeVar("_Factors", Outer, Flipped)
+_WORTH_SUMMING = 4_000_000  # bytes; below, factors stay as they are
 
 
 @dataclass(frozen=True)
@@ -159,8 +45,10 @@ class Slot:
 class Block:
     """The features of one parameter block, a sum of outer products over positions for every sample and output.
 
-    ``shape`` is (o, i), ``slots`` say which parameters make up the matrix, ``positions`` is t, ``kind`` is "factored" or
-    "materialised".
+    ``shape`` is (o, i), ``slots`` say which parameters make up the matrix, ``modes`` into which modes (name, size) the
+    input side unfolds, the first slowest ("in" × "spatial" for convolutions; a bias column comes after them), ``positions``
+    is t. ``kind`` is "factored"; "summed" where factors were summed over positions because that takes less room; or
+    "materialised" where there are no factors.
     """
 
     name: str
@@ -169,33 +57,36 @@ class Block:
     outer: Outer | None = None
     dense: Dense | None = None
     shared: Shared | None = None
+    lookup: Lookup | None = None
+    flipped: Flipped | None = None
+    modes: tuple[tuple[str, int], ...] = ()
+    summed: bool = False
 
     @property
     def kind(self) -> str:
-        return "factored" if self.dense is None else "materialised"
+        if self.dense is None:
+            return "factored"
+        return "summed" if self.summed else "materialised"
 
     @property
     def positions(self) -> int:
-        return self.outer.backward.shape[1] if self.outer is not None else 0
+        return sum(part.backward.shape[1] for part in self.summands if isinstance(part, Outer | Lookup | Flipped))
 
     @property
     def samples(self) -> int:
-        return self._like.shape[0]
+        return int(next(iter(vars(self.summands[0]).values())).shape[0])
 
     @property
     def outputs(self) -> int:
-        return self._like.shape[2 if self.outer is not None else 1]
-
-    @property
-    def _like(self) -> Tensor:
         part = self.summands[0]
-        return (
-            part.backward if isinstance(part, Outer) else part.values if isinstance(part, Dense) else part.coefficients
-        )
+        if isinstance(part, Outer | Lookup | Flipped):
+            return part.backward.shape[2]
+        return part.values.shape[1] if isinstance(part, Dense) else part.coefficients.shape[1]
 
     @property
-    def summands(self) -> tuple[Outer | Dense | Shared, ...]:
-        return tuple(part for part in (self.outer, self.dense, self.shared) if part is not None)
+    def summands(self) -> tuple[Summand, ...]:
+        parts = (self.outer, self.lookup, self.flipped, self.dense, self.shared)
+        return tuple(part for part in parts if part is not None)
 
     @property
     def bytes(self) -> int:
@@ -216,32 +107,53 @@ class Block:
 
     def transformed(self, left: Side | None, right: Side | None, scale: float = 1.0) -> "Block":
         """The block of scale · M_L Φ M_Rᵀ, again in factors."""
-        block = self._each(lambda part: part.transformed(left, right))
+        block = self.of([part.transformed(left, right) for part in self.summands])
         return block if scale == 1.0 else block.scaled(scale)
 
     def scaled(self, scale: float) -> "Block":
         """The block of scale · Φ."""
-        return self._each(lambda part: part.scaled(scale))
+        return self.of([part.scaled(scale) for part in self.summands])
 
     def plus(self, shared: Shared) -> "Block":
         """The block of Φ plus a shared summand."""
-        if self.shared is not None:
-            shared = Shared(
-                torch.cat([self.shared.coefficients, shared.coefficients], -1),
-                torch.cat([self.shared.directions, shared.directions]),
-            )
-        return replace(self, shared=shared)
+        return self.of([*self.summands, shared])
+
+    def without_shared(self) -> "Block":
+        """The block of Φ without its shared summand."""
+        return replace(self, shared=None)
 
     def map(self, *, index: Index | None = None, dtype: torch.dtype | None = None) -> "Block":
         """The block of some of the samples, or in another dtype."""
-        function = _Map(index, dtype)
-        return self._each(lambda part: part.map(function))
+        function = SampleMap(index, dtype)
+        return self.of([part.map(function) for part in self.summands])
 
-    def _each(self, change: Callable[[Any], Any]) -> "Block":
-        outer, dense, shared = (
-            None if part is None else change(part) for part in (self.outer, self.dense, self.shared)
+    def of(self, parts: Sequence[Summand]) -> "Block":
+        """A block in this one's place whose features are the sum of ``parts``."""
+        return replace(
+            self,
+            outer=_joined([part for part in parts if isinstance(part, Outer)]),
+            lookup=_joined_lookups([part for part in parts if isinstance(part, Lookup)]),
+            flipped=_joined([part for part in parts if isinstance(part, Flipped)]),
+            dense=_summed([part for part in parts if isinstance(part, Dense)]),
+            shared=_joined_shared([part for part in parts if isinstance(part, Shared)]),
         )
-        return replace(self, outer=outer, dense=dense, shared=shared)
+
+    def compact(self, *, copies: int = 1, least: int | None = None) -> "Block":
+        """The block with positions summed, Σ_t δ_t h_tᵀ once for all, where that saves at least ``least`` bytes.
+
+        ``copies``: the positions of as many blocks like this one would be held side by side.
+        """
+        factors = [part for part in self.summands if isinstance(part, Outer)]
+        if not factors:
+            return self
+        n, _, c, _ = factors[0].backward.shape
+        held = sum(part.backward.nbytes + part.inputs.nbytes for part in factors)
+        size = n * c * self.shape[0] * self.shape[1] * factors[0].backward.element_size()
+        if size > copies * held - (_WORTH_SUMMING if least is None else least):
+            return self
+        rest = [part for part in self.summands if not isinstance(part, Outer)]
+        made = self.of([*rest, *(Dense(part.features(slice(None))) for part in factors)])
+        return replace(made, summed=self.dense is None or self.summed)
 
     def split(self, matrix: Float[Tensor, "o i"]) -> dict[str, Tensor]:
         """A block matrix as its parameters."""
@@ -255,23 +167,67 @@ class Block:
 
 def sum_blocks(blocks: list[Block]) -> Block:
     """The block of Σ_q Φ_q: positions of all the blocks, one after the other."""
-    outers = [block.outer for block in blocks if block.outer is not None]
-    denses = [block.dense.values for block in blocks if block.dense is not None]
-    outer = (
-        Outer(torch.cat([p.backward for p in outers], 1), torch.cat([p.inputs for p in outers], 1)) if outers else None
+    total = blocks[0].of([part for block in blocks for part in block.summands])
+    return replace(
+        total, summed=all(block.dense is None or block.summed for block in blocks) and total.dense is not None
     )
-    total = replace(blocks[0], outer=outer, dense=Dense(sum_tensors(denses)) if denses else None, shared=None)
-    for block in blocks:
-        total = total if block.shared is None else total.plus(block.shared)
-    return total
 
 
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """The sum of at least one tensor."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+def stack_blocks(blocks: list[Block]) -> Block:
+    """The block of all the samples of several, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    parts: list[Summand] = []
+    for same in zip(*(block.summands for block in blocks), strict=True):
+        first = same[0]
+        tensors = {
+            name: value if name == "directions" else torch.cat([getattr(part, name) for part in same])
+            for name, value in vars(first).items()
+        }
+        parts.append(type(first)(**tensors))
+    return replace(blocks[0].of(parts), summed=all(block.summed for block in blocks))
+
+
+def _joined(parts: list[_Factors]) -> _Factors | None:
+    """Positions of all, one after the other."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return type(parts[0])(torch.cat([p.backward for p in parts], 1), torch.cat([p.inputs for p in parts], 1))
+
+
+def _joined_lookups(parts: list[Lookup]) -> Lookup | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    first = parts[0]
+    if all(
+        p.directions.shape[0] == 0 and torch.equal(p.index, first.index) and torch.equal(p.weights, first.weights)
+        for p in parts
+    ):
+        # The same places looked up, at every node of a path say: their signals add up.
+        return replace(first, backward=sum_tensors([p.backward for p in parts]))
+    backward, index, weights = (
+        torch.cat([getattr(p, name) for p in parts], 1) for name in ("backward", "index", "weights")
+    )
+    ranks = [p.directions.shape[0] for p in parts]
+    coefficients = index.new_zeros((*index.shape, sum(ranks)), dtype=weights.dtype)
+    position, start = 0, 0
+    for p, rank in zip(parts, ranks, strict=True):
+        t = p.index.shape[1]
+        coefficients[:, position : position + t, start : start + rank] = p.coefficients
+        position, start = position + t, start + rank
+    return Lookup(backward, index, weights, coefficients, torch.cat([p.directions for p in parts]))
+
+
+def _summed(parts: list[Dense]) -> Dense | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Dense(sum_tensors([part.values for part in parts]))
+
+
+def _joined_shared(parts: list[Shared]) -> Shared | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Shared(torch.cat([p.coefficients for p in parts], -1), torch.cat([p.directions for p in parts]))
 
 
 def ranges(total: int, size: int) -> Iterator[slice]:

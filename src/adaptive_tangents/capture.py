@@ -1,26 +1,29 @@
 """Model and inputs to tangent features: hooks where layers factor, one batched backward pass, a fallback for the rest.
 
-Which parameters share a block is read off the model alone, so features of any two batches go together. A block counts
-as factored only where every use of its parameters in the autograd graph is a call of a layer with a rule, and where a
-random combination of its features is what autograd says; every other block is materialised. Nothing is skipped.
+Which parameters share a block is read off the model alone, so features of any two batches go together. A block is made
+of calls of layers with a rule where they are every use of its parameters in the autograd graph, else of uses found in that
+graph. It counts only where a random combination of its features is what autograd says, on every batch; every other block is
+materialised, sample by sample. Nothing is skipped.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
-from adaptive_tangents.blocks import Block
+from adaptive_tangents.blocks import Block, ranges, stack_blocks
+from adaptive_tangents.derivatives import backward, materialise, mixed, refuted
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
 from adaptive_tangents.memory import memory_limit, require_memory
-from adaptive_tangents.recording import Group, Use, graph_uses, parameter_groups, recorded_calls
+from adaptive_tangents.operations import signatures
+from adaptive_tangents.recording import Group, Use, parameter_groups, read_graph, recorded_calls
+from adaptive_tangents.sources import Choice, Source, made_from, next_choice, source_of
+from adaptive_tangents.summands import Flipped, Lookup, Outer
 
 
 def tangent_features(
@@ -53,21 +56,46 @@ def tangent_features(
     return Capture("tangent_features", model, x, params, wrt, output, memory_limit).features(x)
 
 
-_PROBED = 16  # samples, spread over a batch, on which is tested what no layer can tell
+# Samples, spread over a batch, from which is learnt what features are made of. A prime: a dimension of the network that is
+# a multiple of it, and could be taken for the samples, is rare.
+_PROBED = 7
+_PASS_BYTES = 1_000_000_000  # more at once buys no speed
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few samples of a batch tell: outputs, bytes a sample takes, blocks, and those whose factors are refuted."""
+    """What a few samples of a batch tell: outputs, bytes that a sample takes, where the features of each block come from.
+
+    ``factors`` and ``dense`` are bytes of each block's factors and of its features materialised, per sample; ``pass_bytes``
+    what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
+    are made sample by sample.
+    """
 
     c: int
     dtype: torch.dtype
     device: torch.device
-    factored_bytes: int
-    whole_bytes: int
+    factors: Mapping[str, int]
+    dense: Mapping[str, int]
+    pass_bytes: int
     whole: tuple[str, ...]
-    blocks: int
+    choices: Mapping[str, Choice]
     refuted: frozenset[str]
+    index: Tensor
+    out: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.dense)
+
+    def held_bytes(self, copies: int = 1) -> int:
+        """Memory that the features of one sample take, positions of ``copies`` passes side by side where that is less."""
+        return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
+
+    @property
+    def whole_bytes(self) -> int:
+        """The part of it that is held materialised whatever is done."""
+        return sum(size for name, size in self.dense.items() if name not in self.factors)
 
 
 class Capture:
@@ -80,36 +108,48 @@ class Capture:
         self.call = call
         self.network: Network = network(call, model, x, params, wrt, output)
         self.requested = limit
+        self.samples = samples(x)
+        self.verify = True
         self.probe = self._probe(x)
         self.limit = memory_limit(limit, self.probe.device)
 
     @property
     def bytes_per_sample(self) -> int:
         """Memory that the features of one sample take."""
-        return max(1, self.probe.factored_bytes + self.probe.whole_bytes)
+        return max(1, self.probe.held_bytes())
 
     def check_more(self, x: Batch) -> None:
         """The checks of a second batch."""
         network(self.call, self.network.model, x, None, None, None)
-        refuted = self.probe.refuted | self._probe(x).refuted
-        self.probe = replace(self.probe, refuted=refuted)
+        other = self._probe(x)
+        # A batch of more samples tells more of where they are.
+        choices = self.probe.choices if min(samples(x), _PROBED) <= len(self.probe.index) else other.choices
+        self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
 
     def features(self, x: Batch) -> TangentFeatures:
         """The features of a batch, after a check that they fit into memory."""
-        probe = self.probe
-        # Factors are copied once while they are put together; materialised features are not.
-        needed = samples(x) * (2 * probe.factored_bytes + probe.whole_bytes)
+        probe, n = self.probe, samples(x)
+        # Features are copied once while they are put together; materialised ones are not.
+        needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
         if probe.whole:
             remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
         else:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
-        return self._features(x)
+        room = min(max(self.limit - needed, 0), _PASS_BYTES)
+        chunk = max(1, min(n, room // max(1, probe.pass_bytes)))
+        made = [self._features(x if chunk == n else take(x, part), chunk) for part in ranges(n, chunk)]
+        out = torch.cat([found for found, _ in made])
+        self._check_same(out, n)
+        blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
+        shapes = {name: tuple(self.network.parameters[name].shape) for name in self.network.selected}
+        return TangentFeatures(n, out.shape[1], blocks, shapes, self.requested)
 
-    def at(self, parameters: Mapping[str, Tensor]) -> "Capture":
-        """The same capture at other parameters, its checks not repeated."""
+    def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> "Capture":
+        """The same capture at other parameters and buffers, its checks not repeated."""
         other = copy_of(self)
-        other.network = replace(self.network, parameters=parameters)
+        other.network = replace(self.network, parameters=parameters, buffers=buffers or self.network.buffers)
+        other.verify, other.samples = False, 0
         return other
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -121,29 +161,54 @@ class Capture:
 
     def _probe(self, x: Batch) -> Probe:
         n = samples(x)
-        some = x
+        index, some = torch.arange(n), x
         if n > _PROBED:
             # Out of order between first and last, so that a model which sorts its batch cannot find it sorted.
             spread = torch.linspace(0, n - 1, _PROBED).long()
-            some = take(x, torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]]).to(tensors(x)[0].device))
-        out, groups, blocks, refuted = self._factored(some, verify=True)
-        c = out.shape[1]
-        if not bool(torch.isfinite(out).all()):
-            self.outputs(x, {})  # names the sample by its place in the batch
+            index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
+            some = take(x, index.to(tensors(x)[0].device))
+        choices: dict[str, Choice] = {}
+        wrong: set[str] = set()
+        while True:
+            out, groups, blocks, sources, found, reach = self._pass(some, choices, wrong, combined=True, verify=True)
+            if not bool(torch.isfinite(out).all()):
+                self.outputs(x, {})  # names the sample by its place in the batch
+            for name in found:
+                choice = next_choice(choices.get(name, Choice()), sources[name])
+                if choice is None:
+                    wrong.add(name)
+                else:
+                    choices[name] = choice
+            if not found:
+                break
         self._check_interaction(some, out)
-        kept = [block.outer for name, block in blocks.items() if name not in refuted and block.outer is not None]
-        factored = {name for name, block in blocks.items() if block.dense is None} - refuted
-        whole = [group for group in groups if group.name not in factored]
+        for name, source in sources.items():
+            allowed = None if source.uses else signatures(source.terms)
+            choices[name] = replace(choices.get(name, Choice()), calls=bool(source.uses), allowed=allowed)
+        c = out.shape[1]
+        made = [group for group in groups if group.name not in blocks]
+        sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in groups}
+        factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
-            c,
-            out.dtype,
-            out.device,
-            sum(c * outer.backward[0].nbytes + outer.inputs[0].nbytes for outer in kept),
-            sum(c * group.matrix[0] * group.matrix[1] * out.element_size() for group in whole),
-            tuple(slot.parameter for group in whole for slot in group.slots),
-            len(groups),
-            refuted,
-        )
+            c, out.dtype, out.device, factors, sizes, c * reach // len(out) + self._saved_bytes(take(some, slice(0, 1))),
+            tuple(slot.parameter for group in made for slot in group.slots), choices, frozenset(wrong), index, out,
+        )  # fmt: skip
+
+    def _saved_bytes(self, x: Batch) -> int:
+        """Memory that autograd keeps of a forward pass."""
+        held: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
+        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with self._quiet(), torch.enable_grad(), hooks:
+            self.network(x, leaves)
+        return sum(size for place, size in held.items() if place not in own)
 
     def _check_interaction(self, x: Batch, together: Tensor) -> None:
         n = samples(x)
@@ -152,14 +217,33 @@ class Capture:
         # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
         for k in (0, n - 1):
             alone = self.outputs(take(x, slice(k, k + 1)), {})[0]
-            scale = max(float(together.abs().max()), torch.finfo(together.dtype).tiny)
-            gap = float((together[k] - alone).abs().max()) / scale
-            if gap > 30 * torch.finfo(together.dtype).eps ** 0.75:
+            gap = self._gap(together[k], alone, together)
+            if gap > self._tolerance(together):
                 raise TangentError(
                     f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
                     f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
                     "outputs are random; take out what mixes the batch, e.g. batch statistics or dropout"
                 )
+
+    def _check_same(self, out: Tensor, n: int) -> None:
+        """The probed samples' outputs in the whole batch are those of the probe."""
+        if n != self.samples or n == len(self.probe.index):
+            return
+        gap = self._gap(out[self.probe.index.to(out.device)], self.probe.out, out)
+        if gap > self._tolerance(out):
+            raise TangentError(
+                f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
+                "output), so samples of a batch influence each other; take out what mixes the batch"
+            )
+
+    @staticmethod
+    def _gap(one: Tensor, two: Tensor, all_outputs: Tensor) -> float:
+        scale = max(float(all_outputs.abs().max()), torch.finfo(all_outputs.dtype).tiny)
+        return float((one - two).abs().max()) / scale
+
+    @staticmethod
+    def _tolerance(out: Tensor) -> float:
+        return float(30 * torch.finfo(out.dtype).eps ** 0.75)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -167,161 +251,122 @@ class Capture:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             yield
 
-    def _features(self, x: Batch) -> TangentFeatures:
-        net = self.network
-        out, groups, blocks, _ = self._factored(x, verify=False)
-        n, c = out.shape
+    def _features(self, x: Batch, chunk: int) -> tuple[Tensor, dict[str, Block]]:
+        """Outputs and blocks of samples that one pass has room for."""
+        net, probe = self.network, self.probe
+        unseen = self.verify and not (samples(x) == self.samples == len(probe.index))
+        out, groups, blocks, _, wrong, _ = self._pass(x, probe.choices, probe.refuted, combined=False, verify=unseen)
         check_finite(self.call, "the output", [out])
-        for name in self.probe.refuted & set(blocks):
-            del blocks[name]
-        rest = [group for group in groups if group.name not in blocks]
+        made = {name: block.compact() for name, block in blocks.items() if name not in wrong}
+        rest = [group for group in groups if group.name not in made]
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
+            own = sum(net.parameters[name].nbytes for name in names)
+            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * own)))
             with self._quiet():
-                values = _materialise(net, names, x)
-            blocks |= {group.name: group.materialised(values) for group in rest}
-        for block in blocks.values():
+                values = materialise(net, names, x, chunk=fit)
+            made |= {group.name: group.materialised(values).map(dtype=self._common()) for group in rest}
+        for block in made.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
-        shapes = {name: tuple(net.parameters[name].shape) for name in net.selected}
-        return TangentFeatures(n, c, {group.name: blocks[group.name] for group in groups}, shapes, self.requested)
+        return out, {group.name: made[group.name] for group in groups}
 
-    def _factored(self, x: Batch, *, verify: bool) -> "_Factored":
-        """Outputs, groups, and the blocks that have factors.
+    def _common(self) -> torch.dtype:
+        """The dtype of the features: what the selected parameters' dtypes promote to."""
+        dtypes = [self.network.parameters[name].dtype for name in self.network.selected]
+        common = dtypes[0]
+        for dtype in dtypes[1:]:
+            common = torch.promote_types(common, dtype)
+        return common
 
-        To verify, the blocks are of one random combination of the outputs, and those that autograd refutes are named.
+    def _pass(
+        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, combined: bool, verify: bool
+    ) -> "_Pass":
+        """Outputs, groups, the blocks that need no going through the samples one by one, their sources, those refuted.
+
+        ``combined``: of one random combination of the outputs. The last is the bytes of all gradients.
         """
-        made = self._attempt(x, copy=False, verify=verify)
-        if made is None:
-            made = self._attempt(x, copy=True, verify=verify)
-        assert made is not None
-        return made
+        found = self._attempt(x, choices, wrong, copy=False, combined=combined, verify=verify)
+        if found is None:
+            found = self._attempt(x, choices, wrong, copy=True, combined=combined, verify=verify)
+        assert found is not None
+        return found
 
-    def _attempt(self, x: Batch, *, copy: bool, verify: bool) -> "_Factored | None":
-        """One pass, or None where an in-place operation overwrote an input that was not copied."""
+    def _attempt(
+        self,
+        x: Batch,
+        choices: Mapping[str, Choice],
+        wrong: Collection[str],
+        *,
+        copy: bool,
+        combined: bool,
+        verify: bool,
+    ) -> "_Pass | None":
+        """One pass, or None where an in-place operation overwrote what was not copied."""
         net = self.network
         leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
         uses: list[Use] = []
-        with self._quiet(), torch.enable_grad():
+        with self._quiet(), torch.enable_grad(), _copies() if copy else nullcontext():
             with recorded_calls(net.model, uses, copy=copy):
                 out = net(x, leaves)
+            if not out.requires_grad:
+                raise TangentError(
+                    f"{self.call}: autograd sees no way from the output to the selected parameters; take out no_grad, "
+                    "inference_mode or detach, or select parameters that the output depends on"
+                )
             if any(use.inputs._version != use.version for use in uses):
                 return None
-            counts, nodes = graph_uses(out, {id(leaf): name for name, leaf in leaves.items()})
-            uses = [use for use in uses if use.edge.node in nodes]
             groups = parameter_groups(net)
-            plan = {g.name: g.calls(uses, counts, len(out)) for g in groups}
-            plan = {name: calls for name, calls in plan.items() if calls}
-            edges = {id(use): use.edge for calls in plan.values() for use in calls}
-            seen = _mixed(out) if verify else out
-            gradients = dict(zip(edges, _backward(seen, list(edges.values())), strict=True)) if edges else {}
-            blocks = {g.name: g.block(plan[g.name], gradients) for g in groups if g.name in plan}
-            refuted = _refuted(seen, leaves, blocks) if verify else frozenset[str]()
-        return out.detach(), groups, blocks, refuted
-
-
-_Factored = tuple[Tensor, list[Group], dict[str, Block], frozenset[str]]
-
-
-def _mixed(out: Tensor) -> Tensor:
-    """A random combination of the outputs (n, 1)."""
-    return out @ torch.randn(out.shape[1], 1, generator=torch.Generator().manual_seed(1)).to(out)
-
-
-def _refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> frozenset[str]:
-    """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
-
-    So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
-    Both sides are compared in a random direction of the input side, which costs less than the whole matrices.
-    """
-    if not blocks:
-        return frozenset()
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(out.shape, generator=generator).to(out)
-    names = [slot.parameter for block in blocks.values() for slot in block.slots]
-    try:
-        found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True)
-    except RuntimeError:
-        return frozenset()  # an input of a layer was overwritten: autograd cannot say, and the copy is right
-    gradients = dict(zip(names, found, strict=True))
-    wide = torch.promote_types(out.dtype, torch.float32)
-    # What products in reduced precision differ by stays below.
-    tolerance = 1e-6 if out.dtype == torch.float64 else max(1e-2, 16 * torch.finfo(out.dtype).eps)
-    wrong = []
-    for name, block in blocks.items():
-        o, i = block.shape
-        direction = torch.randn(i, generator=generator).to(out).to(wide)
-        along, size = weights.new_zeros(o, dtype=wide), weights.new_zeros((), dtype=wide)
-        wide_block, w = block.map(dtype=wide), weights.to(wide)
-        if wide_block.outer is not None:
-            outer = wide_block.outer
-            signals = w[:, None, :] * (outer.inputs @ direction)[..., None]
-            along = along + signals.flatten() @ outer.backward.reshape(-1, o)
-            squares = w[:, None, :] ** 2 * (outer.backward**2).sum(-1) * (outer.inputs**2).sum(-1)[..., None]
-            size = size + squares.sum()
-        if wide_block.dense is not None:
-            along = along + wide_block.dense.combine(w) @ direction
-            size = size + (w[..., None, None] * wide_block.dense.values).square().sum()
-        theirs = block.join(gradients).to(wide) @ direction
-        if bool((along - theirs).norm() > tolerance * size.sqrt()):
-            wrong.append(name)
-    return frozenset(wrong)
-
-
-def _backward(out: Tensor, edges: list[GradientEdge]) -> list[Tensor]:
-    """Gradients (c, n, ...) of every output, summed over samples that do not interact, at each edge."""
-    n, c = out.shape
-    selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
-    try:
-        return list(torch.autograd.grad(out, edges, selectors, retain_graph=True, is_grads_batched=True))
-    except RuntimeError:
-        # vmap over the backward pass is refused by some operations; one pass an output always works.
-        rows = [torch.autograd.grad(out, edges, selector, retain_graph=True) for selector in selectors]
-        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-def _materialise(net: Network, names: list[str], x: Batch) -> dict[str, Tensor]:
-    """∂f/∂θ (n, c, *shape) of parameters without factors: vmap of reverse mode, else sample by sample."""
-    chosen = {name: net.parameters[name].detach() for name in names}
-
-    def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
-        return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
-
-    try:
-        per_sample = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=_chunk(chosen, x))
-        made = per_sample(chosen, x)
-        return {name: made[name].detach() for name in names}
-    except RuntimeError:
-        return _sample_by_sample(net, chosen, x)
-
-
-def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:
-    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    for k in range(samples(x)):
-        leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in chosen.items()}
-        with torch.enable_grad():
-            out = net(take(x, slice(k, k + 1)), leaves)[0]
-            per_output = [
-                torch.autograd.grad(
-                    value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
+            uses = [use for use in uses if use.edge.node in graph.parents]
+            try:
+                sources: dict[str, Source] = {}
+                for group in groups:
+                    if group.name not in wrong:
+                        choice = choices.get(group.name, Choice())
+                        source = source_of(group, uses, graph, len(out), choice)
+                        sources |= {group.name: source} if source is not None else {}
+                flags = {
+                    (edge.node, edge.output_nr): (edge, last)
+                    for source in sources.values()
+                    for edge, last in zip(source.edges, source.channels_last, strict=True)
+                }
+                seen = mixed(out) if combined else out
+                edges, last = [edge for edge, _ in flags.values()], [last for _, last in flags.values()]
+                gradients = dict(
+                    zip(flags, backward(seen, edges, channels_last=last, parents=graph.parents), strict=True)
                 )
-                if value.requires_grad
-                else [torch.zeros_like(leaf) for leaf in leaves.values()]
-                for value in out
-            ]
-        for name, gradients in zip(chosen, zip(*per_output, strict=True), strict=True):
-            rows[name].append(torch.stack(list(gradients)))
-    return {name: torch.stack(parts) for name, parts in rows.items()}
+                reach = sum(gradient.nbytes for gradient in gradients.values())
+                common = self._common()
+                blocks = {
+                    group.name: made_from(group, sources[group.name], gradients, seen, choices).map(dtype=common)
+                    for group in groups
+                    if group.name in sources
+                }
+                del gradients
+                found = refuted(seen, leaves, blocks) if verify else frozenset[str]()
+            except RuntimeError:
+                if copy:
+                    raise
+                return None
+        return out.detach(), groups, blocks, sources, found, reach
 
 
-def _chunk(chosen: Mapping[str, Tensor], x: Batch) -> int:
-    """Samples a vmap call holds at once."""
-    return max(1, min(samples(x), 50_000_000 // max(1, sum(t.numel() for t in chosen.values()))))
+_Pass = tuple[Tensor, list[Group], dict[str, Block], dict[str, Source], frozenset[str], int]
 
 
-def _map(x: Any, function: Any) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, Mapping):
-        return {name: function(tensor) for name, tensor in x.items()}
-    return tuple(function(tensor) for tensor in x)
+@contextmanager
+def _copies() -> Iterator[None]:
+    """Keep copies of what autograd saves, so that nothing overwrites it."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        yield
+
+
+def _factor_bytes(block: Block, c: int) -> int:
+    """Memory that one sample's factors take, of c outputs; ``block`` has one."""
+    total = 0
+    for part in block.summands:
+        if isinstance(part, Outer | Lookup | Flipped):
+            total += c * part.backward[0].nbytes
+            total += sum(t[0].nbytes for name, t in vars(part).items() if name not in ("backward", "directions"))
+    return total

@@ -1,6 +1,7 @@
-"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of two routes costs fewer operations for the block.
+"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes costs fewer operations for the block.
 
 - gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
+- nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
 - materialise: Φ of a range of output units at a time, then one matrix product.
 
 Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
@@ -14,13 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.blocks import Block, Outer, Outputs, ranges, sum_tensors
+from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import format_bytes
+from adaptive_tangents.summands import Dense, Factors, Flipped, Lookup, Outer, Outputs, SampleMap, Shared, sum_tensors
 
-Route = Literal["gram", "materialise"]
+Route = Literal["gram", "nested", "materialise"]
 
-_WORKING_BYTES = 256_000_000  # more buys no speed, and features of a whole block are never held at once
+_CACHED_BYTES = 1_000_000  # what the nested route works on at a time
+_WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
+_TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
 _PANELS = 4  # of a symmetric kernel: 5/8 of the products of the whole, each still large enough to run at full speed
 
 
@@ -79,23 +83,31 @@ class KernelPlan:
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
-    """The cheaper route for one block by counted operations (theory §6)."""
+    """The cheapest route for one block by counted operations (theory §6)."""
+    kind = _common_factors(a, b)
+    a, b = _narrowed(a, b)
     (o, i), pairs = a.shape, n * m // 2 if symmetric else n * m
-    depth = c * c if outputs == "full" else c
-    gram = 2 * pairs * a.positions * b.positions * (i + depth * (o + 1))
+    t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
     forms = [(a, n)] if symmetric else [(a, n), (b, m)]
-    dense = 2 * sum(rows * block.positions * c * o * i for block, rows in forms) + 2 * pairs * depth * o * i
-    factored = a.dense is None and b.dense is None
-    route: Route = "gram" if factored and gram <= dense else "materialise"
+    sums = sum(rows * block.positions * c * o * i for block, rows in forms if kind is not Lookup)
+    counted: dict[Route, int] = {"materialise": 2 * sums + 2 * pairs * depth * o * i}
+    if kind is not None:
+        counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
+        if outputs == "full" and c > 1 and min(t, s) > 1:
+            counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
+    route = min(counted, key=lambda name: (counted[name], name == "materialise"))
     size = max(depth // c, 1)
-    if route == "gram":
-        least = 2 * (c if outputs == "diagonal" else size) * size * a.positions * b.positions * itemsize
-        whole = n * m * least
-    else:
+    if route == "materialise":
         least = 2 * c * i * itemsize
         whole = max(n, m) * o * least
-    working = min(budget, whole, _WORKING_BYTES)
-    return BlockPlan(a.name, a.shape, a.positions, route, gram if route == "gram" else dense, max(working, least))
+    elif route == "nested":
+        least = (t * s + 2 * t * c * o + t * depth) * itemsize
+        whole = n * m * least
+    else:
+        least = 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize
+        whole = n * m * least
+    working = min(budget, whole, _TILE_BYTES if route == "materialise" else _WORKING_BYTES)
+    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least))
 
 
 def empty_kernel(n: int, m: int, c: int, outputs: Outputs, like: Tensor) -> Float[Tensor, "batch N M"]:
@@ -120,13 +132,40 @@ def accumulate(
     budget: int,
 ) -> None:
     """Add one block's kernel in place; where symmetric, the upper triangle only (`mirror` makes the rest)."""
-    factored = a.dense is None and b.dense is None
-    if route == "gram" and factored and a.outer is not None and b.outer is not None:
-        _accumulate_gram(kernel, a.outer, b.outer, outputs, symmetric=symmetric, budget=budget)
-    else:
-        _accumulate_features(kernel, a, b, outputs, symmetric=symmetric, budget=budget)
+    rest_a, rest_b = _narrowed(a.without_shared(), b.without_shared())
+    if route != "materialise" and _common_factors(a, b) is not None:
+        factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
+        assert not isinstance(factors_a, Dense | Shared)
+        assert not isinstance(factors_b, Dense | Shared)
+        walk = _accumulate_gram if route == "gram" else _accumulate_nested
+        walk(kernel, factors_a, factors_b, outputs, symmetric=symmetric, budget=budget)
+    elif rest_a.summands and rest_b.summands:
+        _accumulate_features(kernel, rest_a, rest_b, outputs, symmetric=symmetric, budget=budget)
     if a.shared is not None or b.shared is not None:
         _accumulate_shared(kernel, a, b, outputs)
+
+
+def _common_factors(a: Block, b: Block) -> type[Factors] | None:
+    """The one kind of factors that both blocks are made of, if so (a shared summand aside)."""
+    kinds = {type(part) for block in (a, b) for part in block.without_shared().summands}
+    kind = next(iter(kinds), None)
+    alone = len(kinds) == 1 and bool(a.without_shared().summands) and bool(b.without_shared().summands)
+    return kind if alone and kind in (Outer, Lookup, Flipped) else None
+
+
+def _narrowed(a: Block, b: Block) -> tuple[Block, Block]:
+    """Blocks of lookups with only those columns that any sample looks up."""
+    if _common_factors(a, b) is not Lookup:
+        return a, b
+    looked = [block.lookup for block in (a, b) if block.lookup is not None]
+    if any(part.directions.shape[0] for part in looked):
+        return a, b
+    kept = torch.unique(torch.cat([part.index.flatten() for part in looked]))
+    first, second = (
+        replace(block, lookup=part.restricted(kept), shape=(block.shape[0], len(kept)))
+        for block, part in zip((a, b), looked, strict=True)
+    )
+    return first, second
 
 
 def mirror(kernel: Float[Tensor, "batch N N"]) -> None:
@@ -158,7 +197,16 @@ def _panels(total: int, group: int, size: int) -> list[slice]:
     return list(ranges(total, size))
 
 
-def _accumulate_gram(kernel: Tensor, a: Outer, b: Outer, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
+def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:
+    """h·h′ for all pairs of positions of ranges of samples."""
+    if isinstance(a, Lookup):
+        assert isinstance(b, Lookup)
+        return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
+    assert not isinstance(b, Lookup)
+    return a.inputs[p].flatten(0, 1) @ b.inputs[q].flatten(0, 1).mT
+
+
+def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
     n, t, c, _ = a.backward.shape
     m, s = b.backward.shape[:2]
     if t * s == 0:
@@ -168,7 +216,6 @@ def _accumulate_gram(kernel: Tensor, a: Outer, b: Outer, outputs: Outputs, *, sy
     pair = 2 * batch * (t * group) * (s * group) * kernel.element_size()
     columns = max(1, min(m, budget // pair))
     rows_a, rows_b = _rows(a.backward.flatten(0, 1), outputs), _rows(b.backward.flatten(0, 1), outputs)
-    inputs_a, inputs_b = (part.inputs.flatten(0, 1) for part in (a, b))
     for p in (
         _panels(n, group, max(1, budget // (pair * columns))) if symmetric else ranges(n, budget // (pair * columns))
     ):
@@ -181,17 +228,41 @@ def _accumulate_gram(kernel: Tensor, a: Outer, b: Outer, outputs: Outputs, *, sy
             left = rows_a[:, p.start * t * group : p.stop * t * group]
             right = rows_b[:, q.start * s * group : q.stop * s * group]
             product = (left @ right.mT).reshape(batch, height, t, group, width, s, group)
-            inputs = inputs_a[p.start * t : p.stop * t] @ inputs_b[q.start * s : q.stop * s].mT
-            product *= inputs.reshape(1, height, t, 1, width, s, 1)
+            product *= _input_gram(a, p, b, q).reshape(1, height, t, 1, width, s, 1)
             total = product.sum((2, 5)) if t * s > 1 else product
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             target += total.reshape(batch, height * group, width * group)
 
 
+def _accumulate_nested(
+    kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int
+) -> None:
+    n, t, c, o = a.backward.shape
+    m, s = b.backward.shape[:2]
+    blocks = kernel.view(n, c, m, c)
+    # Where positions lie together in memory, as convolutions leave them, sums over them end where they are wanted.
+    inner = all(part.backward.permute(0, 2, 3, 1).is_contiguous() for part in (a, b))
+    width = max(1, min(_CACHED_BYTES, budget) // (t * c * o * kernel.element_size()))
+    for k in range(n):
+        here = slice(k, k + 1)
+        own = a.backward[k].permute(1, 2, 0) if inner else a.backward[k].transpose(0, 1)
+        own = own.reshape(c, o * t)
+        for q in ranges(m, width):
+            q = slice(max(q.start, k), q.stop) if symmetric else q
+            size = q.stop - q.start
+            if size <= 0:
+                continue
+            grams = _input_gram(b, q, a, here).reshape(size, s, t)
+            if inner:
+                signals = b.backward[q].permute(0, 2, 3, 1).reshape(size, c * o, s)
+                summed = (signals @ grams).reshape(size * c, o * t)
+            else:
+                signals = b.backward[q].reshape(size, s, c * o)
+                summed = (grams.mT @ signals).reshape(size, t, c, o).transpose(1, 2).reshape(size * c, t * o)
+            blocks[k, :, q] += (own @ summed.mT).reshape(c, size, c)
+
+
 def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
-    a, b = replace(a, shared=None), replace(b, shared=None)
-    if not a.summands or not b.summands:
-        return
     n, c = a.samples, a.outputs
     m, group = b.samples, kernel.shape[1] // n
     unit = max(1, 2 * c * a.shape[1] * kernel.element_size())  # both sides of one sample, one output unit
@@ -224,7 +295,7 @@ def _accumulate_shared(kernel: Tensor, a: Block, b: Block, outputs: Outputs) -> 
     def add(left: Tensor, right: Tensor) -> None:
         kernel.baddbmm_(_rows(left, outputs), _rows(right, outputs).mT)
 
-    rest = [part for part in (a.outer, a.dense) if part is not None]
+    rest = a.without_shared().summands
     if b.shared is not None and rest:
         add(sum_tensors([part.inner(b.shared.directions) for part in rest]), b.shared.coefficients)
     if a.shared is not None:

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents import contraction
-from adaptive_tangents.blocks import Block, Index, Outputs, Shared, sum_tensors
+from adaptive_tangents.blocks import Block
 from adaptive_tangents.contraction import KernelPlan
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.summands import Index, Outputs, Shared, sum_tensors
 from adaptive_tangents.transforms import Joint, Sides, Transform
 
 

@@ -1,15 +1,18 @@
 """What users hand in: batches of tensors, models with parameters overlaid, outputs picked; checked before any work."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaptive_tangents.blocks import Index
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.summands import Index
 
 Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Output = Callable[[Any], Tensor]
@@ -31,10 +34,11 @@ class Network:
         """f(x; θ), shape (n, c), with some parameters replaced; x is a copy, which the model may overwrite."""
         x = take(x, None)
         state = {**self.parameters, **{name: b.clone() for name, b in self.buffers.items()}, **parameters}
-        if isinstance(x, Mapping):
-            out = torch.func.functional_call(self.model, state, (), dict(x))
-        else:
-            out = torch.func.functional_call(self.model, state, (x,) if isinstance(x, Tensor) else x)
+        with plainly(self.model):
+            if isinstance(x, Mapping):
+                out = torch.func.functional_call(self.model, state, (), dict(x))
+            else:
+                out = torch.func.functional_call(self.model, state, (x,) if isinstance(x, Tensor) else x)
         return self._checked(out if self.output is None else self.output(out), samples(x))
 
     def _checked(self, out: Any, n: int) -> Tensor:
@@ -45,9 +49,61 @@ class Network:
             raise TangentError(
                 f"{self.call}: the output has shape {tuple(out.shape)}, expected ({n}, c), one row a sample; {pick}"
             )
+        if out.shape[1] == 0:
+            raise TangentError(f"{self.call}: the output has shape {tuple(out.shape)}, no outputs at all; {pick}")
         if not out.is_floating_point():
             raise TangentError(f"{self.call}: the output is {out.dtype}, which has no derivative; {pick}")
         return out
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Run a model as written, every operation one that autograd records, and put back what it sets on itself.
+
+    That is: not compiled, nothing recomputed later (activation checkpointing would do so with the model's own parameters),
+    attention and recurrent layers in their elementary operations.
+    """
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_checkpointing())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            yield
+        finally:
+            for module, attributes in kept:
+                found = vars(module)
+                for name in [name for name in found if name not in attributes]:
+                    del found[name]
+                found.update(attributes)
+
+
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    """``torch.utils.checkpoint.checkpoint`` as a plain call."""
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    def plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
+        yield
+
+    checkpoint = torch.utils.checkpoint
+    names = {"CheckpointFunction": Plain, "_checkpoint_without_reentrant_generator": plain}
+    before = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
+    for name in before:
+        setattr(checkpoint, name, names[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(checkpoint, name, value)
 
 
 def network(
@@ -59,16 +115,50 @@ def network(
     output: Output | None,
 ) -> Network:
     """The model at ``params`` with the parameters selected by ``wrt``, after checking that all of it fits together."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b.detach() for name, b in model.named_buffers()}
-    if not parameters:
-        raise TangentError(f"{call}: the model has no parameters")
+    check_model(call, model)
+    # Tensors made under inference_mode take no part in autograd: their copies do.
+    parameters = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() if b.is_inference() else b.detach() for name, b in model.named_buffers()}
     selected = select(call, model, wrt)
+    for name in selected:
+        if not parameters[name].is_floating_point():
+            raise TangentError(
+                f"{call}: parameter {name!r} is {parameters[name].dtype}, and features are of real floating parameters; "
+                "leave it out with wrt"
+            )
     if params is not None:
         parameters, buffers = overlay(call, model, params)
     _check_mode(call, model)
     _check_batch(call, x, parameters)
     return Network(model, parameters, buffers, selected, output, call)
+
+
+def check_model(call: str, model: nn.Module) -> None:
+    """Raise TangentError for models that cannot be evaluated at other parameters, or hold what has no derivative."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TangentError(f"{call}: the model is wrapped in {type(model).__name__}; pass its .module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TangentError(f"{call}: the model is a TorchScript module; pass the Python module it was made from")
+    named = dict(model.named_parameters())
+    if not named:
+        raise TangentError(f"{call}: the model has no parameters")
+    for name, parameter in [*named.items(), *model.named_buffers()]:
+        if isinstance(parameter, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise TangentError(f"{call}: {name!r} is not initialised yet; run the model on one batch first")
+        if parameter.device.type == "meta":
+            raise TangentError(f"{call}: {name!r} is on the meta device and holds no values; load the weights first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            what = f"{call}: {type(module).__name__} {name!r}"
+            if module.max_norm is not None:
+                raise TangentError(
+                    f"{what} has max_norm, which changes the table whenever it is used; renormalise it once and set "
+                    "max_norm=None"
+                )
+            if module.scale_grad_by_freq:
+                raise TangentError(
+                    f"{what} has scale_grad_by_freq, so what autograd calls its gradient is no derivative; set it to False"
+                )
 
 
 def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...]:
@@ -167,6 +257,8 @@ def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
 def _check_batch(call: str, x: Any, parameters: Mapping[str, Tensor]) -> None:
     if not isinstance(x, Tensor | tuple | Mapping) or not all(isinstance(t, Tensor) for t in tensors(x)):
         raise TangentError(f"{call}: x is a tensor, or a tuple or dict of tensors, got {type(x).__name__}")
+    if any(t.is_nested or t.layout != torch.strided for t in tensors(x)):
+        raise TangentError(f"{call}: a tensor of x is nested or sparse; pad it, or make it dense with .to_dense()")
     if not tensors(x) or any(t.ndim == 0 for t in tensors(x)):
         raise TangentError(f"{call}: every tensor of x has the samples as its first dimension; got a scalar or nothing")
     counts = {t.shape[0] for t in tensors(x)}

@@ -6,12 +6,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.blocks import Outputs, ranges
+from adaptive_tangents.blocks import ranges
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.contraction import check_outputs, working_dtype
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
+from adaptive_tangents.summands import Outputs
 
 
 @overload

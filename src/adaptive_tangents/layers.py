@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from adaptive_tangents.blocks import Dense, Outer
+from adaptive_tangents.summands import Dense, Lookup, Outer
 
 _Gradients = Float[Tensor, "c n *rest"]
 
@@ -30,17 +32,24 @@ class LayerRule:
     ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives those of the
     bias, Σ_t δ_t (n, c, o); ``matrix(module)`` is (o, i) of the weight; ``joined``: the bias is one more input column of
     the weight's block; ``transposed``: the weight is stored inputs first; ``accepts(module, x)``: samples come first in
-    this input; ``keep(module, x)`` is what a call has to remember of it.
+    this input; ``keep(module, x)`` is what a call has to remember of it; ``tokens``: other dimensions may come before the
+    samples' in it; ``table``: x holds indices of
+    rows; ``alone``: a call that hands in more than x is none of this rule; ``modes(module)`` are those of the input
+    side.
     """
 
     layers: tuple[type[nn.Module], ...]
     matrix: Callable[[nn.Module], tuple[int, int]]
-    weight: Callable[[nn.Module, Tensor, Tensor], Outer | Dense]
+    weight: Callable[[nn.Module, Tensor, Tensor], Outer | Lookup | Dense]
     bias: Callable[[nn.Module, Tensor], Float[Tensor, "n c o"]]
     joined: bool
     transposed: bool = False
     accepts: Callable[[nn.Module, Tensor], bool] = lambda module, x: x.ndim > 1
     keep: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: x
+    tokens: bool = False
+    table: bool = False
+    alone: bool = False
+    modes: Callable[[nn.Module], tuple[tuple[str, int], ...]] = lambda module: ()
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
@@ -51,11 +60,26 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         for layer in rule.layers:
             if isinstance(module, layer) and type(module).forward is layer.forward:
                 return rule
-    return None
+    forward = type(module).forward
+    named = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
+    return _HUGGING_FACE_CONV1D if named == ("transformers.pytorch_utils", "Conv1D.forward") else None
 
 
-def with_bias_column(rule: LayerRule, module: nn.Module, weight: Outer | Dense, gradient: _Gradients) -> Outer | Dense:
+def packed_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of the weights, each with its bias, that a layer without a rule multiplies its inputs by as Linear does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [("in_proj_weight", "in_proj_bias")]
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        weights = [name for name in module._parameters if name.startswith(("weight_ih", "weight_hh"))]
+        return [(name, name.replace("weight", "bias")) for name in weights]
+    return [("weight", "bias")] if isinstance(module, nn.Bilinear) else []
+
+
+def with_bias_column(
+    rule: LayerRule, module: nn.Module, weight: Outer | Lookup | Dense, gradient: _Gradients
+) -> Outer | Dense:
     """Features of a weight with its bias as one more input column."""
+    assert not isinstance(weight, Lookup)
     if isinstance(weight, Outer):
         return Outer(weight.backward, torch.cat([weight.inputs, torch.ones_like(weight.inputs[..., :1])], -1))
     return Dense(torch.cat([weight.values, rule.bias(module, gradient)[..., None]], -1))
@@ -95,8 +119,7 @@ def _linear_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c 
 # made outright.
 
 
-def _convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | Dense:
-    assert isinstance(module, _ConvNd)
+def _convolution(module: Any, x: Tensor, gradient: _Gradients) -> Outer | Dense:
     patches, backward = _patches(module, x), _channels_backward(module, gradient)
     g = module.groups
     if g == 1:
@@ -108,12 +131,27 @@ def _convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | 
     return Dense(values.transpose(1, 2).reshape(n, c, o, -1))
 
 
-def _patches(module: _ConvNd, x: Tensor) -> Float[Tensor, "n t i"]:
+def convolution_of(node: Any, x: Tensor, gradient: _Gradients, kernel: tuple[int, ...]) -> Outer | Dense:
+    """The same for a convolution that autograd remembers."""
+    padding = [size for size in reversed(node._saved_padding) for _ in range(2)]
+    layer = SimpleNamespace(
+        kernel_size=kernel, stride=node._saved_stride, dilation=node._saved_dilation, groups=node._saved_groups,
+        padding_mode="zeros", _reversed_padding_repeated_twice=padding,
+    )  # fmt: skip
+    return _convolution(layer, x, gradient)
+
+
+def _convolution_modes(module: nn.Module) -> tuple[tuple[str, int], ...]:
+    assert isinstance(module, _ConvNd)
+    return ("in", module.in_channels // module.groups), ("spatial", prod(module.kernel_size))
+
+
+def _patches(module: Any, x: Tensor) -> Float[Tensor, "n t i"]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return _windows(module, F.pad(x, module._reversed_padding_repeated_twice, mode=mode)).flatten(1, -2)
 
 
-def _windows(module: _ConvNd, x: Tensor) -> Float[Tensor, "n *pixels i"]:
+def _windows(module: Any, x: Tensor) -> Float[Tensor, "n *pixels i"]:
     """Windows of a layer's kernel, stride and dilation, each flattened with its channels."""
     for d, (k, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
@@ -146,7 +184,7 @@ def _transposed_shape(module: nn.Module) -> tuple[int, int]:
     return module.weight[0].numel(), module.weight.shape[0]
 
 
-def _channels_backward(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
+def _channels_backward(module: Any, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
     c, n, o, *pixels = gradient.shape
     # Pixels stay innermost in memory: a copy that moves whole images is many times faster than one that moves numbers.
     return gradient.reshape(c, n, o, prod(pixels)).transpose(0, 1).contiguous().permute(0, 3, 1, 2)
@@ -177,6 +215,14 @@ def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.instance_norm(x, eps=module.eps)
 
 
+def normalised_channels(node: Any, operation: str) -> Tensor:
+    """What a norm over channels that autograd remembers multiplies its scale by."""
+    x = node._saved_input
+    if operation == "NativeGroupNorm":
+        return F.group_norm(x, node._saved_group, None, None, node._saved_eps)
+    return F.batch_norm(x, node._saved_running_mean, node._saved_running_var, None, None, False, 0.0, node._saved_eps)
+
+
 def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
     total = _last_bias(module, gradient * normalised)
     return Dense(total.reshape(*total.shape[:2], *_shape(module)))
@@ -203,7 +249,9 @@ def _batched(module: nn.Module, x: Tensor, *, dimensions: tuple[int, ...]) -> bo
 
 def _convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
     batched = partial(_batched, dimensions=(dimensions + 2,))
-    return LayerRule((layer,), _shape, _convolution, _channels_bias, joined=True, accepts=batched)
+    return LayerRule(
+        (layer,), _shape, _convolution, _channels_bias, joined=True, accepts=batched, modes=_convolution_modes
+    )
 
 
 def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> LayerRule:
@@ -221,15 +269,85 @@ def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[in
     )  # fmt: skip
 
 
+# Embeddings: a table stored inputs first that indices select rows of.
+
+
+def lookup(backward: Float[Tensor, "n t c o"], index: Tensor, width: int, weights: Float[Tensor, "n t"]) -> Lookup:
+    """Features of a table (width, o) of which every position looks up one row, times a weight."""
+    n, t = index.shape
+    return Lookup(backward, index.long(), weights, backward.new_zeros(n, t, 0), backward.new_zeros(0, width))
+
+
+def learning(index: Tensor, padding: int | None, like: Tensor) -> Float[Tensor, "n t"]:
+    """One for each row looked up, zero for the padding row, which never learns."""
+    rows = torch.ones(index.shape, dtype=like.dtype, device=like.device)
+    return rows if padding is None or padding < 0 else rows * (index != padding)
+
+
+def _embedding(module: nn.Module, x: Tensor, gradient: _Gradients) -> Lookup:
+    assert isinstance(module, nn.Embedding)
+    index = x.reshape(x.shape[0], -1)
+    return lookup(
+        _linear_backward(module, gradient), index, module.num_embeddings, learning(index, module.padding_idx, gradient)
+    )
+
+
+def _bag(module: nn.Module, x: Tensor, gradient: _Gradients) -> Lookup:
+    assert isinstance(module, nn.EmbeddingBag)
+    weights = learning(x, module.padding_idx, gradient)
+    if module.mode == "mean":
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+    backward = gradient.permute(1, 0, 2)[:, None].expand(-1, x.shape[1], -1, -1)
+    return lookup(backward, x, module.num_embeddings, weights)
+
+
+def _table(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return module.embedding_dim, module.num_embeddings
+
+
+def _plain_table(module: nn.Module, x: Tensor) -> bool:
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return module.max_norm is None and not module.scale_grad_by_freq and not x.is_floating_point()
+
+
+def _plain_bag(module: nn.Module, x: Tensor) -> bool:
+    assert isinstance(module, nn.EmbeddingBag)
+    return _plain_table(module, x) and x.ndim == 2 and module.mode in ("sum", "mean")
+
+
+def _no_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"]:
+    raise NotImplementedError
+
+
+def _stored_inputs_first(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.shape[1], module.weight.shape[0]
+
+
+_HUGGING_FACE_CONV1D = LayerRule(
+    (), _stored_inputs_first, _linear, _linear_bias, joined=True, transposed=True, tokens=True
+)
+
 RULES: tuple[LayerRule, ...] = (
-    LayerRule((nn.Linear,), _shape, _linear, _linear_bias, joined=True),
+    LayerRule((nn.Linear,), _shape, _linear, _linear_bias, joined=True, tokens=True),
+    LayerRule(
+        (nn.Embedding,), _table, _embedding, _no_bias, joined=False, transposed=True, accepts=_plain_table,
+        tokens=True, table=True
+    ),
+    LayerRule(
+        (nn.EmbeddingBag,), _table, _bag, _no_bias, joined=False, transposed=True, accepts=_plain_bag,
+        alone=True, table=True
+    ),
     _convolution_rule(nn.Conv1d, 1),
     _convolution_rule(nn.Conv2d, 2),
     _convolution_rule(nn.Conv3d, 3),
     _transposed_convolution_rule(nn.ConvTranspose1d, 1),
     _transposed_convolution_rule(nn.ConvTranspose2d, 2),
     _transposed_convolution_rule(nn.ConvTranspose3d, 3),
-    LayerRule((nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_bias, joined=False, keep=_last_normalised),
+    LayerRule(
+        (nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_bias, joined=False, keep=_last_normalised, tokens=True
+    ),
     _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
     _channel_norm_rule((nn.InstanceNorm1d,), (3,)),
     _channel_norm_rule((nn.InstanceNorm2d,), (4,)),

@@ -109,9 +109,8 @@ def average_features(
 def _average(call: str, first: Capture, theta1: Mapping[str, Tensor], x: Batch, count: int) -> TangentFeatures:
     points, weights = np.polynomial.legendre.leggauss(count)
     limit = limit_in_force(first.requested, first.probe.device)
-    factored, whole = first.probe.factored_bytes, first.probe.whole_bytes
     require_memory(
-        call, 2 * samples(x) * (count * factored + 2 * whole), limit,
+        call, 2 * samples(x) * (first.probe.held_bytes(count) + first.probe.whole_bytes), limit,
         remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
     )  # fmt: skip
     theta0 = first.network.parameters
@@ -120,8 +119,8 @@ def _average(call: str, first: Capture, theta1: Mapping[str, Tensor], x: Batch, 
         between = {name: torch.lerp(theta0[name], theta1[name], float(s)) for name in theta0}
         features = first.at(between).features(x)
         for name, block in features.blocks.items():
-            weighted, kept = block.scaled(float(w)), collected.setdefault(name, [])
-            if block.kind == "materialised" and kept:
+            weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
+            if weighted.dense is not None and kept:
                 # Materialised features add up at once; only factors are kept for every node.
                 weighted = sum_blocks([kept.pop(), weighted])
             kept.append(weighted)

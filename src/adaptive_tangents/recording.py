@@ -3,15 +3,54 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from adaptive_tangents.blocks import Block, Dense, Outer, Slot, sum_blocks
+from adaptive_tangents.blocks import Block, Slot
 from adaptive_tangents.inputs import Network
-from adaptive_tangents.layers import LayerRule, bias_alone, rule_for, with_bias_column
+from adaptive_tangents.layers import LayerRule, bias_alone, packed_pairs, rule_for, with_bias_column
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
+
+Layout = Literal["first", "second", "last"]
+"""Where samples are: in the first dimension, alone or before other things; in the second; or in the first after them."""
+
+Parents = Mapping[Any, list[tuple[Node, int, int]]]
+"""For each node of a graph: the nodes that use it, on which of their inputs, and which of its outputs."""
+
+
+def layouts(shape: tuple[int, ...], n: int) -> tuple[Layout, ...]:
+    """Where the n samples may be in a tensor, likeliest first."""
+    first = bool(shape) and shape[0] > 0 and shape[0] % n == 0
+    second = n > 1 and len(shape) > 1 and shape[1] == n
+    ways: list[Layout] = ["first"] if first and (shape[0] == n or not second) else []
+    ways += ["second"] if second else []
+    ways += ["first"] if first and "first" not in ways else []
+    return (*ways, "last") if first and n > 1 and shape[0] != n else tuple(ways)
+
+
+def arranged(tensor: Tensor, way: Layout, n: int, *, lead: int = 0) -> Tensor:
+    """The same with samples first after ``lead`` dimensions, what goes with each sample following it."""
+    if way == "second":
+        return tensor.transpose(lead, lead + 1)
+    if way == "last":
+        before, rest = tensor.shape[:lead], tensor.shape[lead + 1 :]
+        return tensor.reshape(*before, -1, n, *rest).transpose(lead, lead + 1).reshape(*before, -1, *rest)
+    return tensor
+
+
+def gathered(part: Outer | Lookup | Dense, n: int) -> Outer | Lookup | Dense:
+    """Features of n·k rows as those of n samples: rows of a sample are more positions of it."""
+    if isinstance(part, Dense):
+        return part if len(part.values) == n else Dense(part.values.reshape(n, -1, *part.values.shape[1:]).sum(1))
+    if len(part.backward) == n:
+        return part
+    return type(part)(**{
+        name: tensor if name == "directions" else tensor.reshape(n, -1, *tensor.shape[2:])
+        for name, tensor in vars(part).items()
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +63,12 @@ class Use:
     version: int
     edge: GradientEdge
 
+    def layouts(self, n: int) -> tuple[Layout, ...]:
+        """Where the samples may be in what went in."""
+        ways = layouts(tuple(self.inputs.shape), n)
+        before_last = self.inputs.ndim > 2 or not self.inputs.is_floating_point()
+        return ways if self.rule.tokens and before_last else tuple(way for way in ways if way != "second")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -35,35 +80,44 @@ class Group:
     role: str | None
     joined: bool
     modules: tuple[nn.Module, ...]
+    modes: tuple[tuple[str, int], ...] = ()
 
     def calls(self, uses: list[Use], counts: Mapping[str, int], n: int) -> list[Use]:
         """The layer calls that make up the features; empty where the parameters are used in any other way."""
         members = {id(module) for module in self.modules}
         found = [use for use in uses if id(use.module) in members]
-        rows = all(use.inputs.shape[0] == n for use in found)
+        rows = all(use.layouts(n) for use in found)
         return found if rows and all(counts[slot.parameter] == len(found) for slot in self.slots) else []
 
-    def block(self, uses: list[Use], gradients: Mapping[int, Tensor]) -> Block:
+    def of(self, parts: list[Summand]) -> Block:
+        """The block whose features are the sum of ``parts``."""
+        return Block(self.name, self.matrix, self.slots, modes=self.modes).of(parts)
+
+    def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, preference: int) -> Block:
         """The block made of all calls: positions one after the other, features without factors summed."""
-        parts: list[Outer | Dense] = []
+        parts: list[Summand] = []
         for use in uses:
-            rule, module, gradient = use.rule, use.module, gradients[id(use)]
+            rule, module, ways = use.rule, use.module, use.layouts(n)
+            way = ways[min(preference, len(ways) - 1)]
+            inputs, gradient = arranged(use.inputs, way, n), arranged(gradients[id(use)], way, n, lead=1)
+            made: Outer | Lookup | Flipped | Dense
             if self.role == "bias":
-                parts.append(bias_alone(rule, module, gradient, self.matrix))
-                continue
-            weight = rule.weight(module, use.inputs, gradient)
-            if self.joined:
-                weight = with_bias_column(rule, module, weight, gradient)
-            parts.append(weight)
-        outers = [Block(self.name, self.matrix, self.slots, outer=part) for part in parts if isinstance(part, Outer)]
-        denses = [Block(self.name, self.matrix, self.slots, dense=part) for part in parts if isinstance(part, Dense)]
-        return sum_blocks([*outers, *denses]) if len(parts) > 1 else (outers or denses)[0]
+                made = bias_alone(rule, module, gradient, self.matrix)
+            else:
+                weight = rule.weight(module, inputs, gradient)
+                made = with_bias_column(rule, module, weight, gradient) if self.joined else weight
+            made = gathered(made, n)
+            if self.role != "bias" and rule.transposed != self.slots[0].transposed:
+                # A weight that another layer of another kind shares, which has it the other way round.
+                assert not isinstance(made, Lookup | Flipped)
+                made = Flipped(made.backward, made.inputs) if isinstance(made, Outer) else Dense(made.values.mT)
+            parts.append(made)
+        return self.of(parts)
 
     def materialised(self, values: Mapping[str, Tensor]) -> Block:
         """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
         parts = [slot.place(values[slot.parameter], self.matrix[0]) for slot in self.slots]
-        dense = Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
-        return Block(self.name, self.matrix, self.slots, dense=dense)
+        return self.of([Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))])
 
 
 @contextmanager
@@ -73,6 +127,8 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator
     def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         rule = rule_for(module)
         x = arguments[0] if arguments else keywords.get("input")
+        if rule is not None and rule.alone and len(arguments) + len(keywords) > 1:
+            return
         if rule is None or not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
             return
         if not rule.accepts(module, x):
@@ -93,24 +149,36 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator
             handle.remove()
 
 
-def graph_uses(out: Tensor, leaves: Mapping[int, str]) -> tuple[dict[str, int], set[Node]]:
-    """How often the graph of ``out`` uses each leaf, and all its nodes."""
+@dataclass(frozen=True)
+class Graph:
+    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what."""
+
+    counts: Mapping[str, int]
+    leaves: Mapping[str, Node]
+    parents: Parents
+
+
+def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
+    """The graph of ``out``, leaves known by id."""
     counts = dict.fromkeys(leaves.values(), 0)
-    nodes: set[Node] = set()
+    found: dict[str, Node] = {}
+    parents: dict[Node, list[tuple[Node, int, int]]] = {}
     stack = [out.grad_fn] if out.grad_fn is not None else []
+    parents.update({node: [] for node in stack})
     while stack:
         node = stack.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        for successor, _ in node.next_functions:
+        for index, (successor, output) in enumerate(node.next_functions):
             if successor is None:
                 continue
-            variable = getattr(successor, "variable", None)
-            if variable is not None and id(variable) in leaves:
-                counts[leaves[id(variable)]] += 1
-            stack.append(successor)
-    return counts, nodes
+            if successor not in parents:
+                parents[successor] = []
+                stack.append(successor)
+            parents[successor].append((node, index, output))
+            name = leaves.get(id(getattr(successor, "variable", None)))
+            if name is not None:
+                counts[name] += 1
+                found[name] = successor
+    return Graph(counts, found, parents)
 
 
 def parameter_groups(net: Network) -> list[Group]:
@@ -119,8 +187,11 @@ def parameter_groups(net: Network) -> list[Group]:
     owners: dict[str, list[nn.Module]] = {}
     roles: dict[str, str] = {}
     paths: dict[int, str] = {}
+    pairs: list[tuple[str, ...]] = []
     for path, module in net.model.named_modules():
         rule, paths[id(module)] = rule_for(module), path
+        for pair in packed_pairs(module):
+            pairs.append(tuple(names.get(id(module._parameters.get(part)), "") for part in pair))
         for role in ("weight", "bias") if rule is not None else ():
             name = names.get(id(module._parameters.get(role)), "")
             if name in net.selected:
@@ -131,27 +202,38 @@ def parameter_groups(net: Network) -> list[Group]:
         for name in owners
         if roles[name] == "weight" and _joined(owners[name])
     }
+    once = [name for pair in pairs for name in pair]
+    partners |= {w: b for w, b in pairs if {w, b} <= set(net.selected) and once.count(w) == once.count(b) == 1}
     groups = []
     for name in net.selected:
         if name in partners.values():
             continue
-        parameter, modules, bias, title = net.parameters[name], owners.get(name, []), partners.get(name), name
+        parameter, modules, bias = net.parameters[name], owners.get(name, []), partners.get(name)
+        title: str = name
+        # A table's orientation is the one in which what is looked up stays indices.
+        modules = sorted(modules, key=lambda module: not _is_table(module))
         rule = rule_for(modules[0]) if roles.get(name) == "weight" else None
         o = parameter.shape[0] if parameter.ndim else 1
         i = parameter.numel() // max(o, 1)
         if rule is not None:
             o, i = rule.matrix(modules[0])
             alone = all(module._parameters.get("bias") is None for module in modules)
-            if bias is not None or (alone and rule.joined):
+            if bias is not None or (alone and (rule.joined or rule.table)):
                 title = paths[id(modules[0])] or name
         slots = [Slot(name, tuple(parameter.shape), 0, i, transposed=rule is not None and rule.transposed)]
         if bias is not None:
             slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
         width = sum(slot.width for slot in slots)
-        groups.append(Group(title, (o, width), tuple(slots), roles.get(name), bias is not None, tuple(modules)))
+        modes = rule.modes(modules[0]) if rule is not None else ()
+        groups.append(Group(title, (o, width), tuple(slots), roles.get(name), bias is not None, tuple(modules), modes))
     return groups
 
 
 def _joined(modules: list[nn.Module]) -> bool:
     rules = [rule_for(module) for module in modules]
     return all(rule is not None and rule.joined for rule in rules)
+
+
+def _is_table(module: nn.Module) -> bool:
+    rule = rule_for(module)
+    return rule is not None and rule.table

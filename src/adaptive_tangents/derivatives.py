@@ -1,0 +1,176 @@
+"""Gradients of every output: at the edges of an autograd graph, of random combinations as a check, or sample by sample."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from adaptive_tangents.blocks import Block
+from adaptive_tangents.inputs import Batch, Network, samples, take
+from adaptive_tangents.recording import Parents
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
+
+# Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
+# what they make costs more than it saves.
+_BATCHED = {
+    "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
+    "Mul", "Permute",
+}  # fmt: skip
+
+
+def backward(
+    out: Tensor, edges: Sequence[GradientEdge], *, channels_last: Sequence[bool], parents: Parents
+) -> list[Tensor]:
+    """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge.
+
+    ``channels_last``: the last dimension is kept together in memory, else all but the first.
+    """
+    if not edges:
+        return []
+    n, c = out.shape
+    names = {str(node.name()).rpartition("Backward")[0] for node in parents}
+    if c == 1 or names - {""} <= _BATCHED:
+        selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
+        try:
+            found = torch.autograd.grad(
+                out,
+                edges,
+                selectors,
+                retain_graph=True,
+                is_grads_batched=True,
+                allow_unused=True,
+                materialize_grads=False,
+            )
+            if all(gradient is not None for gradient in found):
+                return list(found)
+        except RuntimeError:
+            pass  # refused by some operation; one pass an output always works
+    buffers: list[Tensor | None] = [None] * len(edges)
+    for j in range(c):
+        selector = torch.zeros_like(out)
+        selector[:, j] = 1
+        found = torch.autograd.grad(out, edges, selector, retain_graph=True, allow_unused=True)
+        for k, (gradient, last) in enumerate(zip(found, channels_last, strict=True)):
+            shape = _edge_shape(edges[k]) if gradient is None else gradient.shape
+            axis = len(shape) - 1 if last else 1
+            buffer = buffers[k]
+            if buffer is None:
+                like = out if gradient is None else gradient
+                buffer = buffers[k] = like.new_empty((*shape[:axis], c, *shape[axis:]))
+            if gradient is None:
+                buffer.select(axis, j).zero_()
+            else:
+                buffer.select(axis, j).copy_(gradient)
+    return [
+        buffer.movedim(buffer.ndim - 2 if last else 1, 0)
+        for buffer, last in zip(buffers, channels_last, strict=True)
+        if buffer is not None
+    ]
+
+
+def _edge_shape(edge: GradientEdge) -> tuple[int, ...]:
+    return tuple(edge.node._input_metadata[edge.output_nr].shape)
+
+
+def mixed(out: Tensor) -> Tensor:
+    """A random combination of the outputs (n, 1)."""
+    return out @ torch.randn(out.shape[1], 1, generator=torch.Generator().manual_seed(1)).to(out)
+
+
+def refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> frozenset[str]:
+    """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
+
+    So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
+    Both sides are compared in a random direction of the input side, which costs less than the whole matrices.
+    """
+    if not blocks:
+        return frozenset()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(out.shape, generator=generator).to(out)
+    names = [slot.parameter for block in blocks.values() for slot in block.slots]
+    found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True, allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(leaves[name])
+        if gradient is None
+        else gradient.to_dense()
+        if gradient.is_sparse
+        else gradient
+        for name, gradient in zip(names, found, strict=True)
+    }
+    wide = torch.promote_types(out.dtype, torch.float32)
+    # What products in reduced precision differ by stays below.
+    tolerance = 1e-6 if out.dtype == torch.float64 else max(1e-2, 16 * torch.finfo(out.dtype).eps)
+    wrong = []
+    for name, block in blocks.items():
+        o, i = block.shape
+        direction = torch.randn(i, generator=generator).to(out).to(wide)
+        along, size = weights.new_zeros(o, dtype=wide), weights.new_zeros((), dtype=wide)
+        w = weights.to(wide)
+        for part in block.map(dtype=wide).summands:
+            along, size = along + _along(part, w, direction), size + _spread(part, w)
+        theirs = block.join(gradients).to(wide) @ direction
+        if bool((along - theirs).norm() > tolerance * size.sqrt()):
+            wrong.append(name)
+    return frozenset(wrong)
+
+
+def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
+    """A combination of features, as a matrix, times a direction of the input side."""
+    if isinstance(part, Outer):
+        signals = w[:, None, :] * (part.inputs @ direction)[..., None]
+        return torch.einsum("ntc,ntco->o", signals, part.backward)
+    return part.combine(w) @ direction
+
+
+def _spread(part: Summand, w: Tensor) -> Tensor:
+    """Σ of squares of the single terms of a combination, to which rounding is relative."""
+    if isinstance(part, Dense):
+        return (w**2 * part.values.square().sum((2, 3))).sum()
+    if isinstance(part, Lookup):
+        return (w[:, None, :] ** 2 * part.backward.square().sum(-1) * part.weights[..., None] ** 2).sum()
+    assert isinstance(part, Outer | Flipped)
+    return (w[:, None, :] ** 2 * part.backward.square().sum(-1) * part.inputs.square().sum(-1)[..., None]).sum()
+
+
+def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
+    """∂f/∂θ (n, c, *shape) of parameters without factors: vmap of reverse mode, ``chunk`` samples at once, else one by one."""
+    chosen = {name: net.parameters[name].detach() for name in names}
+
+    def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
+        return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
+
+    try:
+        per_sample = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)
+        made = per_sample(chosen, x)
+        return {name: made[name].detach() for name in names}
+    except RuntimeError:
+        return _sample_by_sample(net, chosen, x)
+
+
+def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    for k in range(samples(x)):
+        leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in chosen.items()}
+        with torch.enable_grad():
+            out = net(take(x, slice(k, k + 1)), leaves)[0]
+            per_output = [
+                torch.autograd.grad(
+                    value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                if value.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves.values()]
+                for value in out
+            ]
+        for name, gradients in zip(chosen, zip(*per_output, strict=True), strict=True):
+            rows[name].append(torch.stack([g.to_dense() if g.is_sparse else g for g in gradients]))
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def _map(x: Any, function: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {name: function(tensor) for name, tensor in x.items()}
+    return tuple(function(tensor) for tensor in x)

@@ -1,0 +1,255 @@
+"""What a block's features are sums of: each kind of summand with the same few products.
+
+- ``Outer``: a sum of outer products over positions t, the factors of every layer that has them;
+- ``Lookup``: the same where a layer's inputs are rows of an identity, kept as indices: embeddings;
+- ``Flipped``: outer products whose signals are on the input side: a weight used the other way round;
+- ``Dense``: the features themselves, for a parameter that has no factors, or where they take less room;
+- ``Shared``: fixed directions D_k with coefficients s_k(x), what a joint transform of all blocks adds to each.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adaptive_tangents.transforms import LowRank, Side
+
+Outputs = Literal["full", "trace", "diagonal"]
+Index = slice | Int[Tensor, " _k"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Φ(x_k)_c = Σ_t δ_{k,t,c} h_{k,t}ᵀ: backward signals δ (n, t, c, o) and layer inputs h (n, t, i)."""
+
+    backward: Float[Tensor, "n t c o"]
+    inputs: Float[Tensor, "n t i"]
+
+    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
+        """The features of a range of output units, materialised."""
+        backward = self.backward[..., rows]
+        n, t, c, r = backward.shape
+        return (backward.reshape(n, t, c * r).mT @ self.inputs).reshape(n, c, r, self.inputs.shape[-1])
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        n, t, _, o = self.backward.shape
+        k = directions.shape[0]
+        projected = (self.inputs @ directions.flatten(0, 1).mT).reshape(n, t, k, o)
+        return (self.backward @ projected.mT).sum(1)
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        weighted = torch.einsum("nc,ntco->nto", weights, self.backward)
+        return weighted.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Outer":
+        return Outer(
+            self.backward if left is None else left.apply(self.backward),
+            self.inputs if right is None else right.apply(self.inputs),
+        )
+
+    def scaled(self, scale: float) -> "Outer":
+        return Outer(scale * self.backward, self.inputs)
+
+    def map(self, function: "SampleMap") -> "Outer":
+        return Outer(function(self.backward), function(self.inputs))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Φ(x_k)_c = Σ_t δ_{k,t,c} h_{k,t}ᵀ with h_t = w_t (e_{j_t} + Σ_r s_{t,r} d_r): rows of an identity, moved by M_R.
+
+    ``index`` j (n, t) and ``weights`` w (n, t) are what an embedding saw; ``coefficients`` s (n, t, r) on ``directions`` d
+    (r, i) are what a transform of the input side adds, r = 0 before any. The identity is never formed.
+    """
+
+    backward: Float[Tensor, "n t c o"]
+    index: Int[Tensor, "n t"]
+    weights: Float[Tensor, "n t"]
+    coefficients: Float[Tensor, "n t r"]
+    directions: Float[Tensor, "r i"]
+
+    def features(self, rows: slice) -> Float[Tensor, "n c q i"]:
+        """The features of a range of output units, materialised."""
+        backward = self.backward[..., rows] * self.weights[..., None, None]
+        n, t, c, r = backward.shape
+        signals = backward.reshape(n, t, c * r).mT
+        out = signals @ self.coefficients @ self.directions
+        out.scatter_add_(2, self.index[:, None].expand(n, c * r, t), signals)
+        return out.reshape(n, c, r, self.directions.shape[1])
+
+    def against(self, columns: Float[Tensor, "i k"]) -> Float[Tensor, "n t k"]:
+        """hᵀX for each of the inputs h."""
+        plain = columns[self.index]
+        return (plain + self.coefficients @ (self.directions @ columns)) * self.weights[..., None]
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        n, t, _, o = self.backward.shape
+        k = directions.shape[0]
+        projected = self.against(directions.flatten(0, 1).mT).reshape(n, t, k, o)
+        return (self.backward @ projected.mT).sum(1)
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        weighted = torch.einsum("nc,ntco,nt->nto", weights, self.backward, self.weights).flatten(0, 1)
+        out = weighted.mT @ self.coefficients.flatten(0, 1) @ self.directions
+        return out.index_add_(1, self.index.flatten(), weighted.mT)
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Outer | Lookup":
+        backward = self.backward if left is None else left.apply(self.backward)
+        if right is None:
+            return Lookup(backward, self.index, self.weights, self.coefficients, self.directions)
+        if isinstance(right, LowRank):
+            # M h = h + U (g − 1) Uᵀh: the same identity row, and r more directions.
+            plain = Lookup(self.backward, self.index, torch.ones_like(self.weights), self.coefficients, self.directions)
+            axes = right.directions.to(self.weights.dtype)
+            added = plain.against(axes) * (right.gains - 1).to(self.weights.dtype)
+            return Lookup(
+                backward, self.index, self.weights, torch.cat([self.coefficients, added], -1),
+                torch.cat([self.directions, axes.mT]),
+            )  # fmt: skip
+        columns = right.matrix().to(self.weights.dtype).mT
+        return Outer(backward, self.against(columns))
+
+    def scaled(self, scale: float) -> "Lookup":
+        return Lookup(scale * self.backward, self.index, self.weights, self.coefficients, self.directions)
+
+    def map(self, function: "SampleMap") -> "Lookup":
+        index = self.index if function.index is None else self.index[function.index]
+        kept = (
+            function(self.weights),
+            function(self.coefficients),
+            self.directions.to(function.dtype or self.weights.dtype),
+        )
+        return Lookup(function(self.backward), index, *kept)
+
+    def input_gram(self, other: "Lookup") -> Float[Tensor, "N M"]:
+        """h·h′ for all pairs of positions, samples and positions as one dimension."""
+        a, b = self.index.flatten(), other.index.flatten()
+        u, v = self.coefficients.flatten(0, 1), other.coefficients.flatten(0, 1)
+        gram = (a[:, None] == b[None]).to(u.dtype)
+        gram += other.directions[:, a].mT @ v.mT + u @ (
+            self.directions[:, b] + (self.directions @ other.directions.mT) @ v.mT
+        )
+        return gram * self.weights.flatten()[:, None] * other.weights.flatten()
+
+    def restricted(self, kept: Int[Tensor, " k"]) -> "Lookup":
+        """The same with the columns ``kept`` only, sorted and holding every index; without directions."""
+        position = torch.searchsorted(kept, self.index)
+        return Lookup(self.backward, position, self.weights, self.coefficients, self.directions[:, kept])
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """Φ(x_k)_c = Σ_t h_{k,t} δ_{k,t,c}ᵀ: as ``Outer``, transposed, its signals (n, t, c, i) on the input side."""
+
+    backward: Float[Tensor, "n t c i"]
+    inputs: Float[Tensor, "n t o"]
+
+    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
+        """The features of a range of output units, materialised."""
+        return Outer(self.backward, self.inputs[..., rows]).features(slice(None)).mT
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        return Outer(self.backward, self.inputs).inner(directions.mT)
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        return Outer(self.backward, self.inputs).combine(weights).mT
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Flipped":
+        moved = Outer(self.backward, self.inputs).transformed(right, left)
+        return Flipped(moved.backward, moved.inputs)
+
+    def scaled(self, scale: float) -> "Flipped":
+        return Flipped(scale * self.backward, self.inputs)
+
+    def map(self, function: "SampleMap") -> "Flipped":
+        return Flipped(function(self.backward), function(self.inputs))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Materialised features Φ (n, c, o, i)."""
+
+    values: Float[Tensor, "n c o i"]
+
+    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
+        """The features of a range of output units."""
+        return self.values[:, :, rows]
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        return self.values.flatten(2) @ directions.flatten(1).mT
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        return torch.einsum("nc,ncoi->oi", weights, self.values)
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Dense":
+        values = self.values if right is None else right.apply(self.values)
+        return Dense(values if left is None else left.apply(values.mT).mT)
+
+    def scaled(self, scale: float) -> "Dense":
+        return Dense(scale * self.values)
+
+    def map(self, function: "SampleMap") -> "Dense":
+        return Dense(function(self.values))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Φ(x_k)_c = Σ_j s_{k,c,j} D_j: coefficients s (n, c, k) on directions D (k, o, i) common to all samples."""
+
+    coefficients: Float[Tensor, "n c k"]
+    directions: Float[Tensor, "k o i"]
+
+    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
+        """The features of a range of output units, materialised."""
+        return torch.einsum("nck,kri->ncri", self.coefficients, self.directions[:, rows])
+
+    def inner(self, directions: Float[Tensor, "m o i"]) -> Float[Tensor, "n c m"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        return self.coefficients @ (self.directions.flatten(1) @ directions.flatten(1).mT)
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        return torch.einsum("k,koi->oi", torch.einsum("nc,nck->k", weights, self.coefficients), self.directions)
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Shared":
+        return Shared(self.coefficients, Dense(self.directions[None]).transformed(left, right).values[0])
+
+    def scaled(self, scale: float) -> "Shared":
+        return Shared(scale * self.coefficients, self.directions)
+
+    def map(self, function: "SampleMap") -> "Shared":
+        return Shared(function(self.coefficients), self.directions.to(function.dtype or self.directions.dtype))
+
+
+@dataclass(frozen=True)
+class SampleMap:
+    """What happens to every tensor that runs over samples: selection, then conversion."""
+
+    index: Index | None = None
+    dtype: torch.dtype | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor if self.index is None else tensor[self.index]
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+
+Factors = Outer | Lookup | Flipped
+Summand = Factors | Dense | Shared
+
+
+def sum_tensors(tensors: list[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
