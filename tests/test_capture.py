@@ -26,19 +26,26 @@ def tensors_of(x: Any) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x.values() if hasattr(x, "values") else x)
 
 
+def raw(tensor: Tensor | None) -> bytes | None:
+    if tensor is None:
+        return None
+    tensor = tensor.detach().clone()  # not one of inference mode, which numpy refuses
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+
+
 def fingerprint(model: nn.Module, x: Any) -> list[Any]:
     """Everything a capture could have left behind: tensors by identity and value, flags, hooks, random state."""
     held = []
     for module in model.modules():
         for role in (module._parameters, module._buffers):
-            held += [(name, id(t), None if t is None else t.detach().numpy().tobytes()) for name, t in role.items()]
-        held += [(t.requires_grad, None if t.grad is None else t.grad.numpy().tobytes()) for t in module.parameters()]
+            held += [(name, id(t), raw(t)) for name, t in role.items()]
+        held += [(t.requires_grad, raw(t.grad)) for t in module.parameters()]
         held += [module.training, sorted(vars(module))]
         plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        held += [(name, id(t), t.grad_fn, t.detach().numpy().tobytes()) for name, t in plain.items()]
+        held += [(name, id(t), t.grad_fn, raw(t)) for name, t in plain.items()]
         hooks = [found for name, found in vars(module).items() if "hook" in name and isinstance(found, dict)]
         held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
-    held += [(t.detach().numpy().tobytes(), t.requires_grad, t.grad) for t in tensors_of(x)]
+    held += [(raw(t), t.requires_grad, t.grad) for t in tensors_of(x)]
     # Python's own generator is left out: the run-time type checks of the tests draw from it.
     drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
     return [*held, *drawn, torch.is_grad_enabled()]
