@@ -3,7 +3,8 @@
 from cases import CASES as SMALL
 from integration_cases import CASES as INTEGRATIONS
 from real_cases import CASES as REAL
+from rearranged_cases import CASES as REARRANGED
 
-CASES = (*SMALL, *REAL, *INTEGRATIONS)
+CASES = (*SMALL, *REAL, *REARRANGED, *INTEGRATIONS)
 by_name = {case.name: case for case in CASES}
 assert len(by_name) == len(CASES)
