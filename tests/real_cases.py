@@ -424,7 +424,7 @@ CASES = (
     real("spectral norm by hooks", with_weights_by(nn.utils.spectral_norm), "*_orig"),
     real("weight norm by parametrization", with_weights_by(parametrizations.weight_norm), "*.original*"),
     real("spectral norm by parametrization", with_weights_by(parametrizations.spectral_norm), "*.original*"),
-    real("orthogonal weights", with_weights_by(lambda layer: parametrizations.orthogonal(layer)
+    real("orthogonal weights", with_weights_by(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley")
         if isinstance(layer, nn.Linear) else layer), "*.original*", "*.base"),
     real("activation checkpointing", checkpointed, "body.*"),
     real("bfloat16", in_dtype(torch.bfloat16), tolerance=0.15),
