@@ -26,11 +26,18 @@ def tensors_of(x: Any) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x.values() if hasattr(x, "values") else x)
 
 
+KNOWN_TO_NUMPY = (torch.float16, torch.float32, torch.float64)
+
+
 def raw(tensor: Tensor | None) -> bytes | None:
     if tensor is None:
         return None
     tensor = tensor.detach().clone()  # not one of inference mode, which numpy refuses
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+    return (
+        (tensor.float() if tensor.is_floating_point() and tensor.dtype not in KNOWN_TO_NUMPY else tensor)
+        .numpy()
+        .tobytes()
+    )
 
 
 def fingerprint(model: nn.Module, x: Any) -> list[Any]:
@@ -45,7 +52,7 @@ def fingerprint(model: nn.Module, x: Any) -> list[Any]:
         held += [(name, id(t), t.grad_fn, raw(t)) for name, t in plain.items()]
         hooks = [found for name, found in vars(module).items() if "hook" in name and isinstance(found, dict)]
         held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
-    held += [(raw(t), t.requires_grad, t.grad) for t in tensors_of(x)]
+    held += [(raw(t), t.requires_grad, t.grad if t.is_leaf else None) for t in tensors_of(x)]
     # Python's own generator is left out: the run-time type checks of the tests draw from it.
     drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
     return [*held, *drawn, torch.is_grad_enabled()]
