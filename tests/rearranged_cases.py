@@ -61,7 +61,43 @@ REARRANGED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "samples reversed": lambda m, x: m.fc(x.flip(0)).sin().flip(0).mean(1),
 }  # fmt: skip
 
+
+def recurrent_twice(m: nn.Module, x: Tensor) -> Tensor:
+    """One LSTM reads the tokens, then reads them backwards from where it ended; the start is learned."""
+    start = tuple(state.expand(-1, len(x), -1).contiguous() for state in (m.h, m.c))
+    _, state = m.rnn(x, start)
+    return m.out(m.rnn(x.flip(1), state)[1][1][0])
+
+
+def attention_twice(m: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """One layer of attention for two depths, tokens first, some tokens masked."""
+    x = x.transpose(0, 1)
+    for _ in range(2):
+        x = x + m.body(x, x, x, key_padding_mask=mask)[0]
+    return m.out(x.mean(0))
+
+
+def masked() -> tuple[Tensor, Tensor]:
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1, 2:] = mask[3, 3:] = True
+    return normal(4, 4, 4), mask
+
+
+def two_lookups(m: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    return m.out(torch.cat([m.table(a), m.table(b).mean(1), m.table(b[:, :1] * 0).flatten(1)], 1).tanh())
+
+
 CASES = (
+    real("one index a sample", of(lambda m, x: m.out(m.table(x).tanh()), lambda: torch.randint(6, (5,)),
+        table=lambda: nn.Embedding(6, 4), out=lambda: nn.Linear(4, 2))),
+    real("a table read three times", of(two_lookups, lambda: (torch.randint(6, (4,)), torch.randint(6, (4, 3))),
+        table=lambda: nn.Embedding(6, 4), out=lambda: nn.Linear(12, 2))),
+    real("a table read in tokens first", of(lambda m, x: m.out(m.table(x.mT).tanh()).mean(0),
+        lambda: torch.randint(6, (3, 3)), table=lambda: nn.Embedding(6, 4), out=lambda: nn.Linear(4, 2))),
+    real("an LSTM called twice from a learned start", of(recurrent_twice, lambda: normal(4, 3, 3), h=lambda: normal(1, 1, 4),
+        c=lambda: normal(1, 1, 4), rnn=lambda: nn.LSTM(3, 4, batch_first=True), out=lambda: nn.Linear(4, 2)), "h", "c"),
+    real("MultiheadAttention twice, masked", of(attention_twice, masked, body=lambda: nn.MultiheadAttention(4, 2),
+        out=lambda: nn.Linear(4, 2))),
     real("windows of an image", of(windows, lambda: normal(3, 4, 4, 3), qkv=lambda: nn.Linear(3, 9),
         proj=lambda: nn.Linear(3, 3), out=lambda: nn.Linear(3, 2)), "qkv.weight", "proj.weight"),
     real("two batches run as one", of(pair_in_one_batch, lambda: (normal(4, 3), normal(4, 3)),
