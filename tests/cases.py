@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,9 +22,11 @@ Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 class Case:
     """One network on one batch, and what to expect of its features.
 
-    ``factored`` names the blocks that must come in factors: no others may. ``output`` and ``wrt`` are arguments of
-    tangent_features, ``names`` the parameters that ``wrt`` means where it is given. ``twin`` makes the same function
-    for the reference, where autograd itself refuses the model as written.
+    ``factored`` names the blocks that must come in factors: no others may. Large networks give ``may_be_whole`` instead,
+    patterns of the only parameters of two or more dimensions that may be materialised. ``output`` and ``wrt`` are
+    arguments of tangent_features, ``names`` the parameters that ``wrt`` means where it is given. ``twin`` makes the same
+    function for the reference, where autograd itself refuses the model as written. ``tolerance`` is for a dtype less
+    precise than float32, ``requires`` a package without which the case is skipped.
     """
 
     name: str
@@ -33,9 +36,14 @@ class Case:
     wrt: str | tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
     twin: Callable[[], nn.Module] | None = None
+    may_be_whole: tuple[str, ...] | None = None
+    tolerance: float | None = None
+    requires: str | None = None
 
     def build(self, seed: int = 0) -> tuple[nn.Module, Batch]:
         """The model in eval mode and the batch."""
+        if self.requires is not None:
+            pytest.importorskip(self.requires)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, x = self.make()

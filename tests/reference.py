@@ -125,7 +125,7 @@ def sided(
 
 def joint(phi: Array, direction: Array, gain: float) -> Array:
     """φM for M = I + (z − 1) b bᵀ, b a vector of p entries."""
-    return phi @ (np.eye(len(direction)) + (gain - 1) * np.outer(direction, direction))
+    return phi + (gain - 1) * np.multiply.outer(phi @ direction, direction)
 
 
 def average(

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import reference
-from cases import CASES, Case, Forward, by_name, mlp, normal
+from cases import Case, Forward, mlp, normal
+from registry import CASES, by_name
 from test_features import OUTPUTS, prepare, slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")

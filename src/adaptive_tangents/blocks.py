@@ -178,6 +178,9 @@ def stack_blocks(blocks: list[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
     parts: list[Summand] = []
+    if len({tuple(type(part) for part in block.summands) for block in blocks}) > 1:
+        made = blocks[0].of([Dense(torch.cat([block.features() for block in blocks]))])
+        return replace(made, summed=all(block.kind != "materialised" for block in blocks))
     for same in zip(*(block.summands for block in blocks), strict=True):
         first = same[0]
         tensors = {

@@ -7,7 +7,7 @@ materialised, sample by sample. Nothing is skipped.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
 
@@ -199,8 +199,9 @@ class Capture:
         held: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            # Tensors inside a functional transform have no memory of their own to ask for.
+            with suppress(RuntimeError):
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
@@ -344,7 +345,8 @@ class Capture:
                     if group.name in sources
                 }
                 del gradients
-                found = refuted(seen, leaves, blocks) if verify else frozenset[str]()
+                doubted = {name: block for name, block in blocks.items() if verify or sources[name].unsure}
+                found = refuted(seen, leaves, doubted)
             except RuntimeError:
                 if copy:
                     raise

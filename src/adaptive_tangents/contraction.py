@@ -7,8 +7,10 @@
 Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -25,6 +27,7 @@ Route = Literal["gram", "nested", "materialise"]
 _CACHED_BYTES = 1_000_000  # what the nested route works on at a time
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
+_SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
 _PANELS = 4  # of a symmetric kernel: 5/8 of the products of the whole, each still large enough to run at full speed
 
 
@@ -44,11 +47,22 @@ class BlockPlan:
     route: Route
     operations: int
     working_bytes: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def seconds(self) -> float:
+        """Seconds expected."""
+        return self.operations / (matmul_speed(self.dtype, self.device) * _SHARES[self.route])
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """What a kernel will cost before it is made; ``print`` it."""
+    """What a kernel will cost before it is made; ``print`` it.
+
+    Seconds are expected ones: operations at the speed that a large matrix product has on this machine, measured once, and
+    the share of it that each route reaches.
+    """
 
     blocks: tuple[BlockPlan, ...]
     kernel_bytes: int
@@ -61,21 +75,27 @@ class KernelPlan:
         return sum(block.operations for block in self.blocks)
 
     @property
+    def seconds(self) -> float:
+        """Seconds expected of all blocks."""
+        return sum(block.seconds for block in self.blocks)
+
+    @property
     def bytes(self) -> int:
         """Peak memory: features held, the kernel, and the largest block's working memory."""
         return self.feature_bytes + self.kernel_bytes + max((b.working_bytes for b in self.blocks), default=0)
 
     def __str__(self) -> str:
-        rows = [f"{'block':<24}{'o × i':>14}{'t':>7}  {'route':<12}{'operations':>12}{'working':>10}"]
+        rows = [f"{'block':<24}{'o × i':>14}{'t':>7}  {'route':<12}{'operations':>12}{'working':>10}{'seconds':>10}"]
         for b in self.blocks:
             shape = f"{b.shape[0]} × {b.shape[1]}"
             rows.append(
                 f"{b.name:<24}{shape:>14}{b.positions:>7}  {b.route:<12}{b.operations:>12.3g}"
-                f"{format_bytes(b.working_bytes):>10}"
+                f"{format_bytes(b.working_bytes):>10}{b.seconds:>10.2g}"
             )
         rows.append(
             f"kernel {format_bytes(self.kernel_bytes)}, features {format_bytes(self.feature_bytes)}, "
-            f"peak {format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed, {self.operations:.3g} operations"
+            f"peak {format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed, {self.operations:.3g} operations, "
+            f"about {self.seconds:.2g} s"
         )
         return "\n".join(rows)
 
@@ -85,6 +105,7 @@ def plan_block(
 ) -> BlockPlan:
     """The cheapest route for one block by counted operations (theory §6)."""
     kind = _common_factors(a, b)
+    like = next(iter(vars(a.summands[0]).values()))
     a, b = _narrowed(a, b)
     (o, i), pairs = a.shape, n * m // 2 if symmetric else n * m
     t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
@@ -107,7 +128,20 @@ def plan_block(
         least = 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize
         whole = n * m * least
     working = min(budget, whole, _TILE_BYTES if route == "materialise" else _WORKING_BYTES)
-    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least))
+    working_in = working_dtype(like.dtype), like.device
+    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least), *working_in)
+
+
+@cache
+def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second that a product of two 768 × 768 matrices runs at, measured once."""
+    one = torch.ones(768, 768, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((one @ one)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * 768**3 / best
 
 
 def empty_kernel(n: int, m: int, c: int, outputs: Outputs, like: Tensor) -> Float[Tensor, "batch N M"]:

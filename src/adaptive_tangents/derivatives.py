@@ -135,7 +135,7 @@ def _spread(part: Summand, w: Tensor) -> Tensor:
 
 
 def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
-    """∂f/∂θ (n, c, *shape) of parameters without factors: vmap of reverse mode, ``chunk`` samples at once, else one by one."""
+    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one."""
     chosen = {name: net.parameters[name].detach() for name in names}
 
     def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:

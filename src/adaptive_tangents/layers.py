@@ -332,12 +332,26 @@ _HUGGING_FACE_CONV1D = LayerRule(
 RULES: tuple[LayerRule, ...] = (
     LayerRule((nn.Linear,), _shape, _linear, _linear_bias, joined=True, tokens=True),
     LayerRule(
-        (nn.Embedding,), _table, _embedding, _no_bias, joined=False, transposed=True, accepts=_plain_table,
-        tokens=True, table=True
+        (nn.Embedding,),
+        _table,
+        _embedding,
+        _no_bias,
+        joined=False,
+        transposed=True,
+        accepts=_plain_table,
+        tokens=True,
+        table=True,
     ),
     LayerRule(
-        (nn.EmbeddingBag,), _table, _bag, _no_bias, joined=False, transposed=True, accepts=_plain_bag,
-        alone=True, table=True
+        (nn.EmbeddingBag,),
+        _table,
+        _bag,
+        _no_bias,
+        joined=False,
+        transposed=True,
+        accepts=_plain_bag,
+        alone=True,
+        table=True,
     ),
     _convolution_rule(nn.Conv1d, 1),
     _convolution_rule(nn.Conv2d, 2),

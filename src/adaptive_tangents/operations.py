@@ -107,6 +107,8 @@ def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...]
     name, shape = operation(node), _shape(node)
     saved: Any = node
     kind, factor = None, 1.0
+    if node._input_metadata[0].dtype.is_complex:
+        return None
     if (name, index) in (("Addmm", 2), ("Mm", 1)) or ((name, index) == ("Bmm", 1) and shape[0] == 1):
         if name != "Addmm" or saved._saved_alpha == 1:
             kind, shape = "product", shape[-2:]

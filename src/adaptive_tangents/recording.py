@@ -48,7 +48,7 @@ def gathered(part: Outer | Lookup | Dense, n: int) -> Outer | Lookup | Dense:
     if len(part.backward) == n:
         return part
     return type(part)(**{
-        name: tensor if name == "directions" else tensor.reshape(n, -1, *tensor.shape[2:])
+        name: tensor if name == "directions" else tensor.reshape(n, len(tensor) // n * tensor.shape[1], *tensor.shape[2:])
         for name, tensor in vars(part).items()
     })  # fmt: skip
 

@@ -27,11 +27,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the features of a block come from: layer calls, or uses of each of its parameters."""
+    """Where the features of a block come from: layer calls, or uses of each of its parameters; ``unsure``: never probed."""
 
     uses: tuple[Use, ...] = ()
     terms: Mapping[str, list[Term]] = field(default_factory=dict)
     ways: int = 1
+    unsure: bool = False
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -54,16 +55,28 @@ def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choic
             return Source(tuple(calls), ways=max(len(use.layouts(n)) for use in calls))
         if choice.allowed is not None:
             return None
+    terms = _terms(group, graph, n, choice, choice.allowed)
+    unsure = terms is None and choice.allowed is not None
+    if unsure:
+        # Another batch, of one sample say, may take other operations.
+        terms = _terms(group, graph, n, choice, None)
+    if terms is None:
+        return None
+    ways = max((len(term.layouts) for found in terms.values() for term in found), default=1)
+    return Source((), terms, ways, unsure)
+
+
+def _terms(
+    group: Group, graph: Graph, n: int, choice: Choice, allowed: frozenset[Signature] | None
+) -> dict[str, list[Term]] | None:
     terms: dict[str, list[Term]] = {}
     for slot in group.slots:
         leaf = graph.leaves.get(slot.parameter)
-        found = (
-            terms_of(leaf, slot.shape, graph.parents, n, allowed=choice.allowed, refused=choice.refused) if leaf else []
-        )
+        found = terms_of(leaf, slot.shape, graph.parents, n, allowed=allowed, refused=choice.refused) if leaf else []
         if found is None:
             return None
         terms[slot.parameter] = found
-    return Source((), terms, max((len(term.layouts) for found in terms.values() for term in found), default=1))
+    return terms
 
 
 def next_choice(choice: Choice, source: Source) -> Choice | None:

@@ -6,6 +6,7 @@ that runs through all blocks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from jaxtyping import Float
@@ -55,7 +56,37 @@ class Matrix:
         return self.values
 
 
-Side = LowRank | Matrix
+@dataclass(frozen=True)
+class Modal:
+    """A side factor that acts on modes of its side, M₁ ⊗ M₂ ⊗ ..., and leaves what comes after them (a bias column).
+
+    ``sizes`` are those of ``Block.modes``, the first slowest ("in" × "spatial" for a convolution's inputs); ``factors`` one
+    side for each, None the identity.
+    """
+
+    sizes: tuple[int, ...]
+    factors: "tuple[LowRank | Matrix | None, ...]"
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        total = prod(self.sizes)
+        modes = rows[..., :total].reshape(*rows.shape[:-1], *self.sizes)
+        for k, factor in enumerate(self.factors):
+            if factor is not None:
+                axis = k - len(self.sizes)
+                modes = factor.apply(modes.movedim(axis, -1)).movedim(-1, axis)
+        return torch.cat([modes.reshape(*rows.shape[:-1], total), rows[..., total:]], -1)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M on the modes alone, without what comes after them."""
+        whole = torch.eye(1)
+        for size, factor in zip(self.sizes, self.factors, strict=True):
+            part = torch.eye(size) if factor is None else factor.matrix()
+            whole = torch.kron(whole.to(part), part)
+        return whole
+
+
+Side = LowRank | Matrix | Modal
 
 
 @dataclass(frozen=True)
