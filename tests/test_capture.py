@@ -408,9 +408,11 @@ def test_too_little_memory_is_refused_before_the_batch_is_run() -> None:
 
 
 def test_too_little_memory_for_what_cannot_be_factored_is_refused_naming_it() -> None:
-    model = Forward(lambda m, x: x @ m.free, free=normal(4, 2))
-    message = r"needs 384 bytes .* is 100 bytes; take fewer samples, or narrow wrt: free cannot be factored, or raise"
-    refused(message, model, normal(3, 4), memory_limit=100)
+    model, x = by_name["a gate that sorts the batch"].build()
+    message = (
+        r"needs .* is 100 bytes; take fewer samples, or narrow wrt: fc\.weight, fc\.bias cannot be factored, or raise"
+    )
+    refused(message, model, x, memory_limit=100)
 
 
 def test_the_memory_limit_is_positive() -> None:

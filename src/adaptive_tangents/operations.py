@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block, Slot
 from adaptive_tangents.layers import convolution_of, learning, lookup, normalised_channels
@@ -20,6 +20,7 @@ from adaptive_tangents.recording import Group, Layout, Parents, arranged, gather
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
 
 Signature = tuple[Any, ...]
+Node = Any  # of torch.autograd.graph; TorchScript's nodes are none
 _Made = Outer | Lookup | Flipped | Dense
 
 _VIEWS = (
@@ -76,7 +77,7 @@ def terms_of(
     refuted.
     """
     found: list[Term] = []
-    stack: list[tuple[Node, int, tuple[int, ...], tuple[Step, ...]]] = [(leaf, 0, shape, ())]
+    stack: list[tuple[Any, int, tuple[int, ...], tuple[Step, ...]]] = [(leaf, 0, shape, ())]
     visited = 0
     while stack:
         node, output, tail, chain = stack.pop()
@@ -300,7 +301,7 @@ def signatures(terms: Mapping[str, list[Term]]) -> frozenset[Signature]:
 def block_of(
     group: Group,
     terms: Mapping[str, list[Term]],
-    gradients: Mapping[tuple[Node, int], Tensor],
+    gradients: Mapping[tuple[Any, int], Tensor],
     out: Tensor,
     preference: int,
 ) -> Block:

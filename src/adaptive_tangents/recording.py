@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from adaptive_tangents.blocks import Block, Slot
 from adaptive_tangents.inputs import Network
@@ -17,7 +17,7 @@ from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
 Layout = Literal["first", "second", "last"]
 """Where samples are: in the first dimension, alone or before other things; in the second; or in the first after them."""
 
-Parents = Mapping[Any, list[tuple[Node, int, int]]]
+Parents = Mapping[Any, list[tuple[Any, int, int]]]
 """For each node of a graph: the nodes that use it, on which of their inputs, and which of its outputs."""
 
 
@@ -154,15 +154,15 @@ class Graph:
     """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what."""
 
     counts: Mapping[str, int]
-    leaves: Mapping[str, Node]
+    leaves: Mapping[str, Any]
     parents: Parents
 
 
 def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
     """The graph of ``out``, leaves known by id."""
     counts = dict.fromkeys(leaves.values(), 0)
-    found: dict[str, Node] = {}
-    parents: dict[Node, list[tuple[Node, int, int]]] = {}
+    found: dict[str, Any] = {}
+    parents: dict[Any, list[tuple[Any, int, int]]] = {}
     stack = [out.grad_fn] if out.grad_fn is not None else []
     parents.update({node: [] for node in stack})
     while stack:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.operations import Signature, Term, block_of, signatures, terms_of
@@ -93,7 +94,7 @@ def next_choice(choice: Choice, source: Source) -> Choice | None:
 def made_from(
     group: Group,
     source: Source,
-    gradients: Mapping[tuple[Node, int], Tensor],
+    gradients: Mapping[tuple[Any, int], Tensor],
     out: Tensor,
     choices: Mapping[str, Choice],
 ) -> Block:
