@@ -106,10 +106,11 @@ class Capture:
         require_memory(self.call, needed, self.limit, remedy=remedy)
         return self._features(x)
 
-    def at(self, parameters: Mapping[str, Tensor]) -> "Capture":
-        """The same capture at other parameters, its checks not repeated."""
+    def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> "Capture":
+        """The same capture at other parameters, and buffers where given, its checks not repeated."""
         other = copy_of(self)
-        other.network = replace(self.network, parameters=parameters)
+        buffers = self.network.buffers if buffers is None else buffers
+        other.network = replace(self.network, parameters=parameters, buffers=buffers)
         return other
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
