@@ -73,6 +73,19 @@ def normalized(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    """Let the batch norms see data before training: their statistics of a new network, 0 and 1, fit no input."""
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the plain average of the batches
+    with torch.no_grad():
+        for part in x.split(100):
+            model(part.contiguous(memory_format=torch.channels_last))
+    for norm in norms:
+        norm.momentum = 0.1
+
+
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     model.eval()
     with torch.no_grad():
@@ -104,6 +117,7 @@ def main() -> None:
     steps = settings.epochs * (len(x) // batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps)
+    calibrate(model, x[:500])
     torch.save(model.state_dict(), settings.out / "step_0000.pt")
     began = time.perf_counter()
     log = []
@@ -122,7 +136,11 @@ def main() -> None:
             losses.append(loss.item())
         done = (epoch + 1) * (len(x) // batch)
         torch.save(model.state_dict(), settings.out / f"step_{done:04d}.pt")
-        row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "test_accuracy": accuracy(model, x_test, test_labels)}
+        row = {
+            "epoch": epoch + 1,
+            "loss": sum(losses) / len(losses),
+            "test_accuracy": accuracy(model, x_test, test_labels),
+        }
         row["seconds"] = time.perf_counter() - began
         log.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)

@@ -128,17 +128,33 @@ def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) 
     if isinstance(structure, LayerScale):
         size = _inner(pairs[0].before, pairs[0].before)
         return Sides(scale=_inner(pairs[0].after, pairs[0].before) / size if size > 0 else 1.0), 0.0
-    sides = {Left: ("left",), Right: ("right",), TwoSided: ("left", "right")}[type(structure)]
-    candidates = [(_alternate(pairs[0], sides, strength), strength) for strength in strengths]
+    if not isinstance(structure, TwoSided):
+        return _one_sided(pairs, "left" if isinstance(structure, Left) else "right", strengths)
+    candidates = [(_alternate(pairs[0], strength), strength) for strength in strengths]
     return min(candidates, key=lambda found: pairs[1].error(found[0]))
 
 
-def _alternate(pair: _Pair, sides: tuple[str, ...], strength: float) -> Sides:
+def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tuple[Sides, float]:
+    """One side by its two moments, made once for all strengths; so is Σ‖B − MA‖² = Σ‖B‖² − 2⟨M, ΣBAᵀ⟩ + ⟨M ΣAAᵀ, M⟩."""
+    fitting, choosing = (
+        (_moment(pair.before, pair.before, side), _moment(pair.after, pair.before, side)) for pair in pairs[:2]
+    )
+    found: list[tuple[float, float, Tensor]] = []
+    for strength in strengths:
+        factor = _ridge(*fitting, strength)
+        square, cross = choosing
+        error = float(((factor @ square) * factor).sum() - 2 * (factor * cross).sum())  # less Σ‖B‖², common to all
+        found.append((error, strength, factor))
+    _, strength, factor = min(found, key=lambda candidate: candidate[0])
+    return Sides(Matrix(factor), None) if side == "left" else Sides(None, Matrix(factor)), strength
+
+
+def _alternate(pair: _Pair, strength: float) -> Sides:
     """Alternating least squares, each side minimising Σ‖B − M_L A M_Rᵀ‖² + μ‖M − I‖² with the other held."""
     factors: dict[str, Tensor | None] = {"left": None, "right": None}
     previous = torch.inf
-    for _ in range(_ROUNDS if len(sides) == 2 else 1):
-        for side in sides:
+    for _ in range(_ROUNDS):
+        for side in factors:
             factors[side] = _solve_side(pair, side, factors, strength)
         current = sum(float(f.norm()) for f in factors.values() if f is not None)
         if abs(current - previous) <= 1e-4 * current:
@@ -153,11 +169,15 @@ def _solve_side(pair: _Pair, side: str, factors: Mapping[str, Tensor | None], st
     other = factors["right" if side == "left" else "left"]
     middle = None if other is None else Matrix(other)
     moved = pair.before.transformed(None, middle) if side == "left" else pair.before.transformed(middle, None)
-    square, cross = _moment(moved, moved, side), _moment(pair.after, moved, side)
+    return _ridge(_moment(moved, moved, side), _moment(pair.after, moved, side), strength)
+
+
+def _ridge(square: Float[Tensor, "d d"], cross: Float[Tensor, "d d"], strength: float) -> Float[Tensor, "d d"]:
+    """(cross + μI)(square + μI)⁻¹, μ relative to the mean of the square's diagonal."""
     size = square.shape[0]
     ridge = strength * float(square.trace()) / size + torch.finfo(square.dtype).tiny
     eye = torch.eye(size, dtype=square.dtype, device=square.device)
-    factor = torch.cholesky_solve((cross + ridge * eye).mT, torch.linalg.cholesky(square + ridge * eye))
+    factor: Tensor = torch.cholesky_solve((cross + ridge * eye).mT, torch.linalg.cholesky(square + ridge * eye))
     return factor.mT
 
 

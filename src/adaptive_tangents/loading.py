@@ -42,7 +42,7 @@ class Data:
 
     @property
     def labels(self) -> Tensor | None:
-        """y where it holds class numbers (n,)."""
+        """Y where it holds class numbers (n,)."""
         return self.y if self.y is not None and self.y.ndim == 1 and not self.y.is_floating_point() else None
 
     def take(self, index: Tensor) -> "Data":
@@ -69,7 +69,8 @@ def load_model(spec: str) -> nn.Module:
     if factory is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TangentError(
-            f"inspect: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes the network"
+            f"inspect: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes "
+            "the network"
         )
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TangentError(
@@ -84,7 +85,9 @@ def load_model(spec: str) -> nn.Module:
             "fills them in"
         ) from error
     if not isinstance(model, nn.Module):
-        raise TangentError(f"inspect: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
+        raise TangentError(
+            f"inspect: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network"
+        )
     return model.eval()
 
 
@@ -130,7 +133,9 @@ def find_checkpoints(pattern: str) -> list[Path]:
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     """Runs of digits as numbers, the rest as text."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path)) if part]
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path)) if part
+    ]
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -214,14 +219,13 @@ def load_data(path: Path) -> Data:
     if not path.is_file():
         raise TangentError(f"inspect: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise TangentError(f"inspect: {path} is a single array; save it with numpy.savez, as x and y")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise TangentError(f"inspect: {path} is a single array; save it with numpy.savez, as x and y")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
     except TangentError:
         raise
-    except AttributeError as error:  # np.load gives a bare array, which is no context manager
-        raise TangentError(f"inspect: {path} is a single array; save it with numpy.savez, as x and y") from error
     except ValueError as error:
         if "pickle" in str(error) or "Object" in str(error):
             raise TangentError(
@@ -250,7 +254,9 @@ def load_data(path: Path) -> Data:
     if targets is not None:
         targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
         if targets.ndim > 2:
-            raise TangentError(f"inspect: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)")
+            raise TangentError(
+                f"inspect: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)"
+            )
     words = None if names is None else tuple(str(name) for name in names.astype(str))
     return Data(_batch(converted, path), targets, words)
 
@@ -258,7 +264,8 @@ def load_data(path: Path) -> Data:
 def _tensor(name: str, array: NDArray[np.generic], path: Path) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise TangentError(
-            f"inspect: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as integers"
+            f"inspect: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as "
+            "integers"
         )
     if array.ndim == 0:
         raise TangentError(f"inspect: {name!r} in {path} is a single number; its first dimension is the samples")

@@ -133,9 +133,9 @@ def _average(
     theta0, theta1, buffers0 = first.network.parameters, after.network.parameters, first.network.buffers
     summed = first.probe.c * first.probe.dtype.itemsize * sum(theta0[name].numel() for name in first.network.selected)
     # Of every block the smaller is kept: factors of all nodes, or their sum. One node's factors are made beside them.
-    kept = min(count * factored, summed + factored)
+    held = min(count * factored, summed + factored)
     require_memory(
-        call, 2 * samples(x) * (kept + 2 * whole), limit,
+        call, 2 * samples(x) * (held + 2 * whole), limit,
         remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
     )  # fmt: skip
     collected: dict[str, list[Block]] = {}
@@ -211,8 +211,10 @@ def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> 
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         try:
             with _PlainBatchNorm():
-                return torch.func.jvp(outputs, (base,), (dict(shift),))[1].detach().double()
+                derivative: Tensor = torch.func.jvp(outputs, (base,), (dict(shift),))[1]
+                return derivative.detach().double()
         except (RuntimeError, NotImplementedError):
             step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
             sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
-            return (sides[0] - sides[1]) / (2 * step)
+            difference: Tensor = (sides[0] - sides[1]) / (2 * step)
+            return difference

@@ -107,7 +107,8 @@ def _ratio(a: float, b: float) -> float | None:
 
 def spectrum(kernel: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     """Eigenvalues, largest first, rounding below zero set to zero."""
-    return torch.linalg.eigvalsh(kernel.double()).flip(0).clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(kernel.double())
+    return values.flip(0).clamp_min(0)
 
 
 def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
@@ -136,10 +137,11 @@ def explain_operations(block: Block, after: Block, structure: Structure, n: int)
         s = after.outer.backward.shape[1]
         inner = min(inner, 2.0 * n * t * s * (c * c * o + i))
     forming = 2.0 * n * c * o * i * max(block.positions, after.positions)
-    sides = {LayerScale: (), Left: (o,), Right: (i,), TwoSided: (o, i)}[type(structure)]  # type: ignore[index]
-    rounds = 6 * (10 if len(sides) == 2 else 1)
-    each: float = sum(4.0 * n * c * o * i * d + forming + d**3 for d in sides)
-    return 12 * inner + rounds * (each + (2 * forming + 6.0 * n * c * o * i * max(sides) if sides else 0))
+    sides: tuple[int, ...] = {Left: (o,), Right: (i,), TwoSided: (o, i)}.get(type(structure), ())
+    each: float = sum(4.0 * n * c * o * i * d + 2 * forming for d in sides)
+    if len(sides) == 2:  # six strengths, some ten rounds each
+        each = 60 * (each + 2 * forming + sum(d**3 for d in sides))
+    return 12 * inner + each + sum(6.0 * d**3 for d in sides)
 
 
 def explain_blocks(
@@ -161,6 +163,14 @@ def explain_blocks(
         names = [name for name in start.blocks if name in affordable]
         left_out[key] = [name for name in start.blocks if name not in affordable]
         r2[key] = _explained(only(start, names), only(average, names), structure) if names else {"total": None}
+        if names and key != "layer_scale":
+            # On the same blocks, so that the two can be compared.
+            scale = (
+                r2["layer_scale"]
+                if not left_out[key]
+                else _explained(only(start, names), only(average, names), LayerScale())
+            )
+            r2[key]["layer_scale"] = scale["total"]
         tick((k + 1) / len(STRUCTURES))
     return Explained(r2, left_out)
 
@@ -177,7 +187,9 @@ def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
     """The features of some of the blocks."""
     blocks = {name: feats.blocks[name] for name in names}
     held = {slot.parameter for block in blocks.values() for slot in block.slots}
-    return TangentFeatures(feats.n, feats.c, blocks, {k: v for k, v in feats.parameters.items() if k in held}, feats.limit)
+    return TangentFeatures(
+        feats.n, feats.c, blocks, {k: v for k, v in feats.parameters.items() if k in held}, feats.limit
+    )
 
 
 # The exact adaptive model of the network's own change.
@@ -194,7 +206,7 @@ class Models:
     """Fits to the network's own change from the initial features, and why the adaptive ones are missing if they are."""
 
     numbers: dict[str, Any]
-    coefficients: dict[str, Kernels]
+    coefficients: Mapping[str, Kernels]
     left_out: str | None
 
 

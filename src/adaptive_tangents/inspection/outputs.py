@@ -34,13 +34,13 @@ def pick(out: Any) -> Tensor:
             f"inspect: the network returned {type(out).__name__}; write a factory whose network returns a tensor (n, c), or "
             "something with .logits"
         )
-    out = out[:, None] if out.ndim == 1 else out
-    if out.ndim != 2:
+    rows: Tensor = out[:, None] if out.ndim == 1 else out
+    if rows.ndim != 2:
         raise TangentError(
             f"inspect: the network's output has shape {tuple(out.shape)}, expected (n, c), one row a sample; write a factory "
             "whose network returns that, e.g. the output at one position"
         )
-    return out
+    return rows
 
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
@@ -155,7 +155,9 @@ def reduce_outputs(
         return Reduction("main", names, sentence, top.to(change), share)
     if how == "margin":
         if labels is None or c < 2:
-            raise TangentError("inspect: --outputs margin needs integer labels y and at least two outputs; use main or all")
+            raise TangentError(
+                "inspect: --outputs margin needs integer labels y and at least two outputs; use main or all"
+            )
         weights = eye[labels] - (1 - eye[labels]) / (c - 1)
         sentence = (
             "Features are of each sample's margin: the logit of its label minus the mean of the others. Labels are in its "
@@ -191,9 +193,11 @@ def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tenso
         if c > 1:
             onehot = torch.nn.functional.one_hot(y, c).to(like)
             return (onehot - onehot.mean(0)) @ like, "one-hot labels, centred, along the outputs measured"
-        kinds = y.unique()
+        kinds = torch.unique(y)
         if len(kinds) == 2:
-            return torch.where(y == kinds[0], -1.0, 1.0).to(like)[:, None], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
+            return torch.where(y == kinds[0], -1.0, 1.0).to(like)[
+                :, None
+            ], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
     real = (y[:, None] if y.ndim == 1 else y).to(like)
     if real.shape[1] != c:
         raise TangentError(

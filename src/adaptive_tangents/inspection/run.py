@@ -41,7 +41,7 @@ class InspectConfig:
     nodes: int | None = None
     max_nodes: int = 8
     tol: float = 0.01
-    explain_operations: float = 4e11
+    explain_operations: float = 2e11
     fit_operations: float = 4e12
 
     def __post_init__(self) -> None:
@@ -52,9 +52,7 @@ class InspectConfig:
 
     def quick(self) -> "InspectConfig":
         """The same inspection, small: to see it work."""
-        return replace(
-            self, samples=min(self.samples, 32), nodes=4, explain_operations=2e10, fit_operations=2e11
-        )
+        return replace(self, samples=min(self.samples, 32), nodes=4, explain_operations=2e10, fit_operations=2e11)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class _Problem:
     target_words: str
     nodes: int
     limits: list[str]
+    fresh: list[str]
 
 
 # Work expected of each stage, relative to the features of one state.
@@ -172,6 +171,7 @@ def run(
         "explain": {
             key: {
                 "total": r2["total"],
+                "layer_scale_there": r2.get("layer_scale"),
                 "left_out": [_plain(name, problem.reduction) for name in explained.left_out[key]],
             }
             for key, r2 in explained.r2.items()
@@ -214,8 +214,22 @@ def _problem(
             break
         limits = [f"Memory holds the features of {fitting} samples, so that many were taken of the {wanted} asked for."]
         count = fitting
+    fresh = _fresh_norms(model, states[next(iter(states))])
     target, words = targets(reduction, chosen.y, gained.shape[1])
-    return _Problem(chosen, reduction, tangents, outputs, reduction.apply(gained), target, words, nodes, limits)
+    return _Problem(chosen, reduction, tangents, outputs, reduction.apply(gained), target, words, nodes, limits, fresh)
+
+
+def _fresh_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Norms whose running statistics are still those of a new network."""
+    kinds = nn.modules.batchnorm._NormBase
+    means = {
+        name: state.get(f"{name}.running_mean") for name, module in model.named_modules() if isinstance(module, kinds)
+    }
+    fresh = []
+    for name, mean in means.items():
+        if mean is not None and not mean.any() and bool((state[f"{name}.running_var"] == 1).all()):
+            fresh.append(name)
+    return fresh
 
 
 def _outputs(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data) -> list[Tensor]:
@@ -286,7 +300,9 @@ def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str,
     if reduction.kind != "main":
         return None
     first = reduction.weights[:, 0].tolist()
-    named = classes if classes is not None and len(classes) == len(first) else [f"output {j}" for j in range(len(first))]
+    named = (
+        classes if classes is not None and len(classes) == len(first) else [f"output {j}" for j in range(len(first))]
+    )
     return dict(zip(named, first, strict=True))
 
 
@@ -294,18 +310,20 @@ def _performance(outputs: Tensor, data: Data) -> dict[str, float] | None:
     """Share of labels met, or the mean squared error of real targets, on the samples measured."""
     if data.y is None:
         return None
-    if data.labels is not None and (outputs.shape[1] > 1 or len(data.labels.unique()) == 2):
+    if data.labels is not None and (outputs.shape[1] > 1 or len(torch.unique(data.labels)) == 2):
         return {"accuracy": float((_predicted(outputs, data.labels) == data.labels).double().mean())}
     y = (data.y[:, None] if data.y.ndim == 1 else data.y).to(outputs)
     return {"mse": float(((outputs - y) ** 2).mean())} if y.shape == outputs.shape else None
 
 
 def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
-    kinds = labels.unique()
+    kinds = torch.unique(labels)
     return outputs.argmax(1) if outputs.shape[1] > 1 else kinds[(outputs[:, 0] > 0).long().clamp_max(len(kinds) - 1)]
 
 
-def _checkpoint(name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem: _Problem, index: int) -> dict[str, Any]:
+def _checkpoint(
+    name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem: _Problem, index: int
+) -> dict[str, Any]:
     return {
         "name": name,
         "growth": float(kernel.trace() / wholes["initial"].trace()),
@@ -320,13 +338,19 @@ def _checkpoint(name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem
 def _left_out(config: InspectConfig, explained: Explained, models: Models, problem: _Problem) -> list[str]:
     """What the costly measures did not cover, in sentences."""
     words = []
+    if problem.fresh:
+        words.append(
+            f"At the start {len(problem.fresh)} norms, {problem.fresh[0]} first, have the running statistics 0 and 1 of a "
+            "new network, which fit no input: the kernel of the start is of that uncalibrated network. A start saved after a few "
+            "batches in training mode (no optimiser step) would tell the growth that training made."
+        )
     for key, names in explained.left_out.items():
         if names:
             shown = ", ".join(_plain(name, problem.reduction) for name in names[:4])
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             words.append(
-                f"{type(measures.STRUCTURES[key]).__name__} transforms were not fitted for {shown}{more}: that would pass the "
-                f"limit of {config.explain_operations:.0e} operations a structure."
+                f"{type(measures.STRUCTURES[key]).__name__} transforms were not fitted for {shown}{more}: that would pass "
+                f"the limit of {config.explain_operations:.0e} operations a structure."
             )
     if models.left_out:
         words.append(f"The exact adaptive model was not fitted: {models.left_out}.")
@@ -361,13 +385,13 @@ def _arrays(
         arrays["target"] = problem.target
     if data.y is not None:
         arrays["y"] = data.y
-    if data.labels is not None and (problem.outputs[0].shape[1] > 1 or len(data.labels.unique()) == 2):
+    if data.labels is not None and (problem.outputs[0].shape[1] > 1 or len(torch.unique(data.labels)) == 2):
         arrays["predicted"] = _predicted(problem.outputs[-1], data.labels)
     images = _image_like(data)
     if images is not None:
         growth = wholes["average"].diagonal() / wholes["initial"].diagonal()
         order = growth.argsort(descending=True)
-        shown = torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]]).unique()
+        shown = torch.unique(torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]]))
         arrays["images"], arrays["images.index"] = _pixels(images, shown), shown
     return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
 

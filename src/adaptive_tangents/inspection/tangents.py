@@ -110,8 +110,8 @@ def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents
     n = min(wanted, cost.samples(limit, chunk))
     if n < min(8, wanted):
         raise TangentError(
-            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)} and {format_bytes(limit)} "
-            "may be used, too little for 8 samples; narrow --wrt, or give a machine with more memory"
+            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)} and "
+            f"{format_bytes(limit)} may be used, too little for 8 samples; narrow --wrt, or give a machine with more memory"
         )
     return replace(tangents, chunk=chunk), n
 
@@ -135,7 +135,9 @@ def together(parts: Sequence[TangentFeatures]) -> TangentFeatures:
         pieces = [stack.pop(name) for stack in stacks]
         outers = [piece.outer for piece in pieces if piece.outer is not None]
         denses = [piece.dense.values for piece in pieces if piece.dense is not None]
-        outer = Outer(torch.cat([p.backward for p in outers]), torch.cat([p.inputs for p in outers])) if outers else None
+        outer = (
+            Outer(torch.cat([p.backward for p in outers]), torch.cat([p.inputs for p in outers])) if outers else None
+        )
         blocks[name] = replace(pieces[0], outer=outer, dense=Dense(torch.cat(denses)) if denses else None)
     return TangentFeatures(sum(part.n for part in parts), first.c, blocks, first.parameters, None)
 
