@@ -1,6 +1,7 @@
 """explain() against planted transforms and dense least squares (theory §7)."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.blocks import Dense, Outer
+from adaptive_tangents.blocks import Block, Dense, Outer
 from adaptive_tangents.transforms import Matrix, Sides
+
+explanation = sys.modules["adaptive_tangents.explain"]  # the package's function of that name hides the module
 
 SHAPES = ((4, 3, 2), (3, 5, 1), (3, 2, 0))
 STRUCTURES: dict[str, at.Structure] = {
@@ -418,3 +421,28 @@ def test_too_few_samples_no_change_and_unknown_structures_are_refused() -> None:
         at.TangentError, match=r"explain: Own has no least-squares fit; use one of the named structures"
     ):
         at.explain(feats, after, Own())
+
+
+@pytest.mark.parametrize(("structure", "side"), [(at.Left(), "left"), (at.Right(), "right")])
+def test_a_side_chosen_by_moments_is_the_one_chosen_by_the_errors_themselves(
+    structure: at.Structure, side: str
+) -> None:
+    made = {}
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = ((20, 2, 1, 4), (20, 2, 3))
+        parts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        made[seed] = Block("w", (4, 3), (), outer=Outer(*parts))
+    indices = (torch.arange(12), torch.arange(12, 20))
+    pairs = [explanation._Pair(made[1].map(index=part), made[2].map(index=part)) for part in indices]
+    strengths = (1e-3, 1e-1, 10.0)
+    found, strength = explanation._best(pairs, structure, strengths)
+    candidates = []
+    for each in strengths:
+        factor = Matrix(explanation._solve_side(pairs[0], side, {"left": None, "right": None}, each))
+        sides = Sides(factor, None) if side == "left" else Sides(None, factor)
+        candidates.append((pairs[1].error(sides), each, factor.matrix()))
+    best = min(candidates, key=lambda candidate: candidate[0])
+    chosen = found.left if side == "left" else found.right
+    assert strength == best[1]
+    torch.testing.assert_close(chosen.matrix(), best[2])

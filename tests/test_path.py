@@ -275,7 +275,9 @@ def test_buffers_that_stay_give_no_change_by_buffers() -> None:
 
 def test_other_words_for_buffers_are_refused() -> None:
     model, x, start, end = segment("Tanh")
-    refused("buffers is 'same' or 'path', got 'end'", model, start, end, x, buffers="end")
+    unchecked = getattr(at.average_features, "__wrapped__", at.average_features)
+    with pytest.raises(at.TangentError, match="average_features: buffers is 'same' or 'path', got 'end'"):
+        unchecked(model, start, end, x, buffers="end")
 
 
 def test_nodes_of_many_positions_are_summed_where_that_is_smaller() -> None:
@@ -304,7 +306,7 @@ def test_too_little_memory_for_the_nodes_is_refused() -> None:
     message = (
         r"needs .* of memory and the limit is .*; take fewer samples, narrow wrt, or lower max_nodes \(now at 8 nodes\)"
     )
-    refused(message, model, start, end, x, nodes=8, memory_limit=8 * size)
+    refused(message, model, start, end, x, nodes=8, memory_limit=2 * size)
     assert at.average_features(model, start, end, x, nodes=8, memory_limit=16 * size).nodes == 8
 
 

@@ -52,7 +52,7 @@ class InspectConfig:
 
     def quick(self) -> "InspectConfig":
         """The same inspection, small: to see it work."""
-        return replace(self, samples=min(self.samples, 32), nodes=4, explain_operations=2e10, fit_operations=2e11)
+        return replace(self, samples=min(self.samples, 32), nodes=4, explain_operations=2e9, fit_operations=2e10)
 
 
 @dataclass(frozen=True)
@@ -341,8 +341,8 @@ def _left_out(config: InspectConfig, explained: Explained, models: Models, probl
     if problem.fresh:
         words.append(
             f"At the start {len(problem.fresh)} norms, {problem.fresh[0]} first, have the running statistics 0 and 1 of a "
-            "new network, which fit no input: the kernel of the start is of that uncalibrated network. A start saved after a few "
-            "batches in training mode (no optimiser step) would tell the growth that training made."
+            "new network, which fit no input: the kernel of the start is of that uncalibrated network. A start saved after "
+            "a few batches in training mode (no optimiser step) would tell the growth that training made."
         )
     for key, names in explained.left_out.items():
         if names:
