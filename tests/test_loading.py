@@ -171,7 +171,7 @@ def test_checkpoints_come_in_natural_order(tmp_path: Path) -> None:
     ]
     with pytest.raises(at.TangentError, match="matches 1 file; at least two are needed"):
         loading.find_checkpoints(str(tmp_path / "step_9.*"))
-    with pytest.raises(at.TangentError, match="matches 0 files.*quote the pattern"):
+    with pytest.raises(at.TangentError, match=r"matches 0 files.*quote the pattern"):
         loading.find_checkpoints(str(tmp_path / "no.*"))
 
 
@@ -224,13 +224,13 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
     ):
         loading.load_data(tmp_path / "gone.npz")
     (tmp_path / "text.npz").write_text("x,y\n1,2\n")
-    with pytest.raises(at.TangentError, match="pickled objects|not an npz file"):
+    with pytest.raises(at.TangentError, match=r"pickled objects|not an npz file"):
         loading.load_data(tmp_path / "text.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(at.TangentError, match="is not an npz file"):
         loading.load_data(tmp_path / "cut.npz")
     np.save(tmp_path / "one.npy", np.ones(3))
-    with pytest.raises(at.TangentError, match="is a single array; save it with numpy.savez"):
+    with pytest.raises(at.TangentError, match=r"is a single array; save it with numpy\.savez"):
         loading.load_data(tmp_path / "one.npy")
 
 

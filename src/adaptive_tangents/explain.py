@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.blocks import Block, ranges
+from adaptive_tangents.blocks import Block, Index, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
@@ -75,12 +75,12 @@ def explain(
         order[:quarter].sort().values,
         order[quarter : 2 * quarter].sort().values,
     )
-    start, end = start_feats.to(torch.float64), end_feats.to(torch.float64)
-    if not any(_Pair(block, end.blocks[name]).change > 0 for name, block in start.blocks.items()):
+    start, end = start_feats, end_feats
+    if not any(_Pair(*_wide(block, end.blocks[name])).change > 0 for name, block in start.blocks.items()):
         raise TangentError("explain: the features are the same at start and end, so there is no change to explain")
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     if isinstance(structure, Full):
-        return _explain_full(start, end, structure, parts, sizes, strengths)
+        return _explain_full(start.to(torch.float64), end.to(torch.float64), structure, parts, sizes, strengths)
     if not isinstance(structure, Fixed | LayerScale | Left | Right | TwoSided):
         raise TangentError(
             f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures"
@@ -88,7 +88,7 @@ def explain(
     r2, fit_r2, chosen, transforms = {}, {}, {}, {}
     errors, changes = 0.0, 0.0
     for name, block in start.blocks.items():
-        pairs = [_Pair(block.map(index=index), end.blocks[name].map(index=index)) for index in parts]
+        pairs = [_Pair(*_wide(block, end.blocks[name], index)) for index in parts]
         best, strength = _best(pairs, structure, strengths)
         transforms[name], chosen[name] = best, strength
         error, change = pairs[2].error(best), pairs[2].change
@@ -120,6 +120,11 @@ class _Pair:
         """Σ‖B − M A‖²."""
         moved = self.before.transformed(transform.left, transform.right, transform.scale)
         return max(0.0, self.size - 2 * _inner(self.after, moved) + _inner(moved, moved))
+
+
+def _wide(block: Block, after: Block, index: Index | None = None) -> tuple[Block, Block]:
+    """Some samples of a block before and after in float64: one block at a time, for the memory that it takes."""
+    return block.map(index=index, dtype=torch.float64), after.map(index=index, dtype=torch.float64)
 
 
 def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) -> tuple[Sides, float]:

@@ -129,11 +129,17 @@ def _explained(results: Results) -> str:
             return ""
         return f"One factor a block explains R² = {fixed(scale)} of how the features moved, on samples held out."
     fitted = total - len(sided["left_out"])
-    where = "" if fitted == total else f" (on the {fitted} of {total} blocks that were affordable)"
+    wide = figures.matrices(results)
+    held = sum(name not in sided["left_out"] for name in wide)
+    where = (
+        ""
+        if fitted == total
+        else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: the others cost too much)"
+    )
     beside = sided.get("layer_scale_there")
     return (
         f"A two-sided transform a block explains R² = {fixed(sided['total'])} of how the features moved, on samples held out"
-        f"{where}; one factor a block {fixed(beside) if beside is not None else '—'}."
+        f"{where}{'' if beside is None else f'; one factor a block {fixed(beside)}'}."
     )
 
 
@@ -146,6 +152,8 @@ def _path(results: Results) -> str:
     if path["buffers_moved"]:
         share = _percent(path["through_buffers"])
         sentence += f"; {share} of the change went through buffers such as batch norms’ running statistics"
+        if path["through_buffers"] < 0:
+            sentence += ", which worked against what the parameters did"
     return sentence + "."
 
 
@@ -171,9 +179,9 @@ def _milestones(results: Results) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return (
-        "—" if value is None else f"{100 * value:.0f} %" if abs(value) >= 0.1 or value == 0 else f"{100 * value:.1f} %"
-    )
+    if value is None:
+        return "—"
+    return f"{100 * value:.{0 if abs(value) >= 0.1 or value == 0 else 1}f} %".replace("-", "−")
 
 
 def _applies(results: Results, name: str) -> bool:

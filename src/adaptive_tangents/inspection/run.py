@@ -140,8 +140,9 @@ def run(
         numbers["explain"] = {key: r2.get(name) for key, r2 in explained.r2.items()}
         numbers["model_rank"] = {k: m["effective_rank"][name] for k, m in models.numbers.items()}
     trajectory = []
+    first_name, *_, last_name = states
     for name in states:
-        own = {list(states)[0]: wholes["initial"], list(states)[-1]: wholes["final"]}.get(name)
+        own = {first_name: wholes["initial"], last_name: wholes["final"]}.get(name)
         if own is None:
             with clock.stage(f"checkpoint {name}", _WORK["checkpoint"]) as tick:
                 own = tangents.at(problem.reduction.state(states[name]), tick).kernel(outputs="trace").double()
@@ -207,7 +208,7 @@ def _problem(
         reduction = reduce_outputs(config.outputs, gained, chosen.labels, data.classes)
         arranged, x, output = reduction.arrange(model, chosen.x)
         tangents = Tangents(arranged, x, output, reduction.patterns(config.wrt))
-        start, end = (reduction.state(states[name]) for name in (list(states)[0], list(states)[-1]))
+        start, end = (reduction.state(state) for state in (*states.values(),)[:: len(states) - 1])
         nodes = config.nodes or tangents.nodes(start, end, tol=config.tol, most=config.max_nodes)
         tangents, fitting = fitting_chunk(tangents, tangents.cost(start, nodes), count)
         if fitting >= count:
