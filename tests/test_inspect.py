@@ -276,6 +276,15 @@ def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: 
         fitting_chunk(tangents, Cost(1, 1000, 3500), 50)
 
 
+def test_chunks_shrink_where_memory_has_become_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, start, _, data = problem("mlp")
+    free = iter([9, 9, 3, 0] + [9] * 20)
+    monkeypatch.setattr("adaptive_tangents.inspection.tangents.memory_limit", lambda *_: 100 * next(free))
+    tangents = Tangents(model, data.x, lambda out: out, None, chunk=6, making=100)
+    assert [len(part) for part, _ in tangents._parts()] == [6, 6, 3, 1, 4]
+    assert tangents.at(start).n == 20
+
+
 def test_singular_values_by_the_gram_matrix_are_those_of_the_matrix() -> None:
     for shape in ((4, 9), (9, 4)):
         matrix = normal(*shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.blocks import Block, Dense, Outer, ranges
+from adaptive_tangents.blocks import Block, Dense, Outer
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
@@ -22,7 +22,7 @@ _PROBED = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """Memory that features of one sample take: while they are made at one node, and kept (one node, the average)."""
+    """Memory that features of one sample take: while an average is made, and kept (one node, the average)."""
 
     making: int
     kept: int
@@ -30,7 +30,7 @@ class Cost:
 
     def samples(self, limit: int, chunk: int) -> int:
         """Samples whose features at start and on average, with one chunk in the making, stay within the limit."""
-        return max(0, (limit - chunk * 4 * self.making) // (self.kept + 2 * self.kept_average))
+        return max(0, (limit - chunk * self.making) // (self.kept + 2 * self.kept_average))
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Tangents:
     output: Output
     wrt: tuple[str, ...] | None
     chunk: int = _PROBED
+    making: int = 1
 
     def at(self, state: Mapping[str, Tensor], tick: Tick = lambda fraction: None) -> TangentFeatures:
         """Features of all samples."""
@@ -83,7 +84,10 @@ class Tangents:
         size = torch.finfo(one.dtype).bits // 8
         kept = sum(min(_entries(b), _dense_entries(b)) for b in one.blocks.values())
         average = sum(min(nodes * _entries(b), _dense_entries(b)) for b in one.blocks.values())
-        return Cost(one.bytes, size * kept, size * average)
+        whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialised")
+        factored, summed = one.bytes - whole, size * one.c * one.p
+        making = 2 * (min(nodes * factored, summed + factored) + 2 * whole)
+        return Cost(max(1, making), size * kept, size * average)
 
     def _average(
         self, part: Batch, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, nodes: int | None = None,
@@ -95,9 +99,13 @@ class Tangents:
         )  # fmt: skip
 
     def _parts(self) -> Iterator[tuple[Batch, float]]:
-        n = samples(self.x)
-        for part in ranges(n, self.chunk):
-            yield take(self.x, part), part.stop / n
+        """The batch in chunks, smaller ones where less memory is free than when they were planned."""
+        n, first = samples(self.x), 0
+        while first < n:
+            room = memory_limit(None, next(self.model.parameters()).device) // self.making
+            last = min(n, first + max(1, min(self.chunk, room)))
+            yield take(self.x, slice(first, last)), last / n
+            first = last
 
 
 def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents, int]:
@@ -106,14 +114,14 @@ def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents
     Raises TangentError where not even eight do.
     """
     limit = memory_limit(None, next(tangents.model.parameters()).device)
-    chunk = max(1, min(32, wanted, limit // 3 // max(1, 4 * cost.making + 2 * cost.kept_average)))
+    chunk = max(1, min(_PROBED, wanted, limit // 3 // cost.making))
     n = min(wanted, cost.samples(limit, chunk))
     if n < min(8, wanted):
         raise TangentError(
             f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)} and "
             f"{format_bytes(limit)} may be used, too little for 8 samples; narrow --wrt, or give a machine with more memory"
         )
-    return replace(tangents, chunk=chunk), n
+    return replace(tangents, chunk=chunk, making=cost.making), n
 
 
 def collapsed(feats: TangentFeatures) -> TangentFeatures:
