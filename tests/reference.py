@@ -101,25 +101,27 @@ def sided(
 ) -> Array:
     """φ with scale · M_L Φ M_Rᵀ in the block whose matrix has the named parameters as its columns, each (o, ...).
 
-    ``inputs_first``: the one parameter is (i, ...) instead, the transpose of the block's matrix.
+    ``inputs_first``: the first parameter is (i, ...) instead, the transpose of its columns.
     """
-    if inputs_first:  # (M_L Φ M_Rᵀ)ᵀ = M_R Φᵀ M_Lᵀ
-        return sided(phi, parameters, names, left=right, right=left, scale=scale)
     phi = phi.copy()
-    widths = [int(np.prod(parameters[name][1:])) for name in names]
-    height = parameters[names[0]][0] if parameters[names[0]] else 1
+    turned = [inputs_first and k == 0 for k in range(len(names))]
+
+    def matrix_of(entries: Array, name: str, turn: bool) -> Array:
+        shape = parameters[name] or (1,)
+        matrix = entries[columns(parameters, name)].reshape(shape[0], -1)
+        return matrix.T if turn else matrix
+
     for k, row in enumerate(phi):
         for j, entries in enumerate(row):
-            matrix = np.hstack(
-                [entries[columns(parameters, name)].reshape(height, w) for name, w in zip(names, widths, strict=True)]
-            )
+            parts = [matrix_of(entries, name, turn) for name, turn in zip(names, turned, strict=True)]
+            matrix = np.hstack(parts)
             if left is not None:
                 matrix = left @ matrix
             if right is not None:
                 matrix = matrix @ right.T
-            parts = np.split(scale * matrix, np.cumsum(widths)[:-1], axis=1)
-            for name, part in zip(names, parts, strict=True):
-                phi[k, j, columns(parameters, name)] = part.ravel()
+            cuts = np.cumsum([part.shape[1] for part in parts])[:-1]
+            for name, turn, part in zip(names, turned, np.split(scale * matrix, cuts, axis=1), strict=True):
+                phi[k, j, columns(parameters, name)] = (part.T if turn else part).ravel()
     return phi
 
 

@@ -1,6 +1,7 @@
 """explain() against planted transforms and dense least squares (theory §7)."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,8 +11,11 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from adaptive_tangents.blocks import Block
 from adaptive_tangents.summands import Dense, Outer
 from adaptive_tangents.transforms import Matrix, Sides
+
+explanation = sys.modules["adaptive_tangents.explain"]  # the package's function of that name hides the module
 
 SHAPES = ((4, 3, 2), (3, 5, 1), (3, 2, 0))
 STRUCTURES: dict[str, at.Structure] = {
@@ -418,3 +422,31 @@ def test_too_few_samples_no_change_and_unknown_structures_are_refused() -> None:
         at.TangentError, match=r"explain: Own has no least-squares fit; use one of the named structures"
     ):
         at.explain(feats, after, Own())
+
+
+@pytest.mark.parametrize(("structure", "side"), [(at.Left(), "left"), (at.Right(), "right")])
+def test_a_side_chosen_by_moments_is_the_one_chosen_by_the_errors_themselves(
+    structure: at.Structure, side: str
+) -> None:
+    strengths, seen = (1e-3, 1e-2, 1e-1, 1.0, 10.0), set()
+    for seed, noise in enumerate((0.0, 0.5, 1.0, 2.0, 4.0)):
+        generator = torch.Generator().manual_seed(seed)
+        δ, h = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((20, 2, 1, 4), (20, 2, 3)))
+        turn = torch.eye(4 if side == "left" else 3, dtype=torch.float64) + 0.3
+        far = (δ @ turn.mT, h) if side == "left" else (δ, h @ turn.mT)
+        far = tuple(t + noise * torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in far)
+        before, after = (Block("w", (4, 3), (), outer=Outer(*parts)) for parts in ((δ, h), far))
+        indices = (torch.arange(12), torch.arange(12, 20))
+        pairs = [explanation._Pair(before.map(index=part), after.map(index=part)) for part in indices]
+        found, strength = explanation._best(pairs, structure, strengths)
+        candidates = []
+        for each in strengths:
+            factor = Matrix(explanation._solve_side(pairs[0], side, {"left": None, "right": None}, each))
+            sides = Sides(factor, None) if side == "left" else Sides(None, factor)
+            candidates.append((pairs[1].error(sides), each, factor.matrix()))
+        best = min(candidates, key=lambda candidate: candidate[0])
+        assert strength == best[1]
+        chosen = found.left if side == "left" else found.right
+        torch.testing.assert_close(chosen.matrix(), best[2])
+        seen.add(strength)
+    assert len(seen) > 1

@@ -168,7 +168,11 @@ def test_buffers_that_change_are_refused() -> None:
     model, x, start, end = segment("BatchNorm in eval")
     end["1.running_var"] = end["1.running_var"] + 1
     refused(
-        r"buffer '1.running_var' differs between start and end.*give both ends the same buffers", model, start, end, x
+        r"buffer '1.running_var' differs between start and end.*or move them along the path with buffers='path'",
+        model,
+        start,
+        end,
+        x,
     )
 
 
@@ -199,6 +203,101 @@ def test_an_end_with_non_finite_outputs_is_refused_naming_the_sample() -> None:
     start = {k: v.clone() for k, v in model.state_dict().items()}
     end = start | {"fc.bias": x[2, :1].clone()}
     refused("the output of sample 2 is not finite", model, start, end, x)
+
+
+def normed(*, dtype: torch.dtype = torch.float64) -> States:
+    """A network with batch norms whose parameters and running statistics both move."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+        model = nn.Sequential(*layers, nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)).to(dtype).eval()
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        end = {k: v + 0.3 * torch.rand_like(v) if v.is_floating_point() else v + 7 for k, v in start.items()}
+    return model, normal(6, 2, 4, 4).to(dtype), start, end
+
+
+def test_buffers_that_move_with_the_path_keep_the_identity() -> None:
+    model, x, start, end = normed()
+    av = at.average_features(model, start, end, x, tol=1e-8, buffers="path")
+    assert av.error <= 1e-8
+    assert av.buffer_change is not None
+    delta = torch.cat([(end[k] - start[k]).flatten() for k in av.parameters])
+    close(av.matvec(delta) + av.buffer_change, av.change.numpy(), 2e-8)
+    assert float(av.buffer_change.norm()) > 0.05 * float(av.change.norm())
+
+
+def test_the_change_by_buffers_is_that_of_finite_differences_along_the_path() -> None:
+    model, x, start, end = normed()
+    av = at.average_features(model, start, end, x, nodes=5, buffers="path")
+    names = [k for k, b in model.named_buffers() if b.is_floating_point()]
+    points, weights = np.polynomial.legendre.leggauss(5)
+    expected = np.zeros((6, 2))
+    for s, w in zip((points + 1) / 2, weights / 2, strict=True):
+        here = {k: torch.lerp(start[k], end[k], s) if v.is_floating_point() else v for k, v in start.items()}
+        sides = []
+        for step in (1e-5, -1e-5):
+            model.load_state_dict(here | {k: here[k] + step * (end[k] - start[k]) for k in names})
+            sides.append(reference.evaluate(model, x).detach().numpy())
+        expected += w * (sides[0] - sides[1]) / 2e-5
+    np.testing.assert_allclose(av.buffer_change.numpy(), expected, atol=1e-8)
+
+
+def test_features_on_the_way_are_taken_with_the_buffers_there() -> None:
+    model, x, start, end = normed()
+    av = at.average_features(model, start, end, x, nodes=1, buffers="path")
+    middle = {k: torch.lerp(start[k], end[k], 0.5) if v.is_floating_point() else v for k, v in start.items()}
+    close(av.dense(), at.tangent_features(model, x, params=middle).dense().numpy())
+
+
+def test_buffers_without_forward_mode_fall_back_to_differences() -> None:
+    class Patched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4, dtype=torch.float64)
+            self.norm = nn.InstanceNorm1d(2, track_running_stats=True, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.fc(x).reshape(-1, 2, 2).tanh()).flatten(1)
+
+    model = Patched().eval()
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    end = {k: v + 0.2 if v.is_floating_point() else v for k, v in start.items()}
+    av = at.average_features(model, start, end, normal(5, 3), tol=1e-5, buffers="path")
+    assert av.error <= 1e-5
+    assert float(av.buffer_change.norm()) > 0
+
+
+def test_buffers_that_stay_give_no_change_by_buffers() -> None:
+    model, x, start, end = segment("Tanh")
+    assert at.average_features(model, start, end, x, nodes=2, buffers="path").buffer_change is None
+    assert at.average_features(model, start, end, x, nodes=2).buffer_change is None
+
+
+def test_other_words_for_buffers_are_refused() -> None:
+    model, x, start, end = segment("Tanh")
+    unchecked = getattr(at.average_features, "__wrapped__", at.average_features)
+    with pytest.raises(at.TangentError, match="average_features: buffers is 'same' or 'path', got 'end'"):
+        unchecked(model, start, end, x, buffers="end")
+
+
+def test_nodes_of_many_positions_are_summed_where_that_is_smaller() -> None:
+    model, x, start, end = normed()
+    few = at.average_features(model, start, end, x, nodes=1, buffers="path")
+    many = at.average_features(model, start, end, x, nodes=16, buffers="path")
+    assert (few.blocks["4"].kind, many.blocks["4"].kind) == ("factored", "materialised")
+    assert many.bytes <= 6 * 2 * many.p * 8
+    close(many.dense(), reference_sum(model, start, end, x, 16))
+
+
+def reference_sum(
+    model: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], x: Tensor, nodes: int
+) -> np.ndarray:
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    total = 0.0
+    for s, w in zip((points + 1) / 2, weights / 2, strict=True):
+        state = {k: torch.lerp(start[k], end[k], s) if v.is_floating_point() else v for k, v in start.items()}
+        total = total + w * at.tangent_features(model, x, params=state).dense().numpy()
+    return total
 
 
 def test_too_little_memory_for_the_nodes_is_refused() -> None:

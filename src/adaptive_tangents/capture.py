@@ -146,9 +146,10 @@ class Capture:
         return TangentFeatures(n, out.shape[1], blocks, shapes, self.requested)
 
     def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> "Capture":
-        """The same capture at other parameters and buffers, its checks not repeated."""
+        """The same capture at other parameters, and buffers where given, its checks not repeated."""
         other = copy_of(self)
-        other.network = replace(self.network, parameters=parameters, buffers=buffers or self.network.buffers)
+        buffers = self.network.buffers if buffers is None else buffers
+        other.network = replace(self.network, parameters=parameters, buffers=buffers)
         other.verify, other.samples = False, 0
         return other
 

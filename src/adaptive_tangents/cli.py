@@ -1,12 +1,12 @@
-"""The command line: ``adaptive-tangents reproduce`` and ``adaptive-tangents report``."""
+"""The command line: ``adaptive-tangents reproduce``, ``inspect`` and ``report``."""
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,6 +20,10 @@ from adaptive_tangents.experiments import kernel_alignment
 from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.training import SGD
+from adaptive_tangents.inspection import InspectConfig
+from adaptive_tangents.inspection import run as run_inspection
+from adaptive_tangents.inspection_report import findings
+from adaptive_tangents.loading import find_checkpoints, load_checkpoint, load_data, load_model
 from adaptive_tangents.report import build_report, load_results, summary_table, write_results
 
 app = typer.Typer(
@@ -64,10 +68,7 @@ def reproduce(
             raise TangentError(
                 f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all"
             )
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise TangentError(f"reproduce: device {device!r} cannot be used here; use --device cpu") from error
+        _check_device("reproduce", device)
         folder = out or Path("runs") / kernel_alignment.NAME
         config = kernel_alignment.KernelAlignmentConfig(
             data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, kernel_samples=samples,
@@ -89,6 +90,66 @@ def reproduce(
 
 
 @app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Option(help="What makes the network: package.module:factory or path/to/file.py:factory.")
+    ],
+    data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names), y, classes.")],
+    start: Annotated[Path | None, typer.Option(help="Checkpoint before training, .pt or .safetensors.")] = None,
+    end: Annotated[Path | None, typer.Option(help="Checkpoint after training.")] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Instead: a quoted pattern of checkpoints; the first is the start, the last the end."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/inspect"),
+    samples: Annotated[int, typer.Option(help="Samples the kernels are of.")] = InspectConfig.samples,
+    seed: Annotated[int, typer.Option(help="Seed of which samples.")] = 0,
+    outputs: Annotated[
+        str, typer.Option(help="auto, main, main:K, margin, all, or outputs by number or class name, with commas.")
+    ] = "auto",
+    wrt: Annotated[
+        list[str] | None, typer.Option(help="Only parameters whose name matches this pattern; may be repeated.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes of the path average; else as many as it needs, to 8.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Few samples and nodes, to see it work.")] = False,
+) -> None:
+    """Measure what training did to a network of yours, between two checkpoints or along many."""
+    with _worded_errors("interrupted; nothing was written"):
+        _check_device("inspect", device)
+        if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
+            raise TangentError("inspect: give --start and --end, or --checkpoints 'run/*.pt'; one or the other")
+        config = InspectConfig(
+            samples=samples, seed=seed, outputs=outputs, wrt=tuple(wrt) if wrt else None, nodes=nodes
+        )
+        loaded = load_data(data)
+        network = load_model(model).to(device)
+        paths = find_checkpoints(checkpoints) if checkpoints is not None else [start, end]
+        states = {_title(path, paths): load_checkpoint(path, network) for path in paths if path is not None}
+        with _progress() as progress:
+            result = run_inspection(network, states, loaded, config.quick() if quick else config, progress=progress)
+        write_results(
+            result.results | {"command": _command(), "model": model, "data_file": data.name}, result.arrays, out
+        )
+        _finish(out)
+
+
+def _title(path: Path | None, paths: list[Path | None] | list[Path]) -> str:
+    """A checkpoint's name, with its folder where two have the same."""
+    assert path is not None
+    return path.stem if len({p.stem for p in paths if p}) == len(paths) else str(path)
+
+
+def _check_device(call: str, device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TangentError(f"{call}: device {device!r} cannot be used here; use --device cpu") from error
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(help="Folder of an earlier run.")]) -> None:
     """Draw the figures and the page of a result folder again."""
     with _worded_errors():
@@ -99,6 +160,16 @@ def _finish(folder: Path) -> None:
     with console.status("Drawing the report"):
         page = build_report(folder)
     results, _ = load_results(folder)
+    if results["experiment"] == "inspect":
+        for sentence in findings(results):
+            console.print(f"• {sentence}", highlight=False)
+    else:
+        _print_table(results)
+    # Plain text, unwrapped: a path that is broken over lines cannot be opened.
+    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _print_table(results: Mapping[str, Any]) -> None:
     table = Table(
         title=f"{results['experiment']} on {results['data']['name']}, {results['data']['train']} training samples"
     )
@@ -107,8 +178,6 @@ def _finish(folder: Path) -> None:
     for label, *values in summary_table(results):
         table.add_row(label.replace("_0", "₀"), *values)
     console.print(table)
-    # Plain text, unwrapped: a path that is broken over lines cannot be opened.
-    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -132,7 +201,9 @@ def _progress() -> Iterator[StageProgress]:
 
 
 @contextmanager
-def _worded_errors() -> Iterator[None]:
+def _worded_errors(
+    interrupted: str = "interrupted; the same command with --resume keeps what was trained",
+) -> Iterator[None]:
     """Errors of the library end the command with their message; an interruption says how to go on."""
     try:
         yield
@@ -140,7 +211,7 @@ def _worded_errors() -> Iterator[None]:
         errors.print(f"[red]error[/red] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        errors.print("interrupted; the same command with --resume keeps what was trained")
+        errors.print(interrupted)
         raise typer.Exit(130) from error
 
 

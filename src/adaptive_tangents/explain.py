@@ -16,6 +16,7 @@ from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
+from adaptive_tangents.summands import Index
 from adaptive_tangents.transforms import Matrix, Sides
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -75,12 +76,12 @@ def explain(
         order[:quarter].sort().values,
         order[quarter : 2 * quarter].sort().values,
     )
-    start, end = start_feats.to(torch.float64), end_feats.to(torch.float64)
-    if not any(_Pair(block, end.blocks[name]).change > 0 for name, block in start.blocks.items()):
+    start, end = start_feats, end_feats
+    if not any(_Pair(*_wide(block, end.blocks[name])).change > 0 for name, block in start.blocks.items()):
         raise TangentError("explain: the features are the same at start and end, so there is no change to explain")
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     if isinstance(structure, Full):
-        return _explain_full(start, end, structure, parts, sizes, strengths)
+        return _explain_full(start.to(torch.float64), end.to(torch.float64), structure, parts, sizes, strengths)
     if not isinstance(structure, Fixed | LayerScale | Left | Right | TwoSided):
         raise TangentError(
             f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures"
@@ -88,7 +89,7 @@ def explain(
     r2, fit_r2, chosen, transforms = {}, {}, {}, {}
     errors, changes = 0.0, 0.0
     for name, block in start.blocks.items():
-        pairs = [_Pair(block.map(index=index), end.blocks[name].map(index=index)) for index in parts]
+        pairs = [_Pair(*_wide(block, end.blocks[name], index)) for index in parts]
         best, strength = _best(pairs, structure, strengths)
         transforms[name], chosen[name] = best, strength
         error, change = pairs[2].error(best), pairs[2].change
@@ -122,23 +123,44 @@ class _Pair:
         return max(0.0, self.size - 2 * _inner(self.after, moved) + _inner(moved, moved))
 
 
+def _wide(block: Block, after: Block, index: Index | None = None) -> tuple[Block, Block]:
+    """Some samples of a block before and after in float64: one block at a time, for the memory that it takes."""
+    return block.map(index=index, dtype=torch.float64), after.map(index=index, dtype=torch.float64)
+
+
 def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) -> tuple[Sides, float]:
     if isinstance(structure, Fixed):
         return Sides(), 0.0
     if isinstance(structure, LayerScale):
         size = _inner(pairs[0].before, pairs[0].before)
         return Sides(scale=_inner(pairs[0].after, pairs[0].before) / size if size > 0 else 1.0), 0.0
-    sides = {Left: ("left",), Right: ("right",), TwoSided: ("left", "right")}[type(structure)]
-    candidates = [(_alternate(pairs[0], sides, strength), strength) for strength in strengths]
+    if not isinstance(structure, TwoSided):
+        return _one_sided(pairs, "left" if isinstance(structure, Left) else "right", strengths)
+    candidates = [(_alternate(pairs[0], strength), strength) for strength in strengths]
     return min(candidates, key=lambda found: pairs[1].error(found[0]))
 
 
-def _alternate(pair: _Pair, sides: tuple[str, ...], strength: float) -> Sides:
+def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tuple[Sides, float]:
+    """One side by its two moments, made once for all strengths; so is Σ‖B − MA‖² = Σ‖B‖² − 2⟨M, ΣBAᵀ⟩ + ⟨M ΣAAᵀ, M⟩."""
+    fitting, choosing = (
+        (_moment(pair.before, pair.before, side), _moment(pair.after, pair.before, side)) for pair in pairs[:2]
+    )
+    found: list[tuple[float, float, Tensor]] = []
+    for strength in strengths:
+        factor = _ridge(*fitting, strength)
+        square, cross = choosing
+        error = float(((factor @ square) * factor).sum() - 2 * (factor * cross).sum())  # less Σ‖B‖², common to all
+        found.append((error, strength, factor))
+    _, strength, factor = min(found, key=lambda candidate: candidate[0])
+    return Sides(Matrix(factor), None) if side == "left" else Sides(None, Matrix(factor)), strength
+
+
+def _alternate(pair: _Pair, strength: float) -> Sides:
     """Alternating least squares, each side minimising Σ‖B − M_L A M_Rᵀ‖² + μ‖M − I‖² with the other held."""
     factors: dict[str, Tensor | None] = {"left": None, "right": None}
     previous = torch.inf
-    for _ in range(_ROUNDS if len(sides) == 2 else 1):
-        for side in sides:
+    for _ in range(_ROUNDS):
+        for side in factors:
             factors[side] = _solve_side(pair, side, factors, strength)
         current = sum(float(f.norm()) for f in factors.values() if f is not None)
         if abs(current - previous) <= 1e-4 * current:
@@ -153,11 +175,15 @@ def _solve_side(pair: _Pair, side: str, factors: Mapping[str, Tensor | None], st
     other = factors["right" if side == "left" else "left"]
     middle = None if other is None else Matrix(other)
     moved = pair.before.transformed(None, middle) if side == "left" else pair.before.transformed(middle, None)
-    square, cross = _moment(moved, moved, side), _moment(pair.after, moved, side)
+    return _ridge(_moment(moved, moved, side), _moment(pair.after, moved, side), strength)
+
+
+def _ridge(square: Float[Tensor, "d d"], cross: Float[Tensor, "d d"], strength: float) -> Float[Tensor, "d d"]:
+    """(cross + μI)(square + μI)⁻¹, μ relative to the mean of the square's diagonal."""
     size = square.shape[0]
     ridge = strength * float(square.trace()) / size + torch.finfo(square.dtype).tiny
     eye = torch.eye(size, dtype=square.dtype, device=square.device)
-    factor = torch.cholesky_solve((cross + ridge * eye).mT, torch.linalg.cholesky(square + ridge * eye))
+    factor: Tensor = torch.cholesky_solve((cross + ridge * eye).mT, torch.linalg.cholesky(square + ridge * eye))
     return factor.mT
 
 

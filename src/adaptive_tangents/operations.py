@@ -134,7 +134,7 @@ def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...]
                 factor = float(saved._saved_beta)
             elif name in ("Add", "Sub") and index == 1:
                 factor = float(saved._saved_alpha) * (1 if name == "Add" else -1)
-        elif name == "Mul" and index in (0, 1):
+        elif name == "Mul" and isinstance(saved._saved_other if index == 0 else saved._saved_self, Tensor):
             kind = "scale"
     ways = layouts(shape, n)
     if kind in ("sum", "scale"):

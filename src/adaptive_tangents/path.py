@@ -2,32 +2,38 @@
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from adaptive_tangents.blocks import Block, sum_blocks
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.inputs import Batch, Output, Selection, overlay, samples
+from adaptive_tangents.inputs import Batch, Output, Selection, overlay, samples, take
 from adaptive_tangents.memory import memory_limit as limit_in_force
 from adaptive_tangents.memory import require_memory
+
+Buffers = Literal["same", "path"]
 
 
 @dataclass(frozen=True, repr=False)
 class AverageFeatures(TangentFeatures):
-    """Average features φ̄ of a path; quadrature nodes are positions of each block, so all of TangentFeatures holds.
+    """Average features φ̄ of a path, TangentFeatures again: nodes are positions of a block, or summed where that is smaller.
 
-    ``error`` is ‖f₁ − f₀ − φ̄(θ₁ − θ₀)‖ / ‖f₁ − f₀‖, ``nodes`` the number of quadrature nodes, ``change`` f₁ − f₀ (n, c).
+    ``error`` is ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖, ``nodes`` the number of quadrature nodes, ``change`` f₁ − f₀ (n, c),
+    ``buffer_change`` g (n, c), the share of it that came by the buffers; None where they did not move.
     """
 
     error: float = math.nan
     nodes: int = 0
     change: Tensor | None = None
+    buffer_change: Tensor | None = None
 
     @property
     def error_db(self) -> float:
@@ -47,6 +53,7 @@ def average_features(
     wrt: Selection | None = None,
     output: Output | None = None,
     memory_limit: int | None = None,
+    buffers: Buffers = "same",
 ) -> AverageFeatures:
     r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
 
@@ -54,6 +61,11 @@ def average_features(
     identity is at most ``tol`` (ReLU networks converge slowly: their features jump along the path), or fixed by ``nodes``.
     A tolerance not met at ``max_nodes`` gives a TangentWarning and the average at that many. Parameters that ``wrt`` leaves
     out must not change along the path. Source: LeJeune & Alemohammad, CPAL 2024, §4.
+
+    ``buffers="same"`` refuses floating buffers b (a batch norm's running statistics, say) that differ between the ends;
+    "path" moves them along the segment with the parameters. Then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds being
+    the share of the change that the buffers made, ``buffer_change``, by forward mode at each node (by central differences
+    where an operation has no forward mode). Integer buffers stay at the start's.
 
     Raises TangentError where the state dicts do not fit, nothing changes between them, or memory would not suffice.
 
@@ -70,8 +82,10 @@ def average_features(
         raise TangentError(f"{call}: tol is a positive number, got {tol}")
     if (nodes is not None and nodes < 1) or max_nodes < 1:
         raise TangentError(f"{call}: nodes is a positive number, got {max_nodes if nodes is None else nodes}")
+    if buffers not in ("same", "path"):
+        raise TangentError(f"{call}: buffers is 'same' or 'path', got {buffers!r}")
     first = Capture(call, model, x, start, wrt, output, memory_limit)
-    theta1, _ = overlay(call, model, end)
+    theta1, buffers1 = overlay(call, model, end)
     names = first.network.selected
     moved = [k for k, p in first.network.parameters.items() if k not in names and not torch.equal(p, theta1[k])]
     if moved:
@@ -79,8 +93,9 @@ def average_features(
             f"{call}: {', '.join(moved[:4])} change along the path but wrt leaves them out, so the identity cannot hold; "
             "widen wrt, or give both ends the same values there"
         )
-    _check_buffers(call, model, start, end)
-    change = (first.outputs(x, theta1) - first.outputs(x, first.network.parameters)).double()
+    shift = _moved_buffers(call, first.network.buffers, buffers1, refuse=buffers == "same")
+    after = first.at(theta1, {**first.network.buffers, **{k: buffers1[k] for k in shift}})
+    change = (after.outputs(x, {}) - first.outputs(x, {})).double()
     scale = float(change.norm())
     if scale == 0:
         raise TangentError(
@@ -89,8 +104,9 @@ def average_features(
     delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
     count = nodes or min(4, max_nodes)
     while True:
-        made = _average(call, first, theta1, x, count)
-        error = float((change - made.matvec(delta).double()).norm()) / scale
+        made, moved_by = _average(call, first, after, shift, x, count)
+        rest = change - made.matvec(delta).double()
+        error = float((rest if moved_by is None else rest - moved_by).norm()) / scale
         if nodes is not None or error <= tol or count >= max_nodes:
             break
         count = min(2 * count, max_nodes)
@@ -102,36 +118,91 @@ def average_features(
             stacklevel=2,
         )
     return AverageFeatures(
-        made.n, made.c, made.blocks, made.parameters, made.limit, error=error, nodes=count, change=change
-    )
+        made.n, made.c, made.blocks, made.parameters, made.limit,
+        error=error, nodes=count, change=change, buffer_change=moved_by,
+    )  # fmt: skip
 
 
-def _average(call: str, first: Capture, theta1: Mapping[str, Tensor], x: Batch, count: int) -> TangentFeatures:
+def _average(
+    call: str, first: Capture, after: Capture, shift: Mapping[str, Tensor], x: Batch, count: int
+) -> tuple[TangentFeatures, Tensor | None]:
+    """Features averaged over the nodes, and the change that the buffers made."""
     points, weights = np.polynomial.legendre.leggauss(count)
     limit = limit_in_force(first.requested, first.probe.device)
+    theta0, theta1, buffers0 = first.network.parameters, after.network.parameters, first.network.buffers
     require_memory(
         call, 2 * samples(x) * (first.probe.held_bytes(count) + first.probe.whole_bytes), limit,
         remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
     )  # fmt: skip
-    theta0 = first.network.parameters
     collected: dict[str, list[Block]] = {}
+    by_buffers: Tensor | None = None
     for s, w in zip((points + 1) / 2, weights / 2, strict=True):
         between = {name: torch.lerp(theta0[name], theta1[name], float(s)) for name in theta0}
-        features = first.at(between).features(x)
+        stats = {**buffers0, **{name: buffers0[name] + float(s) * step for name, step in shift.items()}}
+        node = first.at(between, stats)
+        features = node.features(x)
         for name, block in features.blocks.items():
             weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
             if weighted.dense is not None and kept:
                 # Materialised features add up at once; only factors are kept for every node.
                 weighted = sum_blocks([kept.pop(), weighted])
             kept.append(weighted)
+        if shift:
+            part = float(w) * _buffer_derivative(node, shift, x)
+            by_buffers = part if by_buffers is None else by_buffers + part
     blocks = {name: sum_blocks(parts) for name, parts in collected.items()}
-    return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested)
+    return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested), by_buffers
 
 
-def _check_buffers(call: str, model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        if not torch.equal(start.get(name, buffer), end.get(name, buffer)) and buffer.is_floating_point():
-            raise TangentError(
-                f"{call}: buffer {name!r} differs between start and end, so the outputs change by more than the parameters "
-                "do; give both ends the same buffers (a batch norm's running statistics, say)"
-            )
+def _moved_buffers(
+    call: str, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, refuse: bool
+) -> dict[str, Tensor]:
+    """b₁ − b₀ of the floating buffers that move."""
+    moved = {k: end[k] - b for k, b in start.items() if b.is_floating_point() and not torch.equal(b, end[k])}
+    if moved and refuse:
+        raise TangentError(
+            f"{call}: buffer {next(iter(moved))!r} differs between start and end, so the outputs change by more than the "
+            "parameters do; give both ends the same buffers (a batch norm's running statistics, say), or move them along "
+            "the path with buffers='path'"
+        )
+    return moved
+
+
+class _PlainBatchNorm(TorchFunctionMode):
+    """Batch norm in evaluation mode by its formula: torch's own has no derivative by its running statistics, silently."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.batch_norm, nn.functional.instance_norm, torch.instance_norm):
+            raise NotImplementedError(function.__name__)
+        return (_batch_norm if function is nn.functional.batch_norm else function)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+    out = (input - running_mean.view(shape)) * scale.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> Tensor:
+    """∂f/∂b (b₁ − b₀) for every sample (n, c), at a node."""
+    base = {name: node.network.buffers[name] for name in shift}
+
+    def outputs(buffers: Mapping[str, Tensor]) -> Tensor:
+        return replace(node.network, buffers={**node.network.buffers, **buffers})(take(x, None), {})
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        try:
+            with _PlainBatchNorm():
+                derivative: Tensor = torch.func.jvp(outputs, (base,), (dict(shift),))[1]
+                return derivative.detach().double()
+        except (RuntimeError, NotImplementedError):
+            step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
+            sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
+            difference: Tensor = (sides[0] - sides[1]) / (2 * step)
+            return difference

@@ -8,7 +8,6 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -17,8 +16,10 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from adaptive_tangents import figures
+from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.pages import Page, given, number
+from adaptive_tangents.pages import fixed as _fixed
 
 T = TypeVar("T")
 Results = Mapping[str, Any]
@@ -27,7 +28,6 @@ Arrays = Mapping[str, NDArray[Any]]
 RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
 # A change of alignment smaller than this reads as "stays".
 _NOTICEABLE = 0.02
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LABELS = {
     "alignment.initial": "sim(K_0, K_y)",
     "alignment.average": "sim(K̄, K_y)",
@@ -48,17 +48,6 @@ class Finding(NamedTuple):
     ours: str
     paper: str
     project: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """What an experiment's page needs: its template, figures, headline metrics, arrays, and its words."""
-
-    template: str
-    figures: Mapping[str, figures.Draw]
-    headline: tuple[str, ...]
-    arrays: Callable[[Results], list[str]]
-    context: Callable[[Results], dict[str, Any]]
 
 
 def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
@@ -122,14 +111,17 @@ def build_report(directory: str | os.PathLike[str]) -> Path:
     # One precision for all drawings; images stay bytes.
     arrays = {name: array.astype(float) if array.dtype.kind == "f" else array for name, array in arrays.items()}
     drawings = _answered(
-        lambda r: {name: figures.render(draw, name, r, arrays) for name, draw in page.figures.items()}, results
+        lambda r: {
+            name: drawing.render(draw, name, r, arrays) for name, draw in page.figures.items() if page.applies(r, name)
+        },
+        results,
     )
     html = _answered(lambda r: _render(page, r, drawings), results)
     folder = directory / FIGURES_FOLDER
     folder.mkdir(exist_ok=True)
-    for name, drawing in drawings.items():
-        _put(folder / f"{name}.png", drawing.png)
-        _put(folder / f"{name}.svg", drawing.svg.encode())
+    for name, figure in drawings.items():
+        _put(folder / f"{name}.png", figure.png)
+        _put(folder / f"{name}.svg", figure.svg.encode())
     _put(directory / PAGE_FILE, html.encode())
     return directory / PAGE_FILE
 
@@ -144,39 +136,6 @@ def summary_table(results: Results) -> list[Finding]:
         )
         for key in dict.fromkeys((*headline, *reference))
     ]
-
-
-def number(value: Any) -> str:
-    """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
-
-    >>> number(0.4), number(-2.41e-9), number(None), number(True)
-    ('0.400', '−2.4·10⁻⁹', '—', 'yes')
-    """
-    if not isinstance(value, float) or value == 0 or not math.isfinite(value):
-        return given(value)
-    if 1e-3 <= abs(value) < 1e5:
-        text = f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
-        return text.replace("-", "−")
-    mantissa, exponent = f"{value:.1e}".replace("-", "−", value < 0).split("e")
-    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-
-
-def given(value: Any) -> str:
-    """A value someone chose or published, with the figures it came with.
-
-    >>> given(0.4), given(0.05), given("20–30"), given([0.1, 1.0]), given(None)
-    ('0.40', '0.05', '20–30', '0.1, 1', '—')
-    """
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "—"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(f"{item:g}" if isinstance(item, float) else given(item) for item in value)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
-        "-", "−" if isinstance(value, float | int) else "-"
-    )
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -231,22 +190,22 @@ def _answered(question: Callable[[Results], T], results: Results) -> T:
 
 def _label(key: str) -> str:
     target, _, rest = key.partition(".")
-    return f"{figures.label(target)}: {_LABELS.get(rest, figures.label(rest.replace('.', ' ')))}"
+    return f"{drawing.label(target)}: {_LABELS.get(rest, drawing.label(rest.replace('.', ' ')))}"
 
 
-def _inline(drawing: figures.Drawing) -> Markup:
+def _inline(figure: drawing.Drawing) -> Markup:
     """The figure for the page: drawn shapes take the page's colours, pixels go in as PNG for their size."""
-    if "<image" in drawing.svg:
+    if "<image" in figure.svg:
         return Markup('<img class="pixels" alt="" src="data:image/png;base64,{}">').format(
-            base64.b64encode(drawing.png).decode()
+            base64.b64encode(figure.png).decode()
         )
-    text = drawing.svg[drawing.svg.index("<svg") :]
+    text = figure.svg[figure.svg.index("<svg") :]
     text = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text)
-    names = {figures.INK: "ink", figures.MUTED: "muted", figures.RULE: "rule", figures.PAPER: "paper"}
+    names = {drawing.INK: "ink", drawing.MUTED: "muted", drawing.RULE: "rule", drawing.PAPER: "paper"}
     return Markup(re.sub("|".join(names), lambda match: f"var(--{names[match[0]]})", text))
 
 
-def _render(page: Page, results: Results, drawings: Mapping[str, figures.Drawing]) -> str:
+def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("adaptive_tangents"),
         autoescape=True,
@@ -258,13 +217,13 @@ def _render(page: Page, results: Results, drawings: Mapping[str, figures.Drawing
         "number": number,
         "given": given,
         "fixed": _fixed,
-        "label": figures.label,
+        "label": drawing.label,
         "model_name": figures.model_name,
         "notation": _notation,
         "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
         "rank": lambda value: number(value) if value is None else f"{value:.1f}",
     }
-    inlined = {name: _inline(drawing) for name, drawing in drawings.items()}
+    inlined = {name: _inline(figure) for name, figure in drawings.items()}
     context = {
         **results,
         "figures": inlined,
@@ -280,10 +239,6 @@ def _notation(text: str) -> Markup:
     html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', str(escape(text))).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
     html = re.sub(r"\b([A-Za-zθφσ])_([A-Za-z])\b", r"<i>\1</i><sub><i>\2</i></sub>", html)
     return Markup(re.sub(r"\b([A-Za-zθφσ])_(\d)\b", r"<i>\1</i><sub>\2</sub>", html))
-
-
-def _fixed(value: float | None) -> str:
-    return given(value) if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def _alignment_arrays(results: Results) -> list[str]:
@@ -317,7 +272,7 @@ def _turns(targets: Mapping[str, Any]) -> list[str]:
             if fits and start is not None:
                 best = max(fits, key=lambda fit: fit["alignment"])
                 parts.append(
-                    f"{number(best['alignment'])} at λ = {best['strength']:g} for the {figures.label(name)} target "
+                    f"{number(best['alignment'])} at λ = {best['strength']:g} for the {drawing.label(name)} target "
                     f"(K_0: {number(start)})"
                 )
         if parts:
@@ -358,7 +313,7 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
     else:
         verdict = "Yes: in this run training turns the kernel toward the task."
     parts = " and ".join(
-        f"{_fixed(end)} for the {figures.label(t)} target "
+        f"{_fixed(end)} for the {drawing.label(t)} target "
         f"({'up' if end > start else 'down'} from {_fixed(start)} at the start)"
         for t, (start, end) in change.items()
         if t in gains
@@ -372,7 +327,7 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
         )
     ratios = {t: n["diagonal_ratio"] for t, n in targets.items() if n["diagonal_ratio"] is not None}
     if ratios:
-        sizes = " and ".join(f"{_fixed(ratio)} times for the {figures.label(t)} target" for t, ratio in ratios.items())
+        sizes = " and ".join(f"{_fixed(ratio)} times for the {drawing.label(t)} target" for t, ratio in ratios.items())
         sentences.append(f"Near the teacher’s sign change K̄(x, x) is {sizes} what it is far from it.")
     return verdict, sentences
 
@@ -395,4 +350,5 @@ _PAGES: dict[str, Page] = {
         arrays=_alignment_arrays,
         context=_alignment_context,
     ),
+    "inspect": inspection_report.PAGE,
 }

@@ -1,0 +1,258 @@
+"""Numbers of kernels, blocks and weight changes; each expensive measure says what it left out, and why."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.alignment import alignment, cka, decompose, effective_rank
+from adaptive_tangents.blocks import Block
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.explain import explain
+from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.penalties import Quadratic
+from adaptive_tangents.solvers import Fit, fit
+from adaptive_tangents.structures import Fixed, LayerScale, Left, Right, Structure, TwoSided
+
+Kernels = Mapping[str, Tensor]
+STAGES = ("initial", "average", "final")
+STRUCTURES: dict[str, Structure] = {
+    "layer_scale": LayerScale(), "left": Left(), "right": Right(), "two_sided": TwoSided(),
+}  # fmt: skip
+# Relative to the squared largest singular value of the fixed model's coefficients: how cheap the transform is.
+_STRENGTHS = (1.0, 0.1, 0.01)
+_FIT_ROUNDS = 100
+
+
+def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
+    """The measure, or None where it is not defined (a kernel that is zero, constant targets once centred)."""
+    try:
+        value = measure(*arguments, **keywords)
+    except TangentError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def total(blocks: Kernels) -> Tensor:
+    """The kernel of all blocks, in float64."""
+    return torch.stack([kernel.double() for kernel in blocks.values()]).sum(0)
+
+
+def kernel_numbers(
+    kernels: Kernels, change: Float[Tensor, "n k"], target: Float[Tensor, "n k"] | None
+) -> dict[str, Any]:
+    """Alignment of K₀, K̄, K_T, growth, CKA, decomposition, and how much of the turn lies along the targets."""
+    start = kernels["initial"]
+    goals = {"change": change} | ({} if target is None else {"labels": target})
+    growth = {stage: _ratio(float(kernels[stage].trace()), float(start.trace())) for stage in ("average", "final")}
+    parts = {stage: _decomposed(kernels[stage], start, change) for stage in ("average", "final")}
+    return {
+        "growth": growth,
+        "alignment": {g: {s: defined(alignment, K, y) for s, K in kernels.items()} for g, y in goals.items()},
+        "alignment_centered": {
+            g: {s: defined(alignment, K, y, centered=True) for s, K in kernels.items()} for g, y in goals.items()
+        },
+        "cka": {stage: defined(cka, start, kernels[stage]) for stage in ("average", "final")},
+        "decomposition": parts,
+        "spectrum": {stage: asdict(effective_rank(spectrum(K))) for stage, K in kernels.items()},
+    }
+
+
+def _decomposed(kernel: Tensor, start: Tensor, change: Tensor) -> dict[str, float | None]:
+    """K ≈ w₀K₀ + w_yK_y, and of ‖K − K₀‖² the share along K_y."""
+    turn, task = kernel - start, change.double() @ change.double().mT
+    sizes = float(turn.norm() * task.norm())
+    along = (float((turn * task).sum()) / sizes) ** 2 if sizes > 0 else None
+    try:
+        found = decompose(kernel, start, change)
+    except TangentError:
+        return {"initial_weight": None, "target_weight": None, "explained": None, "change_along_target": along}
+    weights = {"initial_weight": found.initial_weight, "target_weight": found.target_weight}
+    return {**weights, "explained": found.explained, "change_along_target": along}
+
+
+def block_numbers(
+    kernels: Mapping[str, Kernels], change: Tensor, target: Tensor | None, matrices: Kernels, start: Kernels
+) -> dict[str, dict[str, Any]]:
+    """For every block: share of the trace, growth, alignment, CKA of start and end, size and rank of the weight change.
+
+    ``kernels`` maps a stage to its kernels by block; ``matrices`` are the weight changes, ``start`` the weights.
+    """
+    traces = {s: {name: float(K.trace()) for name, K in parts.items()} for s, parts in kernels.items()}
+    sums = {stage: sum(parts.values()) for stage, parts in traces.items()}
+    found = {}
+    for name, matrix in matrices.items():
+        of = {stage: kernels[stage][name] for stage in STAGES}
+        found[name] = {
+            "trace_share": {stage: _ratio(traces[stage][name], sums[stage]) for stage in STAGES},
+            "growth": {stage: _ratio(traces[stage][name], traces["initial"][name]) for stage in ("average", "final")},
+            "alignment": {stage: defined(alignment, K, change) for stage, K in of.items()},
+            "alignment_labels": {s: defined(alignment, K, target) for s, K in of.items()} if target is not None else {},
+            "cka": defined(cka, of["initial"], of["final"]),
+            "change_norm": float(matrix.norm()),
+            "change_relative": _ratio(float(matrix.norm()), float(start[name].norm())),
+            "effective_rank": asdict(effective_rank(singular_values(matrix))),
+        }
+    return found
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b > 0 else None
+
+
+def spectrum(kernel: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    """Eigenvalues, largest first, rounding below zero set to zero."""
+    values: Tensor = torch.linalg.eigvalsh(kernel.double())
+    return values.flip(0).clamp_min(0)
+
+
+def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
+    """Singular values, largest first, by the smaller Gram matrix in float64: those below 1e-8 of the largest are rounding."""
+    wide = matrix.double()
+    return spectrum(wide @ wide.mT if matrix.shape[0] <= matrix.shape[1] else wide.mT @ wide).sqrt()
+
+
+# How the features moved: R² of structured transforms.
+
+
+@dataclass(frozen=True)
+class Explained:
+    """R² per structure and block, with the blocks left out of each for their cost."""
+
+    r2: dict[str, dict[str, float | None]]
+    left_out: dict[str, list[str]]
+
+
+def explain_operations(block: Block, after: Block, structure: Structure, n: int) -> float:
+    """Multiply-adds that `explain` takes for one block on n samples, counted twice."""
+    (o, i), c = block.shape, block.outputs
+    inner = 2.0 * n * c * o * i
+    if block.outer is not None and after.outer is not None:
+        t = block.outer.backward.shape[1]
+        s = after.outer.backward.shape[1]
+        inner = min(inner, 2.0 * n * t * s * (c * c * o + i))
+    forming = 2.0 * n * c * o * i * max(block.positions, after.positions)
+    sides: tuple[int, ...] = {Left: (o,), Right: (i,), TwoSided: (o, i)}.get(type(structure), ())
+    each: float = sum(4.0 * n * c * o * i * d + 2 * forming for d in sides)
+    if len(sides) == 2:  # six strengths, some ten rounds each
+        each = 60 * (each + 2 * forming + sum(d**3 for d in sides))
+    return 12 * inner + each + sum(6.0 * d**3 for d in sides)
+
+
+def explain_blocks(
+    start: TangentFeatures, average: TangentFeatures, limit: float, tick: Callable[[float], None]
+) -> Explained:
+    """R² of each structure, on the blocks whose operations fit into a limit for each structure, cheapest first."""
+    r2: dict[str, dict[str, float | None]] = {}
+    left_out: dict[str, list[str]] = {}
+    for k, (key, structure) in enumerate(STRUCTURES.items()):
+        costs = {
+            name: explain_operations(block, average.blocks[name], structure, start.n)
+            for name, block in start.blocks.items()
+        }
+        affordable, spent = set[str](), 0.0
+        for name in sorted(costs, key=costs.__getitem__):
+            spent += costs[name]
+            if spent <= limit:
+                affordable.add(name)
+        names = [name for name in start.blocks if name in affordable]
+        left_out[key] = [name for name in start.blocks if name not in affordable]
+        r2[key] = _explained(only(start, names), only(average, names), structure) if names else {"total": None}
+        if names and key != "layer_scale":
+            # On the same blocks, so that the two can be compared.
+            scale = (
+                r2["layer_scale"]
+                if not left_out[key]
+                else _explained(only(start, names), only(average, names), LayerScale())
+            )
+            r2[key]["layer_scale"] = scale["total"]
+        tick((k + 1) / len(STRUCTURES))
+    return Explained(r2, left_out)
+
+
+def _explained(start: TangentFeatures, average: TangentFeatures, structure: Structure) -> dict[str, float | None]:
+    try:
+        found = explain(start, average, structure)
+    except TangentError:  # too few samples, or features that did not move
+        return {"total": None}
+    return {name: value if math.isfinite(value) else None for name, value in {"total": found.total, **found.r2}.items()}
+
+
+def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
+    """The features of some of the blocks."""
+    blocks = {name: feats.blocks[name] for name in names}
+    held = {slot.parameter for block in blocks.values() for slot in block.slots}
+    return TangentFeatures(
+        feats.n, feats.c, blocks, {k: v for k, v in feats.parameters.items() if k in held}, feats.limit
+    )
+
+
+# The exact adaptive model of the network's own change.
+
+
+def fit_operations(feats: TangentFeatures) -> float:
+    """Operations of a round of `fit` with TwoSided: kernel, coefficients, one decomposition a block."""
+    rounds = sum(20.0 * min(b.shape) ** 2 * max(b.shape) for b in feats.blocks.values())
+    return rounds + 2.0 * feats.plan().operations + (feats.n * feats.c) ** 3 / 3
+
+
+@dataclass(frozen=True)
+class Models:
+    """Fits to the network's own change from the initial features, and why the adaptive ones are missing if they are."""
+
+    numbers: dict[str, Any]
+    coefficients: Mapping[str, Kernels]
+    left_out: str | None
+
+
+def fit_models(
+    feats: TangentFeatures, change: Tensor, goal: float | None, limit: float, tick: Callable[[float], None]
+) -> Models:
+    """The kernel regression of K₀ and, where operations allow, TwoSided at the strength whose alignment is nearest to K̄'s."""
+    wide = feats.to(torch.float64)
+    fixed = _fitted(wide, change, Fixed())
+    if fixed is None:
+        return Models({}, {}, "the constraints of two samples contradict each other")
+    numbers = {"fixed": _model_numbers(fixed, wide, change)}
+    coefficients = {"fixed": dict(fixed.coefficients)}
+    cost = fit_operations(wide) * _FIT_ROUNDS * len(_STRENGTHS)
+    tick(0.2)
+    if cost > limit:
+        return Models(numbers, coefficients, f"it may take {cost:.0e} operations and the limit is {limit:.0e}")
+    top = max(float(singular_values(matrix)[0]) for matrix in fixed.coefficients.values())
+    found: dict[float, Fit] = {}
+    for k, share in enumerate(_STRENGTHS):
+        made = _fitted(wide, change, TwoSided(Quadratic(share * top**2)))
+        if made is not None:
+            found[share] = made
+        tick(0.2 + 0.8 * (k + 1) / len(_STRENGTHS))
+    described = {share: _model_numbers(made, wide, change) for share, made in found.items()}
+    best = min(described, key=lambda share: abs((described[share]["alignment"] or 0) - (goal or 0)))
+    numbers["two_sided"] = described[best] | {"strength": best * top**2, "relative_strength": best}
+    coefficients["two_sided"] = dict(found[best].coefficients)
+    return Models(numbers, coefficients, None)
+
+
+def _fitted(feats: TangentFeatures, change: Tensor, structure: Structure) -> Fit | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TangentWarning)  # rounds that ran out are told by `converged`
+        try:
+            return fit(feats, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
+        except TangentError:
+            return None
+
+
+def _model_numbers(found: Fit, feats: TangentFeatures, change: Tensor) -> dict[str, Any]:
+    kernel = found.transform(feats).kernel(outputs="trace")
+    certificates = ("objective", "feasibility", "stationarity", "rounds", "converged", "reason")
+    ranks = {name: asdict(effective_rank(singular_values(B))) for name, B in found.coefficients.items()}
+    return {
+        "alignment": defined(alignment, kernel, change),
+        **{name: getattr(found, name) for name in certificates},
+        "effective_rank": ranks,
+    }

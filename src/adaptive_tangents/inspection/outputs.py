@@ -1,0 +1,207 @@
+"""From what a network returns to the few outputs whose features are measured, and the targets that belong to them.
+
+Features cost as much as there are outputs, so a classifier's c logits are reduced, by default to the one direction in
+output space along which training moved the samples apart most. It is the same for all samples: labels cannot leak into
+the kernel, as they do with a margin, whose sign is each sample's own.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.inputs import Batch, Output, samples, take
+
+PREFIX = "network."
+_CHUNK = 100
+
+
+def pick(out: Any) -> Tensor:
+    """The tensor (n, c) in what a network returns: itself, its `logits`, or the first of several."""
+    if isinstance(out, Mapping) and "logits" in out:
+        out = out["logits"]
+    elif not isinstance(out, Tensor) and hasattr(out, "logits"):
+        out = out.logits
+    elif isinstance(out, tuple | list) and out:
+        out = out[0]
+    if not isinstance(out, Tensor):
+        raise TangentError(
+            f"inspect: the network returned {type(out).__name__}; write a factory whose network returns a tensor (n, c), or "
+            "something with .logits"
+        )
+    rows: Tensor = out[:, None] if out.ndim == 1 else out
+    if rows.ndim != 2:
+        raise TangentError(
+            f"inspect: the network's output has shape {tuple(out.shape)}, expected (n, c), one row a sample; write a factory "
+            "whose network returns that, e.g. the output at one position"
+        )
+    return rows
+
+
+def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
+    """f(x; θ) of all samples, in parts."""
+    parts = []
+    with torch.no_grad():
+        for first in range(0, samples(x), _CHUNK):
+            part = take(take(x, slice(first, first + _CHUNK)), None)
+            args, keywords = ((), dict(part)) if isinstance(part, Mapping) else (part, {})
+            args = (part,) if isinstance(part, Tensor) else args
+            parts.append(pick(torch.func.functional_call(model, dict(state), args, keywords)))
+    return torch.cat(parts)
+
+
+class _Margin(nn.Module):
+    """Σ_j f_j(x) a_j with weights a (n, c) of each sample's own: they travel as the last argument."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
+        weights = keywords.pop("margin_weights") if keywords else arguments[-1]
+        out = pick(self.network(**keywords) if keywords else self.network(*arguments[:-1]))
+        return (out * weights).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The outputs measured: their names, a sentence on them, and weights (c, k), or (n, c) of each sample for a margin.
+
+    ``share`` is the part of ‖f_T − f_0‖² (less what all samples, or all logits, share) that they carry.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    sentence: str
+    weights: Tensor
+    share: float
+
+    def apply(self, outputs: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
+        """The reduced outputs of the network's own."""
+        if self.kind == "margin":
+            return (outputs * self.weights.to(outputs)).sum(1, keepdim=True)
+        return outputs @ self.weights.to(outputs)
+
+    def arrange(self, model: nn.Module, x: Batch) -> tuple[nn.Module, Batch, Output]:
+        """Model, batch and `output=` that give these outputs' features."""
+        if self.kind != "margin":
+            weights = self.weights
+            return model, x, lambda out: pick(out) @ weights.to(pick(out))
+        if isinstance(x, Mapping):
+            return _Margin(model), {**x, "margin_weights": self.weights}, pick
+        arguments = (x,) if isinstance(x, Tensor) else x
+        return _Margin(model), (*arguments, self.weights), pick
+
+    def state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict under the names that the arranged model has."""
+        return {f"{PREFIX}{name}": value for name, value in state.items()} if self.kind == "margin" else dict(state)
+
+    def patterns(self, wrt: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Name patterns for the arranged model."""
+        return tuple(PREFIX + name for name in wrt) if wrt and self.kind == "margin" else wrt
+
+
+def reduce_outputs(
+    how: str, change: Float[Tensor, "n c"], labels: Tensor | None, classes: tuple[str, ...] | None
+) -> Reduction:
+    """What `--outputs` means for a network whose outputs changed by f_T − f_0 (n, c).
+
+    "auto": the output where there is one, else "main"; "main" or "main:k": the k directions of largest variance of the
+    change over samples (orthogonal to all-ones where outputs are logits); "margin": logit of the label minus the mean of
+    the others; "all"; or outputs by number or class name, separated by commas.
+
+    >>> reduce_outputs("auto", torch.tensor([[1.0], [2.0]]), None, None).names
+    ('output',)
+    """
+    c = change.shape[1]
+    logits = labels is not None and c > 1
+    if logits and labels is not None and int(labels.max()) >= c:
+        raise TangentError(
+            f"inspect: y holds the label {int(labels.max())} and the network has {c} outputs; number the classes from 0, "
+            "or give real targets as floats"
+        )
+    if logits and labels is not None and int(labels.min()) < 0:
+        raise TangentError(f"inspect: y holds the label {int(labels.min())}; number the classes from 0")
+    titles = classes if classes is not None and len(classes) == c else tuple(f"output {j}" for j in range(c))
+    titles = ("output",) if c == 1 else titles
+    how = ("all" if c == 1 else "main") if how == "auto" else how
+    eye = torch.eye(c, dtype=change.dtype, device=change.device)
+    moved = change.double() - change.double().mean(0)
+    moved = moved - moved.mean(1, keepdim=True) if logits else moved
+    total = float(moved.square().sum())
+    if how == "all":
+        sentence = "The network's one output." if c == 1 else f"All {c} outputs; kernels are summed over them."
+        return Reduction("all", titles, sentence, eye, 1.0)
+    if found := re.fullmatch(r"main(?::(\d+))?", how):
+        k = int(found[1] or 1)
+        most = c - logits
+        if not 1 <= k <= most:
+            raise TangentError(f"inspect: --outputs {how}: there are 1 to {most} directions; choose as many, or all")
+        values, vectors = torch.linalg.eigh(moved.mT @ moved)
+        top = vectors[:, -k:].flip(1)
+        top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
+        share = float(values[-k:].clamp_min(0).sum() / values.clamp_min(0).sum().clamp_min(1e-300))
+        names = ("main direction",) if k == 1 else tuple(f"direction {j + 1}" for j in range(k))
+        sentence = (
+            f"The network has {c} outputs; features are of {'the direction' if k == 1 else f'the {k} directions'} in output "
+            f"space along which training moved the samples apart most, {100 * share:.0f} % of the variance of the change."
+        )
+        return Reduction("main", names, sentence, top.to(change), share)
+    if how == "margin":
+        if labels is None or c < 2:
+            raise TangentError(
+                "inspect: --outputs margin needs integer labels y and at least two outputs; use main or all"
+            )
+        weights = eye[labels] - (1 - eye[labels]) / (c - 1)
+        sentence = (
+            "Features are of each sample's margin: the logit of its label minus the mean of the others. Labels are in its "
+            "sign, so its kernel is not comparable to label kernels; the label target is +1 for every sample."
+        )
+        share = float((moved * weights.double()).sum(1).square().sum() / (c / (c - 1)) / max(total, 1e-300))
+        return Reduction("margin", ("margin",), sentence, weights, min(share, 1.0))
+    chosen = [_index(word.strip(), titles) for word in how.split(",")]
+    share = float(moved[:, chosen].square().sum()) / max(total, 1e-300)
+    names = tuple(titles[j] for j in chosen)
+    return Reduction("some", names, f"Features are of {', '.join(names)}, out of {c} outputs.", eye[:, chosen], share)
+
+
+def _index(word: str, titles: tuple[str, ...]) -> int:
+    if word in titles:
+        return titles.index(word)
+    if word.isdigit() and int(word) < len(titles):
+        return int(word)
+    raise TangentError(
+        f"inspect: --outputs has no {word!r}; give all, main, main:k, margin, numbers 0 to {len(titles) - 1} or names among "
+        f"{', '.join(titles[:12])}"
+    )
+
+
+def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tensor, "n k"] | None, str]:
+    """The labels as targets of the reduced outputs, and what they are in words: one-hot centred, ±1, or real."""
+    if y is None:
+        return None, "no labels were given"
+    like = reduction.weights
+    if reduction.kind == "margin":
+        return torch.ones(len(y), 1, dtype=like.dtype, device=like.device), "+1 for every margin"
+    if not y.is_floating_point() and y.ndim == 1:
+        if c > 1:
+            onehot = torch.nn.functional.one_hot(y, c).to(like)
+            return (onehot - onehot.mean(0)) @ like, "one-hot labels, centred, along the outputs measured"
+        kinds = torch.unique(y)
+        if len(kinds) == 2:
+            return torch.where(y == kinds[0], -1.0, 1.0).to(like)[
+                :, None
+            ], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
+    real = (y[:, None] if y.ndim == 1 else y).to(like)
+    if real.shape[1] != c:
+        raise TangentError(
+            f"inspect: y has {real.shape[1]} target(s) a sample and the network {c} output(s); give y of shape (n, {c}), or "
+            "integer labels (n,)"
+        )
+    return real @ like, "the targets"

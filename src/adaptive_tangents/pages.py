@@ -1,0 +1,61 @@
+"""What the pages of all experiments share: what a page is made of, and how its numbers read."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptive_tangents.drawing import Draw, Results
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What an experiment's page needs: its template, figures, headline metrics, arrays, words, and which figures apply."""
+
+    template: str
+    figures: Mapping[str, Draw]
+    headline: tuple[str, ...]
+    arrays: Callable[[Results], list[str]]
+    context: Callable[[Results], dict[str, Any]]
+    applies: Callable[[Results, str], bool] = lambda results, figure: True
+
+
+def number(value: Any) -> str:
+    """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
+
+    >>> number(0.4), number(-2.41e-9), number(None), number(True)
+    ('0.400', '−2.4·10⁻⁹', '—', 'yes')
+    """
+    if not isinstance(value, float) or value == 0 or not math.isfinite(value):
+        return given(value)
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".replace("-", "−", value < 0).split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def given(value: Any) -> str:
+    """A value someone chose or published, with the figures it came with.
+
+    >>> given(0.4), given(0.05), given("20–30"), given([0.1, 1.0]), given(None)
+    ('0.40', '0.05', '20–30', '0.1, 1', '—')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(f"{item:g}" if isinstance(item, float) else given(item) for item in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
+        "-", "−" if isinstance(value, float | int) else "-"
+    )
+
+
+def fixed(value: float | None) -> str:
+    """A value with two decimals."""
+    return given(value) if value is None else f"{value:.2f}".replace("-", "−")
