@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
 from adaptive_tangents.recording import Parents
-from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand
 
 # Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
 # what they make costs more than it saves.
@@ -120,18 +120,29 @@ def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
     """A combination of features, as a matrix, times a direction of the input side."""
     if isinstance(part, Outer):
         signals = w[:, None, :] * (part.inputs @ direction)[..., None]
-        return torch.einsum("ntc,ntco->o", signals, part.backward)
+        inner = part.backward.permute(0, 2, 3, 1)
+        if inner.is_contiguous():
+            return (inner.flatten(0, 1) @ signals.transpose(1, 2).flatten(0, 1)[..., None]).sum(0)[:, 0]
+        return signals.flatten() @ part.backward.reshape(-1, part.backward.shape[-1])
     return part.combine(w) @ direction
 
 
 def _spread(part: Summand, w: Tensor) -> Tensor:
-    """Σ of squares of the single terms of a combination, to which rounding is relative."""
+    """About the Σ of squares of the single terms of a combination, to which rounding is relative."""
+    weights = w.square().mean(1)
     if isinstance(part, Dense):
-        return (w**2 * part.values.square().sum((2, 3))).sum()
-    if isinstance(part, Lookup):
-        return (w[:, None, :] ** 2 * part.backward.square().sum(-1) * part.weights[..., None] ** 2).sum()
-    assert isinstance(part, Outer | Flipped)
-    return (w[:, None, :] ** 2 * part.backward.square().sum(-1) * part.inputs.square().sum(-1)[..., None]).sum()
+        return (weights * _norms(part.values) ** 2).sum()
+    inputs = part.weights if isinstance(part, Lookup) else part.inputs if isinstance(part, Outer | Flipped) else None
+    assert inputs is not None
+    positions = max(1, inputs.shape[1])
+    assert not isinstance(part, Shared)
+    return (weights * _norms(part.backward) ** 2 * _norms(inputs) ** 2).sum() / positions
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    """The norm of each sample's part."""
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
+    return norms
 
 
 def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
