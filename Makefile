@@ -10,6 +10,7 @@ MADE := $(VENV)/.made
 PACKAGE := $(VENV)/.installed-package
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
+NEURAL := .venv-neural-tangents
 INPUTS := pyproject.toml constraints.txt
 
 # One thread a process: the tests run on all cores already.
@@ -18,10 +19,10 @@ test: export OMP_NUM_THREADS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench bench-neural-tangents clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(PACKAGE) ## reproduce the kernel alignment figures into runs/kernel-alignment
 	$(BIN)/adaptive-tangents reproduce kernel-alignment --out runs/kernel-alignment
@@ -44,9 +45,13 @@ bench: $(BENCH) ## run the benchmarks one after the other
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
-clean: ## remove caches and build outputs; .venv and runs stay
+bench-neural-tangents: $(BENCH) $(NEURAL)/.installed ## run neural-tangents beside ours; make bench has it too from then on
+	$(BIN)/python benchmarks/bench_kernel.py --matching '(adaptive|neural)-tangents'
+	$(BIN)/python benchmarks/bench_convolutions.py --matching 'CNN: (adaptive|neural)-tangents'
+
+clean: ## remove caches and build outputs; environments and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -67,3 +72,9 @@ $(DEV): $(MADE) $(INPUTS)
 $(BENCH): $(MADE) $(INPUTS)
 	$(PIP) -e '.[bench]'
 	@touch $(PACKAGE) $@
+
+# Its own environment: neural-tangents works with an old jax only, which wants an old numpy.
+$(NEURAL)/.installed: benchmarks/neural_tangents/requirements.txt
+	$(PYTHON) -m venv $(NEURAL)
+	$(NEURAL)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
