@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import reference
+from adaptive_tangents import blocks
 from cases import Forward, by_name, mlp, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -280,11 +281,12 @@ def test_other_words_for_buffers_are_refused() -> None:
         unchecked(model, start, end, x, buffers="end")
 
 
-def test_nodes_of_many_positions_are_summed_where_that_is_smaller() -> None:
+def test_nodes_of_many_positions_are_summed_where_that_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_WORTH_SUMMING", 0)
     model, x, start, end = normed()
     few = at.average_features(model, start, end, x, nodes=1, buffers="path")
     many = at.average_features(model, start, end, x, nodes=16, buffers="path")
-    assert (few.blocks["4"].kind, many.blocks["4"].kind) == ("factored", "materialised")
+    assert (few.blocks["4"].kind, many.blocks["4"].kind) == ("factored", "summed")
     assert many.bytes <= 6 * 2 * many.p * 8
     close(many.dense(), reference_sum(model, start, end, x, 16))
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from adaptive_tangents.blocks import Block, Slot
 from adaptive_tangents.inputs import Network
@@ -151,11 +151,15 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator
 
 @dataclass(frozen=True)
 class Graph:
-    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what."""
+    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what.
+
+    ``opaque``: some node (TorchScript's) is none of torch's own, and may use leaves that the graph does not show.
+    """
 
     counts: Mapping[str, int]
     leaves: Mapping[str, Any]
     parents: Parents
+    opaque: bool
 
 
 def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
@@ -178,7 +182,7 @@ def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
             if name is not None:
                 counts[name] += 1
                 found[name] = successor
-    return Graph(counts, found, parents)
+    return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents))
 
 
 def parameter_groups(net: Network) -> list[Group]:

@@ -73,6 +73,8 @@ def _terms(
     terms: dict[str, list[Term]] = {}
     for slot in group.slots:
         leaf = graph.leaves.get(slot.parameter)
+        if leaf is None and graph.opaque:
+            return None
         found = terms_of(leaf, slot.shape, graph.parents, n, allowed=allowed, refused=choice.refused) if leaf else []
         if found is None:
             return None
