@@ -93,9 +93,13 @@ def terms_of(
                 continue
             if len(chain) >= _DEEPEST or visited > 16 * _DEEPEST or parent not in parents:
                 return None
-            for number, metadata in enumerate(parent._input_metadata):
-                if any(k == number for _, _, k in parents[parent]):
-                    stack.append((parent, number, tuple(metadata.shape), (*chain, Step(parent, index, number, tail))))
+            outputs = getattr(parent, "_input_metadata", ())
+            numbers = {k for _, _, k in parents[parent]}
+            if not numbers or max(numbers) >= len(outputs):
+                return None  # a node that does not tell what it gives
+            for number in numbers:
+                step = Step(parent, index, number, tail)
+                stack.append((parent, number, tuple(outputs[number].shape), (*chain, step)))
     return found
 
 
