@@ -95,8 +95,8 @@ def terms_of(
                 return None
             outputs = getattr(parent, "_input_metadata", ())
             numbers = {k for _, _, k in parents[parent]}
-            if not numbers or max(numbers) >= len(outputs):
-                return None  # a node that does not tell what it gives
+            if not numbers or max(numbers) >= len(outputs) or not callable(parent):
+                return None  # a node that does not tell what it gives, or cannot be asked
             for number in numbers:
                 step = Step(parent, index, number, tail)
                 stack.append((parent, number, tuple(outputs[number].shape), (*chain, step)))
