@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adaptive_tangents as at
 import theory_reference as reference
@@ -450,3 +450,15 @@ def test_a_side_chosen_by_moments_is_the_one_chosen_by_the_errors_themselves(
         torch.testing.assert_close(chosen.matrix(), best[2])
         seen.add(strength)
     assert len(seen) > 1
+
+
+def test_a_side_too_wide_for_memory_is_refused_naming_the_block() -> None:
+    model = nn.Sequential(nn.Embedding(300_000, 2), nn.Flatten(), nn.Linear(4, 1)).double()
+    index = torch.randint(300_000, (12, 2), generator=torch.Generator().manual_seed(0))
+    feats = at.tangent_features(model, index)
+    moved = feats.transformed({"0": Sides(scale=2.0)})
+    with pytest.raises(
+        at.TangentError, match=r"explain: needs .* leave block '0' out with wrt, or use .* right side, of 300000"
+    ):
+        at.explain(feats, moved, at.TwoSided())
+    assert at.explain(feats, moved, at.Left()).r2["0"] > 0.1

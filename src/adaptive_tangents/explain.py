@@ -4,9 +4,9 @@ Left and right factors are found by alternating least squares on moments of the 
 its strength is chosen on samples held out from the fit, and R² reported on others, held out from both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
 from adaptive_tangents.summands import Index
 from adaptive_tangents.transforms import Matrix, Sides
@@ -209,8 +210,20 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
             total = piece if total is None else total + piece
         assert total is not None
         return total
-    x, y = a.features().flatten(0, 1), b.features().flatten(0, 1)
-    return torch.einsum("kor,kpr->op", x, y) if side == "left" else torch.einsum("koi,koj->ij", x, y)
+    size = a.shape[0 if side == "left" else 1]
+    require_memory(
+        "explain", 4 * 8 * size**2, memory_limit(None), remedy=f"leave block {a.name!r} out with wrt, or use a structure "
+        f"without its {side} side, of {size} units",
+    )  # fmt: skip
+    spec = "kor,kpr->op" if side == "left" else "koi,koj->ij"
+    pieces = (torch.einsum(spec, x.flatten(0, 1), y.flatten(0, 1)) for x, y in _in_parts(a, b))
+    return reduce(torch.add, pieces)
+
+
+def _in_parts(a: Block, b: Block) -> Iterator[tuple[Float[Tensor, "n c o i"], Float[Tensor, "n c o i"]]]:
+    """Both blocks' features, some samples at a time."""
+    for part in ranges(a.samples, max(1, _CHUNK // max(1, a.outputs * a.shape[0] * a.shape[1]))):
+        yield a.map(index=part).features(), b.map(index=part).features()
 
 
 def _inner(a: Block, b: Block) -> float:
@@ -222,7 +235,7 @@ def _inner(a: Block, b: Block) -> float:
             signals = x.backward.flatten(2) @ y.backward.flatten(2).mT
             total += float((signals * (x.inputs @ y.inputs.mT)).sum())
         return total
-    return float((a.features() * b.features()).sum())
+    return sum(float((x * y).sum()) for x, y in _in_parts(a, b))
 
 
 def _cost(a: Block, b: Block) -> int:
