@@ -28,7 +28,9 @@ _CACHED_BYTES = 1_000_000  # what the nested route works on at a time
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
 _SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
-_PANELS = 4  # of a symmetric kernel: 5/8 of the products of the whole, each still large enough to run at full speed
+_PANELS = (
+    4  # of a symmetric kernel, 5/8 of its products, each still large enough to run at full speed; 2 of a small one
+)
 
 
 def check_outputs(call: str, outputs: str) -> None:
@@ -226,8 +228,8 @@ def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "
 
 def _panels(total: int, group: int, size: int) -> list[slice]:
     """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
-    if total * group >= 512:
-        size = min(size, -(-total // _PANELS))
+    if total * group >= 128:
+        size = min(size, -(-total // (_PANELS if total * group >= 512 else 2)))
     return list(ranges(total, size))
 
 
