@@ -136,7 +136,8 @@ class Capture:
         else:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
-        room = min(max(self.limit - needed, 0), _PASS_BYTES)
+        # A pass is one of several things held: a kernel, another tile's features.
+        room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
         chunk = max(1, min(n, room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part), chunk) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])

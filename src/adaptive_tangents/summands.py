@@ -139,7 +139,7 @@ class Lookup:
 
     def restricted(self, kept: Int[Tensor, " k"]) -> "Lookup":
         """The same with the columns ``kept`` only, sorted and holding every index; without directions."""
-        position = torch.searchsorted(kept, self.index)
+        position = torch.searchsorted(kept, self.index.contiguous())
         return Lookup(self.backward, position, self.weights, self.coefficients, self.directions[:, kept])
 
 
