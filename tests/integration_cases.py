@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 
 from cases import Case, normal, with_statistics
 from real_cases import Made, indices
@@ -22,7 +22,7 @@ def declare_operators_of_torchvision() -> None:
         ctypes.CDLL(str(Path(found.origin or "").with_name("_C.so")))
     except OSError:
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 declare_operators_of_torchvision()
