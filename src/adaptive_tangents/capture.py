@@ -139,7 +139,7 @@ class Capture:
         # A pass is one of several things held: a kernel, another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
         chunk = max(1, min(n, room // max(1, probe.pass_bytes)))
-        made = [self._features(x if chunk == n else take(x, part), chunk) for part in ranges(n, chunk)]
+        made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(out, n)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -254,7 +254,7 @@ class Capture:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             yield
 
-    def _features(self, x: Batch, chunk: int) -> tuple[Tensor, dict[str, Block]]:
+    def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of samples that one pass has room for."""
         net, probe = self.network, self.probe
         unseen = self.verify and not (samples(x) == self.samples == len(probe.index))
