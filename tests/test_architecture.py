@@ -39,6 +39,7 @@ ORDER = (
     "path",
     "penalties",
     "structures",
+    "spectral",
     "losses",
     "constraints",
     "solvers",

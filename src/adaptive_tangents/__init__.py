@@ -35,7 +35,8 @@ from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, Composition, Penalty, Quadratic
 from adaptive_tangents.solvers import Fit, fit
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
+from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,8 @@ from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.memory import memory_limit, require_memory
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
+from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 from adaptive_tangents.summands import Index
 from adaptive_tangents.transforms import Matrix, Sides
 

@@ -23,7 +23,8 @@ from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import check_finite
 from adaptive_tangents.losses import SquaredError, factorise
 from adaptive_tangents.memory import memory_limit, require_memory
-from adaptive_tangents.structures import Solution, Structure, TwoSided
+from adaptive_tangents.spectral import TwoSided
+from adaptive_tangents.structures import Solution, Structure
 from adaptive_tangents.transforms import Transform, transform_matrices
 
 Progress = Callable[[int, float], None]

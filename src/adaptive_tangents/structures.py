@@ -1,31 +1,47 @@
-"""Structures 𝓜: which transforms of the features are allowed, and the regulariser Ω̃ each induces (theory §3).
+"""Structures 𝓜: which transforms of the features are allowed, and the regulariser Ω̃ each induces.
 
 A structure turns coefficients, one matrix B a block, into everything the solver asks for: the best transform, Ω̃(B), its
-gradient, and the dual Ω̃* for lower bounds. To add one that acts block by block, subclass ``BlockStructure`` and write
-``_solution`` (all of it comes from one decomposition of B) and ``_dual``.
+gradient and curvature, and the dual Ω̃* for lower bounds. To add one that acts block by block, subclass ``BlockStructure``
+and write ``block_solution`` (all of it comes from one decomposition of B) and ``block_dual``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.penalties import Penalty, Quadratic
-from adaptive_tangents.transforms import Joint, LowRank, Sides, Transform
+from adaptive_tangents.transforms import Joint, Sides, Transform
 
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The inner minimum over M at given coefficients: the transforms, Ω̃(β) and ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ."""
+    """The inner minimum over M at given coefficients: the transforms, Ω̃(β), ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ and the curvature.
+
+    ``curvature`` maps X, one matrix a block, to ∇²Ω̃(β)[X], the Hessian of the regulariser applied to X; what it needs is
+    computed when it is first called. None where a structure knows no Hessian.
+    """
 
     transforms: Mapping[str, Transform]
     penalty: float
     gradient: Matrices
+    curvature: Callable[[Matrices], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """The same of one block: its transform, Ω̃(B), ∇Ω̃(B) (o, i) and X ↦ ∇²Ω̃(B)[X] on matrices (o, i)."""
+
+    transform: Transform
+    penalty: float
+    gradient: Float[Tensor, "o i"]
+    curvature: Callable[[Tensor], Tensor] | None = None
 
 
 class Structure(ABC):
@@ -33,7 +49,7 @@ class Structure(ABC):
 
     @abstractmethod
     def solution(self, coefficients: Matrices) -> Solution:
-        """The best transforms for β, with the penalty and its gradient."""
+        """The best transforms for β, with the penalty, its gradient and its curvature."""
 
     @abstractmethod
     def dual(self, matrices: Matrices) -> float:
@@ -56,33 +72,101 @@ class BlockStructure(Structure):
     """A structure that treats every block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ)."""
 
     @abstractmethod
-    def _solution(self, matrix: Float[Tensor, "o i"]) -> tuple[Sides, float, Float[Tensor, "o i"]]:
-        """Transform, Ω̃(B) and ∇Ω̃(B) of one block."""
+    def block_solution(self, matrix: Float[Tensor, "o i"]) -> BlockSolution:
+        """Transform, Ω̃(B), ∇Ω̃(B) and curvature of one block."""
 
     @abstractmethod
-    def _dual(self, matrix: Float[Tensor, "o i"]) -> float:
+    def block_dual(self, matrix: Float[Tensor, "o i"]) -> float:
         """Ω̃* of one block."""
 
     def solution(self, coefficients: Matrices) -> Solution:
-        parts = {name: self._solution(matrix) for name, matrix in coefficients.items()}
-        return Solution(
-            {name: part[0] for name, part in parts.items()},
-            sum(part[1] for part in parts.values()),
-            {name: part[2] for name, part in parts.items()},
+        parts = {name: self.block_solution(matrix) for name, matrix in coefficients.items()}
+        return joined_solution(
+            [
+                Solution(
+                    {name: part.transform},
+                    part.penalty,
+                    {name: part.gradient},
+                    None if part.curvature is None else _OfBlock(name, part.curvature),
+                )
+                for name, part in parts.items()
+            ]
         )
 
     def dual(self, matrices: Matrices) -> float:
-        return sum(self._dual(matrix) for matrix in matrices.values())
+        return sum(self.block_dual(matrix) for matrix in matrices.values())
+
+
+def joined_solution(parts: list[Solution]) -> Solution:
+    """The solution of a sum of regularisers, each of blocks of its own."""
+    curvatures = [part.curvature for part in parts if part.curvature is not None]
+
+    def curvature(x: Matrices) -> dict[str, Tensor]:
+        return {name: matrix for function in curvatures for name, matrix in function(x).items()}
+
+    return Solution(
+        {name: transform for part in parts for name, transform in part.transforms.items()},
+        sum(part.penalty for part in parts),
+        {name: matrix for part in parts for name, matrix in part.gradient.items()},
+        curvature if len(curvatures) == len(parts) else None,
+    )
+
+
+@dataclass(frozen=True)
+class _OfBlock:
+    """The curvature of one block, in terms of all of them."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Matrices) -> dict[str, Tensor]:
+        return {self.name: self.function(x[self.name])}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The scalar inner minimum ω̃(v) = min over z ≥ 1 of ω(z) + v²/z² at many v, solved once, when first asked for."""
+
+    penalty: Penalty
+    values: Float[Tensor, "*s"]
+
+    @cached_property
+    def level(self) -> Float[Tensor, "*s"]:
+        """U = v²/z²."""
+        return self.penalty.induced().level(self.values)
+
+    @cached_property
+    def gains(self) -> Float[Tensor, "*s"]:
+        """Z."""
+        return 1 + self.penalty.excess(self.level)
+
+    @property
+    def total(self) -> float:
+        """Σ ω̃(v)."""
+        u = self.level
+        return float(u.sum()) + sum(float(part.value(1 + part.excess(u)).sum()) for part in self.penalty.parts)
+
+    @cached_property
+    def slope(self) -> Float[Tensor, "*s"]:
+        """ω̃′(v)/v = 2/z², smooth through zero."""
+        return 2 / self.gains**2
+
+    @cached_property
+    def bend(self) -> Float[Tensor, "*s"]:
+        """ω̃″(v) = 2/z²·(1 − 2e)/(1 + 2e), e the elasticity of the gain."""
+        # u z(u)² = v² gives d log z/d log v = 2e/(1 + 2e), and ω̃′ = 2v/z².
+        elasticity = self.penalty.elasticity(self.level)
+        return self.slope * (1 - 2 * elasticity) / (1 + 2 * elasticity)
 
 
 @dataclass(frozen=True)
 class Fixed(BlockStructure):
     """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖²."""
 
-    def _solution(self, matrix: Tensor) -> tuple[Sides, float, Tensor]:
-        return Sides(), float((matrix**2).sum()), 2 * matrix
+    def block_solution(self, matrix: Tensor) -> BlockSolution:
+        return BlockSolution(Sides(), float((matrix**2).sum()), 2 * matrix, lambda x: 2 * x)
 
-    def _dual(self, matrix: Tensor) -> float:
+    def block_dual(self, matrix: Tensor) -> float:
         return float((matrix**2).sum()) / 4
 
 
@@ -96,102 +180,75 @@ class Full(Structure):
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
 
     def solution(self, coefficients: Matrices) -> Solution:
-        norm = torch.sqrt(torch.stack([(matrix**2).sum() for matrix in coefficients.values()]).sum())
-        induced = self.penalty_on_transform.induced()
-        z = float(induced.minimizer(norm[None]))
+        norm = _norm(coefficients)
+        inner = Inner(self.penalty_on_transform, norm)
         unit = {name: matrix / norm if norm > 0 else matrix for name, matrix in coefficients.items()}
-        joint = Joint(unit, z)
-        gradient = {name: 2 * matrix / z**2 for name, matrix in coefficients.items()}
-        return Solution(dict.fromkeys(coefficients, joint), float(induced.value(norm[None])), gradient)
+
+        def curvature(x: Matrices) -> dict[str, Tensor]:
+            along = (inner.bend - inner.slope) * torch.stack([(unit[name] * x[name]).sum() for name in unit]).sum()
+            return {name: inner.slope * x[name] + along * unit[name] for name in unit}
+
+        gradient = {name: inner.slope * matrix for name, matrix in coefficients.items()}
+        joint = dict.fromkeys(coefficients, Joint(unit, float(inner.gains)))
+        return Solution(joint, inner.total, gradient, curvature)
 
     def dual(self, matrices: Matrices) -> float:
-        norm = torch.sqrt(torch.stack([(matrix**2).sum() for matrix in matrices.values()]).sum())
-        return float(self.penalty_on_transform.induced().dual(norm[None]))
+        return float(self.penalty_on_transform.induced().dual(_norm(matrices)))
+
+
+def _norm(matrices: Matrices) -> Float[Tensor, " 1"]:
+    """‖β‖."""
+    return torch.sqrt(torch.stack([(matrix**2).sum() for matrix in matrices.values()]).sum())[None]
+
+
+class Grouped(BlockStructure):
+    """Ω̃(B) = Σ ω̃(‖B_g‖) over groups g of a block's entries, one factor z a group: Φ_g → z_g Φ_g.
+
+    A group is what lies along ``dimensions`` of the matrix: both (the block), 1 (a row), 0 (a column), none (an entry).
+    """
+
+    penalty_on_transform: Penalty
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> tuple[int, ...]:
+        """The dimensions of B that a group runs along."""
+
+    @abstractmethod
+    def transform(self, gains: Float[Tensor, "_g _h"]) -> Transform:
+        """The transform with these factors, of size 1 along ``dimensions``."""
+
+    def block_solution(self, matrix: Tensor) -> BlockSolution:
+        norms = self._norms(matrix)
+        inner = Inner(self.penalty_on_transform, norms)
+
+        def curvature(x: Tensor) -> Tensor:
+            # A group of zeros has no direction to bend along.
+            unit = torch.where(norms > 0, matrix / norms, 0.0)
+            along = (unit * x).sum(self.dimensions, keepdim=True) if self.dimensions else unit * x
+            return inner.slope * x + (inner.bend - inner.slope) * along * unit
+
+        return BlockSolution(self.transform(inner.gains), inner.total, inner.slope * matrix, curvature)
+
+    def block_dual(self, matrix: Tensor) -> float:
+        return float(self.penalty_on_transform.induced().dual(self._norms(matrix)).sum())
+
+    def _norms(self, matrix: Tensor) -> Tensor:
+        if not self.dimensions:
+            return matrix.abs()
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=self.dimensions, keepdim=True)
+        return norms
 
 
 @dataclass(frozen=True)
-class LayerScale(BlockStructure):
+class LayerScale(Grouped):
     """One factor a block, M = s_ℓ I: Ω̃(β) = Σ_ℓ ω̃(‖B_ℓ‖), group sparsity over layers."""
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
 
-    def _solution(self, matrix: Tensor) -> tuple[Sides, float, Tensor]:
-        induced, norm = self.penalty_on_transform.induced(), matrix.norm()[None]
-        z = float(induced.minimizer(norm))
-        return Sides(scale=z), float(induced.value(norm)), 2 * matrix / z**2
-
-    def _dual(self, matrix: Tensor) -> float:
-        return float(self.penalty_on_transform.induced().dual(matrix.norm()[None]))
-
-
-class _Spectral(BlockStructure):
-    """Ω̃(B) = Σ_j ω̃(σ_j(B)), ω̃ induced by the composition of the penalties on the sides."""
-
     @property
-    @abstractmethod
-    def sides(self) -> Mapping[str, Penalty]:
-        """The penalty on each side that is transformed, "left" and "right"."""
+    def dimensions(self) -> tuple[int, ...]:
+        return (0, 1)
 
-    @property
-    def combined(self) -> Penalty:
-        """The penalty on the product of the sides' singular values."""
-        first, *rest = self.sides.values()
-        return rest[0].compose(first) if rest else first
-
-    def _solution(self, matrix: Tensor) -> tuple[Sides, float, Tensor]:
-        u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-        induced = self.combined.induced()
-        level = induced.level(values)
-        factors: dict[str, LowRank] = {}
-        for side, penalty in self.sides.items():
-            excess = penalty.excess(level)
-            moved = excess > torch.finfo(excess.dtype).eps
-            factors[side] = LowRank(u[:, moved] if side == "left" else vt[moved].mT, 1 + excess[moved])
-        gradient = (u * induced.derivative(values)) @ vt
-        return Sides(factors.get("left"), factors.get("right")), float(induced.value(values).sum()), gradient
-
-    def _dual(self, matrix: Tensor) -> float:
-        return float(self.combined.induced().dual(torch.linalg.svdvals(matrix)).sum())
-
-
-@dataclass(frozen=True)
-class Left(_Spectral):
-    """M_L Φ, a transform of the backward signals: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
-
-    penalty_on_transform: Penalty = field(default_factory=Quadratic)
-
-    @property
-    def sides(self) -> Mapping[str, Penalty]:
-        return {"left": self.penalty_on_transform}
-
-
-@dataclass(frozen=True)
-class Right(_Spectral):
-    """Φ M_Rᵀ, a transform of the layer's inputs: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
-
-    penalty_on_transform: Penalty = field(default_factory=Quadratic)
-
-    @property
-    def sides(self) -> Mapping[str, Penalty]:
-        return {"right": self.penalty_on_transform}
-
-
-@dataclass(frozen=True)
-class TwoSided(_Spectral):
-    """M_L Φ M_Rᵀ, what a network's layer can do: Ω̃(B) = Σ_j (ω_L ⊕ ω_R)~(σ_j(B)); one penalty serves both sides.
-
-    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, (a, b) minimising
-    ω_L(a) + ω_R(b) + σ²/(ab)². Source: LeJeune & Alemohammad, CPAL 2024, §3.
-
-    >>> import torch
-    >>> sides = TwoSided(Quadratic(1.0)).update({"w": torch.diag(torch.tensor([3.0, 0.0]))})["w"]
-    >>> bool(torch.allclose(sides.left.matrix(), sides.right.matrix()))
-    True
-    """
-
-    left: Penalty = field(default_factory=Quadratic)
-    right: Penalty | None = None
-
-    @property
-    def sides(self) -> Mapping[str, Penalty]:
-        return {"left": self.left, "right": self.right or self.left}
+    def transform(self, gains: Tensor) -> Transform:
+        return Sides(scale=float(gains))

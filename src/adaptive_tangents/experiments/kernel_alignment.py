@@ -29,7 +29,8 @@ from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import Fit, fit
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
+from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 
 NAME = "kernel-alignment"
 BLOCKS = ("hidden1", "hidden2", "readout")

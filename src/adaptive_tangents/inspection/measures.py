@@ -17,7 +17,8 @@ from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import Fit, fit
-from adaptive_tangents.structures import Fixed, LayerScale, Left, Right, Structure, TwoSided
+from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.structures import Fixed, LayerScale, Structure
 
 Kernels = Mapping[str, Tensor]
 STAGES = ("initial", "average", "final")

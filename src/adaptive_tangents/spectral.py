@@ -1,0 +1,130 @@
+"""Structures of a block's singular values: transforms of its output side, its input side, or both."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.penalties import Penalty, Quadratic
+from adaptive_tangents.structures import BlockSolution, BlockStructure, Inner
+from adaptive_tangents.transforms import LowRank, Sides
+
+_CLOSE = 1e-5  # relative; nearer, a quotient of differences loses more to rounding than the trapezoid rule to its error
+
+
+class Spectral(BlockStructure):
+    """Ω̃(B) = Σ_j ω̃(σ_j(B)), ω̃ induced by the composition of the penalties on the sides."""
+
+    @property
+    @abstractmethod
+    def sides(self) -> Mapping[str, Penalty]:
+        """The penalty on each side that is transformed, "left" and "right"."""
+
+    @property
+    def combined(self) -> Penalty:
+        """The penalty on the product of the sides' singular values."""
+        first, *rest = self.sides.values()
+        return rest[0].compose(first) if rest else first
+
+    def block_solution(self, matrix: Tensor) -> BlockSolution:
+        u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+        inner = Inner(self.combined, values)
+        factors: dict[str, LowRank] = {}
+        for side, penalty in self.sides.items():
+            excess = penalty.excess(inner.level)
+            moved = excess > torch.finfo(excess.dtype).eps
+            factors[side] = LowRank(u[:, moved] if side == "left" else vt[moved].mT, 1 + excess[moved])
+        return BlockSolution(
+            Sides(factors.get("left"), factors.get("right")),
+            inner.total,
+            (u * (inner.slope * values)) @ vt,
+            SpectralCurvature(u, vt, inner),
+        )
+
+    def block_dual(self, matrix: Tensor) -> float:
+        return float(self.combined.induced().dual(torch.linalg.svdvals(matrix)).sum())
+
+
+@dataclass(frozen=True)
+class SpectralCurvature:
+    r"""The Hessian of F(B) = Σ_j ω̃(σ_j) at B = U diag(σ) Vᵀ applied to X (o, i), from the thin decomposition alone.
+
+    In the singular basis, Y = UᵀXV, the symmetric part of each pair Y_ij, Y_ji is multiplied by the divided difference
+    (ω̃′_i − ω̃′_j)/(σ_i − σ_j), ω̃″ where they meet; the antisymmetric part by (ω̃′_i + ω̃′_j)/(σ_i + σ_j), 2 where both are
+    zero; what of X lies outside the row or the column space by ω̃′_i/σ_i = 2/z_i².
+    """
+
+    u: Float[Tensor, "o k"]
+    vt: Float[Tensor, "k i"]
+    inner: Inner
+
+    @cached_property
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """The multipliers of Y and of Yᵀ."""
+        sigma, bend = self.inner.values, self.inner.bend
+        slope = sigma * self.inner.slope
+        gap, total = sigma[:, None] - sigma, sigma[:, None] + sigma
+        close = gap.abs() <= _CLOSE * total
+        quotient = (slope[:, None] - slope) / torch.where(close, 1.0, gap)
+        symmetric = torch.where(close, (bend[:, None] + bend) / 2, quotient)
+        sums = (slope[:, None] + slope) / torch.where(total > 0, total, 1.0)
+        antisymmetric = torch.where(total > 0, sums, 2.0)
+        return (symmetric + antisymmetric) / 2, (symmetric - antisymmetric) / 2
+
+    def __call__(self, x: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        u, vt, outside = self.u, self.vt, self.inner.slope
+        same, crossed = self._inside
+        if u.shape[0] >= vt.shape[1]:
+            half = x @ vt.mT
+            y = u.mT @ half
+            return (u @ (same * y + crossed * y.mT - y * outside) + half * outside) @ vt
+        half = u.mT @ x
+        y = half @ vt.mT
+        return u @ ((same * y + crossed * y.mT - outside[:, None] * y) @ vt + outside[:, None] * half)
+
+
+@dataclass(frozen=True)
+class Left(Spectral):
+    """M_L Φ, a transform of the backward signals: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    @property
+    def sides(self) -> Mapping[str, Penalty]:
+        return {"left": self.penalty_on_transform}
+
+
+@dataclass(frozen=True)
+class Right(Spectral):
+    """Φ M_Rᵀ, a transform of the layer's inputs: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    @property
+    def sides(self) -> Mapping[str, Penalty]:
+        return {"right": self.penalty_on_transform}
+
+
+@dataclass(frozen=True)
+class TwoSided(Spectral):
+    """M_L Φ M_Rᵀ, what a network's layer can do: Ω̃(B) = Σ_j (ω_L ⊕ ω_R)~(σ_j(B)); one penalty serves both sides.
+
+    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, (a, b) minimising
+    ω_L(a) + ω_R(b) + σ²/(ab)². Source: LeJeune & Alemohammad, CPAL 2024, §3.
+
+    >>> import torch
+    >>> sides = TwoSided(Quadratic(1.0)).update({"w": torch.diag(torch.tensor([3.0, 0.0]))})["w"]
+    >>> bool(torch.allclose(sides.left.matrix(), sides.right.matrix()))
+    True
+    """
+
+    left: Penalty = field(default_factory=Quadratic)
+    right: Penalty | None = None
+
+    @property
+    def sides(self) -> Mapping[str, Penalty]:
+        return {"left": self.left, "right": self.right or self.left}

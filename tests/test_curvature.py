@@ -1,0 +1,172 @@
+"""The curvature of every regulariser against differences of its gradient and of itself, where it is hardest to get right."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import adaptive_tangents as at
+
+STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+    "Fixed": lambda p, q: at.Fixed(),
+    "Full": lambda p, q: at.Full(p),
+    "LayerScale": lambda p, q: at.LayerScale(p),
+    "Left": lambda p, q: at.Left(p),
+    "Right": lambda p, q: at.Right(p),
+    "TwoSided": lambda p, q: at.TwoSided(p, q),
+}
+every_structure = pytest.mark.parametrize("name", STRUCTURES)
+few = settings(max_examples=8)
+seeds = st.integers(0, 10_000)
+strengths = st.floats(-2, 2).map(lambda x: 10.0**x)
+scales = st.floats(-2, 2).map(lambda x: 10.0**x)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(seed: int, rows: int, columns: int) -> Tensor:
+    return torch.linalg.qr(normal(seed, rows, columns)).Q
+
+
+def with_values(seed: int, o: int, i: int, values: list[float]) -> Tensor:
+    """A matrix (o, i) with these singular values, the rest zero."""
+    k = len(values)
+    return (
+        orthogonal(seed, o, k) @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ orthogonal(seed + 1, i, k).mT
+    )
+
+
+# Matrices of unit size at which a Hessian has a limit to take.
+MATRICES: dict[str, Callable[[int], Tensor]] = {
+    "wide": lambda seed: normal(seed, 2, 5),
+    "tall": lambda seed: normal(seed, 5, 3),
+    "square": lambda seed: normal(seed, 4, 4),
+    "column": lambda seed: normal(seed, 4, 1),
+    "repeated": lambda seed: with_values(seed, 5, 4, [2.0, 1.0, 1.0, 1.0]),
+    "nearly repeated": lambda seed: with_values(seed, 4, 5, [1.0, 1.0 + 1e-9, 0.5, 0.5 + 1e-4]),
+    "orthogonal": lambda seed: orthogonal(seed, 4, 4),
+    "rank one of five": lambda seed: with_values(seed, 5, 6, [1.5]),
+    "rank two, tall": lambda seed: with_values(seed, 6, 3, [2.0, 1e-3]),
+    "rank two, repeated": lambda seed: with_values(seed, 4, 4, [1.0, 1.0]),
+    "zero": lambda seed: torch.zeros(3, 4, dtype=torch.float64),
+    "a row and a column of zeros": lambda seed: (
+        normal(seed, 4, 4) * (torch.arange(4) > 0) * (torch.arange(4) > 0)[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@every_structure
+@settings(max_examples=3)
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_curvature_is_the_derivative_of_the_gradient(
+    name: str, matrix: str, seed: int, one: float, other: float, scale: float
+) -> None:
+    structure = STRUCTURES[name](at.Quadratic(one * scale**2), at.Quadratic(other * scale**2))
+    b = {"w": scale * MATRICES[matrix](seed), "v": scale * normal(seed + 3, 2, 3)}
+    x = {key: scale * normal(seed + 5, *part.shape) for key, part in b.items()}
+    step = 2e-4
+
+    def gradient(k: int) -> dict[str, Tensor]:
+        return structure.gradient({key: part + k * step * x[key] for key, part in b.items()})
+
+    curvature = structure.solution(b).curvature
+    assert curvature is not None
+    found, at_steps = curvature(x), {k: gradient(k) for k in (-3, -2, -1, 1, 2, 3)}
+    weights = {-3: -1 / 60, -2: 3 / 20, -1: -3 / 4, 1: 3 / 4, 2: -3 / 20, 3: 1 / 60}
+    for key in b:
+        slope = sum(weight * at_steps[k][key] for k, weight in weights.items()) / step
+        torch.testing.assert_close(found[key], slope, rtol=0, atol=2e-6 * float(x[key].norm()))
+
+
+@every_structure
+@few
+@given(seed=seeds, one=strengths, other=strengths)
+def test_curvature_is_the_second_difference_of_the_penalty(name: str, seed: int, one: float, other: float) -> None:
+    structure = STRUCTURES[name](at.Quadratic(one), at.Quadratic(other))
+    b, x = (
+        {"w": normal(seed, 4, 3), "v": normal(seed + 1, 1, 2)},
+        {"w": normal(seed + 2, 4, 3), "v": normal(seed + 3, 1, 2)},
+    )
+    step = 1e-2
+
+    def along(k: int) -> float:
+        return structure.penalty({key: part + k * step * x[key] for key, part in b.items()})
+
+    weights = (2 / 180, -27 / 180, 270 / 180, -490 / 180, 270 / 180, -27 / 180, 2 / 180)
+    second = sum(weight * along(k - 3) for k, weight in enumerate(weights)) / step**2
+    curvature = structure.solution(b).curvature
+    assert curvature is not None
+    found = sum(float((curvature(x)[key] * x[key]).sum()) for key in b)
+    assert found == pytest.approx(second, abs=1e-5 * sum(float((part**2).sum()) for part in x.values()))
+
+
+@every_structure
+@few
+@given(seed=seeds, one=strengths, scale=scales)
+def test_curvature_is_symmetric_and_linear_and_along_rotations_is_what_invariance_says(
+    name: str, seed: int, one: float, scale: float
+) -> None:
+    """⟨Y, H X⟩ = ⟨H Y, X⟩; for spectral Ω̃, H[AB] = A∇Ω̃ for every antisymmetric A, because ∇Ω̃(QB) = Q∇Ω̃(B)."""
+    structure = STRUCTURES[name](at.Quadratic(one), at.Quadratic(2 * one))
+    b = {"w": scale * normal(seed, 5, 3)}
+    x, y = ({"w": normal(seed + k, 5, 3)} for k in (1, 2))
+    curvature = structure.solution(b).curvature
+    assert curvature is not None
+    size = float(x["w"].norm() * y["w"].norm())
+    assert float((y["w"] * curvature(x)["w"]).sum()) == pytest.approx(
+        float((curvature(y)["w"] * x["w"]).sum()), abs=1e-12 * size
+    )
+    both = curvature({"w": 2 * x["w"] - y["w"]})["w"]
+    torch.testing.assert_close(both, 2 * curvature(x)["w"] - curvature(y)["w"], rtol=0, atol=1e-11 * size)
+    if name in ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided"):
+        turn = normal(seed + 7, 5, 5)
+        turn = turn - turn.mT
+        expected = turn @ structure.gradient(b)["w"]
+        torch.testing.assert_close(curvature({"w": turn @ b["w"]})["w"], expected, rtol=0, atol=1e-10 * scale)
+
+
+@every_structure
+@few
+@given(seed=seeds)
+def test_at_zero_every_curvature_is_that_of_the_squared_norm(name: str, seed: int) -> None:
+    structure = STRUCTURES[name](at.Quadratic(0.3), at.Absolute(0.2))
+    x = {"w": normal(seed, 3, 4)}
+    curvature = structure.solution({"w": torch.zeros(3, 4, dtype=torch.float64)}).curvature
+    assert curvature is not None
+    torch.testing.assert_close(curvature(x)["w"], 2 * x["w"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Full", "LayerScale", "Left", "Right"])
+@few
+@given(seed=seeds, one=strengths, scale=scales)
+def test_convex_structures_have_no_negative_curvature_and_two_absolute_sides_have(
+    name: str, seed: int, one: float, scale: float
+) -> None:
+    b = {"w": scale * normal(seed, 4, 3)}
+    x = {"w": normal(seed + 1, 4, 3)}
+    curvature = STRUCTURES[name](at.Quadratic(one), at.Quadratic(one)).solution(b).curvature
+    assert curvature is not None
+    assert float((curvature(x)["w"] * x["w"]).sum()) >= 0
+    bent = at.TwoSided(at.Absolute(1e-4 * scale**2)).solution(b).curvature
+    assert bent is not None
+    assert float((bent(b)["w"] * b["w"]).sum()) < 0
+
+
+def test_nothing_is_computed_for_a_curvature_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    elasticity = at.Quadratic.elasticity
+    monkeypatch.setattr(at.Quadratic, "elasticity", lambda self, u: asked.append(u.shape) or elasticity(self, u))
+    b = {"w": normal(0, 4, 3)}
+    solution = at.Left(at.Quadratic(1.0)).solution(b)
+    before = len(asked)
+    assert solution.curvature is not None
+    solution.curvature(b)
+    once = len(asked)
+    solution.curvature(b)
+    assert before < once == len(asked)
