@@ -40,6 +40,7 @@ ORDER = (
     "penalties",
     "structures",
     "spectral",
+    "modes",
     "losses",
     "constraints",
     "solvers",

@@ -12,8 +12,8 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents import blocks, capture, contraction
 from adaptive_tangents.blocks import Block, stack_blocks, sum_blocks
-from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand
-from adaptive_tangents.transforms import LowRank, Matrix, Modal, Side
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, tensors_of
+from adaptive_tangents.transforms import LowRank, Matrix, Modal, Scaled, Side
 from cases import Forward, normal
 from registry import by_name
 
@@ -31,6 +31,7 @@ def lookup(seed: int = 0, rank: int = 0) -> Lookup:
     return Lookup(draw(N, T, C, O, seed=seed + 2), index, weights, draw(N, T, rank), draw(rank, I, seed=seed + 3))
 
 
+GAINS = 1 + draw(O, I, seed=11) ** 2
 SUMMANDS: dict[str, list[Summand]] = {
     "outer": [Outer(draw(N, T, C, O), draw(N, T, I, seed=1))],
     "lookup": [lookup()],
@@ -40,6 +41,11 @@ SUMMANDS: dict[str, list[Summand]] = {
     "tied table": [lookup(), Flipped(draw(N, T, C, I), draw(N, T, O, seed=1))],
     "two lookups": [lookup(), lookup(seed=5, rank=1)],
     "the same lookup twice": [lookup(), lookup()],
+    "weighted": [Weighted(GAINS, (Outer(draw(N, T, C, O), draw(N, T, I, seed=1)),))],
+    "weighted tied table": [Weighted(GAINS, (lookup(rank=1), Flipped(draw(N, T, C, I), draw(N, T, O, seed=1))))],
+    "the same gains twice": [Weighted(GAINS, (lookup(),)), Weighted(GAINS, (lookup(seed=5),))],
+    "different gains": [Weighted(GAINS, (lookup(),)), Weighted(GAINS + 1, (lookup(seed=5),))],
+    "weighted and shared": [Weighted(GAINS, (lookup(),)), Shared(draw(N, C, 2, seed=4), draw(2, O, I, seed=5))],
     "all": [
         Outer(draw(N, T, C, O), draw(N, T, I, seed=1)), lookup(seed=7), Flipped(draw(N, 1, C, I), draw(N, 1, O, seed=1)),
         Dense(draw(N, C, O, I, seed=3)), Shared(draw(N, C, 2, seed=4), draw(2, O, I, seed=5)),
@@ -54,6 +60,8 @@ def block(kind: str) -> Block:
 
 def written_out(part: Summand) -> NDArray[np.float64]:
     """Φ (n, c, o, i) of a summand by its definition, entry by entry."""
+    if isinstance(part, Weighted):
+        return part.gains.numpy() * sum(written_out(inner) for inner in part.parts)
     t = {name: value.numpy() for name, value in vars(part).items()}
     if isinstance(part, Dense):
         return t["values"]
@@ -80,8 +88,8 @@ def features(kind: str) -> NDArray[np.float64]:
     return sum(written_out(part) for part in SUMMANDS[kind])
 
 
-def close(made: Tensor, expected: NDArray[np.float64]) -> None:
-    np.testing.assert_allclose(made.numpy(), expected, rtol=0, atol=1e-10)
+def close(made: Tensor, expected: NDArray[np.float64], *, atol: float = 1e-10) -> None:
+    np.testing.assert_allclose(made.numpy(), expected, rtol=0, atol=atol)
 
 
 @every_kind
@@ -100,13 +108,15 @@ def test_products_are_those_of_the_features_written_out(kind: str) -> None:
 
 def side(size: int, kind: str) -> Side:
     directions = torch.linalg.qr(draw(size, 2, seed=size)).Q
+    if kind == "diagonal":
+        return Scaled(1 + draw(size, seed=size) ** 2)
     if kind == "low rank":
         return LowRank(directions, torch.tensor([3.0, 0.5], dtype=torch.float64))
     return Matrix(draw(size, size, seed=size + 1))
 
 
 @every_kind
-@pytest.mark.parametrize("sides", ["low rank", "matrix"])
+@pytest.mark.parametrize("sides", ["low rank", "matrix", "diagonal"])
 def test_transforms_act_on_both_sides_twice_over(kind: str, sides: str) -> None:
     left, right = side(O, sides), side(I, sides)
     once, twice = (
@@ -116,12 +126,35 @@ def test_transforms_act_on_both_sides_twice_over(kind: str, sides: str) -> None:
     a, b = left.matrix().numpy(), right.matrix().numpy()
     close(once.features(), a @ features(kind) @ b.T)
     close(twice.features(), 2 * a @ features(kind) @ b.T @ b.T)
-    if kind == "lookup" and sides == "low rank":
+    if kind == "lookup" and sides != "matrix":
         assert twice.lookup is not None
+    if kind == "weighted" and sides == "diagonal":
+        assert twice.weighted is not None
+        assert twice.dense is None
 
 
 @every_kind
-@pytest.mark.parametrize("other", ["outer", "lookup", "moved lookup", "flipped", "dense", "tied table", "all"])
+def test_gains_act_on_entries_twice_over_and_before_sides(kind: str) -> None:
+    made, right = block(kind).entrywise(GAINS), side(I, "matrix")
+    phi = GAINS.numpy() * features(kind)
+    close(made.features(), phi)
+    close(made.entrywise(GAINS + 2).features(), (GAINS + 2).numpy() * phi)
+    close(made.transformed(None, right).entrywise(GAINS).features(), GAINS.numpy() * (phi @ right.matrix().numpy().T))
+    close(sum_blocks([made, block(kind)]).features(), phi + features(kind))
+    close(stack_blocks([made, block(kind)]).features(), np.concatenate([phi, features(kind)]))
+    close(made.map(dtype=torch.float32).map(dtype=torch.float64).features() - made.features(), 0 * phi, atol=1e-4)
+    held = sum(part.numel() * 8 for summand in made.summands for part in tensors_of(summand))
+    assert made.bytes == held
+    if kind in ("outer", "lookup", "moved lookup", "flipped", "tied table"):
+        assert made.kind == "factored"
+        assert made.positions == block(kind).positions
+        assert made.bytes == block(kind).bytes + GAINS.nbytes
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "other", ["outer", "lookup", "moved lookup", "flipped", "dense", "tied table", "weighted", "all"]
+)
 @pytest.mark.parametrize("outputs", OUTPUTS)
 def test_kernels_between_blocks_of_any_kinds_are_those_of_the_features(kind: str, other: str, outputs: str) -> None:
     a, b = block(kind), block(other).map(index=slice(0, 3))

@@ -17,6 +17,9 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
     "Left": lambda p, q: at.Left(p),
     "Right": lambda p, q: at.Right(p),
     "TwoSided": lambda p, q: at.TwoSided(p, q),
+    "Rows": lambda p, q: at.Rows(p),
+    "Columns": lambda p, q: at.Columns(p),
+    "Diagonal": lambda p, q: at.Diagonal(p),
 }
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 few = settings(max_examples=8)
@@ -142,7 +145,7 @@ def test_at_zero_every_curvature_is_that_of_the_squared_norm(name: str, seed: in
     torch.testing.assert_close(curvature(x)["w"], 2 * x["w"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["Full", "LayerScale", "Left", "Right"])
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name not in ("Fixed", "TwoSided")])
 @few
 @given(seed=seeds, one=strengths, scale=scales)
 def test_convex_structures_have_no_negative_curvature_and_two_absolute_sides_have(
@@ -170,3 +173,15 @@ def test_nothing_is_computed_for_a_curvature_that_nobody_asks_for(monkeypatch: p
     once = len(asked)
     solution.curvature(b)
     assert before < once == len(asked)
+
+
+@few
+@given(seed=seeds, one=strengths)
+def test_curvature_of_a_single_mode_is_that_of_its_unfolding(seed: int, one: float) -> None:
+    structure = at.Modes({"spatial": at.Quadratic(one)}, modes={"w": (("in", 2), ("spatial", 3))})
+    b, x, step = normal(seed, 4, 7), normal(seed + 1, 4, 7), 1e-4
+    curvature = structure.solution({"w": b}).curvature
+    assert curvature is not None
+    ends = [structure.gradient({"w": b + k * step * x})["w"] for k in (-2, -1, 1, 2)]
+    slope = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * step)
+    torch.testing.assert_close(curvature({"w": x})["w"], slope, rtol=0, atol=1e-6)

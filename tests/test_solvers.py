@@ -28,8 +28,14 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
     "Left": lambda p, q: at.Left(p),
     "Right": lambda p, q: at.Right(p),
     "TwoSided": lambda p, q: at.TwoSided(p, q),
+    "Rows": lambda p, q: at.Rows(p),
+    "Columns": lambda p, q: at.Columns(p),
+    "Diagonal": lambda p, q: at.Diagonal(p),
+    "Modes": lambda p, q: at.Modes({"out": p, "in": q}),
 }
-CONVEX = [name for name in STRUCTURES if name != "TwoSided"]
+COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not convex, and without a dual bound
+INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
+CONVEX = [name for name in STRUCTURES if name not in COMPOSED]
 few = settings(max_examples=8)
 fewest = settings(max_examples=4)
 seeds = st.integers(0, 10_000)
@@ -63,14 +69,14 @@ def test_fit_reaches_the_minimum_of_the_joint_problem(name: str, ridge: float, c
     case = problem(3, c=c, scale=2.0)
     found = at.fit(case.feats, case.r, structure=structure(name), ridge=ridge, **EXACT)
     joint = JointProblem(
-        case, name, [torch_quadratic(0.5), torch_quadratic(2.0)][: 2 if name == "TwoSided" else 1], ridge
+        case, name, [torch_quadratic(0.5), torch_quadratic(2.0)][: 2 if name in COMPOSED else 1], ridge
     )
     for reached in joint.minimise():
         assert reached == pytest.approx(found.objective, rel=1e-8)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["LayerScale", "Left", "TwoSided"])
+@pytest.mark.parametrize("name", ["LayerScale", "Left", "TwoSided", "Rows", "Diagonal"])
 def test_no_random_start_beats_the_fit_where_the_penalty_is_not_convex(name: str, ridge: float) -> None:
     case = problem(7, c=2, scale=2.0)
     found = at.fit(
@@ -78,7 +84,24 @@ def test_no_random_start_beats_the_fit_where_the_penalty_is_not_convex(name: str
     )
     joint = JointProblem(case, name, [torch_absolute(0.5)], ridge, symmetric=True)
     reached = joint.minimise(starts=4)
+    if name == "Diagonal":
+        # ω̃ is concave beyond a kink: many sparse solutions are stationary, and no method names the best of them.
+        assert any(one == pytest.approx(found.objective, rel=1e-8) for one in reached)
+        return
     assert min(reached) == pytest.approx(found.objective, rel=1e-8)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecker_products(ridge: float) -> None:
+    """Three modes of a convolution's kernel with three penalties, a bias column, and a block without modes."""
+    case = problem(3, c=2, shapes=reference.KERNEL, modes=reference.KERNEL_MODES, scale=3.0)
+    penalties = {"out": at.Quadratic(0.5), "in": at.Quadratic(2.0), "spatial": at.Quadratic(0.1)}
+    found = at.fit(case.feats, case.r, structure=at.Modes(penalties), ridge=ridge, **EXACT)
+    joint = JointProblem(case, "Modes", [torch_quadratic(0.5), torch_quadratic(2.0), torch_quadratic(0.1)], ridge)
+    reached = joint.minimise()
+    assert min(reached) == pytest.approx(found.objective, rel=1e-8)
+    assert found.lower_bound is None
+    assert rises(found) <= 1e-12
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -124,9 +147,12 @@ def _factors(found: at.Fit, omegas: list[at.Penalty]) -> list[tuple[Tensor, at.P
     for transform in found.transforms.values():
         if isinstance(transform, at.transforms.Joint):
             return [(torch.tensor([[transform.gain]], dtype=torch.float64), omegas[0])]
+        if isinstance(transform, at.transforms.Entrywise):
+            factors.append((torch.diag(transform.gains.flatten()), omegas[0]))
+            continue
         if transform.scale != 1:
             factors.append((torch.tensor([[transform.scale]], dtype=torch.float64), omegas[0]))
-        both = isinstance(found.structure, at.TwoSided)
+        both = isinstance(found.structure, at.TwoSided | at.Modes)
         factors += [(transform.left.matrix(), omegas[0])] if transform.left is not None else []
         factors += [(transform.right.matrix(), omegas[1 if both else 0])] if transform.right is not None else []
     return factors
@@ -189,7 +215,7 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
 ) -> None:
     case = problem(seed, c=2, scale=scale)
     found = at.fit(case.feats, case.r, structure=structure(name, one, other), ridge=ridge)
-    if name == "TwoSided":
+    if name in COMPOSED:
         assert found.lower_bound is None
         assert found.gap is None
         assert "stationarity alone certifies" in found.lower_bound_reason
@@ -239,6 +265,7 @@ def test_accelerated_and_plain_alternation_agree_and_the_first_needs_no_more_rou
     assert not any(entry.accelerated for entry in plain.history)
     if plain.rounds > 20:
         assert any(entry.accelerated for entry in fast.history)
+    if plain.rounds > 40:
         assert 2 * fast.rounds < plain.rounds
 
 
@@ -290,7 +317,7 @@ def test_interpolation_meets_its_targets_and_its_coefficients_are_stationary(
     seed: int, name: str, one: float, scale: float
 ) -> None:
     case = problem(seed, c=2, scale=scale)
-    chosen = structure(name, one)
+    chosen = structure(name, one).prepared(case.feats)
     found = at.fit(case.feats, case.r, structure=chosen, tol=1e-12, max_rounds=2000)
     torch.testing.assert_close(found.predict(case.feats), case.r, rtol=1e-9, atol=1e-10 * scale)
     assert found.feasibility < 1e-9
@@ -316,7 +343,7 @@ def test_the_order_of_samples_does_not_matter(seed: int, name: str, ridge: float
 
 
 @fewest
-@given(seed=seeds, name=names, ridge=ridges)
+@given(seed=seeds, name=st.sampled_from(INVARIANT), ridge=ridges)
 def test_the_order_of_blocks_and_the_basis_of_their_sides_do_not_matter(seed: int, name: str, ridge: float) -> None:
     case = problem(seed, c=2, scale=2.0)
     generator = torch.Generator().manual_seed(seed)
@@ -393,7 +420,7 @@ def test_duplicated_samples_with_equal_targets_are_left_out_and_still_met(name: 
     assert found.feasibility < 1e-10
     assert found.objective == pytest.approx(once.objective, rel=1e-9)
     torch.testing.assert_close(found.predict(case.feats), case.r, rtol=1e-9, atol=1e-9)
-    if name != "TwoSided":
+    if name not in COMPOSED:
         assert abs(found.gap) < 1e-9
 
 

@@ -1,5 +1,6 @@
 """The regulariser each structure induces, its gradient, its best transform and its dual, against their definitions."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -12,10 +13,13 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.transforms import Joint, LowRank, Sides, transform_matrices
+from adaptive_tangents import modes
+from adaptive_tangents.structures import Solution
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Modal, Scaled, Sides, transform_matrices
 
 Coefficients = dict[str, Tensor]
-SHAPES = {"wide": (2, 4), "tall": (5, 3), "column": (3, 1), "single": (1, 1)}
+SHAPES = {"wide": (2, 4), "tall": (5, 3), "column": (3, 1), "single": (1, 1), "kernel": (3, 7)}
+MODES = {**dict.fromkeys(SHAPES, ()), "kernel": (("in", 2), ("spatial", 3))}
 
 # name: (structure for a strength, ω of the singular values of one factor per side)
 SIDED = {
@@ -28,7 +32,13 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
     "Full": lambda p, q: at.Full(p),
     "LayerScale": lambda p, q: at.LayerScale(p),
     **SIDED,
+    "Rows": lambda p, q: at.Rows(p),
+    "Columns": lambda p, q: at.Columns(p),
+    "Diagonal": lambda p, q: at.Diagonal(p),
+    "Modes": lambda p, q: at.Modes({"out": p, "in": q, "spatial": p}, modes=MODES),
 }
+# What a rotation of both sides of every block leaves as it is.
+INVARIANT = ("Fixed", "Full", "LayerScale", *SIDED)
 PENALTIES = {"quadratic": at.Quadratic, "absolute": at.Absolute}
 few = settings(max_examples=8)
 seeds = st.integers(0, 10_000)
@@ -68,18 +78,28 @@ def inner_objective(
         m = random_factor(len(beta), generator, spread / 3)
         return float((torch.linalg.solve(m.mT, beta) ** 2).sum()) + omega(torch.linalg.svdvals(m), first)
     total = 0.0
-    for matrix in b.values():
+    for key, matrix in b.items():
         o, i = matrix.shape
         theta = matrix
+        if name in ("Rows", "Columns", "Diagonal"):
+            shape = {"Rows": (o, 1), "Columns": (1, i), "Diagonal": (o, i)}[name]
+            gains = 1 + spread * torch.rand(shape, generator=generator, dtype=torch.float64) * 3
+            theta = matrix / gains
+            total += omega(gains, first)
         if name == "LayerScale":
             s = 1 + spread * float(torch.rand(1, generator=generator)) * 3
             theta = matrix / s
             total += omega(torch.tensor([s], dtype=torch.float64), first)
-        if name in ("Left", "TwoSided"):
+        if name in ("Left", "TwoSided", "Modes"):
             left = random_factor(o, generator, spread)
             theta = torch.linalg.solve(left.mT, theta)  # B = M_Lᵀ Θ M_R
             total += omega(torch.linalg.svdvals(left), first)
-        if name in ("Right", "TwoSided"):
+        if name == "Modes" and MODES[key]:
+            parts = [random_factor(d, generator, spread) for _, d in MODES[key]]
+            total += sum(omega(torch.linalg.svdvals(part), w) for part, w in zip(parts, (second, first), strict=True))
+            right = torch.block_diag(torch.kron(*parts), torch.eye(1, dtype=torch.float64))
+            theta = torch.linalg.solve(right.mT, theta.mT).mT
+        elif name in ("Right", "TwoSided", "Modes"):
             right = random_factor(i, generator, spread)
             theta = torch.linalg.solve(right.mT, theta.mT).mT
             total += omega(torch.linalg.svdvals(right), first if name == "Right" else second)
@@ -118,6 +138,9 @@ def attained(
     total = 0.0
     for name, matrix in b.items():
         sides = transforms[name]
+        if isinstance(sides, Entrywise):
+            total += float(((matrix / sides.gains) ** 2).sum()) + omega(sides.gains, first)
+            continue
         assert isinstance(sides, Sides)
         theta = matrix / sides.scale
         if sides.scale != 1:
@@ -126,7 +149,13 @@ def attained(
             m = sides.left.matrix()
             theta = torch.linalg.solve(m.mT, theta)
             total += omega(torch.linalg.svdvals(m), first)
-        if sides.right is not None:
+        if isinstance(sides.right, Modal):
+            # The bias column comes after the modes and stays.
+            m = torch.block_diag(sides.right.matrix(), torch.eye(1, dtype=torch.float64))
+            theta = torch.linalg.solve(m.mT, theta.mT).mT
+            for factor, w in zip(sides.right.factors, (right, first), strict=True):
+                total += omega(torch.linalg.svdvals(factor.matrix()), w)
+        elif sides.right is not None:
             m = sides.right.matrix()
             theta = torch.linalg.solve(m.mT, theta.mT).mT
             total += omega(torch.linalg.svdvals(m), right)
@@ -143,12 +172,19 @@ def test_update_attains_the_induced_penalty(
 ) -> None:
     first, second = PENALTIES[penalty](one), PENALTIES[penalty](other)
     structure, b = STRUCTURES[name](first, second), coefficients(seed, scale)
-    found = attained(structure.update(b), b, first, second, second if name == "TwoSided" else first)
+    found = attained(structure.update(b), b, first, second, second if name in ("TwoSided", "Modes") else first)
     # Singular values of a dense M round at eps·σ_max, so ω there is known to about λ·eps·σ_max.
     assert found == pytest.approx(structure.penalty(b), rel=1e-9, abs=1e-12 * max(one, other))
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+def scalars(name: str, matrix: np.ndarray) -> np.ndarray:
+    """The numbers that ω̃ is summed over in one block."""
+    if name in ("Rows", "Columns"):
+        return np.linalg.norm(matrix, axis=1 if name == "Rows" else 0)
+    return np.abs(matrix).ravel() if name == "Diagonal" else np.linalg.svd(matrix, compute_uv=False)
+
+
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "Modes"])  # which has no closed form
 @few
 @given(seed=seeds, scale=scales)
 def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: int, scale: float) -> None:
@@ -163,7 +199,7 @@ def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: 
     else:
         if name == "TwoSided":  # the twin is slow: one block only
             b = {"wide": b["wide"]}
-        values = np.concatenate([np.linalg.svd(matrix.numpy(), compute_uv=False) for matrix in b.values()])
+        values = np.concatenate([scalars(name, matrix.numpy()) for matrix in b.values()])
         expected = sum(
             reference.induced_by_two(one, other, float(v))
             if name == "TwoSided"
@@ -208,7 +244,7 @@ def test_gradient_is_twice_the_coefficients_whitened_by_the_best_transform(name:
     torch.testing.assert_close(flat(back), 2 * flat(b), rtol=1e-9, atol=1e-9 * scale)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", INVARIANT)
 @few
 @given(seed=seeds, scale=scales)
 def test_penalty_does_not_change_under_rotations_of_either_side(name: str, seed: int, scale: float) -> None:
@@ -290,6 +326,10 @@ def test_more_freedom_never_costs_more(seed: int, scale: float) -> None:
     assert one <= fixed * (1 + 1e-12)
     assert at.LayerScale(p).penalty(b) <= fixed * (1 + 1e-12)
     assert full <= at.LayerScale(p).penalty(b) * (1 + 1e-12)  # one rank-one M against one factor a block
+    for finer, coarser in ((at.Left, at.Rows), (at.Right, at.Columns)):  # a diagonal M_L is an M_L
+        assert finer(p).penalty(b) <= coarser(p).penalty(b) * (1 + 1e-12)
+    modes = at.Modes(p, modes=MODES)
+    assert modes.penalty(b) <= at.Modes({"out": p, "in": p}, modes=MODES).penalty(b) * (1 + 1e-10)
     assert at.Right(p).penalty(b) == pytest.approx(one, rel=1e-13)
 
 
@@ -302,11 +342,11 @@ def test_dual_bounds_the_conjugate(name: str, seed: int, strength: float, scale:
     structure = STRUCTURES[name](p, p)
     b, g = coefficients(seed, scale), coefficients(seed + 1)
     largest = max(float(torch.linalg.matrix_norm(matrix, 2)) for matrix in g.values())
-    if name in ("Full", "LayerScale"):
+    if name not in SIDED:
         largest = float(flat(g).norm())
     g = {key: share * 2 * math.sqrt(strength) / largest * matrix for key, matrix in g.items()}
     conjugate = structure.dual(g)
-    if name == "TwoSided":
+    if name in ("TwoSided", "Modes"):
         assert conjugate == math.inf or share == 0
     else:
         assert math.isfinite(conjugate)
@@ -314,7 +354,7 @@ def test_dual_bounds_the_conjugate(name: str, seed: int, strength: float, scale:
     assert reached <= conjugate + 1e-10 * abs(reached)
 
 
-@pytest.mark.parametrize("name", ["Fixed", "Full", "LayerScale", "Left", "Right"])
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name not in ("TwoSided", "Modes")])
 @few
 @given(seed=seeds, scale=st.floats(-2, 1).map(lambda x: 10.0**x))
 def test_dual_is_attained_at_the_gradient_of_a_convex_structure(name: str, seed: int, scale: float) -> None:
@@ -372,11 +412,160 @@ def test_low_rank_factors_are_the_dense_matrices_they_stand_for(seed: int) -> No
 @given(seed=seeds)
 def test_features_and_coefficients_are_transformed_by_the_same_matrix(name: str, seed: int) -> None:
     """⟨Mφ, θ⟩ = ⟨φ, Mᵀθ⟩, and the transforms found are symmetric: both sides of it are the library's."""
-    structure = STRUCTURES[name](at.Quadratic(0.1), at.Quadratic(0.2))
-    case = reference.problem(seed, n=3, c=2)
+    case = reference.problem(seed, n=3, c=2, shapes=(*reference.KERNEL, (2, 1, 0)), modes=reference.KERNEL_MODES)
+    structure = STRUCTURES[name](at.Quadratic(0.1), at.Quadratic(0.2)).prepared(case.feats)
     generator = torch.Generator().manual_seed(seed + 1)
     b, theta = (case.split(torch.randn(case.rows.shape[1], generator=generator, dtype=torch.float64)) for _ in range(2))
     transforms = structure.update(b)
     moved = case.feats.transformed(transforms).inner(theta)
     expected = case.rows @ case.flatten(transform_matrices(theta, transforms))
     torch.testing.assert_close(moved.flatten(), expected, rtol=1e-10, atol=1e-10)
+    dense = written_out(case, transforms)
+    adapted = case.feats.transformed(transforms)
+    torch.testing.assert_close(adapted.dense().flatten(0, 1), case.rows @ dense.mT, rtol=1e-9, atol=1e-9)
+    kernel = case.rows @ dense.mT @ dense @ case.rows.mT
+    torch.testing.assert_close(adapted.kernel().flatten(2).flatten(0, 1), kernel, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sum(adapted.kernel(by_block=True).values()), adapted.kernel(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(adapted[1:].kernel(adapted), adapted.kernel()[1:], rtol=1e-9, atol=1e-9)
+    assert adapted.to(torch.float32).dense().dtype == torch.float32
+    assert adapted.plan().feature_bytes == sum(block.bytes for block in adapted.blocks.values())
+
+
+def written_out(case: reference.Problem, transforms: Mapping[str, at.transforms.Transform]) -> Tensor:
+    """M (p, p) from the fields of the transforms."""
+    joint = next(iter(transforms.values()))
+    if isinstance(joint, Joint):
+        vector = case.flatten(joint.direction)
+        return torch.eye(len(vector), dtype=torch.float64) + (joint.gain - 1) * torch.outer(vector, vector)
+
+    def side(factor: at.transforms.Side | None, d: int) -> Tensor:
+        if factor is None:
+            return torch.eye(d, dtype=torch.float64)
+        whole = factor.matrix()
+        return torch.block_diag(whole, torch.eye(d - len(whole), dtype=torch.float64))
+
+    pieces = []
+    for name, part in case.phi.items():
+        o, i = part.shape[2:]
+        found = transforms[name]
+        if isinstance(found, Entrywise):
+            pieces.append(torch.diag(found.gains.flatten()))
+        else:
+            assert isinstance(found, Sides)
+            pieces.append(found.scale * torch.kron(side(found.left, o), side(found.right, i)))
+    return torch.block_diag(*pieces)
+
+
+# ------------------------------------------------------------------------------------- structures in terms of others
+
+
+@few
+@given(seed=seeds, strength=strengths, scale=scales)
+def test_rows_are_left_of_coefficients_with_orthogonal_rows_and_diagonal_is_rows_of_single_entries(
+    seed: int, strength: float, scale: float
+) -> None:
+    """Where the left singular vectors are the axes, the best M_L is diagonal already: nothing is lost by asking for that."""
+    p, b = at.Quadratic(strength), coefficients(seed, scale)["wide"]
+    _, _, vt = torch.linalg.svd(b, full_matrices=False)
+    matrix = {"w": scale * torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) @ vt}
+    rows, left = at.Rows(p).solution(matrix), at.Left(p).solution(matrix)
+    assert rows.penalty == pytest.approx(left.penalty, rel=1e-11)
+    dense = [found.transforms["w"].left.matrix() for found in (rows, left)]
+    torch.testing.assert_close(dense[0], dense[1], rtol=1e-9, atol=1e-9 * float(dense[0].max()))
+    turned = at.Columns(p).solution({"w": matrix["w"].mT})
+    assert turned.penalty == pytest.approx(rows.penalty, rel=1e-13)
+    torch.testing.assert_close(turned.gradient["w"].mT, rows.gradient["w"])
+    entries, singles = at.Diagonal(p).solution({"w": b}), at.Rows(p).solution({"w": b.reshape(-1, 1)})
+    assert entries.penalty == pytest.approx(singles.penalty, rel=1e-13)
+    torch.testing.assert_close(entries.gradient["w"].reshape(-1, 1), singles.gradient["w"])
+    torch.testing.assert_close(entries.transforms["w"].gains.flatten(), singles.transforms["w"].left.gains)
+
+
+@few
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_modes_with_one_mode_are_left_of_its_unfolding_and_without_modes_two_sided(
+    seed: int, one: float, other: float, scale: float
+) -> None:
+    p, q, b = at.Quadratic(one), at.Quadratic(other), coefficients(seed, scale)
+    out = at.Modes({"out": p}, modes=MODES)
+    assert_same(out.solution(b), at.Left(p).solution(b))
+    assert out.dual(b) == at.Left(p).dual(b)
+    flat = {key: matrix for key, matrix in b.items() if not MODES[key]}
+    assert_same(at.Modes({"out": p, "in": q}, modes=MODES).solution(flat), at.TwoSided(p, q).solution(flat))
+    assert_same(at.Modes({"in": q}, modes=MODES).solution(flat), at.Right(q).solution(flat))
+    assert_same(at.Modes({"spatial": q}, modes=MODES).solution(flat), at.Fixed().solution(flat))
+    kernel, bias = b["kernel"][:, :6].reshape(3, 2, 3), b["kernel"][:, 6:]
+    for mode, unfolded in (("in", kernel.movedim(1, 0)), ("spatial", kernel.movedim(2, 0))):
+        alone = at.Modes({mode: p}, modes=MODES)
+        found, expected = alone.solution({"kernel": b["kernel"]}), at.Left(p).solution({"w": unfolded.flatten(1)})
+        assert found.penalty == pytest.approx(expected.penalty + float((bias**2).sum()), rel=1e-12)
+        back = expected.gradient["w"].reshape(unfolded.shape).movedim(0, 1 if mode == "in" else 2).flatten(1)
+        torch.testing.assert_close(found.gradient["kernel"], torch.cat([back, 2 * bias], 1))
+        assert alone.dual(found.gradient) == pytest.approx(
+            float((found.gradient["kernel"] * b["kernel"]).sum()) - found.penalty, rel=1e-8
+        )
+
+
+def assert_same(found: Solution, expected: Solution) -> None:
+    assert found.penalty == expected.penalty
+    assert found.curvature is not None
+    assert expected.curvature is not None
+    for name, matrix in expected.gradient.items():
+        torch.testing.assert_close(found.gradient[name], matrix, rtol=0, atol=0)
+    for name, matrix in expected.curvature(expected.gradient).items():
+        torch.testing.assert_close(found.curvature(expected.gradient)[name], matrix, rtol=0, atol=0)
+
+
+@few
+@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+def test_every_turn_of_the_modes_lowers_the_objective_and_no_factor_can_be_improved_in_the_end(
+    seed: int, one: float, other: float, scale: float
+) -> None:
+    b = {"kernel": coefficients(seed, scale)["kernel"]}
+    penalties = {"out": at.Quadratic(one), "in": at.Absolute(other), "spatial": at.Quadratic(other)}
+    objectives = []
+    for sweeps in (1, 2, 3, 5, 10, 500):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modes, "_SWEEPS", sweeps)
+            objectives.append(at.Modes(penalties, modes=MODES).penalty(b))
+    assert all(after <= before * (1 + 1e-13) for before, after in itertools.pairwise(objectives))
+    assert objectives[0] <= at.Modes({"out": penalties["out"]}, modes=MODES).penalty(b) * (1 + 1e-13)
+    found = at.Modes(penalties, modes=MODES).solution(b)
+    assert found.curvature is None
+    # One mode's problem with the others held: its own factor is the best there is.
+    sides = found.transforms["kernel"]
+    kernel, bias = b["kernel"][:, :6].reshape(3, 2, 3), b["kernel"][:, 6:]
+    dense = [sides.left.matrix(), *(factor.matrix() for factor in sides.right.factors)]
+    inverses = [torch.linalg.inv(m) for m in dense]
+    eye = torch.eye(3, dtype=torch.float64)
+    for k, mode in enumerate(penalties):
+        others = [eye[: len(m), : len(m)] if j == k else m for j, m in enumerate(inverses)]
+        whitened = torch.einsum("ois,oa,ib,sc->abc", kernel, *others).movedim(k, 0).flatten(1)
+        whitened = torch.cat([whitened, bias], 1) if k == 0 else whitened
+        best = at.Left(penalties[mode]).update({"w": whitened})["w"].left.matrix()
+        torch.testing.assert_close(dense[k], best, rtol=1e-6, atol=1e-6 * float(best.max()))
+
+
+def test_modes_say_what_they_lack() -> None:
+    b = {"kernel": coefficients(0)["kernel"]}
+    with pytest.raises(at.TangentError, match=r"Modes: the modes of block 'kernel' are not known; use .*prepared"):
+        at.Modes().penalty(b)
+    feats = reference.problem(0, shapes=reference.KERNEL, modes=reference.KERNEL_MODES).feats
+    with pytest.raises(at.TangentError, match=r"got \['depth'\]; modes of these features are out, in, spatial"):
+        at.Modes({"depth": at.Quadratic()}).prepared(feats)
+    with pytest.raises(at.TangentError, match=r"a penalty a mode is asked for, by name, got \[\]"):
+        at.Modes({}).prepared(feats)
+    assert repr(at.Modes().prepared(feats)) == "Modes(penalties=Quadratic(strength=1.0))"
+
+
+@few
+@given(seed=seeds)
+def test_a_diagonal_side_is_the_matrix_it_stands_for(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gains = 1 + 3 * torch.rand(5, generator=generator, dtype=torch.float64)
+    side, dense = Scaled(gains), torch.diag(gains)
+    torch.testing.assert_close(side.matrix(), dense)
+    torch.testing.assert_close(side.squared().matrix(), dense @ dense)
+    torch.testing.assert_close(side.inverse().matrix(), torch.linalg.inv(dense))
+    rows = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(side.apply(rows), torch.einsum("ij,abj->abi", dense, rows))

@@ -118,10 +118,19 @@ class Problem:
 
 
 SHAPES = ((3, 2, 2), (2, 3, 1), (2, 1, 0))  # (o, i, positions); no positions: a materialised block
+KERNEL = ((3, 7, 2), (2, 3, 1))  # the first a convolution's: two channels, a window of three, and a bias
+KERNEL_MODES = {"block0": (("in", 2), ("spatial", 3))}
+Modes = Mapping[str, tuple[tuple[str, int], ...]]
 
 
 def problem(
-    seed: int, *, n: int = 4, c: int = 1, shapes: Sequence[tuple[int, int, int]] = SHAPES, scale: float = 1.0
+    seed: int,
+    *,
+    n: int = 4,
+    c: int = 1,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    scale: float = 1.0,
+    modes: Modes | None = None,
 ) -> Problem:
     """Features and targets with standard normal factors."""
     generator = torch.Generator().manual_seed(seed)
@@ -139,10 +148,11 @@ def problem(
         if t:
             backward, inputs = normal(n, t, c, o), normal(n, t, i)
             phi[name] = torch.einsum("ntco,nti->ncoi", backward, inputs)
-            blocks[name] = at.Block(name, (o, i), slots, outer=Outer(backward, inputs))
+            parts = {"outer": Outer(backward, inputs)}
         else:
             phi[name] = normal(n, c, o, i)
-            blocks[name] = at.Block(name, (o, i), slots, dense=Dense(phi[name]))
+            parts = {"dense": Dense(phi[name])}
+        blocks[name] = at.Block(name, (o, i), slots, modes=(modes or {}).get(name, ()), **parts)
     return Problem(phi, at.TangentFeatures(n, c, blocks, parameters), scale * normal(n, c))
 
 
@@ -184,43 +194,57 @@ class JointProblem:
     ridge: float
     symmetric: bool = False
 
-    def shapes(self) -> list[tuple[int, ...]]:
+    def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """For each factor its block, its shape ((d, d), or (d,) where it is diagonal) and which penalty it pays."""
         p = self.problem.rows.shape[1]
         if self.kind == "Full":
-            return [(p, p)]
-        found: list[tuple[int, ...]] = []
-        for part in self.problem.phi.values():
+            return [("", (p, p), 0)]
+        found = []
+        for name, part in self.problem.phi.items():
             o, i = part.shape[2:]
-            found += {
+            sizes = [size for _, size in self.problem.feats.blocks[name].modes]
+            by_kind: dict[str, list[tuple[tuple[int, ...], int]]] = {
                 "Fixed": [],
-                "LayerScale": [(1, 1)],
-                "Left": [(o, o)],
-                "Right": [(i, i)],
-                "TwoSided": [(o, o), (i, i)],
-            }[self.kind]
+                "LayerScale": [((1,), 0)],
+                "Diagonal": [((o * i,), 0)],
+                "Rows": [((o,), 0)],
+                "Columns": [((i,), 0)],
+                "Left": [((o, o), 0)],
+                "Right": [((i, i), 0)],
+                "TwoSided": [((o, o), 0), ((i, i), 1)],
+                "Modes": [((d, d), k) for k, d in enumerate([o, *(sizes or [i])])],
+            }
+            found += [(name, shape, k % len(self.omegas)) for shape, k in by_kind[self.kind]]
         return found
 
-    def transform(self, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def transform(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         """M (p, p) and Ω(M)."""
         if self.symmetric:
-            factors = [torch.eye(len(a), dtype=a.dtype) + a @ a.mT for a in factors]
+            values = [1 + a**2 if a.ndim == 1 else torch.eye(len(a), dtype=a.dtype) + a @ a.mT for a in values]
         cost = torch.zeros((), dtype=torch.float64)
-        omegas = itertools.cycle(self.omegas)
-        for factor in factors:
-            cost = cost + next(omegas)(torch.linalg.svdvals(factor))
+        held: dict[str, list[Tensor]] = {}
+        for (name, _, k), value in zip(self.factors(), values, strict=True):
+            # The singular values of a diagonal matrix are the sizes of its entries.
+            cost = cost + self.omegas[k](value.abs() if value.ndim == 1 else torch.linalg.svdvals(value))
+            held.setdefault(name, []).append(torch.diag(value) if value.ndim == 1 else value)
         if self.kind == "Full":
-            return factors[0], cost
-        pieces, remaining = [], list(factors)
-        for part in self.problem.phi.values():
+            return held[""][0], cost
+        pieces = []
+        for name, part in self.problem.phi.items():
             o, i = part.shape[2:]
             left, right = torch.eye(o, dtype=torch.float64), torch.eye(i, dtype=torch.float64)
+            mine = held.get(name, [])
             if self.kind == "LayerScale":
-                left = left * remaining.pop(0)[0, 0]
-            if self.kind in ("Left", "TwoSided"):
-                left = remaining.pop(0)
-            if self.kind in ("Right", "TwoSided"):
-                right = remaining.pop(0)
-            pieces.append(torch.kron(left, right))  # vec by rows: M_L B M_Rᵀ ↦ (M_L ⊗ M_R) vec B
+                left = left * mine[0]
+            if self.kind in ("Left", "Rows", "TwoSided", "Modes"):
+                left = mine[0]
+            if self.kind in ("Right", "Columns", "TwoSided"):
+                right = mine[-1]
+            if self.kind == "Modes":
+                inner = mine[1] if len(mine) == 2 else torch.kron(mine[1], mine[2])
+                right = torch.block_diag(inner, torch.eye(i - len(inner), dtype=torch.float64))
+            # vec by rows: M_L B M_Rᵀ ↦ (M_L ⊗ M_R) vec B
+            pieces.append(mine[0] if self.kind == "Diagonal" else torch.kron(left, right))
         return torch.block_diag(*pieces), cost
 
     def objective(self, theta: Tensor | None, factors: list[Tensor]) -> Tensor:
@@ -236,7 +260,7 @@ class JointProblem:
     def minimise(self, starts: int = 3, seed: int = 0, spread: float = 0.5) -> list[float]:
         """What L-BFGS reaches from each of several random starts: in (θ, M) with a ridge, in M to interpolate."""
         generator = np.random.default_rng(seed)
-        shapes = self.shapes()
+        shapes = [shape for _, shape, _ in self.factors()]
         p = self.problem.rows.shape[1] if self.ridge > 0 else 0
         sizes = [math.prod(shape) for shape in shapes]
 
@@ -254,7 +278,7 @@ class JointProblem:
 
         reached = []
         for _ in range(starts):
-            identities = [np.zeros(s) if self.symmetric else np.eye(*s) for s in shapes]
+            identities = [np.zeros(s) if self.symmetric else np.eye(*s) if len(s) == 2 else np.ones(s) for s in shapes]
             parts = [generator.normal(size=p)] + [
                 (one + spread * generator.normal(size=one.shape)).ravel() for one in identities
             ]

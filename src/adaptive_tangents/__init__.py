@@ -32,11 +32,23 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.kernels import tangent_kernel
+from adaptive_tangents.modes import Modes
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, Composition, Penalty, Quadratic
 from adaptive_tangents.solvers import Fit, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
+from adaptive_tangents.structures import (
+    BlockSolution,
+    BlockStructure,
+    Columns,
+    Diagonal,
+    Fixed,
+    Full,
+    LayerScale,
+    Rows,
+    Solution,
+    Structure,
+)
 
 __version__ = "0.1.0"
 
@@ -44,8 +56,12 @@ __all__ = [
     "Absolute",
     "AverageFeatures",
     "Block",
+    "BlockSolution",
+    "BlockStructure",
+    "Columns",
     "Composition",
     "Decomposition",
+    "Diagonal",
     "EffectiveRank",
     "Explanation",
     "Fit",
@@ -53,10 +69,13 @@ __all__ = [
     "Full",
     "LayerScale",
     "Left",
+    "Modes",
     "Penalty",
     "Quadratic",
     "Representability",
     "Right",
+    "Rows",
+    "Solution",
     "Structure",
     "TangentError",
     "TangentFeatures",

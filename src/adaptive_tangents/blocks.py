@@ -8,7 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.summands import Dense, Flipped, Index, Lookup, Outer, SampleMap, Shared, Summand, sum_tensors
+from adaptive_tangents.summands import (
+    Dense,
+    Factors,
+    Flipped,
+    Index,
+    Lookup,
+    Outer,
+    SampleMap,
+    Shared,
+    Summand,
+    Weighted,
+    entrywise,
+    factors_of,
+    sum_tensors,
+    tensors_of,
+)
 from adaptive_tangents.transforms import Side
 
 _Factors = TypeVar("_Factors", Outer, Flipped)
@@ -59,6 +74,7 @@ class Block:
     shared: Shared | None = None
     lookup: Lookup | None = None
     flipped: Flipped | None = None
+    weighted: Weighted | None = None
     modes: tuple[tuple[str, int], ...] = ()
     summed: bool = False
 
@@ -70,28 +86,28 @@ class Block:
 
     @property
     def positions(self) -> int:
-        return sum(part.backward.shape[1] for part in self.summands if isinstance(part, Outer | Lookup | Flipped))
+        return sum(factors.backward.shape[1] for part in self.summands for factors in factors_of(part))
 
     @property
     def samples(self) -> int:
-        return int(next(iter(vars(self.summands[0]).values())).shape[0])
+        return int(tensors_of(self.summands[0])[0].shape[0])
 
     @property
     def outputs(self) -> int:
         part = self.summands[0]
-        if isinstance(part, Outer | Lookup | Flipped):
-            return part.backward.shape[2]
-        return part.values.shape[1] if isinstance(part, Dense) else part.coefficients.shape[1]
+        if isinstance(part, Dense | Shared):
+            return tensors_of(part)[0].shape[1]
+        return factors_of(part)[0].backward.shape[2]
 
     @property
     def summands(self) -> tuple[Summand, ...]:
-        parts = (self.outer, self.lookup, self.flipped, self.dense, self.shared)
+        parts = (self.outer, self.lookup, self.flipped, self.weighted, self.dense, self.shared)
         return tuple(part for part in parts if part is not None)
 
     @property
     def bytes(self) -> int:
         """Memory held by this block's features."""
-        return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in vars(part).values())
+        return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in tensors_of(part))
 
     def features(self, rows: slice = slice(None)) -> Float[Tensor, "n c r i"]:
         """Φ of a range of output units, materialised."""
@@ -109,6 +125,10 @@ class Block:
         """The block of scale · M_L Φ M_Rᵀ, again in factors."""
         block = self.of([part.transformed(left, right) for part in self.summands])
         return block if scale == 1.0 else block.scaled(scale)
+
+    def entrywise(self, gains: Float[Tensor, "o i"]) -> "Block":
+        """The block of Z ∘ Φ: factors are kept, with the gains beside them."""
+        return self.of([entrywise(part, gains) for part in self.summands])
 
     def scaled(self, scale: float) -> "Block":
         """The block of scale · Φ."""
@@ -129,11 +149,18 @@ class Block:
 
     def of(self, parts: Sequence[Summand]) -> "Block":
         """A block in this one's place whose features are the sum of ``parts``."""
+        weighted = [part for part in parts if isinstance(part, Weighted)]
+        if any(not torch.equal(part.gains, weighted[0].gains) for part in weighted):
+            # Factors under different gains have no common form but the features.
+            made = [Dense(part.features(slice(None))) for part in weighted]
+            return self.of([*(part for part in parts if not isinstance(part, Weighted)), *made])
+        outer, lookup, flipped = _by_kind(parts)
         return replace(
             self,
-            outer=_joined([part for part in parts if isinstance(part, Outer)]),
-            lookup=_joined_lookups([part for part in parts if isinstance(part, Lookup)]),
-            flipped=_joined([part for part in parts if isinstance(part, Flipped)]),
+            outer=outer,
+            lookup=lookup,
+            flipped=flipped,
+            weighted=_joined_weighted(weighted),
             dense=_summed([part for part in parts if isinstance(part, Dense)]),
             shared=_joined_shared([part for part in parts if isinstance(part, Shared)]),
         )
@@ -177,18 +204,43 @@ def stack_blocks(blocks: list[Block]) -> Block:
     """The block of all the samples of several, one after the other."""
     if len(blocks) == 1:
         return blocks[0]
-    parts: list[Summand] = []
-    if len({tuple(type(part) for part in block.summands) for block in blocks}) > 1:
+    kinds = {tuple(type(held) for part in block.summands for held in (part, *factors_of(part))) for block in blocks}
+    gains = [block.weighted.gains for block in blocks if block.weighted is not None]
+    if len(kinds) > 1 or any(not torch.equal(gain, gains[0]) for gain in gains):
         made = blocks[0].of([Dense(torch.cat([block.features() for block in blocks]))])
         return replace(made, summed=all(block.kind != "materialised" for block in blocks))
-    for same in zip(*(block.summands for block in blocks), strict=True):
-        first = same[0]
-        tensors = {
-            name: value if name == "directions" else torch.cat([getattr(part, name) for part in same])
-            for name, value in vars(first).items()
-        }
-        parts.append(type(first)(**tensors))
+    parts = [_stacked(same) for same in zip(*(block.summands for block in blocks), strict=True)]
     return replace(blocks[0].of(parts), summed=all(block.summed for block in blocks))
+
+
+def _stacked(same: Sequence[Summand]) -> Summand:
+    """Summands of one kind as one over all their samples."""
+    first = same[0]
+    if isinstance(first, Weighted):
+        held = zip(*(factors_of(part) for part in same), strict=True)
+        return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
+    tensors = {
+        name: value if name == "directions" else torch.cat([getattr(part, name) for part in same])
+        for name, value in vars(first).items()
+    }
+    return type(first)(**tensors)
+
+
+def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Flipped | None]:
+    """At most one summand of each kind of factors."""
+    return (
+        _joined([part for part in parts if isinstance(part, Outer)]),
+        _joined_lookups([part for part in parts if isinstance(part, Lookup)]),
+        _joined([part for part in parts if isinstance(part, Flipped)]),
+    )
+
+
+def _joined_weighted(parts: list[Weighted]) -> Weighted | None:
+    """Factors under the same gains."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    held: list[Factors] = [factors for part in parts for factors in part.parts]
+    return Weighted(parts[0].gains, tuple(part for part in _by_kind(held) if part is not None))
 
 
 def _joined(parts: list[_Factors]) -> _Factors | None:

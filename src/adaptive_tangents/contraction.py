@@ -20,7 +20,19 @@ from torch import Tensor
 from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import format_bytes
-from adaptive_tangents.summands import Dense, Factors, Flipped, Lookup, Outer, Outputs, SampleMap, Shared, sum_tensors
+from adaptive_tangents.summands import (
+    Dense,
+    Factors,
+    Flipped,
+    Lookup,
+    Outer,
+    Outputs,
+    SampleMap,
+    Shared,
+    Weighted,
+    sum_tensors,
+    tensors_of,
+)
 
 Route = Literal["gram", "nested", "materialise"]
 
@@ -107,7 +119,7 @@ def plan_block(
 ) -> BlockPlan:
     """The cheapest route for one block by counted operations (theory §6)."""
     kind = _common_factors(a, b)
-    like = next(iter(vars(a.summands[0]).values()))
+    like = tensors_of(a.summands[0])[0]
     a, b = _narrowed(a, b)
     (o, i), pairs = a.shape, n * m // 2 if symmetric else n * m
     t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
@@ -171,8 +183,8 @@ def accumulate(
     rest_a, rest_b = _narrowed(a.without_shared(), b.without_shared())
     if route != "materialise" and _common_factors(a, b) is not None:
         factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
-        assert not isinstance(factors_a, Dense | Shared)
-        assert not isinstance(factors_b, Dense | Shared)
+        assert not isinstance(factors_a, Dense | Shared | Weighted)
+        assert not isinstance(factors_b, Dense | Shared | Weighted)
         walk = _accumulate_gram if route == "gram" else _accumulate_nested
         walk(kernel, factors_a, factors_b, outputs, symmetric=symmetric, budget=budget)
     elif rest_a.summands and rest_b.summands:

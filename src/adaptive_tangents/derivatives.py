@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
 from adaptive_tangents.recording import Parents
-from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted
 
 # Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
 # what they make costs more than it saves.
@@ -135,7 +135,7 @@ def _spread(part: Summand, w: Tensor) -> Tensor:
     inputs = part.weights if isinstance(part, Lookup) else part.inputs if isinstance(part, Outer | Flipped) else None
     assert inputs is not None
     positions = max(1, inputs.shape[1])
-    assert not isinstance(part, Shared)
+    assert not isinstance(part, Shared | Weighted)
     return (weights * _norms(part.backward) ** 2 * _norms(inputs) ** 2).sum() / positions
 
 

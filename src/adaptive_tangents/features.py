@@ -1,6 +1,6 @@
 """Tangent features of a network on a batch: every block in factors, with products, kernels and adaptation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
@@ -13,8 +13,8 @@ from adaptive_tangents.blocks import Block
 from adaptive_tangents.contraction import KernelPlan
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import memory_limit, require_memory
-from adaptive_tangents.summands import Index, Outputs, Shared, sum_tensors
-from adaptive_tangents.transforms import Joint, Sides, Transform
+from adaptive_tangents.summands import Index, Outputs, Shared, sum_tensors, tensors_of
+from adaptive_tangents.transforms import Entrywise, Joint, Sides, Transform
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class TangentFeatures:
 
     @property
     def _like(self) -> Tensor:
-        tensors: Iterator[Tensor] = (t for block in self.blocks.values() for t in vars(block.summands[0]).values())
-        return next(tensors)
+        return next(tensor for block in self.blocks.values() for tensor in tensors_of(block.summands[0]))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {b.shape[0]}×{b.shape[1]} {b.kind}" for name, b in self.blocks.items())
@@ -138,6 +137,8 @@ class TangentFeatures:
                 raise TangentError(f"transformed: there is no block {name!r}; blocks are {', '.join(blocks)}")
             if isinstance(transform, Sides):
                 blocks[name] = blocks[name].transformed(transform.left, transform.right, transform.scale)
+            elif isinstance(transform, Entrywise):
+                blocks[name] = blocks[name].entrywise(transform.gains.to(self._like))
         for joint in {id(t): t for t in transforms.values() if isinstance(t, Joint)}.values():
             direction = {name: matrix.to(self._like) for name, matrix in joint.direction.items()}
             along = (joint.gain - 1) * sum_tensors(

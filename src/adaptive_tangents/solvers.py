@@ -141,7 +141,9 @@ def fit(
         "fit", 4 * 8 * size**2, memory_limit(feats.limit, feats.device),
         remedy=f"fit fewer samples (the kernel is {size} × {size})",
     )  # fmt: skip
-    return _Alternation(feats.to(torch.float64), targets, structure, loss, tol, max_rounds, accelerate, progress).run()
+    feats = feats.to(torch.float64)
+    structure = structure.prepared(feats)
+    return _Alternation(feats, targets, structure, loss, tol, max_rounds, accelerate, progress).run()
 
 
 def _targets(feats: TangentFeatures, r: Tensor) -> Tensor:

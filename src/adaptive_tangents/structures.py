@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.penalties import Penalty, Quadratic
-from adaptive_tangents.transforms import Joint, Sides, Transform
+from adaptive_tangents.transforms import Entrywise, Joint, Scaled, Sides, Transform
 
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 
@@ -46,6 +47,10 @@ class BlockSolution:
 
 class Structure(ABC):
     """A class of transforms; every method takes one matrix a block."""
+
+    def prepared(self, feats: TangentFeatures) -> "Structure":
+        """The structure with what it learns from the features it is to be fitted to; ``fit`` asks for this once."""
+        return self
 
     @abstractmethod
     def solution(self, coefficients: Matrices) -> Solution:
@@ -79,8 +84,12 @@ class BlockStructure(Structure):
     def block_dual(self, matrix: Float[Tensor, "o i"]) -> float:
         """Ω̃* of one block."""
 
+    def for_block(self, name: str) -> "BlockStructure":
+        """The structure of one block, where blocks differ."""
+        return self
+
     def solution(self, coefficients: Matrices) -> Solution:
-        parts = {name: self.block_solution(matrix) for name, matrix in coefficients.items()}
+        parts = {name: self.for_block(name).block_solution(matrix) for name, matrix in coefficients.items()}
         return joined_solution(
             [
                 Solution(
@@ -94,7 +103,7 @@ class BlockStructure(Structure):
         )
 
     def dual(self, matrices: Matrices) -> float:
-        return sum(self.block_dual(matrix) for matrix in matrices.values())
+        return sum(self.for_block(name).block_dual(matrix) for name, matrix in matrices.items())
 
 
 def joined_solution(parts: list[Solution]) -> Solution:
@@ -141,10 +150,14 @@ class Inner:
         return 1 + self.penalty.excess(self.level)
 
     @property
+    def spent(self) -> float:
+        """Σ ω(z)."""
+        return sum(float(part.value(1 + part.excess(self.level)).sum()) for part in self.penalty.parts)
+
+    @property
     def total(self) -> float:
         """Σ ω̃(v)."""
-        u = self.level
-        return float(u.sum()) + sum(float(part.value(1 + part.excess(u)).sum()) for part in self.penalty.parts)
+        return float(self.level.sum()) + self.spent
 
     @cached_property
     def slope(self) -> Float[Tensor, "*s"]:
@@ -252,3 +265,61 @@ class LayerScale(Grouped):
 
     def transform(self, gains: Tensor) -> Transform:
         return Sides(scale=float(gains))
+
+
+@dataclass(frozen=True)
+class Rows(Grouped):
+    """One factor per output unit, Φ → diag(s) Φ: Ω̃(B) = Σ_o ω̃(‖B_o,:‖), sparsity over a layer's units.
+
+    >>> Rows(Quadratic(1.0)).update({"w": torch.tensor([[4.0, 0.0], [0.0, 0.0]])})["w"].left.gains > 1
+    tensor([ True, False])
+    """
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        return (1,)
+
+    def transform(self, gains: Tensor) -> Transform:
+        return Sides(left=Scaled(gains[:, 0]))
+
+
+@dataclass(frozen=True)
+class Columns(Grouped):
+    """One factor per input unit, Φ → Φ diag(s): Ω̃(B) = Σ_i ω̃(‖B_:,i‖), sparsity over what a layer reads.
+
+    The bias column counts as an input of its own.
+
+    >>> Columns(Quadratic(1.0)).update({"w": torch.tensor([[4.0, 0.0], [0.0, 0.0]])})["w"].right.gains > 1
+    tensor([ True, False])
+    """
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        return (0,)
+
+    def transform(self, gains: Tensor) -> Transform:
+        return Sides(right=Scaled(gains[0]))
+
+
+@dataclass(frozen=True)
+class Diagonal(Grouped):
+    """One factor per parameter, Φ → Z ∘ Φ: Ω̃(β) = Σ_k ω̃(|β_k|), sparsity.
+
+    Gains are no product of sides, so kernels of the adapted features are made from the features themselves.
+
+    >>> Diagonal(Quadratic(2.0)).update({"w": torch.tensor([[4.0, 0.0]])})["w"].gains  # λ(z − 1)z³ = β²
+    tensor([[2., 1.]])
+    """
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        return ()
+
+    def transform(self, gains: Tensor) -> Transform:
+        return Entrywise(gains)

@@ -4,7 +4,8 @@
 - ``Lookup``: the same where a layer's inputs are rows of an identity, kept as indices: embeddings;
 - ``Flipped``: outer products whose signals are on the input side: a weight used the other way round;
 - ``Dense``: the features themselves, for a parameter that has no factors, or where they take less room;
-- ``Shared``: fixed directions D_k with coefficients s_k(x), what a joint transform of all blocks adds to each.
+- ``Shared``: fixed directions D_k with coefficients s_k(x), what a joint transform of all blocks adds to each;
+- ``Weighted``: factors times one gain an entry, Z ∘ Σ_t δ_t h_tᵀ, what an entrywise transform makes of factors.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.transforms import LowRank, Side
+from adaptive_tangents.transforms import LowRank, Scaled, Side
 
 Outputs = Literal["full", "trace", "diagonal"]
 Index = slice | Int[Tensor, " _k"]
@@ -112,6 +113,9 @@ class Lookup:
                 backward, self.index, self.weights, torch.cat([self.coefficients, added], -1),
                 torch.cat([self.directions, axes.mT]),
             )  # fmt: skip
+        if isinstance(right, Scaled) and self.directions.shape[0] == 0:
+            gains = right.gains.to(self.weights.dtype)
+            return Lookup(backward, self.index, self.weights * gains[self.index], self.coefficients, self.directions)
         columns = right.matrix().to(self.weights.dtype).mT
         return Outer(backward, self.against(columns))
 
@@ -232,6 +236,40 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Φ(x_k)_c = Z ∘ Σ_j Φ_j(x_k)_c: factors of one kind or several under one gain Z (o, i) an entry.
+
+    The gains mix no entries but are no product of sides, so kernels are made from the features, some rows at a time.
+    """
+
+    gains: Float[Tensor, "o i"]
+    parts: "tuple[Outer | Lookup | Flipped, ...]"
+
+    def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
+        """The features of a range of output units, materialised."""
+        return self.gains[rows] * sum_tensors([part.features(rows) for part in self.parts])
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Z ∘ Φ(x)_c, D_k⟩ = ⟨Φ(x)_c, Z ∘ D_k⟩ for each of the fixed matrices D."""
+        return sum_tensors([part.inner(self.gains * directions) for part in self.parts])
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        return self.gains * sum_tensors([part.combine(weights) for part in self.parts])
+
+    def transformed(self, left: Side | None, right: Side | None) -> "Weighted | Dense":
+        if isinstance(left, Scaled | None) and isinstance(right, Scaled | None):
+            return Weighted(Dense(self.gains[None, None]).transformed(left, right).values[0, 0], self.parts)
+        return Dense(self.features(slice(None))).transformed(left, right)
+
+    def scaled(self, scale: float) -> "Weighted":
+        return Weighted(scale * self.gains, self.parts)
+
+    def map(self, function: "SampleMap") -> "Weighted":
+        return Weighted(self.gains.to(function.dtype or self.gains.dtype), tuple(p.map(function) for p in self.parts))
+
+
+@dataclass(frozen=True)
 class SampleMap:
     """What happens to every tensor that runs over samples: selection, then conversion."""
 
@@ -244,7 +282,30 @@ class SampleMap:
 
 
 Factors = Outer | Lookup | Flipped
-Summand = Factors | Dense | Shared
+Summand = Factors | Dense | Shared | Weighted
+
+
+def factors_of(part: Summand) -> tuple[Factors, ...]:
+    """The factors that a summand holds."""
+    if isinstance(part, Weighted):
+        return part.parts
+    return () if isinstance(part, Dense | Shared) else (part,)
+
+
+def tensors_of(part: Summand) -> list[Tensor]:
+    """The tensors that a summand holds, one over samples first."""
+    if isinstance(part, Weighted):
+        return [*(tensor for inner in part.parts for tensor in tensors_of(inner)), part.gains]
+    return list(vars(part).values())
+
+
+def entrywise(part: Summand, gains: Float[Tensor, "o i"]) -> Summand:
+    """The summand of Z ∘ Φ."""
+    if isinstance(part, Dense):
+        return Dense(gains * part.values)
+    if isinstance(part, Shared):
+        return Shared(part.coefficients, gains * part.directions)
+    return Weighted(gains * part.gains, part.parts) if isinstance(part, Weighted) else Weighted(gains, (part,))
 
 
 def sum_tensors(tensors: list[Tensor]) -> Tensor:

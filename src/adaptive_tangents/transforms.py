@@ -1,7 +1,7 @@
 """Feature transforms M: what the structures return and what features are adapted by (theory: φ → Mφ).
 
-A matrix block is transformed on its sides, Φ → M_L Φ M_Rᵀ; the joint transform of the Full structure moves one direction
-that runs through all blocks.
+A matrix block is transformed on its sides, Φ → M_L Φ M_Rᵀ, or entry by entry, Φ → Z ∘ Φ; the joint transform of the Full
+structure moves one direction that runs through all blocks.
 """
 
 from collections.abc import Mapping
@@ -42,6 +42,33 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A diagonal side factor, M = diag(g): one gain g (d,) a unit.
+
+    >>> Scaled(torch.tensor([1.0, 3.0])).apply(torch.tensor([[5.0, 5.0]]))
+    tensor([[ 5., 15.]])
+    """
+
+    gains: Float[Tensor, " d"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        return rows * self.gains.to(rows.dtype)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return torch.diag(self.gains)
+
+    def squared(self) -> "Scaled":
+        """MᵀM."""
+        return Scaled(self.gains**2)
+
+    def inverse(self) -> "Scaled":
+        """M⁻¹."""
+        return Scaled(1 / self.gains)
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A side factor given as any square matrix."""
 
@@ -65,7 +92,7 @@ class Modal:
     """
 
     sizes: tuple[int, ...]
-    factors: "tuple[LowRank | Matrix | None, ...]"
+    factors: "tuple[LowRank | Scaled | Matrix | None, ...]"
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """M times each row vector of the last dimension."""
@@ -86,7 +113,7 @@ class Modal:
         return whole
 
 
-Side = LowRank | Matrix | Modal
+Side = LowRank | Scaled | Matrix | Modal
 
 
 @dataclass(frozen=True)
@@ -99,6 +126,13 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Entrywise:
+    """The transform Φ → Z ∘ Φ of one matrix block, one gain Z (o, i) an entry: a diagonal M."""
+
+    gains: Float[Tensor, "o i"] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Joint:
     """The transform M = I + (z - 1) b bᵀ over all parameters at once, for a unit vector b given block by block."""
 
@@ -106,19 +140,21 @@ class Joint:
     gain: float
 
 
-Transform = Sides | Joint
+Transform = Sides | Entrywise | Joint
 
 
 def transform_matrices(
     matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
 ) -> dict[str, Float[Tensor, "_o _i"]]:
-    """M applied to one matrix a block: B → scale · M_L B M_Rᵀ, or the joint transform of all of them."""
+    """M applied to one matrix a block: B → scale · M_L B M_Rᵀ, Z ∘ B, or the joint transform of all of them."""
     moved = dict(matrices)
     for name, transform in transforms.items():
         if isinstance(transform, Sides):
             matrix = moved[name] if transform.right is None else transform.right.apply(moved[name])
             matrix = matrix if transform.left is None else transform.left.apply(matrix.mT).mT
             moved[name] = transform.scale * matrix
+        elif isinstance(transform, Entrywise):
+            moved[name] = transform.gains.to(moved[name].dtype) * moved[name]
     for joint in {id(t): t for t in transforms.values() if isinstance(t, Joint)}.values():
         along = sum(float((matrix * moved[name]).sum()) for name, matrix in joint.direction.items())
         for name, matrix in joint.direction.items():
