@@ -15,7 +15,8 @@ True
 True
 """
 
-from adaptive_tangents import transforms
+from adaptive_tangents import adaptation, transforms
+from adaptive_tangents.adaptation import KernelChange, KernelPart, kernel_change
 from adaptive_tangents.alignment import (
     Decomposition,
     EffectiveRank,
@@ -67,6 +68,8 @@ __all__ = [
     "Fit",
     "Fixed",
     "Full",
+    "KernelChange",
+    "KernelPart",
     "LayerScale",
     "Left",
     "Modes",
@@ -81,6 +84,7 @@ __all__ = [
     "TangentFeatures",
     "TangentWarning",
     "TwoSided",
+    "adaptation",
     "alignment",
     "average_features",
     "cka",
@@ -88,6 +92,7 @@ __all__ = [
     "effective_rank",
     "explain",
     "fit",
+    "kernel_change",
     "representability",
     "tangent_features",
     "tangent_kernel",

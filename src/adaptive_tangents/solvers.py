@@ -17,6 +17,7 @@ from jaxtyping import Float, Shaped
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from adaptive_tangents.adaptation import KernelChange, kernel_change
 from adaptive_tangents.constraints import independent_constraints
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
@@ -47,7 +48,7 @@ class Fit:
     ``coefficients`` B and ``transforms`` M per block, ``dual`` α (n, c); ``objective`` is Ω̃(β) + loss; ``feasibility``
     ‖φβ − r‖/‖r‖; ``stationarity`` ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖; ``lower_bound`` a bound on every model's objective, None where
     the penalty gives none (``lower_bound_reason`` says why). ``smallest_eigenvalue`` and ``jitter`` are of the kernel
-    solved with. Solved in float64.
+    solved with; ``features`` are those fitted. Solved in float64.
     """
 
     coefficients: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
@@ -66,6 +67,7 @@ class Fit:
     smallest_eigenvalue: float
     jitter: float
     dropped: int
+    features: TangentFeatures = field(repr=False)
 
     @property
     def rounds(self) -> int:
@@ -84,6 +86,12 @@ class Fit:
     def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
         """φβ for features of any samples, in float64; add f(x; θ₀) for the model's output."""
         return feats.to(torch.float64).inner(self.coefficients)
+
+    def kernel_change(self, y: Float[Tensor, "n c"] | None = None, *, keep: bool = False) -> KernelChange:
+        """K_M − K₀ on the samples fitted, by block and side, along the targets r, or others y: see ``kernel_change``."""
+        # r is the prediction and the residual, ρα.
+        y = self.predict(self.features) + self.ridge * self.dual if y is None else y
+        return kernel_change(self.features, self.transforms, y, keep=keep)
 
     def summary(self) -> str:
         """The solution and its certificates, for a person."""
@@ -141,7 +149,6 @@ def fit(
         "fit", 4 * 8 * size**2, memory_limit(feats.limit, feats.device),
         remedy=f"fit fewer samples (the kernel is {size} × {size})",
     )  # fmt: skip
-    feats = feats.to(torch.float64)
     structure = structure.prepared(feats)
     return _Alternation(feats, targets, structure, loss, tol, max_rounds, accelerate, progress).run()
 
@@ -178,7 +185,8 @@ class _Alternation:
         self, feats: TangentFeatures, r: Tensor, structure: Structure, loss: SquaredError, tol: float, max_rounds: int,
         accelerate: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.feats, self.structure, self.loss, self.tol = feats, structure, loss, tol
+        self.given, self.feats = feats, feats.to(torch.float64)
+        self.structure, self.loss, self.tol = structure, loss, tol
         self.max_rounds, self.progress = max_rounds, progress
         self.r = r.flatten()
         self.scale = float(self.r.norm())
@@ -303,6 +311,7 @@ class _Alternation:
             smallest_eigenvalue=self.smallest,
             jitter=step.jitter,
             dropped=0 if self.kept is None else self.r.numel() - self.kept.numel(),
+            features=self.given,
         )
 
     def _lower_bound(self, step: _Step) -> tuple[float | None, str]:
