@@ -16,6 +16,7 @@ from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.mixed import Mixed, as_structure
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 from adaptive_tangents.summands import Index
@@ -47,7 +48,7 @@ class Explanation:
 def explain(
     start_feats: TangentFeatures,
     end_feats: TangentFeatures,
-    structure: Structure,
+    structure: Structure | Mapping[str, Structure],
     *,
     strengths: Sequence[float] = _STRENGTHS,
     generator: torch.Generator | None = None,
@@ -57,7 +58,7 @@ def explain(
     ``start_feats`` and ``end_feats`` are features of the same samples in the same order; a quarter of them chooses the
     ridge, a quarter is reported on, the rest is fitted; ``generator`` shuffles them (default: seed 0). Penalties of the
     structure are not used: this asks what any M of that shape can explain.
-    Structures: Fixed, LayerScale, Left, Right, TwoSided, Full. Source: theory in the docs, §7.
+    Structures: Fixed, LayerScale, Left, Right, TwoSided, Full, and patterns on block names with any of them but Full.
 
     Raises TangentError where features do not belong together, fewer than 8 samples are given, nothing changed, or the
     structure has no such fit.
@@ -70,6 +71,7 @@ def explain(
     1.0
     """
     _check(start_feats, end_feats)
+    structure = as_structure(structure)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
     quarter = max(2, n // 4)
@@ -84,15 +86,21 @@ def explain(
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     if isinstance(structure, Full):
         return _explain_full(start.to(torch.float64), end.to(torch.float64), structure, parts, sizes, strengths)
-    if not isinstance(structure, Fixed | LayerScale | Left | Right | TwoSided):
-        raise TangentError(
-            f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures"
-        )
+    own = structure.of_blocks(start.blocks) if isinstance(structure, Mixed) else dict.fromkeys(start.blocks, structure)
+    for one in own.values():
+        if isinstance(one, Full):
+            raise TangentError(
+                "explain: Full explains all blocks by one transform; give it alone, not for a pattern of blocks"
+            )
+        if not isinstance(one, Fixed | LayerScale | Left | Right | TwoSided):
+            raise TangentError(
+                f"explain: {type(one).__name__} has no least-squares fit; use one of the named structures"
+            )
     r2, fit_r2, chosen, transforms = {}, {}, {}, {}
     errors, changes = 0.0, 0.0
     for name, block in start.blocks.items():
         pairs = [_Pair(*_wide(block, end.blocks[name], index)) for index in parts]
-        best, strength = _best(pairs, structure, strengths)
+        best, strength = _best(pairs, own[name], strengths)
         transforms[name], chosen[name] = best, strength
         error, change = pairs[2].error(best), pairs[2].change
         errors, changes = errors + error, changes + change
