@@ -8,7 +8,7 @@ and write ``block_solution`` (all of it comes from one decomposition of B) and `
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -88,6 +88,16 @@ class BlockStructure(Structure):
 
     scale_invariant: bool = field(default=False, kw_only=True)
     scales: Mapping[str, float] | None = field(default=None, kw_only=True, repr=False, hash=False)
+
+    def __init_subclass__(cls) -> None:
+        # A dataclass makes no __repr__ where the class has one, and its own would name what is not set first of all.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = BlockStructure.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr and f.name != "scale_invariant"]
+        shown += ["scale_invariant=True"] if self.scale_invariant else []
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
     def block_solution(self, matrix: Float[Tensor, "o i"]) -> BlockSolution:
