@@ -13,7 +13,7 @@ from torch import Tensor
 import adaptive_tangents as at
 import theory_reference as reference
 from adaptive_tangents.structures import kernel_scales
-from adaptive_tangents.transforms import Entrywise, Joint, Sides
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Sides
 from theory_reference import problem
 
 EXACT = {"tol": 1e-13, "max_rounds": 2000}
@@ -136,8 +136,38 @@ def test_explain_takes_patterns_but_no_joint_transform_of_a_part() -> None:
     assert found.transforms["block0"].scale == pytest.approx(2.0)
     with pytest.raises(at.TangentError, match="explain: Full explains all blocks by one transform; give it alone"):
         at.explain(start, end, {"block0": at.Full(), "*": at.Fixed()})
-    with pytest.raises(at.TangentError, match="explain: Diagonal has no least-squares fit"):
-        at.explain(start, end, {"block0": at.Diagonal(), "*": at.Fixed()})
+    with pytest.raises(at.TangentError, match="explain: Modes has no least-squares fit"):
+        at.explain(start, end, {"block0": at.Modes(), "*": at.Fixed()})
+
+
+@pytest.mark.parametrize("name", ["Rows", "Columns", "Diagonal"])
+def test_explain_recovers_one_factor_a_unit_or_an_entry(name: str) -> None:
+    start = problem(0, n=60, c=2).feats
+    generator = torch.Generator().manual_seed(1)
+    truth = {}
+    for key, block in start.blocks.items():
+        shape = {"Rows": (block.shape[0], 1), "Columns": (1, block.shape[1]), "Diagonal": block.shape}[name]
+        gains = 0.2 + 2 * torch.rand(shape, generator=generator, dtype=torch.float64)
+        truth[key] = SCALED[name](at.Quadratic()).transform(gains)
+    end = start.transformed(truth)
+    found = at.explain(start, end, SCALED[name](at.Quadratic()), strengths=(1e-12, 1e-2))
+    assert found.total > 1 - 1e-9
+    assert set(found.strengths.values()) == {1e-12}
+    torch.testing.assert_close(start.transformed(found.transforms).dense(), end.dense(), rtol=1e-6, atol=1e-6)
+    # What mixes units is explained in part only.
+    turned = start.transformed(
+        {
+            key: Sides(
+                left=LowRank(
+                    torch.ones(b.shape[0], 1, dtype=torch.float64) / b.shape[0] ** 0.5,
+                    torch.tensor([3.0], dtype=torch.float64),
+                )
+            )
+            for key, b in start.blocks.items()
+        }
+    )
+    partly = at.explain(start, turned, SCALED[name](at.Quadratic()))
+    assert 0 < partly.fit_r2["block0"] < 1
 
 
 # ------------------------------------------------------------------------------------- in units of a block's kernel
