@@ -41,6 +41,7 @@ ORDER = (
     "structures",
     "spectral",
     "modes",
+    "mixed",
     "losses",
     "constraints",
     "alignment",

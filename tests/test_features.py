@@ -19,7 +19,7 @@ from adaptive_tangents import contraction
 from adaptive_tangents.blocks import Block, sum_blocks
 from adaptive_tangents.inputs import take
 from adaptive_tangents.summands import Dense, Outer
-from adaptive_tangents.transforms import Joint, LowRank, Matrix, Sides, transform_matrices
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Sides, transform_matrices
 from cases import Case, Forward, mlp, normal
 from registry import CASES, by_name
 
@@ -307,6 +307,10 @@ def adapted(case: Case, kind: str, seed: int = 3) -> tuple[at.TangentFeatures, a
             transform = Joint(p.feats.split(vector), 1.7)
             transforms = dict.fromkeys(p.feats.blocks, transform)
             phis = [reference.joint(phi, vector.numpy(), 1.7) for phi in phis]
+        elif step == "entrywise":
+            vector = 1 + draw(p.feats.p, seed=seed) ** 2
+            transforms = {name: Entrywise(gains) for name, gains in p.feats.split(vector).items()}
+            phis = [phi * vector.numpy() for phi in phis]
         else:
             transforms = {}
             for k, (name, block) in enumerate(p.feats.blocks.items()):
@@ -335,7 +339,13 @@ def adapted(case: Case, kind: str, seed: int = 3) -> tuple[at.TangentFeatures, a
 
 
 @every_case
-@pytest.mark.parametrize("kind", ["left", "right then right", "scale then joint", "joint then both then joint"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "left", "right then right", "scale then joint", "joint then both then joint", "entrywise",
+        "scale then entrywise then joint then entrywise then left",
+    ],
+)  # fmt: skip
 def test_adapted_features_and_kernels_equal_explicitly_transformed_ones(case: Case, kind: str) -> None:
     feats, other, (phi, other_phi) = adapted(case, kind)
     p = prepare(case)

@@ -556,6 +556,8 @@ def test_modes_say_what_they_lack() -> None:
     with pytest.raises(at.TangentError, match=r"a penalty a mode is asked for, by name, got \[\]"):
         at.Modes({}).prepared(feats)
     assert repr(at.Modes().prepared(feats)) == "Modes(penalties=Quadratic(strength=1.0))"
+    assert repr(at.TwoSided(at.Quadratic(2.0))) == "TwoSided(left=Quadratic(strength=2.0), right=None)"
+    assert repr(at.Fixed(scale_invariant=True)) == "Fixed(scale_invariant=True)"
 
 
 @few

@@ -33,6 +33,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.kernels import tangent_kernel
+from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, Composition, Penalty, Quadratic
@@ -72,6 +73,7 @@ __all__ = [
     "KernelPart",
     "LayerScale",
     "Left",
+    "Mixed",
     "Modes",
     "Penalty",
     "Quadratic",

@@ -16,10 +16,11 @@ from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.mixed import Mixed, as_structure
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
+from adaptive_tangents.structures import Fixed, Full, Grouped, LayerScale, Structure
 from adaptive_tangents.summands import Index
-from adaptive_tangents.transforms import Matrix, Sides
+from adaptive_tangents.transforms import Entrywise, Matrix, Sides, Transform
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _ROUNDS = 30
@@ -40,14 +41,14 @@ class Explanation:
     total: float
     fit_r2: Mapping[str, float]
     strengths: Mapping[str, float]
-    transforms: Mapping[str, Sides] | None = field(repr=False)
+    transforms: Mapping[str, Transform] | None = field(repr=False)
     samples: tuple[int, int, int]
 
 
 def explain(
     start_feats: TangentFeatures,
     end_feats: TangentFeatures,
-    structure: Structure,
+    structure: Structure | Mapping[str, Structure],
     *,
     strengths: Sequence[float] = _STRENGTHS,
     generator: torch.Generator | None = None,
@@ -57,7 +58,8 @@ def explain(
     ``start_feats`` and ``end_feats`` are features of the same samples in the same order; a quarter of them chooses the
     ridge, a quarter is reported on, the rest is fitted; ``generator`` shuffles them (default: seed 0). Penalties of the
     structure are not used: this asks what any M of that shape can explain.
-    Structures: Fixed, LayerScale, Left, Right, TwoSided, Full. Source: theory in the docs, §7.
+    Structures: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided, Full, and patterns on block names with any
+    of them but Full.
 
     Raises TangentError where features do not belong together, fewer than 8 samples are given, nothing changed, or the
     structure has no such fit.
@@ -70,6 +72,7 @@ def explain(
     1.0
     """
     _check(start_feats, end_feats)
+    structure = as_structure(structure)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
     quarter = max(2, n // 4)
@@ -84,15 +87,22 @@ def explain(
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     if isinstance(structure, Full):
         return _explain_full(start.to(torch.float64), end.to(torch.float64), structure, parts, sizes, strengths)
-    if not isinstance(structure, Fixed | LayerScale | Left | Right | TwoSided):
-        raise TangentError(
-            f"explain: {type(structure).__name__} has no least-squares fit; use one of the named structures"
-        )
-    r2, fit_r2, chosen, transforms = {}, {}, {}, {}
+    own = structure.of_blocks(start.blocks) if isinstance(structure, Mixed) else dict.fromkeys(start.blocks, structure)
+    for one in own.values():
+        if isinstance(one, Full):
+            raise TangentError(
+                "explain: Full explains all blocks by one transform; give it alone, not for a pattern of blocks"
+            )
+        if not isinstance(one, Fixed | Grouped | Left | Right | TwoSided):
+            raise TangentError(
+                f"explain: {type(one).__name__} has no least-squares fit; use one of the named structures"
+            )
+    r2, fit_r2, chosen = {}, {}, {}
+    transforms: dict[str, Transform] = {}
     errors, changes = 0.0, 0.0
     for name, block in start.blocks.items():
         pairs = [_Pair(*_wide(block, end.blocks[name], index)) for index in parts]
-        best, strength = _best(pairs, structure, strengths)
+        best, strength = _best(pairs, own[name], strengths)
         transforms[name], chosen[name] = best, strength
         error, change = pairs[2].error(best), pairs[2].change
         errors, changes = errors + error, changes + change
@@ -119,9 +129,13 @@ class _Pair:
         change = self.error(Sides())
         return change if change > 1e-13 * self.size else 0.0
 
-    def error(self, transform: Sides) -> float:
+    def error(self, transform: Transform) -> float:
         """Σ‖B − M A‖²."""
-        moved = self.before.transformed(transform.left, transform.right, transform.scale)
+        if isinstance(transform, Entrywise):
+            moved = self.before.entrywise(transform.gains)
+        else:
+            assert isinstance(transform, Sides)
+            moved = self.before.transformed(transform.left, transform.right, transform.scale)
         return max(0.0, self.size - 2 * _inner(self.after, moved) + _inner(moved, moved))
 
 
@@ -130,16 +144,36 @@ def _wide(block: Block, after: Block, index: Index | None = None) -> tuple[Block
     return block.map(index=index, dtype=torch.float64), after.map(index=index, dtype=torch.float64)
 
 
-def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) -> tuple[Sides, float]:
+def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) -> tuple[Transform, float]:
     if isinstance(structure, Fixed):
         return Sides(), 0.0
     if isinstance(structure, LayerScale):
         size = _inner(pairs[0].before, pairs[0].before)
         return Sides(scale=_inner(pairs[0].after, pairs[0].before) / size if size > 0 else 1.0), 0.0
+    if isinstance(structure, Grouped):
+        return _by_group(pairs, structure, strengths)
     if not isinstance(structure, TwoSided):
         return _one_sided(pairs, "left" if isinstance(structure, Left) else "right", strengths)
     candidates = [(_alternate(pairs[0], strength), strength) for strength in strengths]
     return min(candidates, key=lambda found: pairs[1].error(found[0]))
+
+
+def _by_group(pairs: list[_Pair], structure: Grouped, strengths: Sequence[float]) -> tuple[Transform, float]:
+    """One factor a group of entries, z = (Σ B·A + μ)/(Σ A·A + μ), each by its own two sums."""
+
+    def total(a: Block, b: Block) -> Tensor:
+        sums = reduce(torch.add, ((x * y).sum((0, 1)) for x, y in _in_parts(a, b)))
+        return sums.sum(structure.dimensions, keepdim=True) if structure.dimensions else sums
+
+    fitting, choosing = ((total(pair.before, pair.before), total(pair.after, pair.before)) for pair in pairs[:2])
+    found: list[tuple[float, float, Tensor]] = []
+    for strength in strengths:
+        ridge = strength * float(fitting[0].mean()) + torch.finfo(fitting[0].dtype).tiny
+        gains = (fitting[1] + ridge) / (fitting[0] + ridge)
+        square, cross = choosing
+        found.append((float((gains**2 * square - 2 * gains * cross).sum()), strength, gains))
+    _, strength, gains = min(found, key=lambda candidate: candidate[0])
+    return structure.transform(gains), strength
 
 
 def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tuple[Sides, float]:

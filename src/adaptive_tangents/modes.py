@@ -57,7 +57,7 @@ class Modes(BlockStructure):
                     f"Modes: a penalty a mode is asked for, by name, got {sorted(self.penalties)}; modes of these features "
                     f"are {', '.join(known)}"
                 )
-        return replace(self, modes=modes)
+        return replace(self, modes=modes, scales=super().prepared(feats).scales)
 
     def for_block(self, name: str) -> BlockStructure:
         if self.modes is None or name not in self.modes:

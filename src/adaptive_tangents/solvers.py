@@ -24,6 +24,7 @@ from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import check_finite
 from adaptive_tangents.losses import SquaredError, factorise
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.mixed import as_structure
 from adaptive_tangents.spectral import TwoSided
 from adaptive_tangents.structures import Solution, Structure
 from adaptive_tangents.transforms import Transform, transform_matrices
@@ -115,7 +116,7 @@ def fit(
     feats: TangentFeatures,
     r: Shaped[Tensor, "..."],
     *,
-    structure: Structure | None = None,
+    structure: Structure | Mapping[str, Structure] | None = None,
     ridge: float = 0.0,
     tol: float = 1e-8,
     max_rounds: int = 200,
@@ -125,8 +126,9 @@ def fit(
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
     ``r`` (n, c), or (n,) where c = 1, holds targets minus f(x;θ₀). ``ridge`` ρ > 0 replaces the constraint by
-    (1/ρ)Σ‖r_k − φ(x_k)β‖². Stops when the objective changes by less than ``tol`` relative and the stationarity residual is
-    below √tol; otherwise after ``max_rounds`` kernel solves, with ``converged=False`` and a TangentWarning.
+    (1/ρ)Σ‖r_k − φ(x_k)β‖². A mapping from patterns on block names to structures is a ``Mixed`` one. Stops when the objective
+    changes by less than ``tol`` relative and the stationarity residual is below √tol; otherwise after ``max_rounds`` kernel
+    solves, with ``converged=False`` and a TangentWarning.
     Source: LeJeune & Alemohammad, CPAL 2024, §3; certificates in docs/architecture.md.
 
     Raises TangentError for shapes that do not fit, non-finite targets, a negative ρ, constraints that contradict each
@@ -139,7 +141,7 @@ def fit(
     >>> found.converged
     True
     """
-    structure = TwoSided() if structure is None else structure
+    structure = TwoSided() if structure is None else as_structure(structure)
     loss = SquaredError(ridge)
     if not tol > 0 or max_rounds < 1:
         raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")

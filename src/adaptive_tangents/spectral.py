@@ -75,16 +75,21 @@ class SpectralCurvature:
         antisymmetric = torch.where(total > 0, sums, 2.0)
         return (symmetric + antisymmetric) / 2, (symmetric - antisymmetric) / 2
 
+    @cached_property
+    def _beside(self) -> Tensor:
+        """V diag(2/z²) Vᵀ, or U diag(2/z²) Uᵀ where the matrix is wider than it is tall."""
+        basis = self.u if self.u.shape[0] < self.vt.shape[1] else self.vt.mT
+        return (basis * self.inner.slope) @ basis.mT
+
     def __call__(self, x: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         u, vt, outside = self.u, self.vt, self.inner.slope
         same, crossed = self._inside
-        if u.shape[0] >= vt.shape[1]:
-            half = x @ vt.mT
-            y = u.mT @ half
-            return (u @ (same * y + crossed * y.mT - y * outside) + half * outside) @ vt
-        half = u.mT @ x
-        y = half @ vt.mT
-        return u @ ((same * y + crossed * y.mT - outside[:, None] * y) @ vt + outside[:, None] * half)
+        # The side of full rank has no outside; what is inside is taken off what the other side's product adds.
+        if u.shape[0] < vt.shape[1]:
+            y = u.mT @ (x @ vt.mT)
+            return (u @ (same * y + crossed * y.mT - outside[:, None] * y)) @ vt + self._beside @ x
+        y = (u.mT @ x) @ vt.mT
+        return u @ ((same * y + crossed * y.mT - y * outside) @ vt) + x @ self._beside
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,23 @@ gradient and curvature, and the dual Ω̃* for lower bounds. To add one that act
 and write ``block_solution`` (all of it comes from one decomposition of B) and ``block_dual``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.blocks import ranges
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.penalties import Penalty, Quadratic
 from adaptive_tangents.transforms import Entrywise, Joint, Scaled, Sides, Transform
 
+_AT_A_TIME = 16  # samples of which a small kernel is made for its diagonal
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 
 
@@ -73,8 +77,27 @@ class Structure(ABC):
         return self.solution(coefficients).gradient
 
 
+@dataclass(frozen=True)
 class BlockStructure(Structure):
-    """A structure that treats every block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ)."""
+    """A structure that treats every block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ).
+
+    With ``scale_invariant`` a block's coefficients are measured in units of its kernel's mean diagonal s_ℓ², over samples and
+    outputs: Ω̃_ℓ(B) = Ω̃(s_ℓB)/s_ℓ², so that one strength suits layers whose features differ in size. It is still ‖B‖² for
+    small B, and for a penalty proportional to λ it is the strength λ/s_ℓ². ``scales`` s are learnt by ``prepared``.
+    """
+
+    scale_invariant: bool = field(default=False, kw_only=True)
+    scales: Mapping[str, float] | None = field(default=None, kw_only=True, repr=False, hash=False)
+
+    def __init_subclass__(cls) -> None:
+        # A dataclass makes no __repr__ where the class has one, and its own would name what is not set first of all.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = BlockStructure.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr and f.name != "scale_invariant"]
+        shown += ["scale_invariant=True"] if self.scale_invariant else []
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
     def block_solution(self, matrix: Float[Tensor, "o i"]) -> BlockSolution:
@@ -88,22 +111,41 @@ class BlockStructure(Structure):
         """The structure of one block, where blocks differ."""
         return self
 
+    def prepared(self, feats: TangentFeatures) -> "BlockStructure":
+        return replace(self, scales=kernel_scales(feats)) if self.scale_invariant else self
+
     def solution(self, coefficients: Matrices) -> Solution:
-        parts = {name: self.for_block(name).block_solution(matrix) for name, matrix in coefficients.items()}
-        return joined_solution(
-            [
-                Solution(
-                    {name: part.transform},
-                    part.penalty,
-                    {name: part.gradient},
-                    None if part.curvature is None else _OfBlock(name, part.curvature),
-                )
-                for name, part in parts.items()
-            ]
-        )
+        return joined_solution([self._of_block(name, matrix) for name, matrix in coefficients.items()])
 
     def dual(self, matrices: Matrices) -> float:
-        return sum(self.for_block(name).block_dual(matrix) for name, matrix in matrices.items())
+        scales = {name: self._scale(name) for name in matrices}
+        # sup over B of ⟨G, B⟩ − Ω̃(sB)/s² is that of ⟨sG, C⟩ − Ω̃(C) over C = sB, over s².
+        return sum(self.for_block(name).block_dual(s * matrices[name]) / s**2 for name, s in scales.items())
+
+    def _of_block(self, name: str, matrix: Tensor) -> Solution:
+        s = self._scale(name)
+        found = self.for_block(name).block_solution(s * matrix)
+        # Twice the chain rule's s is what the curvature is divided by.
+        curvature = None if found.curvature is None else _OfBlock(name, found.curvature)
+        return Solution({name: found.transform}, found.penalty / s**2, {name: found.gradient / s}, curvature)
+
+    def _scale(self, name: str) -> float:
+        if not self.scale_invariant:
+            return 1.0
+        if self.scales is None or name not in self.scales:
+            raise TangentError(
+                f"{type(self).__name__}: the scale of block {name!r} is not known; use structure.prepared(feats), as fit does"
+            )
+        return self.scales[name]
+
+
+def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
+    """s_ℓ = √(trace K_ℓ/(nc)), the root mean square norm of each block's features; 1 where they are zero."""
+    traces = dict.fromkeys(feats.blocks, 0.0)
+    for part in ranges(feats.n, _AT_A_TIME):
+        for name, kernel in feats[part].kernel(outputs="trace", by_block=True).items():
+            traces[name] += float(kernel.diagonal().sum())
+    return {name: math.sqrt(trace / (feats.n * feats.c)) or 1.0 for name, trace in traces.items()}
 
 
 def joined_solution(parts: list[Solution]) -> Solution:

@@ -1,0 +1,35 @@
+"""What the pages in docs show runs, and what they list is complete."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import adaptive_tangents as at
+
+DOCS = Path(__file__).parent.parent / "docs"
+STRUCTURES = (DOCS / "structures.md").read_text()
+ABSTRACT = {"Structure", "BlockStructure"}
+
+
+def test_the_structure_made_in_the_docs_is_fitted_and_certified(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", STRUCTURES, re.DOTALL)
+    assert len(blocks) == 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile("\n".join(blocks), "docs/structures.md", "exec"), {"__name__": "docs"})
+    assert re.search(r"tensor\(\[\d", capsys.readouterr().out)
+
+
+def test_every_structure_is_in_the_table() -> None:
+    public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
+    structures = {name for name in public if issubclass(getattr(at, name), at.Structure)} - ABSTRACT
+    listed = set(re.findall(r"^\| `(\w+)\(", STRUCTURES, re.MULTILINE))
+    assert listed == structures
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_files_that_a_page_points_to_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
