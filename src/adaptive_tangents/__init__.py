@@ -31,9 +31,10 @@ from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.induced import Composition, Induced, Penalty, shares
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.path import AverageFeatures, average_features
-from adaptive_tangents.penalties import Absolute, Composition, Penalty, Quadratic
+from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
 from adaptive_tangents.solvers import Fit, fit
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Left, Right, Structure, TwoSided
 
@@ -50,9 +51,13 @@ __all__ = [
     "Fit",
     "Fixed",
     "Full",
+    "Induced",
     "LayerScale",
     "Left",
+    "LogSquared",
+    "NoAdaptation",
     "Penalty",
+    "Power",
     "Quadratic",
     "Representability",
     "Right",
@@ -69,6 +74,7 @@ __all__ = [
     "explain",
     "fit",
     "representability",
+    "shares",
     "tangent_features",
     "tangent_kernel",
     "transforms",

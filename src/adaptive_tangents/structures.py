@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.penalties import Penalty, Quadratic
+from adaptive_tangents.penalties import Penalty, Quadratic, shares
 from adaptive_tangents.transforms import Joint, LowRank, Sides, Transform
 
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
@@ -141,10 +141,8 @@ class _Spectral(BlockStructure):
     def _solution(self, matrix: Tensor) -> tuple[Sides, float, Tensor]:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
         induced = self.combined.induced()
-        level = induced.level(values)
         factors: dict[str, LowRank] = {}
-        for side, penalty in self.sides.items():
-            excess = penalty.excess(level)
+        for side, excess in zip(self.sides, shares(tuple(self.sides.values()), values), strict=True):
             moved = excess > torch.finfo(excess.dtype).eps
             factors[side] = LowRank(u[:, moved] if side == "left" else vt[moved].mT, 1 + excess[moved])
         gradient = (u * induced.derivative(values)) @ vt
