@@ -87,7 +87,9 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reproduce", "alchemy"], "there is no experiment 'alchemy'; choose from kernel-alignment or all"),
+        (["reproduce", "alchemy"], "there is no experiment 'alchemy'; choose from kernel-alignment, penalties or all"),
+        (["reproduce", "kernel-aligment"], "or all (did you mean kernel-alignment?)"),
+        (["reproduce", "penalty"], "or all (did you mean penalties?)"),
         ([*REPRODUCE, "--data", "imagenet"], "imagenet"),
         ([*REPRODUCE, "--data", "mnist", "--data-dir", "nowhere"], "nowhere"),
         ([*REPRODUCE, "--device", "tpu9"], "device 'tpu9' cannot be used here; use --device cpu"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -263,42 +264,230 @@ def test_quantities_keep_the_dtype_and_shape_they_are_given() -> None:
         torch.testing.assert_close(induced.value(v).double(), exact, rtol=1e-5, atol=1e-12)
 
 
-class LogSquared(at.Penalty):
-    """λ (log z)², a user's own penalty: u = λ log z, so z = exp(u/λ)."""
+# What the other closed forms add to the two of the table.
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-
-    def value(self, z: Tensor) -> Tensor:
-        return self.strength * z.log() ** 2
-
-    def pull(self, z: Tensor) -> Tensor:
-        return self.strength * z.log()
-
-    def excess(self, u: Tensor) -> Tensor:
-        return torch.expm1(u / self.strength)
-
-    def elasticity(self, u: Tensor) -> Tensor:
-        return u / self.strength
-
-    def dual(self, s: Tensor) -> Tensor:
-        return torch.where(s == 0, 0.0, torch.inf).to(s.dtype)
+FAMILY: dict[str, tuple[at.Penalty, tuple[reference.PrecisePart, ...]]] = {
+    "power 1.5": (at.Power(1.5, 0.4), (reference.precise_power(1.5, 0.4),)),
+    "power 3": (at.Power(3.0, 7.0), (reference.precise_power(3.0, 7.0),)),
+    "log squared": (at.LogSquared(0.3), (reference.precise_log_squared(0.3),)),
+    "power 2.5 and power 6": (
+        at.Power(2.5).compose(at.Power(6.0, 20.0)),
+        (reference.precise_power(2.5, 1.0), reference.precise_power(6.0, 20.0)),
+    ),
+    "three kinds": (
+        at.Quadratic(0.2).compose(at.LogSquared(5.0), at.Absolute(2.0)),
+        (reference.precise_power(2, 0.2), reference.precise_log_squared(5.0), reference.precise_power(1, 2.0)),
+    ),
+    "kinked and fixed": (at.Absolute(3.0).compose(at.NoAdaptation()), (reference.precise_power(1, 3.0),)),
+}
 
 
-@given(strength=st.floats(-2, 2).map(lambda x: 10.0**x), v=st.floats(-9, 6).map(lambda x: 10.0**x))
-def test_a_users_own_penalty_induces_its_numeric_minimum(strength: float, v: float) -> None:
-    value, _ = reference.induced(reference.logarithm_squared(strength), v)
-    assert float(LogSquared(strength).induced().value(scalar(v))) == pytest.approx(value, rel=1e-10)
+@pytest.mark.parametrize("v", [1e-12, 1e-4, 0.5, 3.0, 1e3, 1e12])
+@pytest.mark.parametrize("name", FAMILY)
+def test_value_and_minimiser_agree_with_forty_digits_at_every_scale(name: str, v: float) -> None:
+    penalty, parts = FAMILY[name]
+    value, excess = reference.precise_induced(parts, v)
+    induced = penalty.induced()
+    assert float(induced.value(scalar(v))) == pytest.approx(value, rel=4e-14)
+    assert float(induced.minimizer(scalar(v))) == pytest.approx(1 + excess, rel=4e-14)
+    assert float(penalty.excess(induced.level(scalar(v)))) == pytest.approx(excess, rel=1e-11, abs=1e-30)
 
 
-def test_a_users_own_penalty_composes_with_the_named_ones() -> None:
-    own, one = LogSquared(0.5), reference.logarithm_squared(0.5)
-    for v in (1e-6, 0.1, 3.0, 1e4):
-        expected = reference.induced_by_two(one, reference.quadratic(2.0), v)
-        assert float(own.compose(at.Quadratic(2.0)).induced().value(scalar(v))) == pytest.approx(expected, rel=1e-9)
+@given(strength=strengths, v=magnitudes)
+def test_log_squared_follows_from_lamberts_function(strength: float, v: float) -> None:
+    w = float(mpmath.lambertw(2 * mpmath.mpf(v) ** 2 / strength).real)
+    induced = at.LogSquared(strength).induced()
+    assert float(induced.value(scalar(v))) == pytest.approx(strength * (w * w / 4 + w / 2), rel=1e-12)
+    assert float(induced.minimizer(scalar(v))) == pytest.approx(math.exp(w / 2), rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [at.Quadratic, at.Absolute])
+@given(strength=strengths, v=magnitudes)
+def test_powers_of_one_and_two_are_absolute_and_quadratic(strength: float, v: float) -> None:
+    for q, other in ((1.0, at.Absolute(strength)), (2.0, at.Quadratic(strength))):
+        one, two = at.Power(q, strength).induced(), other.induced()
+        for quantity in ("value", "derivative", "second_derivative", "minimizer", "level"):
+            found, expected = getattr(one, quantity)(scalar(v)), getattr(two, quantity)(scalar(v))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+@settings(max_examples=25)
+@given(strength=strengths, v=magnitudes, q=st.floats(1.0, 8.0))
+def test_no_adaptation_is_the_identity_of_composition(strength: float, v: float, q: float) -> None:
+    one = at.Power(q, strength)
+    for both in (one.compose(at.NoAdaptation()), at.NoAdaptation().compose(one, at.NoAdaptation())):
+        for quantity in ("value", "derivative", "minimizer"):
+            expected = getattr(one.induced(), quantity)(scalar(v))
+            torch.testing.assert_close(getattr(both.induced(), quantity)(scalar(v)), expected, rtol=1e-13, atol=0.0)
+        torch.testing.assert_close(both.value(zs()), one.value(zs()), rtol=1e-8, atol=1e-300)
+
+
+def test_no_adaptation_leaves_the_fixed_kernel() -> None:
+    v = torch.tensor([0.0, 1e-12, 3.0, 1e12], dtype=torch.float64)
+    for nothing in (at.NoAdaptation(), at.NoAdaptation().compose(at.NoAdaptation())):
+        assert nothing.induced().is_convex
+        torch.testing.assert_close(nothing.induced().value(v), v**2)
+        torch.testing.assert_close(nothing.induced().dual(v), v**2 / 4)
+        assert nothing.induced().minimizer(v).tolist() == [1.0] * 4
+        assert nothing.value(torch.tensor([1.0, 1.5])).tolist() == [0.0, math.inf]
+
+
+@pytest.mark.parametrize("q", [1.2, 2.0, 3.0, 9.0])
+def test_a_power_grows_like_v_to_the_two_q_over_q_plus_two(q: float) -> None:
+    low, high = (float(at.Power(q).induced().value(scalar(v))) for v in (1e40, 1e41))
+    assert math.log10(high / low) == pytest.approx(2 * q / (q + 2), abs=1e-3)
+
+
+EVERY: dict[str, at.Penalty] = {
+    **{name: make(0.7) for name, make in CLOSED.items()},
+    **{name: penalty for name, (penalty, _) in FAMILY.items()},
+    "power 4 with itself": at.Power(4.0).compose(at.Power(4.0)),
+    "power 6 with itself": at.Power(6.0).compose(at.Power(6.0)),
+    "power 3, three times": at.Power(3.0).compose(at.Power(3.0), at.Power(3.0)),
+    "no adaptation": at.NoAdaptation(),
+}
+CONVEX = {"quadratic", "power 3", "power 4 with itself", "power 6 with itself", "no adaptation"}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_convexity_is_that_of_second_differences(name: str) -> None:
+    induced = EVERY[name].induced()
+    assert induced.is_convex == (name in CONVEX)
+    assert ("not above ½" in induced.convexity) == induced.is_convex
+    v = torch.logspace(-4, 9, 400, dtype=torch.float64)
+    slopes = induced.value(v).diff() / v.diff()
+    assert bool((slopes.diff() >= -1e-11 * slopes[1:]).all()) == induced.is_convex
+
+
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=25)
+@given(v=st.floats(-4, 4).map(lambda x: 10.0**x))
+def test_second_derivative_is_that_of_the_derivative(name: str, v: float) -> None:
+    induced = EVERY[name].induced()
+    step = 1e-5
+    points = torch.tensor([v * (1 + k * step) for k in (-2, -1, 1, 2)], dtype=torch.float64)
+    z = induced.minimizer(points)
+    kinked = any(word in name for word in ("absolute", "kinked", "kinds"))
+    if kinked and (name == "three kinds" or not bool((z[0] > 1 + 1e-6) | (z[-1] == 1))):
+        return  # a kink nearby
+    f = induced.derivative(points)
+    difference = float(f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * v * step)
+    scale = 2 / float(z[1]) ** 2
+    assert float(induced.second_derivative(scalar(v))) == pytest.approx(difference, rel=1e-6, abs=1e-8 * scale)
+
+
+DUAL = {
+    "power 2.5": (at.Power(2.5, 0.6), reference.power(2.5, 0.6), math.inf),
+    "power 3": (at.Power(3.0, 2.0), reference.power(3.0, 2.0), math.inf),
+    "quadratic and fixed": (at.Quadratic(0.6).compose(at.NoAdaptation()), reference.quadratic(0.6), 2 * 0.6**0.5),
+    "power 4 with itself": (
+        at.Power(4.0).compose(at.Power(4.0)),
+        reference.composed(reference.power(4.0, 1.0), reference.power(4.0, 1.0)),
+        2 * 2**0.5,  # 2λ(√z − 1)⁴ grows like 2λz²
+    ),
+    "power 6 with itself": (
+        at.Power(6.0).compose(at.Power(6.0)),
+        lambda e: 2 * np.expm1(np.log1p(e) / 2) ** 6,
+        math.inf,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("s", [0.05, 0.9, 1.5, 2.7, 3.0])
+@pytest.mark.parametrize("name", [name for name in DUAL if name != "power 4 with itself"])
+def test_finite_duals_are_the_supremum_over_z(name: str, s: float) -> None:
+    penalty, omega, end = DUAL[name]
+    found = float(penalty.induced().dual(scalar(s)))
+    if s < end:
+        assert found == pytest.approx(reference.dual(omega, s), rel=1e-9)
+    else:
+        assert found == math.inf
+
+
+@pytest.mark.parametrize("name", DUAL)
+@settings(max_examples=25)
+@given(v=st.floats(-4, 4).map(lambda x: 10.0**x), share=st.floats(0.01, 0.99))
+def test_duals_are_conjugate_to_the_value(name: str, v: float, share: float) -> None:
+    penalty, _, end = DUAL[name]
+    induced = penalty.induced()
+    value, slope = float(induced.value(scalar(v))), float(induced.derivative(scalar(v)))
+    s = share * min(end, 1e3)
+    assert value + float(induced.dual(scalar(s))) >= v * s * (1 - 1e-11)  # Fenchel and Young
+    if slope < 0.999 * end:
+        assert value + float(induced.dual(scalar(slope))) == pytest.approx(v * slope, rel=1e-9)
+    if end < math.inf:
+        assert float(induced.dual(scalar(end * (1 + 1e-9)))) == math.inf
+
+
+PROXIMAL = {
+    "quadratic": (at.Quadratic(0.5), reference.quadratic(0.5)),
+    "absolute": (at.Absolute(2.0), reference.absolute(2.0)),
+    "power 3": (at.Power(3.0), reference.power(3.0, 1.0)),
+    "log squared": (at.LogSquared(0.2), reference.logarithm_squared(0.2)),
+}
+
+
+@pytest.mark.parametrize(("v", "step"), [(0.3, 0.5), (3.0, 0.02), (3.0, 4.0), (25.0, 30.0), (200.0, 500.0)])
+@pytest.mark.parametrize("name", PROXIMAL)
+def test_proximal_point_is_the_least_of_all(name: str, v: float, step: float) -> None:
+    penalty, omega = PROXIMAL[name]
+    w = float(penalty.induced().proximal(scalar(v), step))
+    least, argmin = reference.proximal(omega, v, step)
+    assert (w - v) ** 2 / (2 * step) + float(penalty.induced().value(scalar(w))) <= least * (1 + 1e-12)
+    assert w == pytest.approx(argmin, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_point_of_a_grid_is_better_than_the_proximal_one(name: str) -> None:
+    induced = EVERY[name].induced()
+    for v in (0.5, 2.0, 6.0, 20.0, 100.0):
+        grid = v * torch.cat([torch.zeros(1), torch.logspace(-5, 0, 400)]).double()
+        values = induced.value(grid)
+        for step in (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0):
+            w = induced.proximal(scalar(v), step)
+            reached = float((w - v) ** 2 / (2 * step) + induced.value(w))
+            assert reached <= float(((grid - v) ** 2 / (2 * step) + values).min()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=15)
+@given(v=st.floats(-6, 6).map(lambda x: 10.0**x), step=st.floats(-4, 4).map(lambda x: 10.0**x))
+def test_proximal_point_is_stationary(name: str, v: float, step: float) -> None:
+    induced = EVERY[name].induced()
+    w = induced.proximal(scalar(v), step)
+    assert 0 < float(w) <= v
+    torch.testing.assert_close(w + step * induced.derivative(w), scalar(v), rtol=1e-10, atol=0.0)
+
+
+def test_proximal_operator_at_zero_and_of_bad_steps() -> None:
+    assert float(at.Absolute().induced().proximal(scalar(0.0), 1.0)) == 0
+    for step in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(at.TangentError, match="proximal: the step is positive and finite"):
+            at.Absolute().induced().proximal(scalar(1.0), step)
+
+
+@pytest.mark.parametrize("v", [-1.0, math.nan, math.inf])
+def test_what_is_no_singular_value_is_refused(v: float) -> None:
+    with pytest.raises(at.TangentError, match="v is a singular value, so 0 or more and finite"):
+        at.Quadratic().induced().value(scalar(v))
+
+
+def test_compositions_take_penalties_only_and_flatten() -> None:
+    one, two, three = at.Quadratic(), at.Absolute(), at.Power(3.0)
+    assert one.compose(two.compose(three), one).parts == (one, two, three, one)
+    for wrong in (2.0, lambda z: z - 1):
+        with pytest.raises(at.TangentError, match=r"compose: give one or more penalties, got .*Penalty\(function\)"):
+            one.compose(wrong)
+    with pytest.raises(at.TangentError, match=r"compose: give one or more penalties$"):
+        at.Composition(())
+
+
+@pytest.mark.parametrize("q", [0.5, 0.0, -1.0, math.inf, math.nan])
+def test_a_power_below_one_is_refused_with_the_way_out(q: float) -> None:
+    with pytest.raises(at.TangentError, match=r"Power: q is finite and at least 1, got .*Penalty\(lambda z"):
+        at.Power(q)
+
+
+@pytest.mark.parametrize("make", [at.Quadratic, at.Absolute, at.LogSquared, lambda s: at.Power(3.0, s)])
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.inf, math.nan])
 def test_a_strength_that_is_not_positive_and_finite_is_refused(
     make: Callable[[float], at.Penalty], strength: float

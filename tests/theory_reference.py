@@ -7,7 +7,9 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import torch
 from scipy.optimize import minimize, minimize_scalar
@@ -18,6 +20,14 @@ from adaptive_tangents.blocks import Slot
 from adaptive_tangents.summands import Dense, Outer
 
 Omega = Callable[[np.ndarray], np.ndarray]  # ω as a function of z − 1
+
+
+class PrecisePart(NamedTuple):
+    """ω and its pull zω′/2 as functions of z − 1, in any arithmetic."""
+
+    value: Callable[[mpmath.mpf], mpmath.mpf]
+    pull: Callable[[mpmath.mpf], mpmath.mpf]
+
 
 # ---------------------------------------------------------------------------------------------------------- penalties
 
@@ -30,9 +40,16 @@ def absolute(strength: float) -> Omega:
     return lambda e: strength * e
 
 
+def power(q: float, strength: float) -> Omega:
+    return lambda e: strength * e**q
+
+
 def logarithm_squared(strength: float) -> Omega:
-    """λ (log z)², a penalty the library does not have."""
     return lambda e: strength * np.log1p(e) ** 2
+
+
+def no_adaptation() -> Omega:
+    return lambda e: np.where(e > 0, np.inf, 0.0)
 
 
 def minimum_over_excess(cost: Callable[[np.ndarray], np.ndarray], largest: float = 1e30) -> tuple[float, float]:
@@ -85,6 +102,61 @@ def induced_by_two(first: Omega, second: Omega, v: float) -> float:
     best = int(np.argmin(values))
     bounds = (grid[max(0, best - 1)], grid[min(200, best + 1)])
     return min(minimize_scalar(given, bounds=bounds, method="bounded", options={"xatol": 1e-11}).fun, values[best])
+
+
+def proximal(omega: Omega, v: float, step: float) -> tuple[float, float]:
+    """(least value, argmin) over w ≥ 0 of (w − v)²/(2·step) + ω̃(w), by a grid over w and golden section in each valley."""
+
+    def objective(w: float) -> float:
+        return (w - v) ** 2 / (2 * step) + induced(omega, w)[0]
+
+    grid = np.unique(np.concatenate([np.linspace(0, v, 201), np.geomspace(v * 1e-5, v, 201), [1.01 * v]]))
+    values = np.array([objective(w) for w in grid])
+    valleys = [k for k in range(1, len(grid) - 1) if values[k] <= min(values[k - 1], values[k + 1])]
+    found = [
+        minimize_scalar(objective, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-11})
+        for k in valleys
+    ]
+    return min([(float(f.fun), float(f.x)) for f in found] + [(values[0], 0.0), (values[-1], v)])
+
+
+def precise_power(q: float, strength: float) -> PrecisePart:
+    # Written with the excess: (q·λ/2)·e^{q−1}(1 + e).
+    return PrecisePart(
+        lambda e: strength * e**q,
+        lambda e: mpmath.mpf(q) * strength / 2 * (e ** (mpmath.mpf(q) - 1) if q != 1 else 1) * (1 + e),
+    )
+
+
+def precise_log_squared(strength: float) -> PrecisePart:
+    return PrecisePart(lambda e: strength * mpmath.log1p(e) ** 2, lambda e: strength * mpmath.log1p(e))
+
+
+def precise_gain(pull: Callable[[mpmath.mpf], mpmath.mpf], u: mpmath.mpf) -> mpmath.mpf:
+    """The excess e at which a rising pull, a function of e, reaches u: bisection in log e; 0 if it starts above."""
+    if pull(mpmath.mpf(0)) >= u:
+        return mpmath.mpf(0)
+    low, high = mpmath.mpf(-12000), mpmath.mpf(12000)
+    while high - low > mpmath.mpf(10) ** -35:
+        middle = (low + high) / 2
+        low, high = (middle, high) if pull(mpmath.exp(middle)) <= u else (low, middle)
+    return mpmath.exp(low)
+
+
+def precise_induced(parts: Sequence[PrecisePart], v: float) -> tuple[float, float]:
+    """(ω̃(v), z(v) − 1) with 40 digits: bisection for the level u with u·Π(1 + e_j(u))² = v²."""
+    with mpmath.workdps(40):
+        square = mpmath.mpf(v) ** 2
+        low, high = mpmath.mpf(-2000), mpmath.log(square)
+        while high - low > mpmath.mpf(10) ** -30:
+            middle = (low + high) / 2
+            u = mpmath.exp(middle)
+            whole = mpmath.fprod(1 + precise_gain(part.pull, u) for part in parts)
+            low, high = (middle, high) if u * whole**2 <= square else (low, middle)
+        u = mpmath.exp(low)
+        excesses = [precise_gain(part.pull, u) for part in parts]
+        paid = mpmath.fsum(part.value(e) for part, e in zip(parts, excesses, strict=True))
+        return float(paid + u), float(mpmath.fprod(1 + e for e in excesses) - 1)
 
 
 def dual(omega: Omega, s: float) -> float:

@@ -1,5 +1,6 @@
 """The command line: ``adaptive-tangents reproduce``, ``inspect`` and ``report``."""
 
+import difflib
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import kernel_alignment
+from adaptive_tangents.experiments import kernel_alignment, penalties
 from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.training import SGD
@@ -33,7 +34,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
-EXPERIMENTS = (kernel_alignment.NAME,)
+EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME)
 
 
 @app.callback(invoke_without_command=True)
@@ -49,7 +50,10 @@ def reproduce(
     name: Annotated[str, typer.Argument(help=f"The experiment: {', '.join(EXPERIMENTS)}, or all.")],
     data: Annotated[str, typer.Option(help="mnist5k (embedded) or mnist (files, else OpenML).")] = "mnist5k",
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds MNIST's IDX files.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results and report [default: runs/NAME].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and report [default: runs/NAME]; with all, one folder in it for each."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
     samples: Annotated[int, typer.Option(help="Training samples the kernels are of.")] = 500,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = 500,
@@ -62,14 +66,16 @@ def reproduce(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has trained.")] = False,
 ) -> None:
-    """Run a published experiment on real data and write results.json, figures, checkpoints and report.html."""
+    """Run a published experiment and write results.json, figures, checkpoints and report.html."""
     with _worded_errors():
-        if name not in (*EXPERIMENTS, "all"):
+        names = EXPERIMENTS if name == "all" else (name,)
+        if not set(names) <= set(EXPERIMENTS):
+            near = difflib.get_close_matches(name, (*EXPERIMENTS, "all"), n=1)
             raise TangentError(
                 f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all"
+                + (f" (did you mean {near[0]}?)" if near else "")
             )
         _check_device("reproduce", device)
-        folder = out or Path("runs") / kernel_alignment.NAME
         config = kernel_alignment.KernelAlignmentConfig(
             data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, kernel_samples=samples,
             training=SGD(epochs=epochs),
@@ -78,15 +84,28 @@ def reproduce(
             config = replace(
                 config, training=SGD(epochs=20), kernel_samples=100, path_nodes=16, strengths=(10.0, 100.0)
             )
-        settings = kernel_alignment.config_dict(config)
-        earlier = read_checkpoints(folder, settings) if resume else {}
-        with _progress() as progress:
-            result = kernel_alignment.run(
-                config, device=device, progress=progress, resume=earlier,
-                save=lambda key, tensors: write_checkpoint(folder, key, tensors, settings),
-            )  # fmt: skip
-        write_results(result.results | {"command": _command()}, result.arrays, folder)
-        _finish(folder)
+        for each in names:
+            folder = Path("runs") / each if out is None else out / each if name == "all" else out
+            if each == penalties.NAME:
+                with _progress() as progress:
+                    curves = penalties.run(penalties.PenaltiesConfig(), progress=progress)
+                write_results(curves.results | {"command": _command()}, curves.arrays, folder)
+            else:
+                _reproduce_alignment(config, folder, device, resume=resume)
+            _finish(folder)
+
+
+def _reproduce_alignment(
+    config: kernel_alignment.KernelAlignmentConfig, folder: Path, device: str, *, resume: bool
+) -> None:
+    settings = kernel_alignment.config_dict(config)
+    earlier = read_checkpoints(folder, settings) if resume else {}
+    with _progress() as progress:
+        result = kernel_alignment.run(
+            config, device=device, progress=progress, resume=earlier,
+            save=lambda key, tensors: write_checkpoint(folder, key, tensors, settings),
+        )  # fmt: skip
+    write_results(result.results | {"command": _command()}, result.arrays, folder)
 
 
 @app.command()
@@ -163,6 +182,9 @@ def _finish(folder: Path) -> None:
     if results["experiment"] == "inspect":
         for sentence in findings(results):
             console.print(f"• {sentence}", highlight=False)
+    elif "claims" in results:
+        for claim in results["claims"].values():
+            console.print(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['evidence']}", highlight=False)
     else:
         _print_table(results)
     # Plain text, unwrapped: a path that is broken over lines cannot be opened.

@@ -240,6 +240,29 @@ def draw_explain(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
+def draw_penalties(results: Results, arrays: Arrays) -> Figure:
+    """Penalties on the transform against z, and the penalties they induce on coefficients beside v²."""
+    figure, ((left, right),) = _grid(1, 2, 3.9)
+    names = dict(zip(results["penalties"], (r"(z-1)^2", r"|z-1|", r"\omega_1 \oplus \omega_2"), strict=True))
+    strength = results["config"]["strength"]
+    for k, ((name, formula), colour) in enumerate(zip(names.items(), _COLOURS, strict=False), start=1):
+        # Only a strength that is not 1 is worth its letter; the third is made of the others.
+        factor = "" if strength == 1 or k == 3 else r"\lambda"
+        left.plot(arrays["z"], arrays[f"{name}.value"], color=colour, lw=2, label=rf"$\omega_{k} = {factor}{formula}$")
+        right.plot(arrays["v"], arrays[f"{name}.induced"], color=colour, lw=2, label=rf"$\tilde\omega_{k}(v)$")
+    right.plot(arrays["v"], arrays["square"], color=MUTED, lw=1.4, ls=_DASHES, label="$v^2$, fixed kernel")
+    left.set(xlabel="singular value $z$ of the transform", xlim=(1, arrays["z"][-1]))
+    right.set(xlabel="singular value $v$ of the coefficients", xlim=(0, arrays["v"][-1]))
+    left.set_title("Penalty on the transform", loc="left")
+    right.set_title("Penalty induced on the coefficients", loc="left")
+    # As high as the two that differ: the third, or v² on the right, leaves the panel early.
+    left.set_ylim(0, 1.6 * max(arrays[f"{name}.value"][-1] for name in list(names)[1:]))
+    right.set_ylim(0, 1.1 * max(arrays[f"{name}.induced"][-1] for name in names))
+    for axes in (left, right):
+        axes.legend(loc="upper left")
+    return figure
+
+
 def _heat(axes: Axes, kernel: NDArray[Any], y: NDArray[Any], *, values: bool, limit: float | None = None) -> None:
     """One kernel, zero at the middle of the colours, the teacher's sign change marked."""
     limit = _limit(kernel) if limit is None else limit

@@ -166,7 +166,7 @@ def _best_factor(flat: Float[Tensor, "d k"], penalty: Penalty) -> tuple[LowRank,
     # T = RᵀQᵀ has the singular values of R, and its left singular vectors are R's right ones: Q is not needed.
     small = torch.linalg.qr(flat.mT, mode="r").R if flat.shape[1] > flat.shape[0] else flat.mT
     _, values, vt = torch.linalg.svd(small, full_matrices=False)
-    inner = Inner(penalty, values)
+    inner = Inner((penalty,), values)
     moved = inner.gains - 1 > torch.finfo(values.dtype).eps
     return LowRank(vt[moved].mT, inner.gains[moved]), inner.spent
 

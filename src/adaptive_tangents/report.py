@@ -332,6 +332,18 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
     return verdict, sentences
 
 
+def _penalties_context(results: Results) -> dict[str, Any]:
+    """In a line, how many of the claims the numbers bear out."""
+    claims = results["claims"].values()
+    failed = [claim["claim"] for claim in claims if not claim["holds"]]
+    if failed:
+        verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold; these do not: {'; '.join(failed)}."
+    else:
+        verdict = "Small coefficients are priced as by the fixed kernel and large ones less: every claim holds."
+    command = results.get("command", f"adaptive-tangents reproduce {results['experiment']}")
+    return {"verdict": verdict, "command": command}
+
+
 _PAGES: dict[str, Page] = {
     "kernel-alignment": Page(
         template="kernel_alignment.html.j2",
@@ -349,6 +361,18 @@ _PAGES: dict[str, Page] = {
         headline=_HEADLINE,
         arrays=_alignment_arrays,
         context=_alignment_context,
+    ),
+    "penalties": Page(
+        template="penalties.html.j2",
+        figures={"penalties": figures.draw_penalties},
+        headline=(),
+        arrays=lambda r: [
+            "z",
+            "v",
+            "square",
+            *(f"{p}.{kind}" for p in r["penalties"] for kind in ("value", "induced")),
+        ],
+        context=_penalties_context,
     ),
     "inspect": inspection_report.PAGE,
 }

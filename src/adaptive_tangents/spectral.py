@@ -32,10 +32,9 @@ class Spectral(BlockStructure):
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-        inner = Inner(self.combined, values)
+        inner = Inner(tuple(self.sides.values()), values)
         factors: dict[str, LowRank] = {}
-        for side, penalty in self.sides.items():
-            excess = penalty.excess(inner.level)
+        for side, excess in zip(self.sides, inner.excess, strict=True):
             moved = excess > torch.finfo(excess.dtype).eps
             factors[side] = LowRank(u[:, moved] if side == "left" else vt[moved].mT, 1 + excess[moved])
         return BlockSolution(

@@ -18,7 +18,7 @@ from torch import Tensor
 from adaptive_tangents.blocks import ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.penalties import Penalty, Quadratic
+from adaptive_tangents.penalties import Composition, Penalty, Quadratic, shares
 from adaptive_tangents.transforms import Entrywise, Joint, Scaled, Sides, Transform
 
 _AT_A_TIME = 16  # samples of which a small kernel is made for its diagonal
@@ -176,30 +176,31 @@ class _OfBlock:
 
 @dataclass(frozen=True)
 class Inner:
-    """The scalar inner minimum ω̃(v) = min over z ≥ 1 of ω(z) + v²/z² at many v, solved once, when first asked for."""
+    """The scalar inner minimum ω̃(v) = min over z_j ≥ 1 of Σ_j ω_j(z_j) + v²/Π z_j² at many v, solved once, when asked for."""
 
-    penalty: Penalty
+    penalties: tuple[Penalty, ...]
     values: Float[Tensor, "*s"]
 
     @cached_property
-    def level(self) -> Float[Tensor, "*s"]:
-        """U = v²/z²."""
-        return self.penalty.induced().level(self.values)
+    def excess(self) -> tuple[Float[Tensor, "*s"], ...]:
+        """The excess z_j − 1 of each penalty."""
+        return shares(self.penalties, self.values)
 
     @cached_property
     def gains(self) -> Float[Tensor, "*s"]:
-        """Z."""
-        return 1 + self.penalty.excess(self.level)
+        """The product z = Π z_j."""
+        return torch.stack([1 + excess for excess in self.excess]).prod(0)
 
     @property
     def spent(self) -> float:
-        """Σ ω(z)."""
-        return sum(float(part.value(1 + part.excess(self.level)).sum()) for part in self.penalty.parts)
+        """Σ ω_j(z_j)."""
+        pairs = zip(self.penalties, self.excess, strict=True)
+        return sum(float(penalty.value(1 + excess).sum()) for penalty, excess in pairs)
 
     @property
     def total(self) -> float:
         """Σ ω̃(v)."""
-        return float(self.level.sum()) + self.spent
+        return float(((self.values / self.gains) ** 2).sum()) + self.spent
 
     @cached_property
     def slope(self) -> Float[Tensor, "*s"]:
@@ -208,10 +209,8 @@ class Inner:
 
     @cached_property
     def bend(self) -> Float[Tensor, "*s"]:
-        """ω̃″(v) = 2/z²·(1 − 2e)/(1 + 2e), e the elasticity of the gain."""
-        # u z(u)² = v² gives d log z/d log v = 2e/(1 + 2e), and ω̃′ = 2v/z².
-        elasticity = self.penalty.elasticity(self.level)
-        return self.slope * (1 - 2 * elasticity) / (1 + 2 * elasticity)
+        """ω̃″(v)."""
+        return Composition(self.penalties).induced().second_derivative(self.values)
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ class Full(Structure):
 
     def solution(self, coefficients: Matrices) -> Solution:
         norm = _norm(coefficients)
-        inner = Inner(self.penalty_on_transform, norm)
+        inner = Inner((self.penalty_on_transform,), norm)
         unit = {name: matrix / norm if norm > 0 else matrix for name, matrix in coefficients.items()}
 
         def curvature(x: Matrices) -> dict[str, Tensor]:
@@ -275,7 +274,7 @@ class Grouped(BlockStructure):
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         norms = self._norms(matrix)
-        inner = Inner(self.penalty_on_transform, norms)
+        inner = Inner((self.penalty_on_transform,), norms)
 
         def curvature(x: Tensor) -> Tensor:
             # A group of zeros has no direction to bend along.
