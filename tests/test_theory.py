@@ -124,6 +124,19 @@ def test_mathematics_is_well_formed() -> None:
         parser.parse(f"${' '.join(known.replace(chr(92) + 'top', 'T').split())}$")
 
 
+def test_sections_that_docstrings_cite_are_on_the_page() -> None:
+    numbered = {int(number) for number in re.findall(r"^## (\d+)\.", TEXT, re.MULTILINE)}
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    cited = [
+        (path.name, int(number))
+        for path in files
+        for words in re.findall(r"\btheory\b[^.()]{0,14}?((?:§\d,? ?)+)", path.read_text("utf-8"))
+        for number in re.findall(r"\d", words)
+    ]
+    assert len(cited) > 10
+    assert [where for where in cited if where[1] not in numbered] == []
+
+
 def test_the_page_is_reached_from_the_readme_and_the_architecture() -> None:
     assert "(docs/theory.md)" in (ROOT / "README.md").read_text("utf-8")
     assert "(theory.md)" in (ROOT / "docs" / "architecture.md").read_text("utf-8")
