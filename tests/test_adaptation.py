@@ -545,11 +545,11 @@ REFUSED = {
     ),
     "too little memory": (
         lambda: at.kernel_change(dataclasses.replace(CASE.feats, limit=1000), GIVEN, CASE.r),
-        r"kernel_change: needs 5\.12 kB of memory and the limit is 1 kB; use outputs='trace', keep=False, or fewer",
+        r"kernel_change: needs 5\.63 kB of memory and the limit is 1 kB; use outputs='trace', keep=False, or fewer",
     ),
     "too little memory to keep": (
         lambda: at.kernel_change(dataclasses.replace(CASE.feats, limit=6000), GIVEN, CASE.r, keep=True),
-        r"kernel_change: needs 11\.3 kB",
+        r"kernel_change: needs 11\.8 kB",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ scale multiplies; the joint transform of ``Full`` adds a multiple of f fᵀ, f =
 difference of two large kernels, and a few kernels are held at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,11 +18,11 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import check_finite
 from adaptive_tangents.memory import memory_limit, require_memory
-from adaptive_tangents.transforms import Joint, LowRank, Matrix, Side, Sides, Transform
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Side, Sides, Transform
 
 Outputs = Literal["full", "trace"]
 
-_KERNELS = 10  # held at a time: the totals, one block's kernel and its parts, and what contracting them takes
+_KERNELS = 11  # held at a time: the totals, one block's kernel and its parts, and what contracting them takes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class KernelPart:
 class KernelChange:
     """The change K_M − K₀ of a kernel: the ``whole``, its ``blocks``, and each block's ``sides``.
 
-    The sides of a block are "left" (M_L alone, M_R = I), "right", "scale" and "joint", as far as its transform has them,
+    The sides of a block are "left" (M_L alone, M_R = I), "right", "scale", "entries" and "joint", as far as its transform has them,
     and "interaction": what is left where there are several. Sides add up to their block, blocks to the whole.
     ``alignment`` is before and after, ``centered`` the same of centred kernels, None where they are zero. ``kernels`` holds
     every side's Δ as (n, c, n, c), or (n, n) of a trace, if asked to keep them.
@@ -93,7 +93,7 @@ def kernel_change(
     ``outputs`` "trace". A block without a transform does not change. Parts are made one block at a time, twice, and
     measured; ``keep`` holds them all. In float64. ``fit.kernel_change()`` calls this with the fit's own features,
     transforms and targets.
-    Source: theory in the docs, kernel consequences; LeJeune & Alemohammad, CPAL 2024, §3.
+    Source: theory in the docs, §5; LeJeune & Alemohammad, CPAL 2024, §3.
 
     Raises TangentError for unknown blocks, a joint transform beside others, targets that do not fit, are not finite or are
     zero, a kernel that is zero, or too little memory.
@@ -117,28 +117,33 @@ def kernel_change(
     )  # fmt: skip
     along = None if joint is None else _along(feats, joint)
 
-    def parts() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name in feats.blocks:
-            yield name, _sides_of(_alone(feats, name), transforms.get(name), along, outputs)
+    def sides_of(name: str) -> dict[str, Tensor]:
+        return _sides_of(_alone(feats, name), transforms.get(name), along, outputs)
 
-    initial = torch.zeros(*shape, *shape, dtype=torch.float64, device=feats.device)
+    kernel = torch.zeros(*shape, *shape, dtype=torch.float64, device=feats.device)
     for name in feats.blocks:
-        initial += _alone(feats, name).kernel(outputs=outputs)
-    if not bool(initial.any()):
+        kernel += _alone(feats, name).kernel(outputs=outputs)
+    if not bool(kernel.any()):
         raise TangentError("kernel_change: the initial kernel is zero, so its change has no scale")
-    held = dict(parts()) if keep else None
-    change = torch.zeros_like(initial)
-    for _, sides in parts() if held is None else held.items():
-        for kernel in sides.values():
-            change += kernel
-    measure = _Measure(initial, change, targets.reshape(size, -1))
-    blocks, measured = {}, {}
-    for name, sides in parts() if held is None else held.items():
-        measured[name] = {side: measure(kernel) for side, kernel in sides.items()}
-        blocks[name] = measure(sum(sides.values(), torch.zeros_like(initial)))
-    after = initial + change
-    aligned = alignment(initial, targets), alignment(after, targets)
-    return KernelChange(measure(change), blocks, measured, aligned, _centered(initial, after, targets), held)
+    held = {name: sides_of(name) for name in feats.blocks} if keep else {}
+    change = torch.zeros_like(kernel)
+    for name in feats.blocks:
+        change += _sum(held.get(name) or sides_of(name), kernel)
+    measure = _Measure(kernel, change, targets.reshape(size, -1))
+    measured = {name: measure.sides(held.get(name) or sides_of(name)) for name in feats.blocks}
+    whole = measure(change)
+    before = _aligned(kernel, targets)
+    kernel += change
+    del change, measure  # room for what centring takes
+    after = _aligned(kernel, targets)
+    return KernelChange(
+        whole,
+        {name: block for name, (block, _) in measured.items()},
+        {name: sides for name, (_, sides) in measured.items()},
+        (before[0], after[0]),
+        None if before[1] is None or after[1] is None else (before[1], after[1]),
+        held if keep else None,
+    )
 
 
 def side_change(
@@ -150,7 +155,7 @@ def side_change(
     both adds its left part, its right part, and their interaction Σ_jk (a_j² − 1)(b_k² − 1)·gram(u_jᵀΦv_k). The result is
     K_M − K₀, (n, c, n, c), or (n, n) for ``outputs`` "trace".
 
-    Raises TangentError for unknown blocks. Source: theory in the docs, kernel consequences.
+    Raises TangentError for unknown blocks. Source: theory in the docs, §5.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 1, bias=False), torch.eye(3))
@@ -170,7 +175,7 @@ def scale_change(feats: TangentFeatures, scales: Mapping[str, float], *, outputs
     r"""What one factor s_ℓ a block adds to the kernel: Σ_ℓ s_ℓ²K_ℓ − K₀ = Σ_ℓ (s_ℓ² − 1)K_ℓ.
 
     The result is (n, c, n, c), or (n, n) for ``outputs`` "trace". Raises TangentError for unknown blocks.
-    Source: theory in the docs, kernel consequences.
+    Source: theory in the docs, §5.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(4, 3))
@@ -189,7 +194,7 @@ def joint_change(feats: TangentFeatures, joint: Joint, *, outputs: Outputs = "fu
 
     For the fit of ``Full``, b = β/‖β‖, this is ((z² − 1)/‖β‖²)·f fᵀ with f = φβ the fitted function on these samples: on
     those an interpolating fit was made on, a multiple of the target kernel r rᵀ. The result is (n, c, n, c), or (n, n) for
-    ``outputs`` "trace". Raises TangentError for unknown blocks. Source: theory in the docs, kernel consequences.
+    ``outputs`` "trace". Raises TangentError for unknown blocks. Source: theory in the docs, §5.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(2, 1, bias=False), torch.eye(2))
@@ -232,7 +237,7 @@ def _signed(side: LowRank | None) -> list[tuple[float, _Projection | None]]:
 def _projected(one: TangentFeatures, left: LowRank | None, right: LowRank | None, outputs: Outputs) -> Tensor:
     """The kernel of one block with (M_LᵀM_L − I) and (M_RᵀM_R − I) between its features."""
     ((name, block),) = one.blocks.items()
-    total = _nothing(one, outputs)
+    total: Tensor | None = None
     for sign, first in _signed(left):
         for other, second in _signed(right):
             shape = (
@@ -240,8 +245,9 @@ def _projected(one: TangentFeatures, left: LowRank | None, right: LowRank | None
                 block.shape[1] if second is None else len(second.values),
             )
             moved = replace(block.transformed(first, second), shape=shape)
-            total = total + sign * other * replace(one, blocks={name: moved}).kernel(outputs=outputs)
-    return total
+            kernel = replace(one, blocks={name: moved}).kernel(outputs=outputs).mul_(sign * other)
+            total = kernel if total is None else total.add_(kernel)
+    return _nothing(one, outputs) if total is None else total
 
 
 def _sides_of(
@@ -258,6 +264,8 @@ def _sides_of(
         own, step = block.inner(direction[None])[..., 0], transform.gain - 1
         both = _outer(own, along, outputs) + _outer(along, own, outputs)
         return {"joint": step * both + (step**2 * float((direction**2).sum())) * _outer(along, along, outputs)}
+    if isinstance(transform, Entrywise):
+        return {"entries": one.transformed({name: transform}).kernel(outputs=outputs) - one.kernel(outputs=outputs)}
     found: dict[str, Tensor] = {}
     if transform.left is not None:
         found["left"] = _both(one, transform.left, None, outputs)
@@ -269,7 +277,7 @@ def _sides_of(
         square = transform.scale**2
         found["scale"] = (square - 1) * one.kernel(outputs=outputs)
         # s²(K₀ + sides + interaction) − K₀, less the parts.
-        interaction = square * interaction + (square - 1) * sum(sides.values(), torch.zeros_like(interaction))
+        interaction = square * interaction + (square - 1) * _sum(sides, interaction)
     if len(found) > 1:
         found["interaction"] = interaction
     return found
@@ -308,14 +316,25 @@ def _nothing(feats: TangentFeatures, outputs: Outputs) -> Tensor:
     return torch.zeros(*shape, *shape, dtype=feats.dtype, device=feats.device)
 
 
+def _sum(sides: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    total = torch.zeros_like(like)
+    for kernel in sides.values():
+        total += kernel
+    return total
+
+
 class _Measure:
     """The numbers of a part Δ, given K₀, ΔK and Y with K_y = Y Yᵀ."""
 
     def __init__(self, initial: Tensor, change: Tensor, target: Float[Tensor, "N k"]) -> None:
-        size = len(target)
+        size, self.shape = len(target), change.shape
         initial, self.change, self.target = initial.reshape(size, size), change.reshape(size, size), target
         self.scale, self.trace = float(initial.norm()), float(initial.trace())
         self.size, self.target_size = float(change.norm()), float((target.mT @ target).norm())
+
+    def sides(self, kernels: Mapping[str, Tensor]) -> tuple[KernelPart, dict[str, KernelPart]]:
+        """Their sum, and each of them."""
+        return self(_sum(kernels, self.change.reshape(self.shape))), {side: self(k) for side, k in kernels.items()}
 
     def __call__(self, kernel: Tensor) -> KernelPart:
         part = kernel.reshape(self.change.shape)
@@ -326,7 +345,7 @@ class _Measure:
         return KernelPart(
             norm=size / self.scale,
             growth=float(part.trace()) / self.trace,
-            contribution=float((part / self.size * (self.change / self.size)).sum()) if self.size > 0 else 0.0,
+            contribution=float((part * self.change).sum()) / self.size**2 if self.size > 0 else 0.0,
             target_cosine=along / size,
             target_weight=along / self.target_size,
         )
@@ -384,9 +403,10 @@ def _check_targets(feats: TangentFeatures, y: Tensor) -> Float[Tensor, "n c"]:
     return y.detach().double()
 
 
-def _centered(before: Tensor, after: Tensor, y: Float[Tensor, "n c"]) -> tuple[float, float] | None:
-    """Alignment of the centred kernels, None where centring leaves nothing of a kernel or of the targets."""
+def _aligned(kernel: Tensor, y: Float[Tensor, "n c"]) -> tuple[float, float | None]:
+    """Alignment, and that of centred kernels, None where centring leaves nothing of the kernel or of the targets."""
+    plain = alignment(kernel, y)
     try:
-        return alignment(before, y, centered=True), alignment(after, y, centered=True)
+        return plain, alignment(kernel, y, centered=True)
     except TangentError:
-        return None
+        return plain, None
