@@ -174,7 +174,10 @@ def accumulate(
         assert not isinstance(factors_a, Dense | Shared)
         assert not isinstance(factors_b, Dense | Shared)
         walk = _accumulate_gram if route == "gram" else _accumulate_nested
-        walk(kernel, factors_a, factors_b, outputs, symmetric=symmetric, budget=budget)
+        # Walks flatten ranges of the inputs over and over, which must not copy.
+        rows_a = _in_rows(factors_a)
+        rows_b = rows_a if factors_b is factors_a else _in_rows(factors_b)
+        walk(kernel, rows_a, rows_b, outputs, symmetric=symmetric, budget=budget)
     elif rest_a.summands and rest_b.summands:
         _accumulate_features(kernel, rest_a, rest_b, outputs, symmetric=symmetric, budget=budget)
     if a.shared is not None or b.shared is not None:
@@ -240,6 +243,11 @@ def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N 
         return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
     assert not isinstance(b, Lookup)
     return a.inputs[p].flatten(0, 1) @ b.inputs[q].flatten(0, 1).mT
+
+
+def _in_rows(factors: Factors) -> Factors:
+    """The same with the inputs of one position after the other in memory."""
+    return factors if isinstance(factors, Lookup) else replace(factors, inputs=factors.inputs.contiguous())
 
 
 def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
