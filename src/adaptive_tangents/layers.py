@@ -31,11 +31,11 @@ class LayerRule:
 
     ``weight(module, x, g, ones)`` gives the weight's features as ``Outer`` or ``Dense``, with ``ones`` a last column for the
     bias where its rule is ``joined``; ``bias(module, g)`` gives the bias's own, Σ_t δ_t (n, c, o); ``matrix(module)`` is
-    (o, i) of the weight; ``joined``: the bias is one more input column of the weight's block; ``transposed``: the weight is stored inputs first; ``accepts(module, x)``: samples come first in
-    this input; ``keep(module, x)`` is what a call has to remember of it; ``tokens``: other dimensions may come before the
-    samples' in it; ``table``: x holds indices of
-    rows; ``alone``: a call that hands in more than x is none of this rule; ``modes(module)`` are those of the input
-    side.
+    (o, i) of the weight; ``joined``: the bias is one more input column of the weight's block; ``transposed``: the weight is
+    stored inputs first; ``accepts(module, x)``: samples come first in this input; ``keep(module, x)`` is what a call has to
+    remember of it; ``tokens``: other dimensions may come before the samples' in it; ``table``: x holds indices of rows;
+    ``summed``: features are sums over positions, made output by output; ``alone``: a call that hands in more than x is none
+    of this rule; ``modes(module)`` are those of the input side.
     """
 
     layers: tuple[type[nn.Module], ...]
@@ -49,6 +49,7 @@ class LayerRule:
     tokens: bool = False
     table: bool = False
     alone: bool = False
+    summed: bool = False
     modes: Callable[[nn.Module], tuple[tuple[str, int], ...]] = lambda module: ()
 
 
@@ -264,7 +265,7 @@ def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> Lay
 def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
     return LayerRule(
         layers, _shape, _channels_scale, _channels_bias, joined=False,
-        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised,
+        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised, summed=True,
     )  # fmt: skip
 
 
@@ -359,7 +360,14 @@ RULES: tuple[LayerRule, ...] = (
     _transposed_convolution_rule(nn.ConvTranspose2d, 2),
     _transposed_convolution_rule(nn.ConvTranspose3d, 3),
     LayerRule(
-        (nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_bias, joined=False, keep=_last_normalised, tokens=True
+        (nn.LayerNorm, nn.RMSNorm),
+        _shape,
+        _last_scale,
+        _last_bias,
+        joined=False,
+        keep=_last_normalised,
+        tokens=True,
+        summed=True,
     ),
     _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
     _channel_norm_rule((nn.InstanceNorm1d,), (3,)),
