@@ -317,9 +317,10 @@ def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *
                 continue
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             tile = (a if n == size else a.map(index=p), b if m == size else b.map(index=q))
-            _accumulate_tile(
-                target, *tile, outputs, symmetric=symmetric and p == q, rows=max(1, budget // (unit * size))
-            )
+            diagonal = symmetric and p == q
+            # One side is the other there, and leaves its room.
+            rows = max(1, (2 if diagonal else 1) * budget // (unit * size))
+            _accumulate_tile(target, *tile, outputs, symmetric=diagonal, rows=rows)
 
 
 def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, rows: int) -> None:

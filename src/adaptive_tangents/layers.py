@@ -94,7 +94,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _linear(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Outer:
     inputs = x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
-    return Outer(_linear_backward(module, gradient), F.pad(inputs, (0, 1), value=1.0) if ones else inputs)
+    inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1) if ones else inputs
+    return Outer(_linear_backward(module, gradient), inputs)
 
 
 def _linear_backward(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
