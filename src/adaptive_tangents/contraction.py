@@ -1,4 +1,4 @@
-"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes costs fewer operations for the block.
+"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes is expected to be quickest for the block.
 
 - gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
 - nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
@@ -105,7 +105,7 @@ class KernelPlan:
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
-    """The cheapest route for one block by counted operations (theory §6)."""
+    """The quickest route for one block by counted operations (theory §6) and the speed that each route reaches."""
     kind = _common_factors(a, b)
     like = next(iter(vars(a.summands[0]).values()))
     a, b = _narrowed(a, b)
@@ -118,7 +118,7 @@ def plan_block(
         counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
         if outputs == "full" and c > 1 and min(t, s) > 1:
             counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
-    route = min(counted, key=lambda name: (counted[name], name == "materialise"))
+    route = min(counted, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
     size = max(depth // c, 1)
     if route == "materialise":
         least = 2 * c * i * itemsize
