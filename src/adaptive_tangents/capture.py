@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.blocks import Block, ranges, stack_blocks
-from adaptive_tangents.derivatives import backward, materialise, mixed, refuted
+from adaptive_tangents.derivatives import materialise, mixed, refuted
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.operations import signatures
 from adaptive_tangents.recording import Group, Use, parameter_groups, read_graph, recorded_calls
-from adaptive_tangents.sources import Choice, Source, made_from, next_choice, source_of
+from adaptive_tangents.sources import Choice, Source, blocks_of, next_choice, source_of
 from adaptive_tangents.summands import Flipped, Lookup, Outer
 
 
@@ -260,7 +260,7 @@ class Capture:
         unseen = self.verify and not (samples(x) == self.samples == len(probe.index))
         out, groups, blocks, _, wrong, _ = self._pass(x, probe.choices, probe.refuted, combined=False, verify=unseen)
         check_finite(self.call, "the output", [out])
-        made = {name: block.compact() for name, block in blocks.items() if name not in wrong}
+        made = {name: block for name, block in blocks.items() if name not in wrong}
         rest = [group for group in groups if group.name not in made]
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
@@ -329,24 +329,10 @@ class Capture:
                         choice = choices.get(group.name, Choice())
                         source = source_of(group, uses, graph, len(out), choice)
                         sources |= {group.name: source} if source is not None else {}
-                flags = {
-                    (edge.node, edge.output_nr): (edge, last)
-                    for source in sources.values()
-                    for edge, last in zip(source.edges, source.channels_last, strict=True)
-                }
                 seen = mixed(out) if combined else out
-                edges, last = [edge for edge, _ in flags.values()], [last for _, last in flags.values()]
-                gradients = dict(
-                    zip(flags, backward(seen, edges, channels_last=last, parents=graph.parents), strict=True)
-                )
-                reach = sum(gradient.nbytes for gradient in gradients.values())
-                common = self._common()
-                blocks = {
-                    group.name: made_from(group, sources[group.name], gradients, seen, choices).map(dtype=common)
-                    for group in groups
-                    if group.name in sources
-                }
-                del gradients
+                blocks, reach = blocks_of(groups, sources, seen, choices, graph, self._common())
+                if not combined:
+                    blocks = {name: block.compact() for name, block in blocks.items()}
                 doubted = {name: block for name, block in blocks.items() if verify or sources[name].unsure}
                 found = refuted(seen, leaves, doubted)
             except RuntimeError:

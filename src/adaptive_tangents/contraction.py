@@ -1,4 +1,4 @@
-"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes costs fewer operations for the block.
+"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes is expected to be quickest for the block.
 
 - gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
 - nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
@@ -117,7 +117,7 @@ class KernelPlan:
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
-    """The cheapest route for one block by counted operations (theory §6)."""
+    """The quickest route for one block by counted operations (theory §6) and the speed that each route reaches."""
     kind = _common_factors(a, b)
     like = tensors_of(a.summands[0])[0]
     a, b = _narrowed(a, b)
@@ -130,7 +130,7 @@ def plan_block(
         counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
         if outputs == "full" and c > 1 and min(t, s) > 1:
             counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
-    route = min(counted, key=lambda name: (counted[name], name == "materialise"))
+    route = min(counted, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
     size = max(depth // c, 1)
     if route == "materialise":
         least = 2 * c * i * itemsize
@@ -186,7 +186,10 @@ def accumulate(
         assert not isinstance(factors_a, Dense | Shared | Weighted)
         assert not isinstance(factors_b, Dense | Shared | Weighted)
         walk = _accumulate_gram if route == "gram" else _accumulate_nested
-        walk(kernel, factors_a, factors_b, outputs, symmetric=symmetric, budget=budget)
+        # Walks flatten ranges of the inputs over and over, which must not copy.
+        rows_a = _in_rows(factors_a)
+        rows_b = rows_a if factors_b is factors_a else _in_rows(factors_b)
+        walk(kernel, rows_a, rows_b, outputs, symmetric=symmetric, budget=budget)
     elif rest_a.summands and rest_b.summands:
         _accumulate_features(kernel, rest_a, rest_b, outputs, symmetric=symmetric, budget=budget)
     if a.shared is not None or b.shared is not None:
@@ -252,6 +255,11 @@ def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N 
         return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
     assert not isinstance(b, Lookup)
     return a.inputs[p].flatten(0, 1) @ b.inputs[q].flatten(0, 1).mT
+
+
+def _in_rows(factors: Factors) -> Factors:
+    """The same with the inputs of one position after the other in memory."""
+    return factors if isinstance(factors, Lookup) else replace(factors, inputs=factors.inputs.contiguous())
 
 
 def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
@@ -321,9 +329,10 @@ def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *
                 continue
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             tile = (a if n == size else a.map(index=p), b if m == size else b.map(index=q))
-            _accumulate_tile(
-                target, *tile, outputs, symmetric=symmetric and p == q, rows=max(1, budget // (unit * size))
-            )
+            diagonal = symmetric and p == q
+            # One side is the other there, and leaves its room.
+            rows = max(1, (2 if diagonal else 1) * budget // (unit * size))
+            _accumulate_tile(target, *tile, outputs, symmetric=diagonal, rows=rows)
 
 
 def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, rows: int) -> None:

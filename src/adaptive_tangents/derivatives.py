@@ -1,6 +1,6 @@
 """Gradients of every output: at the edges of an autograd graph, of random combinations as a check, or sample by sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,18 @@ _BATCHED = {
 
 
 def backward(
-    out: Tensor, edges: Sequence[GradientEdge], *, channels_last: Sequence[bool], parents: Parents
-) -> list[Tensor]:
-    """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge.
+    out: Tensor,
+    edges: Sequence[GradientEdge],
+    *,
+    channels_last: Sequence[bool],
+    held: Sequence[bool],
+    seen: Callable[[slice, list[Tensor]], None],
+    parents: Parents,
+) -> list[Tensor | None]:
+    """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
 
-    ``channels_last``: the last dimension is kept together in memory, else all but the first.
+    ``channels_last``: the last dimension is kept together in memory, else all but the first. ``seen`` is given ranges of
+    outputs with the gradients at all edges, held or not.
     """
     if not edges:
         return []
@@ -44,6 +51,7 @@ def backward(
                 materialize_grads=False,
             )
             if all(gradient is not None for gradient in found):
+                seen(slice(0, c), list(found))
                 return list(found)
         except RuntimeError:
             pass  # refused by some operation; one pass an output always works
@@ -52,21 +60,23 @@ def backward(
         selector = torch.zeros_like(out)
         selector[:, j] = 1
         found = torch.autograd.grad(out, edges, selector, retain_graph=True, allow_unused=True)
-        for k, (gradient, last) in enumerate(zip(found, channels_last, strict=True)):
-            shape = _edge_shape(edges[k]) if gradient is None else gradient.shape
-            axis = len(shape) - 1 if last else 1
+        gradients = [
+            out.new_zeros(_edge_shape(edge)) if gradient is None else gradient
+            for gradient, edge in zip(found, edges, strict=True)
+        ]
+        seen(slice(j, j + 1), [gradient[None] for gradient in gradients])
+        for k, gradient in enumerate(gradients):
+            if not held[k]:
+                continue
+            axis = gradient.ndim - 1 if channels_last[k] else 1
             buffer = buffers[k]
             if buffer is None:
-                like = out if gradient is None else gradient
-                buffer = buffers[k] = like.new_empty((*shape[:axis], c, *shape[axis:]))
-            if gradient is None:
-                buffer.select(axis, j).zero_()
-            else:
-                buffer.select(axis, j).copy_(gradient)
+                buffer = gradient.new_empty((*gradient.shape[:axis], c, *gradient.shape[axis:]))
+                buffers[k] = buffer
+            buffer.select(axis, j).copy_(gradient)
     return [
-        buffer.movedim(buffer.ndim - 2 if last else 1, 0)
+        None if buffer is None else buffer.movedim(buffer.ndim - 2 if last else 1, 0)
         for buffer, last in zip(buffers, channels_last, strict=True)
-        if buffer is not None
     ]
 
 

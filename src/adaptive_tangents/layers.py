@@ -29,18 +29,18 @@ _Gradients = Float[Tensor, "c n *rest"]
 class LayerRule:
     """How one layer type's features are made, x being its input and g (c, n, ...) the gradients at its output.
 
-    ``weight(module, x, g)`` gives the weight's features as ``Outer`` or ``Dense``; ``bias(module, g)`` gives those of the
-    bias, Σ_t δ_t (n, c, o); ``matrix(module)`` is (o, i) of the weight; ``joined``: the bias is one more input column of
-    the weight's block; ``transposed``: the weight is stored inputs first; ``accepts(module, x)``: samples come first in
-    this input; ``keep(module, x)`` is what a call has to remember of it; ``tokens``: other dimensions may come before the
-    samples' in it; ``table``: x holds indices of
-    rows; ``alone``: a call that hands in more than x is none of this rule; ``modes(module)`` are those of the input
-    side.
+    ``weight(module, x, g, ones)`` gives the weight's features as ``Outer`` or ``Dense``, with ``ones`` a last column for the
+    bias where its rule is ``joined``; ``bias(module, g)`` gives the bias's own, Σ_t δ_t (n, c, o); ``matrix(module)`` is
+    (o, i) of the weight; ``joined``: the bias is one more input column of the weight's block; ``transposed``: the weight is
+    stored inputs first; ``accepts(module, x)``: samples come first in this input; ``keep(module, x)`` is what a call has to
+    remember of it; ``tokens``: other dimensions may come before the samples' in it; ``table``: x holds indices of rows;
+    ``summed``: features are sums over positions, made output by output; ``alone``: a call that hands in more than x is none
+    of this rule; ``modes(module)`` are those of the input side.
     """
 
     layers: tuple[type[nn.Module], ...]
     matrix: Callable[[nn.Module], tuple[int, int]]
-    weight: Callable[[nn.Module, Tensor, Tensor], Outer | Lookup | Dense]
+    weight: Callable[[nn.Module, Tensor, Tensor, bool], Outer | Lookup | Dense]
     bias: Callable[[nn.Module, Tensor], Float[Tensor, "n c o"]]
     joined: bool
     transposed: bool = False
@@ -49,6 +49,7 @@ class LayerRule:
     tokens: bool = False
     table: bool = False
     alone: bool = False
+    summed: bool = False
     modes: Callable[[nn.Module], tuple[tuple[str, int], ...]] = lambda module: ()
 
 
@@ -75,16 +76,6 @@ def packed_pairs(module: nn.Module) -> list[tuple[str, str]]:
     return [("weight", "bias")] if isinstance(module, nn.Bilinear) else []
 
 
-def with_bias_column(
-    rule: LayerRule, module: nn.Module, weight: Outer | Lookup | Dense, gradient: _Gradients
-) -> Outer | Dense:
-    """Features of a weight with its bias as one more input column."""
-    assert not isinstance(weight, Lookup)
-    if isinstance(weight, Outer):
-        return Outer(weight.backward, torch.cat([weight.inputs, torch.ones_like(weight.inputs[..., :1])], -1))
-    return Dense(torch.cat([weight.values, rule.bias(module, gradient)[..., None]], -1))
-
-
 def bias_alone(rule: LayerRule, module: nn.Module, gradient: _Gradients, matrix: tuple[int, int]) -> Outer | Dense:
     """Features of a bias that has a block of its own, (o, 1) unless it is a norm's over several dimensions."""
     total = rule.bias(module, gradient)
@@ -101,8 +92,10 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 # Linear, any dimensions between samples and units: they are positions.
 
 
-def _linear(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer:
-    return Outer(_linear_backward(module, gradient), x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1]))
+def _linear(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Outer:
+    inputs = x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
+    inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1) if ones else inputs
+    return Outer(_linear_backward(module, gradient), inputs)
 
 
 def _linear_backward(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
@@ -119,16 +112,16 @@ def _linear_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c 
 # made outright.
 
 
-def _convolution(module: Any, x: Tensor, gradient: _Gradients) -> Outer | Dense:
-    patches, backward = _patches(module, x), _channels_backward(module, gradient)
+def _convolution(module: Any, x: Tensor, gradient: _Gradients, ones: bool) -> Outer | Dense:
+    patches, backward = _patches(module, x, ones and module.groups == 1), _channels_backward(module, gradient)
     g = module.groups
     if g == 1:
         return Outer(backward, patches)
     n, t, c, o = backward.shape
-    signals = backward.reshape(n, t, c, g, o // g).permute(0, 3, 2, 4, 1).reshape(n * g, c * (o // g), t)
-    inputs = patches.reshape(n, t, g, -1).transpose(1, 2).reshape(n * g, t, -1)
-    values = (signals @ inputs).reshape(n, g, c, o // g, -1)
-    return Dense(values.transpose(1, 2).reshape(n, c, o, -1))
+    signals = backward.permute(0, 2, 3, 1).reshape(n, c, g, o // g, t).transpose(1, 2).reshape(n * g, c * (o // g), t)
+    values = (signals @ patches.mT.reshape(n * g, -1, t).mT).reshape(n, g, c, o // g, -1)
+    values = values.transpose(1, 2).reshape(n, c, o, -1)
+    return Dense(torch.cat([values, _channels_bias(module, gradient)[..., None]], -1) if ones else values)
 
 
 def convolution_of(node: Any, x: Tensor, gradient: _Gradients, kernel: tuple[int, ...]) -> Outer | Dense:
@@ -138,7 +131,7 @@ def convolution_of(node: Any, x: Tensor, gradient: _Gradients, kernel: tuple[int
         kernel_size=kernel, stride=node._saved_stride, dilation=node._saved_dilation, groups=node._saved_groups,
         padding_mode="zeros", _reversed_padding_repeated_twice=padding,
     )  # fmt: skip
-    return _convolution(layer, x, gradient)
+    return _convolution(layer, x, gradient, False)
 
 
 def _convolution_modes(module: nn.Module) -> tuple[tuple[str, int], ...]:
@@ -146,37 +139,45 @@ def _convolution_modes(module: nn.Module) -> tuple[tuple[str, int], ...]:
     return ("in", module.in_channels // module.groups), ("spatial", prod(module.kernel_size))
 
 
-def _patches(module: Any, x: Tensor) -> Float[Tensor, "n t i"]:
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return _windows(module, F.pad(x, module._reversed_padding_repeated_twice, mode=mode)).flatten(1, -2)
+def _patches(module: Any, x: Tensor, ones: bool) -> Float[Tensor, "n t i"]:
+    if any(module._reversed_padding_repeated_twice):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    windows = _windows(module, x)
+    n, pixels = x.shape[0], 2 + len(module.kernel_size)
+    width, t = prod(windows.shape[1:pixels]), prod(windows.shape[pixels:])
+    # Pixels innermost in memory, here and in the signals: whole rows of an image move at once.
+    patches = x.new_empty(n, width + ones, t)
+    patches[:, :width].view(windows.shape).copy_(windows)
+    patches[:, width:] = 1
+    return patches.mT
 
 
-def _windows(module: Any, x: Tensor) -> Float[Tensor, "n *pixels i"]:
-    """Windows of a layer's kernel, stride and dilation, each flattened with its channels."""
+def _windows(module: Any, x: Tensor) -> Float[Tensor, "n channels *kernel_pixels"]:
+    """Windows of a layer's kernel, stride and dilation: for each channel and place in the kernel, its pixels."""
     for d, (k, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
-    # (n, channels, pixels..., kernel...) to (n, pixels..., channels · kernel)
     dimensions = len(module.kernel_size)
-    pixels, kernel = range(2, 2 + dimensions), range(2 + dimensions, 2 + 2 * dimensions)
-    return x.permute(0, *pixels, 1, *kernel).flatten(1 + dimensions)
+    return x.permute(0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions))
 
 
 # Transposed convolutions, weights stored inputs first: input pixels are positions, patches of the gradient the signals.
 
 
-def _transposed_convolution(module: nn.Module, x: Tensor, gradient: _Gradients) -> Outer | Dense:
+def _transposed_convolution(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Outer | Dense:
     assert isinstance(module, _ConvTransposeNd)
     c, n = gradient.shape[:2]
     padding = [int(size) for size in module._reversed_padding_repeated_twice]
-    windows = _windows(module, F.pad(gradient.flatten(0, 1), padding))
-    for d, size in enumerate(x.shape[2:]):
-        windows = windows.narrow(1 + d, 0, size)  # output_padding may leave room for windows of no input
+    images = gradient.transpose(0, 1).flatten(0, 1)
+    windows = _windows(module, F.pad(images, padding) if any(padding) else images)
+    for d, size in enumerate(reversed(x.shape[2:])):
+        windows = windows.narrow(-1 - d, 0, size)  # output_padding may leave room for windows of no input
     g, t, i = module.groups, prod(x.shape[2:]), x.shape[1]
-    signals = windows.reshape(c, n, t, g, windows.shape[-1] // g)
+    signals = windows.reshape(n, c, g, -1, t)
     inputs = x.reshape(n, g, i // g, t)
     if g == 1:
-        return Outer(signals[:, :, :, 0].permute(1, 2, 0, 3).contiguous(), inputs[:, 0].mT.contiguous())
-    return Dense(torch.einsum("cntgo,ngit->ncogi", signals, inputs).flatten(3))
+        return Outer(signals[:, :, 0].permute(0, 3, 1, 2), inputs[:, 0].mT)
+    return Dense(torch.einsum("ncgot,ngit->ncogi", signals, inputs).flatten(3))
 
 
 def _transposed_shape(module: nn.Module) -> tuple[int, int]:
@@ -223,7 +224,7 @@ def normalised_channels(node: Any, operation: str) -> Tensor:
     return F.batch_norm(x, node._saved_running_mean, node._saved_running_var, None, None, False, 0.0, node._saved_eps)
 
 
-def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
+def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients, ones: bool) -> Dense:
     total = _last_bias(module, gradient * normalised)
     return Dense(total.reshape(*total.shape[:2], *_shape(module)))
 
@@ -235,7 +236,7 @@ def _last_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"
     return gradient.reshape(c, n, gradient[0, 0].numel() // o, o).sum(2).transpose(0, 1).contiguous()
 
 
-def _channels_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients) -> Dense:
+def _channels_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients, ones: bool) -> Dense:
     c, n, o, *pixels = gradient.shape
     # One product a channel image, (c, pixels) with (pixels): nothing of the gradients' size is made.
     signals = gradient.reshape(c, n * o, prod(pixels)).transpose(0, 1)
@@ -265,7 +266,7 @@ def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> Lay
 def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
     return LayerRule(
         layers, _shape, _channels_scale, _channels_bias, joined=False,
-        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised,
+        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised, summed=True,
     )  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def learning(index: Tensor, padding: int | None, like: Tensor) -> Float[Tensor, 
     return rows if padding is None or padding < 0 else rows * (index != padding)
 
 
-def _embedding(module: nn.Module, x: Tensor, gradient: _Gradients) -> Lookup:
+def _embedding(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Lookup:
     assert isinstance(module, nn.Embedding)
     index = x.reshape(x.shape[0], -1)
     return lookup(
@@ -292,7 +293,7 @@ def _embedding(module: nn.Module, x: Tensor, gradient: _Gradients) -> Lookup:
     )
 
 
-def _bag(module: nn.Module, x: Tensor, gradient: _Gradients) -> Lookup:
+def _bag(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Lookup:
     assert isinstance(module, nn.EmbeddingBag)
     weights = learning(x, module.padding_idx, gradient)
     if module.mode == "mean":
@@ -360,7 +361,14 @@ RULES: tuple[LayerRule, ...] = (
     _transposed_convolution_rule(nn.ConvTranspose2d, 2),
     _transposed_convolution_rule(nn.ConvTranspose3d, 3),
     LayerRule(
-        (nn.LayerNorm, nn.RMSNorm), _shape, _last_scale, _last_bias, joined=False, keep=_last_normalised, tokens=True
+        (nn.LayerNorm, nn.RMSNorm),
+        _shape,
+        _last_scale,
+        _last_bias,
+        joined=False,
+        keep=_last_normalised,
+        tokens=True,
+        summed=True,
     ),
     _channel_norm_rule((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), (2, 3, 4, 5)),
     _channel_norm_rule((nn.InstanceNorm1d,), (3,)),

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from adaptive_tangents.blocks import Block, Slot
 from adaptive_tangents.inputs import Network
-from adaptive_tangents.layers import LayerRule, bias_alone, packed_pairs, rule_for, with_bias_column
+from adaptive_tangents.layers import LayerRule, bias_alone, packed_pairs, rule_for
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
 
 Layout = Literal["first", "second", "last"]
@@ -104,8 +104,7 @@ class Group:
             if self.role == "bias":
                 made = bias_alone(rule, module, gradient, self.matrix)
             else:
-                weight = rule.weight(module, inputs, gradient)
-                made = with_bias_column(rule, module, weight, gradient) if self.joined else weight
+                made = rule.weight(module, inputs, gradient, self.joined)
             made = gathered(made, n)
             if self.role != "bias" and rule.transposed != self.slots[0].transposed:
                 # A weight that another layer of another kind shares, which has it the other way round.

@@ -1,15 +1,18 @@
 """What the features of each block are made from, and what to try next where that is refuted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
+from adaptive_tangents.derivatives import backward
 from adaptive_tangents.operations import Signature, Term, block_of, signatures, terms_of
 from adaptive_tangents.recording import Graph, Group, Use
+from adaptive_tangents.summands import Dense
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Source:
     def edges(self) -> list[GradientEdge]:
         """Where in the graph gradients are needed."""
         return [use.edge for use in self.uses] or [term.edge for found in self.terms.values() for term in found]
+
+    @property
+    def summed(self) -> bool:
+        """Whether features are sums over positions, so that gradients of all outputs need not be held at once."""
+        return bool(self.uses) and all(use.rule.summed for use in self.uses)
 
     @property
     def channels_last(self) -> list[bool]:
@@ -102,8 +110,55 @@ def made_from(
 ) -> Block:
     """The block made from its source and the gradients (c, ...) at the source's edges."""
     preference = choices.get(group.name, Choice()).preference
-    gradients = {place: gradient.detach() for place, gradient in gradients.items()}
+    gradients = {(e.node, e.output_nr): gradients[e.node, e.output_nr].detach() for e in source.edges}
     if source.uses:
         found = {id(use): gradients[use.edge.node, use.edge.output_nr] for use in source.uses}
         return group.called(list(source.uses), found, len(out), preference)
     return block_of(group, source.terms, gradients, out, preference)
+
+
+def blocks_of(
+    groups: Sequence[Group],
+    sources: Mapping[str, Source],
+    out: Tensor,
+    choices: Mapping[str, Choice],
+    graph: Graph,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Block], int]:
+    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of gradients held."""
+    n, c = out.shape
+    last: dict[tuple[Any, int], bool] = {}
+    edges: dict[tuple[Any, int], GradientEdge] = {}
+    held: dict[tuple[Any, int], bool] = {}
+    for source in sources.values():
+        for edge, together in zip(source.edges, source.channels_last, strict=True):
+            place = edge.node, edge.output_nr
+            edges[place], last[place] = edge, together
+            held[place] = held.get(place, False) or not source.summed
+    found = [group for group in groups if group.name in sources]
+    early = [group for group in found if sources[group.name].summed]
+    values = {group.name: out.new_empty(n, c, *group.matrix, dtype=dtype) for group in early}
+
+    def sum_positions(outputs: slice, gradients: list[Tensor]) -> None:
+        there = dict(zip(edges, gradients, strict=True))
+        for group in early:
+            made = made_from(group, sources[group.name], there, out.detach()[:, outputs], choices)
+            values[group.name][:, outputs] = made.features()
+
+    held_gradients = backward(
+        out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()), seen=sum_positions,
+        parents=graph.parents,
+    )  # fmt: skip
+    kept = {
+        place: gradient
+        for place, gradient in zip(edges, held_gradients, strict=True)
+        if gradient is not None and held[place]
+    }
+    reach = sum(gradient.nbytes for gradient in kept.values())
+    blocks = {
+        group.name: group.of([Dense(values[group.name])])
+        if group.name in values
+        else made_from(group, sources[group.name], kept, out, choices).map(dtype=dtype)
+        for group in found
+    }
+    return blocks, reach
