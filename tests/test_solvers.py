@@ -17,7 +17,8 @@ from torch import Tensor
 import adaptive_tangents as at
 import theory_reference as reference
 from adaptive_tangents.constraints import independent_constraints
-from adaptive_tangents.losses import SquaredError, factorise
+from adaptive_tangents.losses import SquaredError
+from adaptive_tangents.systems import factorise
 from theory_reference import JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 EXACT = {"tol": 1e-14, "max_rounds": 2000}

@@ -32,13 +32,14 @@ from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.fits import Fit, Round
 from adaptive_tangents.induced import Composition, Induced, Penalty, shares
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
-from adaptive_tangents.solvers import Fit, fit
+from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import (
     BlockSolution,
@@ -84,6 +85,7 @@ __all__ = [
     "Quadratic",
     "Representability",
     "Right",
+    "Round",
     "Rows",
     "Solution",
     "Structure",

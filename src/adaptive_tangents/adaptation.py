@@ -46,8 +46,8 @@ class KernelPart:
 class KernelChange:
     """The change K_M − K₀ of a kernel: the ``whole``, its ``blocks``, and each block's ``sides``.
 
-    The sides of a block are "left" (M_L alone, M_R = I), "right", "scale", "entries" and "joint", as far as its transform has them,
-    and "interaction": what is left where there are several. Sides add up to their block, blocks to the whole.
+    The sides of a block are "left" (M_L alone, M_R = I), "right", "scale", "entries" and "joint", as far as its transform has
+    them, and "interaction": what is left where there are several. Sides add up to their block, blocks to the whole.
     ``alignment`` is before and after, ``centered`` the same of centred kernels, None where they are zero. ``kernels`` holds
     every side's Δ as (n, c, n, c), or (n, n) of a trace, if asked to keep them.
     """

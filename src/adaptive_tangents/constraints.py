@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.linalg.lapack import dpstrf
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.systems import factorise
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: float32 features leave duplicates apart by about 1e-14 of it
 _CONFLICT_TOLERANCE = 1e-6
+_LARGE = 1000
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,33 @@ class Constraints:
     kept: Int[Tensor, " k"] | None
 
 
-def independent_constraints(
-    kernel: Float[Tensor, "k k"], r: Float[Tensor, " k"], *, samples: int, interpolate: bool
-) -> Constraints:
+def smallest_eigenvalue(kernel: Float[Tensor, "k k"]) -> float:
+    """The smallest eigenvalue of a kernel; of a large one by inverse iteration, to six digits where it is positive."""
+    size = kernel.shape[0]
+    if size > _LARGE:
+        factor = factorise(kernel, 0.0)
+        if factor.jitter == 0:
+            start = np.random.default_rng(0).standard_normal(size)
+            inverse = LinearOperator(
+                (size, size), matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel).flatten()).cpu().numpy()
+            )
+            largest = eigsh(inverse, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)
+            return 1 / float(largest[0])
+    return float(torch.linalg.eigvalsh(kernel)[0])
+
+
+def independent_constraints(kernel: Float[Tensor, "k k"], r: Float[Tensor, " k"], *, samples: int) -> Constraints:
     """Examine K₀ before interpolating; raises TangentError naming samples whose targets contradict each other.
 
     Rows of φ that depend on others stay dependent under every invertible M, so this is done once, on the initial kernel.
     """
-    values = torch.linalg.eigvalsh(kernel)
-    smallest, largest = float(values[0]), float(values[-1])
-    if not interpolate or smallest > _RANK_TOLERANCE * largest:
+    smallest = smallest_eigenvalue(kernel)
+    if smallest > _RANK_TOLERANCE * float(kernel.diagonal().sum()):  # the trace is above the largest eigenvalue
         return Constraints(smallest, None)
     values, vectors = torch.linalg.eigh(kernel)
-    null = vectors[:, values <= _RANK_TOLERANCE * largest]
+    null = vectors[:, values <= _RANK_TOLERANCE * values[-1]]
+    if null.shape[1] == 0:
+        return Constraints(smallest, None)
     conflict = null @ (null.mT @ r)
     if float(conflict.norm()) > _CONFLICT_TOLERANCE * float(r.norm()):
         per_sample = conflict.reshape(samples, -1).norm(dim=1)

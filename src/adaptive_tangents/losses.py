@@ -1,59 +1,137 @@
-"""What the fit must do to the data: the dual step each loss asks for, its value, and its part of the lower bound."""
+"""What the fit must do to the data: each loss's value, its slope and curvature in φβ, and its part of the lower bound."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from adaptive_tangents.errors import TangentError
 
+_SIMPLEX_TOLERANCE = 1e-12
+
+
+class Loss(ABC):
+    """A convex function of the outputs φβ, one vector (nc,) of all samples, divided by the ridge ρ."""
+
+    ridge: float
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether the loss is the constraint φβ = r."""
+        return False
+
+    @abstractmethod
+    def value(self, outputs: Float[Tensor, " k"]) -> float:
+        """The loss of the outputs φβ."""
+
+    @abstractmethod
+    def slope(self, outputs: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Its gradient η in the outputs; at an optimum ∇Ω̃(β) = −φᵀη, so that the dual coefficients are α = −η/2."""
+
+    @abstractmethod
+    def root(self, outputs: Float[Tensor, " k"]) -> "Float[Tensor, 'n c c'] | None":
+        """S of each sample with SSᵀ the Hessian in its outputs; None where that is (2/ρ)I throughout."""
+
+    @abstractmethod
+    def bound(self, a: Float[Tensor, " k"]) -> float:
+        """Its part of the dual objective D(a): minus its conjugate at −a, −∞ where that is infinite."""
+
 
 @dataclass(frozen=True)
-class SquaredError:
+class SquaredError(Loss):
     """(1/ρ)·Σ_k‖r_k − φ(x_k)β‖², or at ρ = 0 the constraint φ(x_k)β = r_k: interpolation.
 
-    Given a kernel K, the dual coefficients solve (K + ρI)α = r, and r − Kα = ρα.
     Raises TangentError for a negative or non-finite ρ.
     """
 
+    targets: Float[Tensor, " k"] = field(repr=False)
     ridge: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ridge < float("inf"):
             raise TangentError(f"fit: the ridge ρ is zero (interpolation) or positive, got {self.ridge}")
 
-    def value(self, residual: Float[Tensor, " k"]) -> float:
-        """The loss of the residual r − φβ; a constraint costs nothing."""
-        return 0.0 if self.ridge == 0 else float((residual**2).sum()) / self.ridge
+    @property
+    def interpolates(self) -> bool:
+        return self.ridge == 0
 
-    def bound(self, a: Float[Tensor, " k"], r: Float[Tensor, " k"]) -> float:
-        """⟨a, r⟩ − ρ‖a‖²/4, the loss's part of the dual objective D(a)."""
-        return float(a @ r) - self.ridge * float(a @ a) / 4
+    def value(self, outputs: Tensor) -> float:
+        return 0.0 if self.interpolates else float(((self.targets - outputs) ** 2).sum()) / self.ridge
+
+    def slope(self, outputs: Tensor) -> Tensor:
+        return torch.zeros_like(outputs) if self.interpolates else 2 * (outputs - self.targets) / self.ridge
+
+    def root(self, outputs: Tensor) -> None:
+        return None
+
+    def bound(self, a: Tensor) -> float:
+        return float(a @ self.targets) - self.ridge * float(a @ a) / 4
 
 
 @dataclass(frozen=True)
-class Factorised:
-    """A Cholesky factor of K + ρI, with the jitter that was added to make it exist."""
+class CrossEntropy(Loss):
+    r"""(1/ρ)·Σ_k CE(f(x_k; θ₀) + φ(x_k)β, label_k): softmax over c ≥ 2 outputs, or the logistic loss of one.
 
-    factor: Float[Tensor, "k k"]
-    jitter: float
+    ``labels`` (n,) are integers 0..c − 1 (0 and 1 for one output); ``offset`` (n, c) is f(x; θ₀).
+    Raises TangentError unless ρ is positive and finite: without a ridge, data that can be separated have no optimum.
+    """
 
-    def solve(self, r: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """(K + ρI)⁻¹ r."""
-        return torch.cholesky_solve(r[:, None], self.factor)[:, 0]
+    labels: Int[Tensor, " n"] = field(repr=False)
+    offset: Float[Tensor, "n c"] = field(repr=False)
+    ridge: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < float("inf"):
+            raise TangentError(
+                f"fit: cross-entropy takes a positive, finite ridge ρ, got {self.ridge}; without one, labels that the "
+                "features can separate have no optimum: coefficients grow without end"
+            )
 
-def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
-    """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
-    scale = float(kernel.diagonal().mean())
-    for jitter in (0.0, 1e-15, 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8):
-        shifted = kernel.clone()
-        shifted.diagonal().add_(ridge + jitter * scale)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not int(failed):
-            return Factorised(factor, jitter * scale)
-    raise TangentError(
-        "fit: the adapted kernel is not positive definite even with a jitter of 1e-8 of its diagonal; "
-        "use a positive ridge, or a stronger penalty"
-    )
+    def _logits(self, outputs: Tensor) -> Tensor:
+        logits: Tensor = self.offset + outputs.reshape(self.offset.shape)
+        return logits
+
+    @property
+    def _goal(self) -> Tensor:
+        """The labels as probabilities (n, c)."""
+        if self.offset.shape[1] == 1:
+            return self.labels[:, None].to(self.offset)
+        return functional.one_hot(self.labels, self.offset.shape[1]).to(self.offset)
+
+    def probabilities(self, outputs: Float[Tensor, " k"]) -> Float[Tensor, "n c"]:
+        """Of every class, or of label 1 where there is one output."""
+        logits = self._logits(outputs)
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+    def value(self, outputs: Tensor) -> float:
+        logits = self._logits(outputs)
+        if logits.shape[1] == 1:
+            total = functional.softplus(torch.where(self.labels[:, None] == 1, -logits, logits)).sum()
+        else:
+            total = functional.cross_entropy(logits, self.labels, reduction="sum")
+        return float(total) / self.ridge
+
+    def slope(self, outputs: Tensor) -> Tensor:
+        return ((self.probabilities(outputs) - self._goal) / self.ridge).flatten()
+
+    def root(self, outputs: Tensor) -> Tensor:
+        p = self.probabilities(outputs)
+        if p.shape[1] == 1:
+            return (p * (1 - p) / self.ridge).sqrt()[:, :, None]
+        # diag(√p) − p√pᵀ squares to diag(p) − ppᵀ, as the probabilities add up to one.
+        root = p.sqrt()
+        block: Tensor = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
+        return block / self.ridge**0.5
+
+    def bound(self, a: Tensor) -> float:
+        a = a.reshape(self.offset.shape)
+        q = self._goal - self.ridge * a
+        q = torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
+        outside = float(q.min()) < -_SIMPLEX_TOLERANCE or float((q.sum(1) - 1).abs().max()) > 1e3 * _SIMPLEX_TOLERANCE
+        if outside:
+            return -float("inf")
+        entropy = -float(torch.special.xlogy(q.clamp_min(0), q.clamp_min(0)).sum())
+        return entropy / self.ridge - float((a * self.offset).sum())

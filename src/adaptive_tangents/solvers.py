@@ -1,115 +1,49 @@
-"""fit(): the exact adaptive model, by alternating two closed forms, accelerated and certified (theory §4).
+"""fit(): the exact adaptive model, by second-order steps or the alternation of two closed forms, certified.
 
-One round: with the transforms M held, the least-norm coefficients are those of kernel regression with the adapted kernel
-K_M; with the coefficients held, the best transforms come from one decomposition a block. Both steps lower the same
-objective. Between rounds the coefficients are extrapolated (Anderson), and the extrapolation kept only where it lowers
-the objective further.
+With the transforms M held, the least-norm coefficients are those of kernel regression with the adapted kernel K_M; with the
+coefficients held, the best transforms come from one decomposition a block. The alternation repeats these two; Newton's
+method uses the system in K_M to precondition conjugate gradients on the true curvature instead. Either starts where nothing
+adapts and lets adaptation set in by degrees: the penalty τΩ, τ from large to 1, each stage from where the last one ended.
 """
 
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from adaptive_tangents.adaptation import KernelChange, kernel_change
-from adaptive_tangents.constraints import independent_constraints
+from adaptive_tangents.alternation import Extrapolation, held_coefficients
+from adaptive_tangents.constraints import independent_constraints, smallest_eigenvalue
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.fits import Fit, Round
 from adaptive_tangents.inputs import check_finite
-from adaptive_tangents.losses import SquaredError, factorise
+from adaptive_tangents.losses import CrossEntropy, SquaredError
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import as_structure
+from adaptive_tangents.model import Point, Problem, System
+from adaptive_tangents.newton import line_search, newton_direction
 from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.structures import Solution, Structure
-from adaptive_tangents.transforms import Transform, transform_matrices
+from adaptive_tangents.structures import Structure
+from adaptive_tangents.systems import DenseKernel
+from adaptive_tangents.transforms import is_identity
 
 Progress = Callable[[int, float], None]
+Solver = Literal["newton", "anderson", "alternation"]
+Form = Literal["auto", "dense", "primal", "matrix-free"]
+LossName = Literal["squared", "cross-entropy"]
 
-
-@dataclass(frozen=True)
-class Round:
-    """One round of the alternation: objective Ω̃(β) + loss, relative stationarity residual, seconds since the start."""
-
-    objective: float
-    stationarity: float
-    accelerated: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted adaptive tangent model with the certificates of its solution.
-
-    ``coefficients`` B and ``transforms`` M per block, ``dual`` α (n, c); ``objective`` is Ω̃(β) + loss; ``feasibility``
-    ‖φβ − r‖/‖r‖; ``stationarity`` ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖; ``lower_bound`` a bound on every model's objective, None where
-    the penalty gives none (``lower_bound_reason`` says why). ``smallest_eigenvalue`` and ``jitter`` are of the kernel
-    solved with; ``features`` are those fitted. Solved in float64.
-    """
-
-    coefficients: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
-    transforms: Mapping[str, Transform] = field(repr=False)
-    dual: Float[Tensor, "n c"] = field(repr=False)
-    structure: Structure
-    ridge: float
-    objective: float
-    feasibility: float
-    stationarity: float
-    lower_bound: float | None
-    lower_bound_reason: str
-    converged: bool
-    reason: str
-    history: tuple[Round, ...] = field(repr=False)
-    smallest_eigenvalue: float
-    jitter: float
-    dropped: int
-    features: TangentFeatures = field(repr=False)
-
-    @property
-    def rounds(self) -> int:
-        """Kernel solves."""
-        return len(self.history)
-
-    @property
-    def gap(self) -> float | None:
-        """(objective − lower bound)/objective, or None where there is no bound."""
-        return None if self.lower_bound is None else (self.objective - self.lower_bound) / max(self.objective, 1e-300)
-
-    def transform(self, feats: TangentFeatures) -> TangentFeatures:
-        """Adapted features Mφ, TangentFeatures again: their kernel is the adapted kernel K_M."""
-        return feats.transformed(self.transforms)
-
-    def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
-        """φβ for features of any samples, in float64; add f(x; θ₀) for the model's output."""
-        return feats.to(torch.float64).inner(self.coefficients)
-
-    def kernel_change(self, y: Float[Tensor, "n c"] | None = None, *, keep: bool = False) -> KernelChange:
-        """K_M − K₀ on the samples fitted, by block and side, along the targets r, or others y: see ``kernel_change``."""
-        # r is the prediction and the residual, ρα.
-        y = self.predict(self.features) + self.ridge * self.dual if y is None else y
-        return kernel_change(self.features, self.transforms, y, keep=keep)
-
-    def summary(self) -> str:
-        """The solution and its certificates, for a person."""
-        bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.8g} (gap {self.gap:.1e})"
-        task = "interpolation" if self.ridge == 0 else f"ridge {self.ridge:g}"
-        lines = [
-            f"{self.structure}, {task}: {'converged' if self.converged else 'NOT converged'}, {self.reason}",
-            f"  objective     {self.objective:.8g}",
-            f"  lower bound   {bound}",
-            f"  feasibility   {self.feasibility:.1e}" + ("" if self.ridge == 0 else " (not asked for: ridge)"),
-            f"  stationarity  {self.stationarity:.1e}",
-            f"  kernel        smallest eigenvalue {self.smallest_eigenvalue:.2e}, jitter {self.jitter:.1e}",
-            f"  rounds        {self.rounds} in {self.history[-1].seconds:.2f} s",
-        ]
-        if self.dropped:
-            lines.append(f"  constraints   {self.dropped} follow from the others and were left out")
-        return "\n".join(lines)
+_STAGE = 10.0  # the factor by which τ falls
+_LOOSE = 0.1  # the stationarity at which a stage gives way to the next
+_WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
+_PATIENCE = 20  # products with the curvature a system may cost before it is made anew
+_DENSE_COPIES = 4
 
 
 def fit(
@@ -117,22 +51,32 @@ def fit(
     r: Shaped[Tensor, "..."],
     *,
     structure: Structure | Mapping[str, Structure] | None = None,
+    loss: LossName = "squared",
+    offset: Shaped[Tensor, "n c"] | None = None,
     ridge: float = 0.0,
     tol: float = 1e-8,
     max_rounds: int = 200,
-    accelerate: bool = True,
+    solver: Solver = "newton",
+    form: Form = "auto",
+    start: Fit | None = None,
     progress: Progress | None = None,
 ) -> Fit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
     ``r`` (n, c), or (n,) where c = 1, holds targets minus f(x;θ₀). ``ridge`` ρ > 0 replaces the constraint by
-    (1/ρ)Σ‖r_k − φ(x_k)β‖². A mapping from patterns on block names to structures is a ``Mixed`` one. Stops when the objective
-    changes by less than ``tol`` relative and the stationarity residual is below √tol; otherwise after ``max_rounds`` kernel
-    solves, with ``converged=False`` and a TangentWarning.
+    (1/ρ)Σ‖r_k − φ(x_k)β‖². With ``loss="cross-entropy"``, ``r`` (n,) holds integer labels, ``offset`` (n, c) is f(x;θ₀),
+    and the loss is (1/ρ)Σ CE(f(x_k;θ₀) + φ(x_k)β, label_k), ρ > 0; one output is the logistic loss of labels 0 and 1.
+    ``structure`` may be a mapping from patterns on block names to structures.
+
+    Stops when the decrease to expect is below ``tol`` relative and the stationarity residual below √tol; otherwise after
+    ``max_rounds`` steps, with ``converged=False`` and a TangentWarning. ``solver``: "newton" (structures without a curvature
+    fall back on "anderson"), the "alternation", or that extrapolated, "anderson". ``form`` of the linear systems: "dense"
+    factorises K_M (nc, nc), "primal" a matrix (p, p), "matrix-free" neither; "auto" the first of them that memory allows.
+    ``start`` is a fit of the same features to begin from, as along a path of strengths.
     Source: LeJeune & Alemohammad, CPAL 2024, §3; certificates in docs/architecture.md.
 
-    Raises TangentError for shapes that do not fit, non-finite targets, a negative ρ, constraints that contradict each
-    other, or a kernel too large for memory.
+    Raises TangentError for shapes that do not fit, non-finite targets, labels out of range, a negative ρ, patterns that do
+    not divide the blocks, constraints that contradict each other, or a kernel too large for memory.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -141,232 +85,310 @@ def fit(
     >>> found.converged
     True
     """
-    structure = TwoSided() if structure is None else as_structure(structure)
-    loss = SquaredError(ridge)
+    structure = as_structure(structure) if structure is not None else TwoSided()
+    for name, value, known in (("solver", solver, Solver), ("form", form, Form), ("loss", loss, LossName)):
+        if value not in get_args(known):
+            raise TangentError(f"fit: {name} is one of {', '.join(get_args(known))}, got {value!r}")
     if not tol > 0 or max_rounds < 1:
         raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")
-    targets = _targets(feats, r)
-    size = feats.n * feats.c
-    require_memory(
-        "fit", 4 * 8 * size**2, memory_limit(feats.limit, feats.device),
-        remedy=f"fit fewer samples (the kernel is {size} × {size})",
-    )  # fmt: skip
-    structure = structure.prepared(feats)
-    return _Alternation(feats, targets, structure, loss, tol, max_rounds, accelerate, progress).run()
+    goal = _cross_entropy(feats, r, offset, ridge) if loss == "cross-entropy" else _squared(feats, r, offset, ridge)
+    doubled = feats.to(torch.float64)
+    chosen, rank = _form(feats, form, interpolates=goal.interpolates)
+    problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
+    search = _Search(problem, tol, max_rounds, solver, progress)
+    return replace(search.run(_start(feats, start)), features=feats)
 
 
-def _targets(feats: TangentFeatures, r: Tensor) -> Tensor:
+def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: float) -> SquaredError:
+    if offset is not None:
+        raise TangentError("fit: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
     given = tuple(r.shape)
     r = r[:, None] if r.ndim == 1 and feats.c == 1 else r
     if tuple(r.shape) != (feats.n, feats.c):
         raise TangentError(
             f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
         )
-    if r.device != feats.device:
-        raise TangentError(f"fit: targets are on {r.device} and features on {feats.device}; move one with .to(device)")
+    _check_device(feats, "targets", r)
     if not r.is_floating_point():
         raise TangentError(f"fit: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
     check_finite("fit", "the target", [r])
-    return r.detach().double()
+    return SquaredError(r.detach().double().flatten(), ridge)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What one kernel solve gives: coefficients, their dual coefficients, and the inner minimum at them."""
+def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None, ridge: float) -> CrossEntropy:
+    if offset is None:
+        raise TangentError("fit: cross-entropy needs offset = f(x;θ₀), the outputs of the model itself, (n, c)")
+    if tuple(offset.shape) != (feats.n, feats.c):
+        raise TangentError(
+            f"fit: offset has shape {tuple(offset.shape)}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+        )
+    if tuple(labels.shape) != (feats.n,) or labels.is_floating_point() or labels.is_complex():
+        raise TangentError(
+            f"fit: cross-entropy takes n = {feats.n} integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    for name, tensor in (("labels", labels), ("offset", offset)):
+        _check_device(feats, name, tensor)
+    check_finite("fit", "the offset", [offset])
+    classes = max(feats.c, 2)
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        k = int(wrong[0])
+        raise TangentError(f"fit: labels are 0..{classes - 1}, sample {k} has {int(labels[k])}")
+    return CrossEntropy(labels.long(), offset.detach().double(), ridge)
 
-    coefficients: dict[str, Tensor]
-    alpha: Tensor
-    generators: dict[str, Tensor]
-    solution: Solution
-    objective: float
-    jitter: float
 
-
-class _Alternation:
-    def __init__(
-        self, feats: TangentFeatures, r: Tensor, structure: Structure, loss: SquaredError, tol: float, max_rounds: int,
-        accelerate: bool, progress: Progress | None,
-    ) -> None:  # fmt: skip
-        self.given, self.feats = feats, feats.to(torch.float64)
-        self.structure, self.loss, self.tol = structure, loss, tol
-        self.max_rounds, self.progress = max_rounds, progress
-        self.r = r.flatten()
-        self.scale = float(self.r.norm())
-        self.kept: Tensor | None = None
-        self.smallest = math.nan
-        self.memory = _Extrapolation() if accelerate else None
-
-    def run(self) -> Fit:
-        started = time.perf_counter()
-        history: list[Round] = []
-        transforms: Mapping[str, Transform] = {}
-        step: _Step | None = None
-        start: dict[str, Tensor] | None = None
-        reason, converged, still = "", False, 0
-        while not reason:
-            previous, step = step, self._step(transforms, first=not history)
-            stationarity = self._stationarity(step)
-            accelerated = False
-            transforms = step.solution.transforms
-            change = (
-                math.inf if previous is None else abs(previous.objective - step.objective) / max(step.objective, 1e-300)
-            )
-            if self.scale == 0:
-                converged, reason = True, "the targets are zero, and so is the model"
-            elif change <= self.tol and stationarity <= math.sqrt(self.tol):
-                converged = True
-                reason = f"objective changed by {change:.1e} relative, stationarity {stationarity:.1e}"
-            elif len(history) + 1 >= self.max_rounds:
-                reason = (
-                    f"stopped after {self.max_rounds} rounds with the objective changing by {change:.1e} relative (asked: "
-                    f"{self.tol:g}) and stationarity {stationarity:.1e} (asked: {math.sqrt(self.tol):.1e}); "
-                    "raise max_rounds or tol"
-                )
-            else:
-                still = still + 1 if change <= 1e-14 else 0
-                if still >= 10:
-                    reason = (
-                        f"the objective no longer changes in float64 but stationarity is {stationarity:.1e} (asked: "
-                        f"{math.sqrt(self.tol):.1e}): adaptation this strong moves too slowly, or the kernel is "
-                        "ill-conditioned; raise tol, use a stronger penalty, or a positive ridge"
-                    )
-                elif self.memory is not None:
-                    better = self._extrapolate(start, step)
-                    accelerated = better is not None
-                    start, transforms = better or (step.coefficients, transforms)
-            history.append(Round(step.objective, stationarity, accelerated, time.perf_counter() - started))
-            if self.progress is not None:
-                self.progress(len(history), step.objective)
-        assert step is not None
-        if not converged:
-            warnings.warn(f"fit did not converge: {reason}", TangentWarning, stacklevel=3)
-        return self._result(step, history, converged, reason)
-
-    def _step(self, transforms: Mapping[str, Transform], *, first: bool) -> _Step:
-        adapted = self.feats.transformed(transforms) if transforms else self.feats
-        size = self.r.numel()
-        kernel = adapted.kernel().reshape(size, size)
-        if first:
-            self._inspect(kernel)
-        kept = self.kept
-        factor = factorise(kernel if kept is None else kernel[kept][:, kept], self.loss.ridge)
-        if kept is None:
-            alpha = factor.solve(self.r)
-        else:
-            alpha = torch.zeros_like(self.r)
-            alpha[kept] = factor.solve(self.r[kept])
-        generators = self.feats.combine(alpha.reshape(self.feats.n, self.feats.c))
-        coefficients = dict(generators)
-        for _ in range(2):
-            coefficients = transform_matrices(coefficients, transforms)
-        solution = self.structure.solution(coefficients)
-        objective = solution.penalty + self.loss.value(self.loss.ridge * alpha)
-        return _Step(coefficients, alpha, generators, solution, objective, factor.jitter)
-
-    def _inspect(self, kernel: Tensor) -> None:
-        """The smallest eigenvalue of K₀, and which constraints follow from the others."""
-        found = independent_constraints(kernel, self.r, samples=self.feats.n, interpolate=self.loss.ridge == 0)
-        self.smallest, self.kept = found.smallest_eigenvalue, found.kept
-
-    def _stationarity(self, step: _Step) -> float:
-        gap = sum(float(((step.solution.gradient[k] - 2 * g) ** 2).sum()) for k, g in step.generators.items())
-        size = sum(float(((2 * g) ** 2).sum()) for g in step.generators.values())
-        return math.sqrt(gap / size) if size > 0 else 0.0
-
-    def _extrapolate(
-        self, start: dict[str, Tensor] | None, step: _Step
-    ) -> tuple[dict[str, Tensor], Mapping[str, Transform]] | None:
-        """Coefficients extrapolated from the rounds so far, where they have a lower objective than this round's."""
-        assert self.memory is not None
-        if start is None:
-            return None
-        candidate = self.memory.extrapolate(start, step.coefficients)
-        if candidate is None:
-            return None
-        solution = self.structure.solution(candidate)
-        objective = solution.penalty
-        if self.loss.ridge > 0:
-            objective += self.loss.value(self.r - self.feats.inner(candidate).flatten())
-        if objective < step.objective:
-            return candidate, solution.transforms
-        self.memory.forget()
-        return None
-
-    def _result(self, step: _Step, history: list[Round], converged: bool, reason: str) -> Fit:
-        prediction = self.feats.inner(step.coefficients).flatten()
-        feasibility = float((prediction - self.r).norm()) / self.scale if self.scale > 0 else 0.0
-        bound, why = self._lower_bound(step)
-        return Fit(
-            coefficients=step.coefficients,
-            transforms=step.solution.transforms,
-            dual=step.alpha.reshape(self.feats.n, self.feats.c),
-            structure=self.structure,
-            ridge=self.loss.ridge,
-            objective=step.solution.penalty + self.loss.value(self.r - prediction),
-            feasibility=feasibility,
-            stationarity=self._stationarity(step),
-            lower_bound=bound,
-            lower_bound_reason=why,
-            converged=converged,
-            reason=reason,
-            history=tuple(history),
-            smallest_eigenvalue=self.smallest,
-            jitter=step.jitter,
-            dropped=0 if self.kept is None else self.r.numel() - self.kept.numel(),
-            features=self.given,
+def _check_device(feats: TangentFeatures, name: str, tensor: Tensor) -> None:
+    if tensor.device != feats.device:
+        raise TangentError(
+            f"fit: {name} are on {tensor.device} and features on {feats.device}; move one with .to(device)"
         )
 
-    def _lower_bound(self, step: _Step) -> tuple[float | None, str]:
-        """D(a) = loss bound − Ω̃*(Σ a_kΦ(x_k)) at a = 2sα, the scale s searched."""
 
-        def value(s: float) -> float:
-            penalty = self.structure.dual({name: 2 * s * g for name, g in step.generators.items()})
-            return self.loss.bound(2 * s * step.alpha, self.r) - penalty
-
-        if self.scale == 0:
-            return 0.0, "the targets are zero"
-        finite, infinite = 0.0, 2.0
-        if math.isfinite(value(infinite)):
-            finite = infinite
-        for _ in range(60):
-            middle = (finite + infinite) / 2
-            finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
-        if finite < 1e-9:
-            return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
-        found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
-        best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
-        return best, "evaluated at the scaled dual coefficients"
+def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int]:
+    """How to solve the systems, and the columns that a preconditioner may have."""
+    size, limit = feats.n * feats.c, memory_limit(feats.limit, feats.device)
+    dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * feats.p * max(feats.p, size)
+    rank = max(1, min(size // 2, 2000, int(limit / (_DENSE_COPIES * 8 * size))))
+    if form == "primal" and interpolates:
+        raise TangentError("fit: the primal form needs a ridge; interpolation is solved in the dual")
+    if form == "auto":
+        if feats.p < size and not interpolates and primal <= limit:
+            return "primal", rank
+        return ("dense" if dense <= limit else "matrix-free"), rank
+    if form != "matrix-free":
+        require_memory(
+            "fit", dense if form == "dense" else primal, limit,
+            remedy=f"use form='matrix-free', or fewer samples (the kernel is {size} × {size})",
+        )  # fmt: skip
+    return form, rank
 
 
-class _Extrapolation:
-    """Anderson extrapolation of a map B → T(B): the combination of past images, weights adding to one, with the least
-    combined residual T(B) − B. Images that meet a linear constraint combine to one that meets it too.
-    """
+def _start(feats: TangentFeatures, start: Fit | None) -> dict[str, Tensor] | None:
+    if start is None:
+        return None
+    shapes = {name: tuple(matrix.shape) for name, matrix in start.coefficients.items()}
+    wanted = {name: block.shape for name, block in feats.blocks.items()}
+    if shapes != wanted:
+        raise TangentError(f"fit: start was fitted to blocks {shapes}, these features have {wanted}")
+    return dict(start.coefficients)
 
-    def __init__(self, depth: int = 10) -> None:
-        self.depth = depth
-        self.images: list[Tensor] = []
-        self.residuals: list[Tensor] = []
 
-    def extrapolate(self, start: dict[str, Tensor], image: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        flat = torch.cat([matrix.flatten() for matrix in image.values()])
-        residual = flat - torch.cat([start[name].flatten() for name in image])
-        self.images = [*self.images, flat][-self.depth :]
-        self.residuals = [*self.residuals, residual][-self.depth :]
-        if len(self.images) < 2:
-            return None
-        stack = torch.stack(self.residuals)
-        gram = stack @ stack.mT
-        gram.diagonal().add_(1e-14 * float(gram.diagonal().max()))
-        weights, failed = torch.linalg.solve_ex(gram, torch.ones_like(gram[0]))
-        total = float(weights.sum())
-        if int(failed) or not math.isfinite(total) or total == 0:  # residuals of zero: nothing moves
-            self.forget()
-            return None
-        mixed = torch.einsum("k,kp->p", weights / total, torch.stack(self.images))
-        pieces = torch.split(mixed, [matrix.numel() for matrix in image.values()])
-        return {name: piece.reshape(image[name].shape) for name, piece in zip(image, pieces, strict=True)}
+class _Search:
+    def __init__(
+        self, problem: Problem, tol: float, max_rounds: int, solver: Solver, progress: Progress | None
+    ) -> None:
+        self.problem, self.tol, self.max_rounds, self.progress = problem, tol, max_rounds, progress
+        self.newton, self.memory = solver == "newton", Extrapolation() if solver == "anderson" else None
+        self.smallest, self.dropped = math.nan, 0
+        self.history: list[Round] = []
+        self.started = time.perf_counter()
+        self.still = 0
 
-    def forget(self) -> None:
-        """Start again from the latest round."""
-        self.images, self.residuals = self.images[-1:], self.residuals[-1:]
+    def run(self, start: dict[str, Tensor] | None) -> Fit:
+        """From where nothing adapts, or a start, to the optimum of τ = 1."""
+        problem, loss = self.problem, self.problem.loss
+        system = self._first()
+        blocks = problem.feats.blocks
+        like = {
+            name: torch.zeros(b.shape, dtype=torch.float64, device=problem.feats.device) for name, b in blocks.items()
+        }
+        beta = like if start is None else {name: matrix.to(like[name]) for name, matrix in start.items()}
+        outputs = problem.inner(beta)
+        if isinstance(loss, SquaredError) and not bool(loss.targets.any()):
+            point = problem.point(like, torch.zeros_like(outputs))
+            self._record(point, 0.0, solved=True)
+            return self._result(
+                point, torch.zeros_like(outputs), system, True, "the targets are zero, and so is the model"
+            )
+        if start is None:
+            beta, outputs, system = held_coefficients(problem, system, outputs)
+        else:
+            beta, outputs = problem.restored(system, beta, outputs)
+        stages, solved = [1.0], system
+        if self.newton:
+            problem.temper = math.inf
+            self._record(problem.point(beta, outputs), 0.0 if start is None else math.nan, solved=True)
+            stages = self._stages(beta) if start is None else [1.0]
+        for temper in stages:
+            problem.temper = temper
+            point = problem.point(beta, outputs)
+            if self.newton and point.solution.curvature is None:
+                self.newton, self.memory = False, Extrapolation()
+                stages = [1.0]
+                problem.temper = 1.0
+                point = problem.point(beta, outputs)
+            last = temper == stages[-1] or problem.temper == 1.0
+            if self.newton:
+                point, alpha, solved, converged, reason = self._descend(point, solved, last=last)
+            else:
+                point, alpha, solved, converged, reason = self._alternate(point, solved)
+            beta, outputs = point.coefficients, point.outputs
+            if (reason and last) or len(self.history) > self.max_rounds:
+                break
+        if problem.temper != 1.0:
+            problem.temper = 1.0
+            point = problem.point(beta, outputs)
+        return self._result(point, alpha, solved, converged and problem.temper == 1.0, reason)
+
+    def _first(self) -> System:
+        """The system of K₀, after looking at which constraints are independent."""
+        problem = self.problem
+        zeros = torch.zeros(problem.feats.n * problem.feats.c, dtype=torch.float64, device=problem.feats.device)
+        with problem.timed("kernels"):
+            kernel = problem.kernel({})
+        if isinstance(kernel, DenseKernel):
+            with problem.timed("constraints"):
+                if problem.loss.interpolates:
+                    found = independent_constraints(kernel.matrix, problem.targets, samples=problem.feats.n)
+                    self.smallest, kernel.kept = found.smallest_eigenvalue, found.kept
+                    problem.kept = found.kept
+                    self.dropped = 0 if found.kept is None else len(zeros) - len(found.kept)
+                else:
+                    self.smallest = smallest_eigenvalue(kernel.matrix)
+        return problem.inverted({}, kernel, zeros)
+
+    def _stages(self, beta: dict[str, Tensor]) -> list[float]:
+        """τ = …, 100, 10, 1, from one at which little adapts at these coefficients."""
+        whole = sum(float((matrix**2).sum()) for matrix in beta.values())
+        stages = [1.0]
+        while len(stages) < 16:
+            self.problem.temper = stages[0]
+            if self.problem.solution(beta).penalty >= _WEAK * whole:
+                break
+            stages.insert(0, stages[0] * _STAGE)
+        return stages
+
+    def _descend(self, point: Point, system: System, *, last: bool) -> tuple[Point, Tensor, System, bool, str]:
+        """Second-order steps to the optimum of this stage, or near it."""
+        problem = self.problem
+        stale = bool(system.transforms) or not is_identity(point.solution.transforms)
+        products, solved = 0, False
+        while True:
+            if stale:
+                system = problem.system(point.solution.transforms, point.outputs)
+                solved = True
+            elif system.root is not None:
+                system = problem.inverted(system.transforms, system.kernel, point.outputs)
+            beta, outputs = problem.restored(system, point.coefficients, point.outputs)
+            if beta is not point.coefficients:
+                point = problem.point(beta, outputs)
+            reduced = problem.reduce(system, point.solution.gradient, problem.loss.slope(point.outputs))
+            alpha = problem.dual(point, reduced)
+            stationarity = problem.stationarity(point, alpha)
+            self._record(point, stationarity, solved=solved, products=products)
+            change = reduced.size / 2 / max(abs(point.objective), 1e-300)
+            stopped = self._stopped(change, stationarity) if last else None
+            if stopped is not None:
+                return point, alpha, system, *stopped
+            if not last and (stationarity <= _LOOSE or len(self.history) > self.max_rounds):
+                return point, alpha, system, False, "" if stationarity <= _LOOSE else self._out(change, stationarity)
+            direction = newton_direction(problem, system, point, reduced, stationarity)
+            before = point
+            point, length = line_search(problem, point, direction, reduced)
+            gained = (before.objective - point.objective) / max(abs(before.objective), 1e-300)
+            self.still = self.still + 1 if gained <= 1e-14 else 0
+            products = direction.products
+            stale = length < 1 or direction.truncated or products > _PATIENCE
+            solved = False
+
+    def _alternate(self, point: Point, system: System) -> tuple[Point, Tensor, System, bool, str]:
+        """Rounds of the two closed forms, extrapolated where that lowers the objective further."""
+        problem = self.problem
+        start, transforms, accelerated, previous = None, dict(system.transforms), False, math.inf
+        while True:
+            if start is not None:
+                system = problem.system(transforms, point.outputs)
+                beta, outputs, system = held_coefficients(problem, system, point.outputs)
+                point = problem.point(beta, outputs)
+            slope = problem.loss.slope(point.outputs)
+            if problem.loss.interpolates:
+                reduced = problem.reduce(system, point.solution.gradient, slope)
+                alpha = problem.dual(point, reduced)
+            else:
+                alpha = -slope / 2
+            stationarity = problem.stationarity(point, alpha)
+            self._record(point, stationarity, solved=True, accelerated=accelerated)
+            change = abs(previous - point.objective) / max(abs(point.objective), 1e-300)
+            self.still = self.still + 1 if change <= 1e-14 else 0
+            stopped = self._stopped(change, stationarity)
+            if stopped is not None:
+                return point, alpha, system, *stopped
+            previous, transforms, found = point.objective, dict(point.solution.transforms), None
+            if self.memory is not None and start is not None:
+                found = self.memory.better(problem, start, point)
+            accelerated = found is not None
+            start = point.coefficients if found is None else found.coefficients
+            transforms = transforms if found is None else dict(found.solution.transforms)
+
+    def _stopped(self, change: float, stationarity: float) -> tuple[bool, str] | None:
+        """Whether to stop: with success, and why."""
+        if change <= self.tol and stationarity <= math.sqrt(self.tol):
+            return True, f"objective changing by {change:.1e} relative, stationarity {stationarity:.1e}"
+        if len(self.history) > self.max_rounds:
+            return False, self._out(change, stationarity)
+        if self.still >= 10:
+            return False, (
+                f"the objective no longer changes in float64 but stationarity is {stationarity:.1e} (asked: "
+                f"{math.sqrt(self.tol):.1e}): adaptation this strong moves too slowly, or the kernel is "
+                "ill-conditioned; raise tol, use a stronger penalty, or a positive ridge"
+            )
+        return None
+
+    def _out(self, change: float, stationarity: float) -> str:
+        return (
+            f"stopped after {self.max_rounds} rounds with the objective changing by {change:.1e} relative (asked: "
+            f"{self.tol:g}) and stationarity {stationarity:.1e} (asked: {math.sqrt(self.tol):.1e}); raise max_rounds or tol"
+        )
+
+    def _record(
+        self, point: Point, stationarity: float, *, solved: bool, products: int = 0, accelerated: bool = False
+    ) -> None:
+        seconds, temper = time.perf_counter() - self.started, self.problem.temper
+        self.history.append(Round(point.objective, stationarity, seconds, temper, solved, products, accelerated))
+        if self.progress is not None:
+            self.progress(len(self.history), point.objective)
+
+    def _result(self, point: Point, alpha: Tensor, system: System, converged: bool, reason: str) -> Fit:
+        problem, loss = self.problem, self.problem.loss
+        n, c = problem.feats.n, problem.feats.c
+        squared = isinstance(loss, SquaredError)
+        outputs = problem.inner(point.coefficients)
+        feasibility = None
+        if squared:
+            size = float(problem.targets.norm())
+            feasibility = float((outputs - problem.targets).norm()) / size if size > 0 else 0.0
+        bound, why = lower_bound(problem, alpha)
+        if not converged:
+            warnings.warn(f"fit did not converge: {reason}", TangentWarning, stacklevel=4)
+        return Fit(
+            coefficients=point.coefficients, transforms=point.solution.transforms, dual=alpha.reshape(n, c),
+            structure=problem.structure, loss="squared error" if squared else "cross-entropy", ridge=loss.ridge,
+            objective=point.solution.penalty + loss.value(outputs), feasibility=feasibility,
+            stationarity=problem.stationarity(point, alpha), lower_bound=bound, lower_bound_reason=why,
+            converged=converged, reason=reason, history=tuple(self.history), smallest_eigenvalue=self.smallest,
+            jitter=system.kernel.jitter, dropped=self.dropped, form=problem.form, timings=dict(problem.timings),
+            features=problem.feats, targets=problem.targets.reshape(n, c) if squared else None,
+        )  # fmt: skip
+
+
+def lower_bound(problem: Problem, alpha: Tensor) -> tuple[float | None, str]:
+    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one."""
+    generators = problem.combine(alpha)
+
+    def value(s: float) -> float:
+        penalty = problem.structure.dual({name: 2 * s * g for name, g in generators.items()})
+        return problem.loss.bound(2 * s * alpha) - penalty
+
+    if not bool(alpha.any()):
+        return value(0.0), "the targets are zero"
+    finite, infinite = 0.0, 2.0
+    if math.isfinite(value(infinite)):
+        finite = infinite
+    for _ in range(60):
+        middle = (finite + infinite) / 2
+        finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
+    if finite < 1e-9:
+        return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
+    found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
+    best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
+    return best, "evaluated at the scaled dual coefficients"

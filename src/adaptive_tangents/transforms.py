@@ -143,6 +143,26 @@ class Joint:
 Transform = Sides | Entrywise | Joint
 
 
+def is_identity(transforms: Mapping[str, Transform]) -> bool:
+    """Whether transforms, as structures return them, leave everything as it is."""
+    return all(
+        transform.gain == 1
+        if isinstance(transform, Joint)
+        else bool((transform.gains == 1).all())
+        if isinstance(transform, Entrywise)
+        else transform.scale == 1 and all(_does_nothing(side) for side in (transform.left, transform.right))
+        for transform in transforms.values()
+    )
+
+
+def _does_nothing(side: Side | None) -> bool:
+    if side is None:
+        return True
+    if isinstance(side, Modal):
+        return all(_does_nothing(factor) for factor in side.factors)
+    return isinstance(side, LowRank | Scaled) and bool((side.gains == 1).all())
+
+
 def transform_matrices(
     matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
 ) -> dict[str, Float[Tensor, "_o _i"]]:

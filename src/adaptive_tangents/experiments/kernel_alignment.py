@@ -26,9 +26,10 @@ from adaptive_tangents.experiments.common import Clock, Progress, flatten, versi
 from adaptive_tangents.experiments.training import SGD, relu_network, train
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.fits import Fit
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import Fit, fit
+from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 

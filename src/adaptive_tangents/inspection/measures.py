@@ -15,8 +15,9 @@ from adaptive_tangents.blocks import Block
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.fits import Fit
 from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import Fit, fit
+from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, LayerScale, Structure
 

@@ -1,0 +1,220 @@
+"""The linear systems of the fit, in the dual: those of an adapted kernel, dense, through features, or never formed.
+
+Everything asks for one thing: given w = w₀ + φᵀη, the least of ⟨D v, v⟩/2 + L″(φv)/2 − ⟨w, v⟩ for the metric
+D = 2(MᵀM)⁻¹ of the held transform and the loss's curvature L″, or under the constraint φv = 0. Its solution is
+v = ½MᵀM(w₀ + φᵀu), and u (nc,) solves a system in K_M.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features import TangentFeatures
+
+Solve = Callable[[Tensor], Tensor]
+Root = Float[Tensor, "n c c"]
+
+_JITTERS = (0.0, 1e-15, 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8)
+_CG_TOLERANCE = 1e-12
+_CG_STEPS = 2000
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """A Cholesky factor of K + ρI, with the jitter that was added to make it exist."""
+
+    factor: Float[Tensor, "k k"] = field(repr=False)
+    jitter: float
+
+    def solve(self, r: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """(K + ρI)⁻¹ r."""
+        return torch.cholesky_solve(r[:, None], self.factor)[:, 0]
+
+
+def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
+    """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
+    scale = float(kernel.diagonal().mean())
+    for jitter in _JITTERS:
+        shifted = kernel.clone()
+        shifted.diagonal().add_(ridge + jitter * scale)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed):
+            return Factorised(factor, jitter * scale)
+    raise TangentError(
+        "fit: the adapted kernel is not positive definite even with a jitter of 1e-8 of its diagonal; "
+        "use a positive ridge, or a stronger penalty"
+    )
+
+
+class Kernel(ABC):
+    """An adapted kernel K_M over nc outputs: its products, and the inverses that the losses ask for."""
+
+    jitter = 0.0
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """K x."""
+
+    @abstractmethod
+    def shifted(self, ridge: float) -> Solve:
+        """The map x ↦ (K + ρI)⁻¹ x."""
+
+    @abstractmethod
+    def rooted(self, root: Root) -> Solve:
+        """The map x ↦ (I + ½SᵀKS)⁻¹ x, S block-diagonal with a block a sample."""
+
+
+class DenseKernel(Kernel):
+    """The kernel as a matrix, factorised."""
+
+    def __init__(self, adapted: TangentFeatures, kept: Int[Tensor, " k"] | None = None) -> None:
+        size = adapted.n * adapted.c
+        self.matrix = adapted.kernel().reshape(size, size)
+        self.kept = kept
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def shifted(self, ridge: float) -> Solve:
+        kept = self.kept
+        matrix = self.matrix if kept is None else self.matrix[kept][:, kept]
+        factor = factorise(matrix, ridge)
+        self.jitter = factor.jitter
+
+        def solve(x: Tensor) -> Tensor:
+            wanted = x if kept is None else x[kept]
+            found = factor.solve(wanted)
+            # Directions that leave the constraints would add up over many steps: refined once, jitter and all.
+            found = found + factor.solve(wanted - matrix @ found - ridge * found)
+            return found if kept is None else torch.zeros_like(x).index_copy_(0, kept, found)
+
+        return solve
+
+    def rooted(self, root: Root) -> Solve:
+        n, c = root.shape[:2]
+        cube = torch.einsum("kab,kalc->kblc", root, self.matrix.reshape(n, c, n, c))
+        system = torch.einsum("kblc,lcd->kbld", cube, root).reshape(n * c, n * c) / 2
+        system.diagonal().add_(1)
+        return Factorised(torch.linalg.cholesky(system), 0.0).solve
+
+
+class PrimalKernel(Kernel):
+    """The kernel as GGᵀ for fewer parameters p than outputs nc: the systems solved are p × p."""
+
+    def __init__(self, adapted: TangentFeatures) -> None:
+        self.rows = torch.cat([block.features().flatten(2) for block in adapted.blocks.values()], 2).flatten(0, 1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.rows @ (self.rows.mT @ x)
+
+    def shifted(self, ridge: float) -> Solve:
+        factor = factorise(self.rows.mT @ self.rows, ridge)
+        return lambda x: (x - self.rows @ factor.solve(self.rows.mT @ x)) / ridge
+
+    def rooted(self, root: Root) -> Solve:
+        rows = _rooted(root, self.rows)
+        factor = factorise(rows.mT @ rows, 2.0)
+        return lambda x: x - rows @ factor.solve(rows.mT @ x)
+
+
+class FreeKernel(Kernel):
+    """The kernel never formed: conjugate gradients on its products, preconditioned by a partial Cholesky factor.
+
+    ``rank`` columns are chosen by random pivoting, of probability the diagonal that is left (Chen, Epperly, Tropp & Webber,
+    2023), some at a time; the seed is fixed.
+    """
+
+    def __init__(self, adapted: TangentFeatures, rank: int) -> None:
+        self.adapted = adapted
+        self.size = adapted.n * adapted.c
+        self.columns, self.rest = partial_cholesky(adapted, rank)
+
+    def apply(self, x: Tensor) -> Tensor:
+        matrices = self.adapted.combine(x.reshape(self.adapted.n, self.adapted.c))
+        return self.adapted.inner(matrices).flatten()
+
+    def shifted(self, ridge: float) -> Solve:
+        near = _low_rank_inverse(self.columns, ridge + self.rest)
+        return lambda x: conjugate_gradients(lambda p: self.apply(p) + ridge * p, x, near)
+
+    def rooted(self, root: Root) -> Solve:
+        near = _low_rank_inverse(_rooted(root, self.columns) / 2**0.5, 1.0)
+
+        def apply(p: Tensor) -> Tensor:
+            moved = _rooted(root.mT, p[:, None])[:, 0]
+            return p + _rooted(root, self.apply(moved)[:, None])[:, 0] / 2
+
+        return lambda x: conjugate_gradients(apply, x, near)
+
+
+def _rooted(root: Root, columns: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+    """Sᵀ times columns."""
+    n, c = root.shape[:2]
+    return torch.einsum("kab,kam->kbm", root, columns.reshape(n, c, -1)).reshape(n * c, -1)
+
+
+def _low_rank_inverse(columns: Float[Tensor, "k m"], shift: float) -> Solve:
+    """The map x ↦ (LLᵀ + shift·I)⁻¹ x."""
+    factor = factorise(columns.mT @ columns, shift)
+    return lambda x: (x - columns @ factor.solve(columns.mT @ x)) / shift
+
+
+def conjugate_gradients(apply: Solve, b: Float[Tensor, " k"], near: Solve) -> Float[Tensor, " k"]:
+    """A⁻¹b to a relative residual of 1e-12, or as near as float64 comes; ``near`` is about A⁻¹."""
+    x, residual = torch.zeros_like(b), b.clone()
+    size = float(b.norm())
+    if size == 0:
+        return x
+    moved = near(residual)
+    direction, product = moved, float(residual @ moved)
+    best, best_size, since = x, size, 0
+    for _ in range(_CG_STEPS):
+        image = apply(direction)
+        length = product / float(direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        left = float(residual.norm())
+        if left < best_size:
+            best, best_size, since = x, left, 0
+        else:
+            since += 1
+        if left <= _CG_TOLERANCE * size or since > 100:
+            break
+        moved = near(residual)
+        product, before = float(residual @ moved), product
+        direction = moved + (product / before) * direction
+    return best
+
+
+def partial_cholesky(feats: TangentFeatures, rank: int) -> tuple[Float[Tensor, "k m"], float]:
+    """L with LLᵀ close to the kernel, of about ``rank`` columns, and the mean of the diagonal that is left."""
+    n, c = feats.n, feats.c
+    diagonal = torch.cat(
+        [
+            part.kernel().flatten(2).flatten(0, 1).diagonal()
+            for part in (feats[k : k + _CHUNK] for k in range(0, n, _CHUNK))
+        ]
+    )
+    total = float(diagonal.sum())
+    generator = torch.Generator(device=diagonal.device).manual_seed(0)
+    columns = diagonal.new_zeros(n * c, 0)
+    left = diagonal.clone()
+    while columns.shape[1] < rank and float(left.sum()) > 1e-13 * total:
+        weights = left.reshape(n, c).sum(1).clamp_min(0)
+        count = min(_CHUNK, int((weights > 0).sum()))
+        chosen = torch.multinomial(weights, count, generator=generator)
+        rows = (chosen[:, None] * c + torch.arange(c, device=chosen.device)).flatten()
+        block = feats.kernel(feats[chosen]).reshape(n * c, -1) - columns @ columns[rows].mT
+        # Directions of the pivots that others among them already give are left out.
+        values, vectors = torch.linalg.eigh(block[rows])
+        wanted = values > 1e-12 * float(diagonal.max())
+        if not bool(wanted.any()):
+            break
+        columns = torch.cat([columns, (block @ vectors[:, wanted]) / values[wanted].sqrt()], 1)
+        left = (diagonal - (columns**2).sum(1)).clamp_min(0)
+    return columns, max(float(left.mean()), 1e-14 * float(diagonal.mean()))
