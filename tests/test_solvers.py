@@ -36,6 +36,7 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
 }
 COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not convex, and without a dual bound
 INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
+SOLVERS = ("newton", "anderson", "alternation")
 CONVEX = [name for name in STRUCTURES if name not in COMPOSED]
 few = settings(max_examples=8)
 fewest = settings(max_examples=4)
@@ -192,18 +193,20 @@ def test_full_with_a_ridge_is_fixed_with_a_smaller_one() -> None:
 
 @pytest.mark.slow
 @few
-@given(seed=seeds, name=names, ridge=ridges, one=strengths, other=strengths, scale=scales, accelerate=st.booleans())
+@given(
+    seed=seeds, name=names, ridge=ridges, one=strengths, other=strengths, scale=scales, solver=st.sampled_from(SOLVERS)
+)
 def test_the_objective_never_rises(
-    seed: int, name: str, ridge: float, one: float, other: float, scale: float, accelerate: bool
+    seed: int, name: str, ridge: float, one: float, other: float, scale: float, solver: str
 ) -> None:
     case = problem(seed, c=2, scale=scale)
     found = at.fit(
-        case.feats, case.r, structure=structure(name, one, other), ridge=ridge, accelerate=accelerate, max_rounds=5000
+        case.feats, case.r, structure=structure(name, one, other), ridge=ridge, solver=solver, max_rounds=5000
     )
     assert rises(found) <= 1e-12
     seconds = [entry.seconds for entry in found.history]
     assert seconds == sorted(seconds)
-    assert found.rounds == len(seconds)
+    assert found.rounds <= len(seconds)
     assert found.history[-1].objective == pytest.approx(found.objective, rel=1e-9)
     assert found.converged
     assert found.stationarity <= 1e-4  # √tol
@@ -232,7 +235,8 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
 
 
 def _stopped(case: Problem, chosen: at.Structure, ridge: float, *, rounds: int) -> at.Fit:
-    with pytest.warns(at.TangentWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", at.TangentWarning)  # where nothing adapts, one round may do
         return at.fit(case.feats, case.r, structure=chosen, ridge=ridge, max_rounds=rounds)
 
 
@@ -248,17 +252,10 @@ def test_the_gap_of_convex_structures_closes_to_rounding(name: str, ridge: float
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_accelerated_and_plain_alternation_agree_and_the_first_needs_no_more_rounds(name: str, ridge: float) -> None:
     case = problem(11, n=8, c=2, shapes=((6, 5, 2), (5, 6, 1), (3, 1, 0)), scale=4.0)
+    chosen = structure(name, 0.2, 0.5)
     plain, fast = (
-        at.fit(
-            case.feats,
-            case.r,
-            structure=structure(name, 0.2, 0.5),
-            ridge=ridge,
-            accelerate=accelerate,
-            tol=1e-13,
-            max_rounds=5000,
-        )
-        for accelerate in (False, True)
+        at.fit(case.feats, case.r, structure=chosen, ridge=ridge, solver=solver, tol=1e-13, max_rounds=5000)
+        for solver in ("alternation", "anderson")
     )
     assert fast.objective == pytest.approx(plain.objective, rel=1e-9)
     torch.testing.assert_close(fast.predict(case.feats), plain.predict(case.feats), rtol=1e-4, atol=1e-4)
@@ -499,13 +496,13 @@ def test_running_out_of_rounds_warns_and_says_so() -> None:
     with pytest.warns(at.TangentWarning, match=words):
         found = at.fit(case.feats, case.r, structure=structure("TwoSided", 0.01, 0.01), max_rounds=3)
     assert not found.converged
-    assert found.rounds == 3
+    assert len(found.history) == 4  # the fit of the fixed kernel, and three more
     assert "stopped after 3 rounds" in found.reason
     assert "NOT converged" in found.summary()
     # What was reached is returned whole all the same.
     assert found.feasibility < 1e-9
     with pytest.warns(at.TangentWarning, match=r"stopped after 1 rounds"):
-        assert at.fit(case.feats, case.r, max_rounds=1).rounds == 1
+        assert len(at.fit(case.feats, case.r, max_rounds=1).history) == 2
 
 
 def test_a_tolerance_beyond_float64_stops_and_says_why() -> None:
@@ -603,9 +600,10 @@ def test_a_kernel_too_large_for_memory_is_refused_before_it_is_made() -> None:
     case = problem(1, c=2)
     feats = dataclasses.replace(case.feats, limit=1000)
     with pytest.raises(
-        at.TangentError, match=r"fit: needs 2\.05 kB .* limit is 1 kB; fit fewer samples \(the kernel is 8 × 8\)"
+        at.TangentError,
+        match=r"fit: needs 2\.05 kB .* limit is 1 kB; use form='matrix-free', or fewer samples \(the kernel is 8 × 8\)",
     ):
-        at.fit(feats, case.r)
+        at.fit(feats, case.r, form="dense")
 
 
 def test_a_kernel_that_is_not_positive_definite_is_refused() -> None:
@@ -635,19 +633,21 @@ def test_independent_constraints_span_the_same_space() -> None:
     rows = torch.randn(4, 9, dtype=torch.float64, generator=generator)
     mixed = torch.randn(10, 4, dtype=torch.float64, generator=generator) @ rows
     r = mixed @ torch.ones(9, dtype=torch.float64)
-    found = independent_constraints(mixed @ mixed.mT, r, samples=10, interpolate=True)
+    found = independent_constraints(mixed @ mixed.mT, r, samples=10)
     assert found.kept is not None
     assert len(set(found.kept.tolist())) == 4
     assert int(torch.linalg.matrix_rank(mixed[found.kept])) == 4
-    assert independent_constraints(mixed @ mixed.mT, r, samples=10, interpolate=False).kept is None
+    whole = rows @ rows.mT
+    assert independent_constraints(whole, r[:4], samples=4).kept is None
 
 
 def test_squared_error_and_its_bound_are_conjugate() -> None:
     """⟨a, r⟩ − ρ‖a‖²/4 = min over predictions f of ⟨a, f⟩ + ‖r − f‖²/ρ."""
-    loss = SquaredError(0.3)
     generator = torch.Generator().manual_seed(0)
     a, r, f = torch.randn(3, 5, dtype=torch.float64, generator=generator)
-    assert loss.bound(a, r) <= float(a @ f) + loss.value(r - f)
+    loss = SquaredError(r, 0.3)
+    assert loss.bound(a) <= float(a @ f) + loss.value(f)
     best = r - 0.15 * a
-    assert loss.bound(a, r) == pytest.approx(float(a @ best) + loss.value(r - best), rel=1e-12)
-    assert SquaredError(0.0).value(r) == 0
+    assert loss.bound(a) == pytest.approx(float(a @ best) + loss.value(best), rel=1e-12)
+    torch.testing.assert_close(loss.slope(best), -a)
+    assert SquaredError(r, 0.0).value(f) == 0

@@ -1,5 +1,6 @@
 """What the fit must do to the data: each loss's value, its slope and curvature in φβ, and its part of the lower bound."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -120,11 +121,11 @@ class CrossEntropy(Loss):
     def root(self, outputs: Tensor) -> Tensor:
         p = self.probabilities(outputs)
         if p.shape[1] == 1:
-            return (p * (1 - p) / self.ridge).sqrt()[:, :, None]
+            return torch.sqrt(p * (1 - p) / self.ridge)[:, :, None]
         # diag(√p) − p√pᵀ squares to diag(p) − ppᵀ, as the probabilities add up to one.
         root = p.sqrt()
         block: Tensor = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
-        return block / self.ridge**0.5
+        return block / math.sqrt(self.ridge)
 
     def bound(self, a: Tensor) -> float:
         a = a.reshape(self.offset.shape)

@@ -86,9 +86,9 @@ def fit(
     True
     """
     structure = as_structure(structure) if structure is not None else TwoSided()
-    for name, value, known in (("solver", solver, Solver), ("form", form, Form), ("loss", loss, LossName)):
-        if value not in get_args(known):
-            raise TangentError(f"fit: {name} is one of {', '.join(get_args(known))}, got {value!r}")
+    check_choice("solver", solver, get_args(Solver))
+    check_choice("form", form, get_args(Form))
+    check_choice("loss", loss, get_args(LossName))
     if not tol > 0 or max_rounds < 1:
         raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")
     goal = _cross_entropy(feats, r, offset, ridge) if loss == "cross-entropy" else _squared(feats, r, offset, ridge)
@@ -97,6 +97,12 @@ def fit(
     problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
     search = _Search(problem, tol, max_rounds, solver, progress)
     return replace(search.run(_start(feats, start)), features=feats)
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise TangentError for an option that is none of those known."""
+    if value not in known:
+        raise TangentError(f"fit: {name} is one of {', '.join(known)}, got {value!r}")
 
 
 def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: float) -> SquaredError:
@@ -262,7 +268,7 @@ class _Search:
         """Second-order steps to the optimum of this stage, or near it."""
         problem = self.problem
         stale = bool(system.transforms) or not is_identity(point.solution.transforms)
-        products, solved = 0, False
+        products, solved, moved = 0, False, not stale
         while True:
             if stale:
                 system = problem.system(point.solution.transforms, point.outputs)
@@ -277,7 +283,8 @@ class _Search:
             stationarity = problem.stationarity(point, alpha)
             self._record(point, stationarity, solved=solved, products=products)
             change = reduced.size / 2 / max(abs(point.objective), 1e-300)
-            stopped = self._stopped(change, stationarity) if last else None
+            # One step at least where anything adapts: it costs little, and its error is the square of what it finds.
+            stopped = self._stopped(change if moved else math.inf, stationarity) if last else None
             if stopped is not None:
                 return point, alpha, system, *stopped
             if not last and (stationarity <= _LOOSE or len(self.history) > self.max_rounds):
@@ -287,7 +294,7 @@ class _Search:
             point, length = line_search(problem, point, direction, reduced)
             gained = (before.objective - point.objective) / max(abs(before.objective), 1e-300)
             self.still = self.still + 1 if gained <= 1e-14 else 0
-            products = direction.products
+            products, moved = direction.products, True
             stale = length < 1 or direction.truncated or products > _PATIENCE
             solved = False
 

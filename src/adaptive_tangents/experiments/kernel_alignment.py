@@ -405,6 +405,9 @@ def _explanations(
     return found
 
 
+_CERTIFICATES = ("objective", "feasibility", "stationarity", "lower_bound", "rounds", "converged", "reason")
+
+
 def _models(
     config: KernelAlignmentConfig, model: nn.Module, start: Checkpoint, name: str, problem: _Problem,
     feats: TangentFeatures, change: Tensor, progress: Callable[[float], None],
@@ -431,18 +434,7 @@ def _models(
             "alignment": alignment(kernel, change),
             "alignment_centered": alignment(kernel, change, centered=True),
             **{f"test_{kind}": value for kind, value in test.items()},
-            **{
-                certificate: getattr(found, certificate)
-                for certificate in (
-                    "objective",
-                    "feasibility",
-                    "stationarity",
-                    "lower_bound",
-                    "rounds",
-                    "converged",
-                    "reason",
-                )
-            },
+            **{certificate: getattr(found, certificate) for certificate in _CERTIFICATES},
             "seconds": found.history[-1].seconds,
             "block": {block: {"effective_rank": asdict(effective_rank(found.coefficients[block]))} for block in BLOCKS},
         }
