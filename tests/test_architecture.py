@@ -56,6 +56,7 @@ ORDER = (
     "adaptation",
     "fits",
     "solvers",
+    "choosing",
     "kernels",
     "explain",
     "modules",

@@ -29,6 +29,7 @@ from adaptive_tangents.alignment import (
 )
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.choosing import FitPath, fit_path, leave_one_out
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
@@ -69,6 +70,7 @@ __all__ = [
     "EffectiveRank",
     "Explanation",
     "Fit",
+    "FitPath",
     "Fixed",
     "Full",
     "Induced",
@@ -101,7 +103,9 @@ __all__ = [
     "effective_rank",
     "explain",
     "fit",
+    "fit_path",
     "kernel_change",
+    "leave_one_out",
     "representability",
     "shares",
     "tangent_features",
