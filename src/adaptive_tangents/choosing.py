@@ -69,8 +69,8 @@ def fit_path(
     >>> path = at.fit_path(
     ...     at.tangent_features(model, x), y, [at.TwoSided(at.Quadratic(s)) for s in (10.0, 1.0)], ridges=(0.1, 1.0)
     ... )
-    >>> len(path.fits), path.best in path.fits
-    (4, True)
+    >>> len(path.fits), len(path.errors)
+    (4, 4)
     """
     if not structures or not ridges:
         raise TangentError("fit_path: give one or more structures, and one or more ridges")
