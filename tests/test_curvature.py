@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
+from theory_reference import CURVED as STRUCTURES
 
-STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
-    "Fixed": lambda p, q: at.Fixed(),
-    "Full": lambda p, q: at.Full(p),
-    "LayerScale": lambda p, q: at.LayerScale(p),
-    "Left": lambda p, q: at.Left(p),
-    "Right": lambda p, q: at.Right(p),
-    "TwoSided": lambda p, q: at.TwoSided(p, q),
-    "Rows": lambda p, q: at.Rows(p),
-    "Columns": lambda p, q: at.Columns(p),
-    "Diagonal": lambda p, q: at.Diagonal(p),
-}
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 few = settings(max_examples=8)
 seeds = st.integers(0, 10_000)

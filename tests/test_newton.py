@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import adaptive_tangents as at
+from adaptive_tangents import solvers
 from adaptive_tangents.losses import CrossEntropy, SquaredError
 from adaptive_tangents.model import Problem
 from adaptive_tangents.solvers import check_choice
@@ -103,8 +104,11 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
         assert found.converged
         assert found.stationarity <= 1e-6
         assert found.rounds <= 60
-    plain = at.fit(feats, r, structure=at.TwoSided(at.Quadratic(1.0)), solver="anderson", max_rounds=500)
-    assert plain.rounds > 2 * found.rounds
+    with pytest.warns(at.TangentWarning, match="stopped after 300 rounds"):
+        plain = at.fit(
+            feats, r, structure=at.TwoSided(at.Quadratic(1.0)), solver="alternation", tol=1e-12, max_rounds=300
+        )
+    assert not plain.converged
 
 
 @few
@@ -300,6 +304,15 @@ def test_every_form_inverts_the_same_systems(kind: str) -> None:
     whole = torch.block_diag(*root)
     rooted = torch.eye(10, dtype=torch.float64) + whole.mT @ exact @ whole / 2
     torch.testing.assert_close(kernel.rooted(root)(x), torch.linalg.solve(rooted, x), rtol=1e-8, atol=1e-10)
+
+
+def test_constraints_missed_by_more_than_rounding_are_not_called_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = problem(6, n=7, c=2, shapes=SHAPES, scale=3.0)
+    assert at.fit(case.feats, case.r, form="matrix-free").converged
+    monkeypatch.setattr(solvers, "_FEASIBLE", -1.0)  # no miss is small enough
+    with pytest.warns(at.TangentWarning, match=r"the targets are missed by .* matrix-free form; use form='dense'"):
+        found = at.fit(case.feats, case.r, form="matrix-free")
+    assert not found.converged
 
 
 def test_partial_cholesky_of_full_rank_is_the_kernel() -> None:

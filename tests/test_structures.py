@@ -28,13 +28,7 @@ SIDED = {
     "TwoSided": lambda p, q: at.TwoSided(p, q),
 }
 STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
-    "Fixed": lambda p, q: at.Fixed(),
-    "Full": lambda p, q: at.Full(p),
-    "LayerScale": lambda p, q: at.LayerScale(p),
-    **SIDED,
-    "Rows": lambda p, q: at.Rows(p),
-    "Columns": lambda p, q: at.Columns(p),
-    "Diagonal": lambda p, q: at.Diagonal(p),
+    **reference.CURVED,
     "Modes": lambda p, q: at.Modes({"out": p, "in": q, "spatial": p}, modes=MODES),
 }
 # What a rotation of both sides of every block leaves as it is.

@@ -21,6 +21,19 @@ from adaptive_tangents.summands import Dense, Outer
 
 Omega = Callable[[np.ndarray], np.ndarray]  # ω as a function of z − 1
 
+# Every structure whose regulariser has a curvature, made from two penalties.
+CURVED: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+    "Fixed": lambda p, q: at.Fixed(),
+    "Full": lambda p, q: at.Full(p),
+    "LayerScale": lambda p, q: at.LayerScale(p),
+    "Left": lambda p, q: at.Left(p),
+    "Right": lambda p, q: at.Right(p),
+    "TwoSided": lambda p, q: at.TwoSided(p, q),
+    "Rows": lambda p, q: at.Rows(p),
+    "Columns": lambda p, q: at.Columns(p),
+    "Diagonal": lambda p, q: at.Diagonal(p),
+}
+
 
 class PrecisePart(NamedTuple):
     """ω and its pull zω′/2 as functions of z − 1, in any arithmetic."""

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.losses import Loss
+from adaptive_tangents.losses import Loss, SquaredError
 from adaptive_tangents.structures import Fixed, Matrices, Solution, Structure
 from adaptive_tangents.systems import DenseKernel, FreeKernel, Kernel, PrimalKernel, Solve
 from adaptive_tangents.transforms import Transform, transform_matrices
@@ -180,8 +180,8 @@ class Problem:
     @property
     def targets(self) -> Vector:
         """The targets r of squared error and interpolation."""
-        targets: Tensor = self.loss.targets  # type: ignore[attr-defined]
-        return targets
+        assert isinstance(self.loss, SquaredError)
+        return self.loss.targets
 
     def dual(self, point: Point, reduced: Reduced) -> Vector:
         """α, with ∇Ω̃(β) = 2φᵀα at an optimum: of a loss from its slope, of constraints from the system."""

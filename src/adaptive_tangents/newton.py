@@ -1,7 +1,8 @@
 """A second-order step for the problem (E): conjugate gradients on the true curvature, in the space the constraints leave.
 
 The preconditioner is the system of the alternation, which is exact for the metric 2(MᵀM)⁻¹ that the held transform gives in
-place of ∇²Ω̃; so the first direction is the alternation's own step, and each further one corrects it.
+place of ∇²Ω̃. For squared error, while that transform is the best one for β, the first direction is the alternation's own
+step; each further one corrects it.
 """
 
 import math
@@ -69,7 +70,7 @@ def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
 
 
 def line_search(problem: Problem, point: Point, direction: Direction, plain: Reduced) -> tuple[Point, float]:
-    """The first of d, d/2, d/4, ... that lowers the objective, else the alternation's own step, with the length taken."""
+    """The first of d, d/2, d/4, ... that lowers the objective, else the held system's step if it does, and its length."""
     # Below this, differences of the objective are rounding.
     slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
     length = 1.0

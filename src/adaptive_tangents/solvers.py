@@ -42,8 +42,10 @@ LossName = Literal["squared", "cross-entropy"]
 _STAGE = 10.0  # the factor by which τ falls
 _LOOSE = 0.1  # the stationarity at which a stage gives way to the next
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
+_STILL = 10  # steps that leave the objective as it is
+_FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
 _PATIENCE = 20  # products with the curvature a system may cost before it is made anew
-_DENSE_COPIES = 4
+_DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
 
 
 def fit(
@@ -210,31 +212,26 @@ class _Search:
             beta, outputs, system = held_coefficients(problem, system, outputs)
         else:
             beta, outputs = problem.restored(system, beta, outputs)
-        stages, solved = [1.0], system
-        if self.newton:
-            problem.temper = math.inf
-            self._record(problem.point(beta, outputs), 0.0 if start is None else math.nan, solved=True)
-            stages = self._stages(beta) if start is None else [1.0]
+        problem.temper, stages = 1.0, [1.0]
+        point = problem.point(beta, outputs)
+        if self.newton and point.solution.curvature is None:
+            self.newton, self.memory = False, Extrapolation()
+        if not self.newton:
+            point, alpha, system, converged, reason = self._alternate(point, system)
+            return self._result(point, alpha, system, converged, reason)
+        problem.temper = math.inf
+        self._record(problem.point(beta, outputs), 0.0 if start is None else math.nan, solved=True)
+        stages = self._stages(beta) if start is None else [1.0]
         for temper in stages:
             problem.temper = temper
-            point = problem.point(beta, outputs)
-            if self.newton and point.solution.curvature is None:
-                self.newton, self.memory = False, Extrapolation()
-                stages = [1.0]
-                problem.temper = 1.0
-                point = problem.point(beta, outputs)
-            last = temper == stages[-1] or problem.temper == 1.0
-            if self.newton:
-                point, alpha, solved, converged, reason = self._descend(point, solved, last=last)
-            else:
-                point, alpha, solved, converged, reason = self._alternate(point, solved)
-            beta, outputs = point.coefficients, point.outputs
-            if (reason and last) or len(self.history) > self.max_rounds:
+            point = problem.point(point.coefficients, point.outputs)
+            point, alpha, system, converged, reason = self._descend(point, system, last=temper == 1.0)
+            if reason:
                 break
-        if problem.temper != 1.0:
+        if problem.temper != 1.0:  # out of rounds before all of the adaptation had set in
             problem.temper = 1.0
-            point = problem.point(beta, outputs)
-        return self._result(point, alpha, solved, converged and problem.temper == 1.0, reason)
+            point = problem.point(point.coefficients, point.outputs)
+        return self._result(point, alpha, system, converged, reason)
 
     def _first(self) -> System:
         """The system of K₀, after looking at which constraints are independent."""
@@ -268,7 +265,7 @@ class _Search:
         """Second-order steps to the optimum of this stage, or near it."""
         problem = self.problem
         stale = bool(system.transforms) or not is_identity(point.solution.transforms)
-        products, solved, moved = 0, False, not stale
+        products, solved, moved, self.still = 0, False, not stale, 0
         while True:
             if stale:
                 system = problem.system(point.solution.transforms, point.outputs)
@@ -284,11 +281,14 @@ class _Search:
             self._record(point, stationarity, solved=solved, products=products)
             change = reduced.size / 2 / max(abs(point.objective), 1e-300)
             # One step at least where anything adapts: it costs little, and its error is the square of what it finds.
-            stopped = self._stopped(change if moved else math.inf, stationarity) if last else None
-            if stopped is not None:
-                return point, alpha, system, *stopped
-            if not last and (stationarity <= _LOOSE or len(self.history) > self.max_rounds):
-                return point, alpha, system, False, "" if stationarity <= _LOOSE else self._out(change, stationarity)
+            if last:
+                stopped = self._stopped(change if moved else math.inf, stationarity)
+                if stopped is not None:
+                    return point, alpha, system, *stopped
+            elif len(self.history) > self.max_rounds:
+                return point, alpha, system, False, self._out(change, stationarity)
+            elif stationarity <= _LOOSE or self.still >= _STILL:
+                return point, alpha, system, False, ""
             direction = newton_direction(problem, system, point, reduced, stationarity)
             before = point
             point, length = line_search(problem, point, direction, reduced)
@@ -333,7 +333,7 @@ class _Search:
             return True, f"objective changing by {change:.1e} relative, stationarity {stationarity:.1e}"
         if len(self.history) > self.max_rounds:
             return False, self._out(change, stationarity)
-        if self.still >= 10:
+        if self.still >= _STILL:
             return False, (
                 f"the objective no longer changes in float64 but stationarity is {stationarity:.1e} (asked: "
                 f"{math.sqrt(self.tol):.1e}): adaptation this strong moves too slowly, or the kernel is "
@@ -364,6 +364,12 @@ class _Search:
         if squared:
             size = float(problem.targets.norm())
             feasibility = float((outputs - problem.targets).norm()) / size if size > 0 else 0.0
+        if converged and loss.interpolates and feasibility is not None and feasibility > _FEASIBLE:
+            converged = False
+            reason = (
+                f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the "
+                f"{problem.form} form; use form='dense' or a positive ridge"
+            )
         bound, why = lower_bound(problem, alpha)
         if not converged:
             warnings.warn(f"fit did not converge: {reason}", TangentWarning, stacklevel=4)
