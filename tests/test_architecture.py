@@ -46,6 +46,7 @@ ORDER = (
     "spectral",
     "modes",
     "mixed",
+    "subspaces",
     "losses",
     "systems",
     "constraints",

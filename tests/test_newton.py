@@ -17,9 +17,10 @@ from adaptive_tangents.model import Problem
 from adaptive_tangents.solvers import check_choice
 from adaptive_tangents.systems import (
     DenseKernel,
-    FreeKernel,
     Kernel,
     PrimalKernel,
+    RoundedKernel,
+    SketchedKernel,
     conjugate_gradients,
     partial_cholesky,
 )
@@ -286,13 +287,14 @@ def test_cross_entropy_refuses_what_it_cannot_fit() -> None:
 # ------------------------------------------------------------------------------------------------- linear systems
 
 
-@pytest.mark.parametrize("kind", ["dense", "primal", "free"])
+@pytest.mark.parametrize("kind", ["dense", "primal", "sketched", "rounded"])
 def test_every_form_inverts_the_same_systems(kind: str) -> None:
     case = problem(6, n=5, c=2, shapes=SHAPES)
     kernel: Kernel = {
         "dense": lambda: DenseKernel(case.feats),
         "primal": lambda: PrimalKernel(case.feats),
-        "free": lambda: FreeKernel(case.feats, 4),
+        "sketched": lambda: SketchedKernel(case.feats, 4),
+        "rounded": lambda: RoundedKernel(case.feats),
     }[kind]()
     exact = case.rows @ case.rows.mT
     generator = torch.Generator().manual_seed(0)

@@ -72,6 +72,9 @@ class Mixed(Structure):
         made = {pattern: self.structures[pattern].prepared(_only(feats, names)) for pattern, names in groups.items()}
         return Mixed({**self.structures, **made})
 
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return {name: structure.rotates([name])[name] for name, structure in self.of_blocks(names).items()}
+
     def solution(self, coefficients: Matrices) -> Solution:
         parts = [
             self.structures[pattern].solution({name: coefficients[name] for name in names})

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.losses import Loss, SquaredError
 from adaptive_tangents.structures import Fixed, Matrices, Solution, Structure
-from adaptive_tangents.systems import DenseKernel, FreeKernel, Kernel, PrimalKernel, Solve
+from adaptive_tangents.systems import DenseKernel, Kernel, PrimalKernel, RoundedKernel, SketchedKernel, Solve
 from adaptive_tangents.transforms import Transform, transform_matrices
 
 Vector = Float[Tensor, " k"]
@@ -78,7 +78,7 @@ class Problem:
     structure: Structure
     loss: Loss
     form: str
-    rank: int
+    rank: int | None
     kept: Int[Tensor, " k"] | None = None
     temper: float = 1.0
     timings: dict[str, float] = field(default_factory=dict)
@@ -137,7 +137,9 @@ class Problem:
         adapted = self.feats.transformed(transforms) if transforms else self.feats
         if self.form == "dense":
             return DenseKernel(adapted, self.kept)
-        return PrimalKernel(adapted) if self.form == "primal" else FreeKernel(adapted, self.rank)
+        if self.form == "primal":
+            return PrimalKernel(adapted)
+        return RoundedKernel(adapted) if self.rank is None else SketchedKernel(adapted, self.rank)
 
     def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
         """The step for w = w₀ + φᵀη: see ``systems``."""

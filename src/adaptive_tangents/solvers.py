@@ -31,6 +31,7 @@ from adaptive_tangents.model import Point, Problem, System
 from adaptive_tangents.newton import line_search, newton_direction
 from adaptive_tangents.spectral import TwoSided
 from adaptive_tangents.structures import Structure
+from adaptive_tangents.subspaces import compressed
 from adaptive_tangents.systems import DenseKernel
 from adaptive_tangents.transforms import is_identity
 
@@ -46,6 +47,7 @@ _STILL = 10  # steps that leave the objective as it is
 _FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
 _PATIENCE = 20  # products with the curvature a system may cost before it is made anew
 _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
+_ROUNDED_COPIES = 3  # the factor in use, while the next is made
 
 
 def fit(
@@ -95,10 +97,14 @@ def fit(
         raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")
     goal = _cross_entropy(feats, r, offset, ridge) if loss == "cross-entropy" else _squared(feats, r, offset, ridge)
     doubled = feats.to(torch.float64)
-    chosen, rank = _form(feats, form, interpolates=goal.interpolates)
-    problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
-    search = _Search(problem, tol, max_rounds, solver, progress)
-    return replace(search.run(_start(feats, start)), features=feats)
+    structure = structure.prepared(doubled)
+    within = compressed(doubled, structure)
+    chosen, rank = _form(within.features, form, interpolates=goal.interpolates)
+    problem = Problem(within.features, structure, goal, chosen, rank)
+    began = _start(feats, start)
+    found = _Search(problem, tol, max_rounds, solver, progress).run(None if began is None else within.down(began))
+    coefficients, transforms = within.up(found.coefficients), within.up_transforms(found.transforms)
+    return replace(found, features=feats, coefficients=coefficients, transforms=transforms)
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -152,15 +158,20 @@ def _check_device(feats: TangentFeatures, name: str, tensor: Tensor) -> None:
         )
 
 
-def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int]:
-    """How to solve the systems, and the columns that a preconditioner may have."""
+def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
+    """How to solve the systems, and the columns that a preconditioner may have; None is all of them, in float32."""
     size, limit = feats.n * feats.c, memory_limit(feats.limit, feats.device)
-    dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * feats.p * max(feats.p, size)
-    rank = max(1, min(size // 2, 2000, int(limit / (_DENSE_COPIES * 8 * size))))
+    p = sum(block.shape[0] * block.shape[1] for block in feats.blocks.values())
+    dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * p * max(p, size)
+    rank = (
+        None
+        if _ROUNDED_COPIES * 4 * size**2 <= limit
+        else max(1, min(size // 2, 2000, limit // (_DENSE_COPIES * 8 * size)))
+    )
     if form == "primal" and interpolates:
         raise TangentError("fit: the primal form needs a ridge; interpolation is solved in the dual")
     if form == "auto":
-        if feats.p < size and not interpolates and primal <= limit:
+        if p < size and not interpolates and primal <= limit:
             return "primal", rank
         return ("dense" if dense <= limit else "matrix-free"), rank
     if form != "matrix-free":

@@ -1,7 +1,7 @@
 """Structures of a block's singular values: transforms of its output side, its input side, or both."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +29,9 @@ class Spectral(BlockStructure):
         """The penalty on the product of the sides' singular values."""
         first, *rest = self.sides.values()
         return rest[0].compose(first) if rest else first
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (True, True))
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)

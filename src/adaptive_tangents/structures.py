@@ -7,7 +7,7 @@ and write ``block_solution`` (all of it comes from one decomposition of B) and `
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
@@ -55,6 +55,13 @@ class Structure(ABC):
     def prepared(self, feats: TangentFeatures) -> "Structure":
         """The structure with what it learns from the features it is to be fitted to; ``fit`` asks for this once."""
         return self
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        """For every block, whether a rotation of its output side, and of its input side, leaves Ω̃ as it is.
+
+        Where it does, and rows or columns of zeros add nothing, ``fit`` works in the subspace that the features span.
+        """
+        return dict.fromkeys(names, (False, False))
 
     @abstractmethod
     def solution(self, coefficients: Matrices) -> Solution:
@@ -217,6 +224,9 @@ class Inner:
 class Fixed(BlockStructure):
     """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖²."""
 
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (True, True))
+
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         return BlockSolution(Sides(), float((matrix**2).sum()), 2 * matrix, lambda x: 2 * x)
 
@@ -232,6 +242,9 @@ class Full(Structure):
     """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (True, True))
 
     def solution(self, coefficients: Matrices) -> Solution:
         norm = _norm(coefficients)
@@ -271,6 +284,9 @@ class Grouped(BlockStructure):
     @abstractmethod
     def transform(self, gains: Float[Tensor, "_g _h"]) -> Transform:
         """The transform with these factors, of size 1 along ``dimensions``."""
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (0 in self.dimensions, 1 in self.dimensions))
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         norms = self._norms(matrix)
