@@ -19,7 +19,7 @@ from adaptive_tangents import contraction
 from adaptive_tangents.blocks import Block, sum_blocks
 from adaptive_tangents.inputs import take
 from adaptive_tangents.summands import Dense, Outer
-from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Sides, transform_matrices
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Sides, squared, transform_matrices
 from cases import Case, Forward, mlp, normal
 from registry import CASES, by_name
 
@@ -382,6 +382,8 @@ def test_a_low_rank_side_is_its_matrix() -> None:
         (side.inverse().matrix(), np.linalg.inv(by_hand)),
         (side.apply(rows), rows.numpy() @ by_hand.T),
         (Matrix(side.matrix()).apply(rows), rows.numpy() @ by_hand.T),
+        (squared({"w": Sides(left=side)})["w"].left.matrix(), by_hand @ by_hand),
+        (squared({"w": Sides(right=Matrix(side.matrix()))})["w"].right.matrix(), by_hand @ by_hand),
     ):
         np.testing.assert_allclose(made.numpy(), expected, rtol=0, atol=1e-12)
 

@@ -15,7 +15,7 @@ import adaptive_tangents as at
 import theory_reference as reference
 from adaptive_tangents import modes
 from adaptive_tangents.structures import Solution
-from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Modal, Scaled, Sides, transform_matrices
+from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Modal, Scaled, Sides, squared, transform_matrices
 
 Coefficients = dict[str, Tensor]
 SHAPES = {"wide": (2, 4), "tall": (5, 3), "column": (3, 1), "single": (1, 1), "kernel": (3, 7)}
@@ -236,6 +236,8 @@ def test_gradient_is_twice_the_coefficients_whitened_by_the_best_transform(name:
     for _ in range(2):  # M symmetric: P = MᵀM is M twice
         back = transform_matrices(back, transforms)
     torch.testing.assert_close(flat(back), 2 * flat(b), rtol=1e-9, atol=1e-9 * scale)
+    at_once = transform_matrices(structure.gradient(b), squared(transforms))
+    torch.testing.assert_close(flat(at_once), 2 * flat(b), rtol=1e-9, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize("name", INVARIANT)

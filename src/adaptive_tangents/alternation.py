@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from adaptive_tangents.model import Point, Problem, System, squared_transform
+from adaptive_tangents.model import Point, Problem, System
 from adaptive_tangents.structures import Matrices
 
 _DEPTH = 10
@@ -43,7 +43,7 @@ def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tupl
             alpha, outputs = alpha + length * (aim - alpha), outputs + length * move
             if float(move.norm()) <= 1e-13 * float(outputs.norm()) or length <= 1e-4:
                 break
-    coefficients = squared_transform(problem.combine(alpha), system.transforms)
+    coefficients = system.square(problem.combine(alpha))
     coefficients, outputs = problem.restored(system, coefficients, problem.inner(coefficients))
     return coefficients, outputs, system
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,7 +14,7 @@ from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.losses import Loss, SquaredError
 from adaptive_tangents.structures import Fixed, Matrices, Solution, Structure
 from adaptive_tangents.systems import DenseKernel, Kernel, PrimalKernel, RoundedKernel, SketchedKernel, Solve
-from adaptive_tangents.transforms import Transform, transform_matrices
+from adaptive_tangents.transforms import Transform, squared, transform_matrices
 
 Vector = Float[Tensor, " k"]
 
@@ -26,11 +27,6 @@ def product(x: Matrices, y: Matrices) -> float:
 def plus(x: Matrices, step: float, y: Matrices) -> dict[str, Tensor]:
     """X + step·Y."""
     return {name: x[name] + step * y[name] for name in x}
-
-
-def squared_transform(x: Matrices, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
-    """MᵀM X, for the symmetric M that structures return."""
-    return transform_matrices(transform_matrices(x, transforms), transforms)
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,14 @@ class System:
     kernel: Kernel
     root: "Float[Tensor, 'n c c'] | None"
     inverse: Solve
+
+    @cached_property
+    def _squared(self) -> Mapping[str, Transform]:
+        return squared(self.transforms)
+
+    def square(self, x: Matrices) -> dict[str, Tensor]:
+        """MᵀM X."""
+        return transform_matrices(x, self._squared)
 
 
 @dataclass
@@ -143,7 +147,7 @@ class Problem:
 
     def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
         """The step for w = w₀ + φᵀη: see ``systems``."""
-        pulled = self.inner(squared_transform(gradient, system.transforms))
+        pulled = self.inner(system.square(gradient))
         with self.timed("systems"):
             if system.root is None:
                 multipliers = system.inverse(self.loss.ridge * slope - pulled)
@@ -155,7 +159,7 @@ class Problem:
                 multipliers = slope - (system.root @ inside).flatten()
                 moved = (pulled + system.kernel.apply(multipliers)) / 2
         whole = plus(gradient, 1.0, self.combine(multipliers))
-        step = {name: -x / 2 for name, x in squared_transform(whole, system.transforms).items()}
+        step = {name: -x / 2 for name, x in system.square(whole).items()}
         # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both of them sums of squares.
         size = -product(whole, step) + float(moved @ (slope - multipliers))
         return Reduced(step, -moved, multipliers, whole, size)
@@ -174,7 +178,7 @@ class Problem:
                 break
             with self.timed("systems"):
                 alpha = system.inverse(missing)
-            move = squared_transform(self.combine(alpha), system.transforms)
+            move = system.square(self.combine(alpha))
             coefficients = plus(coefficients, 1.0, move)
             outputs = self.inner(coefficients)
         return coefficients, outputs

@@ -45,6 +45,7 @@ _LOOSE = 0.1  # the stationarity at which a stage gives way to the next
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
 _STILL = 10  # steps that leave the objective as it is
 _FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
+_SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
 _PATIENCE = 20  # products with the curvature a system may cost before it is made anew
 _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
 _ROUNDED_COPIES = 3  # the factor in use, while the next is made
@@ -405,14 +406,14 @@ def lower_bound(problem: Problem, alpha: Tensor) -> tuple[float | None, str]:
 
     if not bool(alpha.any()):
         return value(0.0), "the targets are zero"
-    finite, infinite = 0.0, 2.0
+    finite, infinite = _SMALLEST_SCALE, 2.0
+    if not math.isfinite(value(finite)):
+        return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
     if math.isfinite(value(infinite)):
         finite = infinite
-    for _ in range(60):
+    while infinite - finite > 1e-15 * infinite:
         middle = (finite + infinite) / 2
         finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
-    if finite < 1e-9:
-        return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
     found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
     best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
     return best, "evaluated at the scaled dual coefficients"

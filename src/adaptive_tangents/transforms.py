@@ -163,6 +163,32 @@ def _does_nothing(side: Side | None) -> bool:
     return isinstance(side, LowRank | Scaled) and bool((side.gains == 1).all())
 
 
+def squared(transforms: Mapping[str, Transform]) -> dict[str, Transform]:
+    """MᵀM of transforms as structures return them, symmetric, in the form quickest to apply to matrices."""
+    joint = {id(t): Joint(t.direction, t.gain**2) for t in transforms.values() if isinstance(t, Joint)}
+    found: dict[str, Transform] = {}
+    for name, transform in transforms.items():
+        if isinstance(transform, Joint):
+            found[name] = joint[id(transform)]
+        elif isinstance(transform, Entrywise):
+            found[name] = Entrywise(transform.gains**2)
+        else:
+            found[name] = Sides(_squared(transform.left), _squared(transform.right), transform.scale**2)
+    return found
+
+
+def _squared(side: Side | None) -> Side | None:
+    if isinstance(side, Modal):
+        return Modal(side.sizes, tuple(None if f is None else _squared_factor(f) for f in side.factors))
+    return None if side is None else _squared_factor(side)
+
+
+def _squared_factor(side: LowRank | Scaled | Matrix) -> LowRank | Scaled | Matrix:
+    if isinstance(side, LowRank) and 2 * side.directions.shape[1] > side.directions.shape[0]:
+        return Matrix(side.squared().matrix())
+    return Matrix(side.values @ side.values) if isinstance(side, Matrix) else side.squared()
+
+
 def transform_matrices(
     matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
 ) -> dict[str, Float[Tensor, "_o _i"]]:
