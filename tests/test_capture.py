@@ -200,6 +200,22 @@ def test_bfloat16_features_stay_in_factors() -> None:
     assert float((feats.kernel() - exact).norm() / exact.norm()) <= 0.05
 
 
+@pytest.mark.parametrize("steps", [7, 14])
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_factored_where_steps_could_be_taken_for_samples(
+    layer: type[nn.RNNBase], steps: int
+) -> None:
+    """The weight's rows are steps before samples, its bias is added where samples come second: each use in its own way."""
+    torch.manual_seed(0)
+    body, out = layer(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+    model = Forward(lambda m, x: m.out(m.body(x)[0][:, -1]), body=body, out=out)
+    x = torch.randn(20, steps, 3, dtype=torch.float64)
+    feats = at.tangent_features(model, x)
+    assert {name for name, block in feats.blocks.items() if block.kind == "factored"} == set(feats.blocks)
+    expected = reference.jacobian(model, x)
+    np.testing.assert_allclose(feats.dense().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
 # What is refused. Every message names the call, the cause and a remedy.
 
 

@@ -186,7 +186,8 @@ class Capture:
         self._check_interaction(some, out)
         for name, source in sources.items():
             allowed = None if source.uses else signatures(source.terms)
-            choices[name] = replace(choices.get(name, Choice()), calls=bool(source.uses), allowed=allowed)
+            choice = choices.get(name, Choice())
+            choices[name] = replace(choice, calls=bool(source.uses), allowed=allowed, layouts=source.layouts(choice))
         c = out.shape[1]
         made = [group for group in groups if group.name not in blocks]
         sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in groups}

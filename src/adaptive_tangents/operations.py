@@ -307,7 +307,7 @@ def block_of(
     terms: Mapping[str, list[Term]],
     gradients: Mapping[tuple[Any, int], Tensor],
     out: Tensor,
-    preference: int,
+    layouts: Mapping[Signature, Layout],
 ) -> Block:
     """The block made of uses in the graph, each in its parameter's columns."""
     (n, c), (rows, width) = out.shape, group.matrix
@@ -317,8 +317,7 @@ def block_of(
         for term in terms[slot.parameter]:
             if term.node in both:
                 continue
-            way = term.layouts[min(preference, len(term.layouts) - 1)]
-            made = part(term, slot, rows, way, gradients[term.node, 0], n)
+            made = part(term, slot, rows, layouts[term.signature], gradients[term.node, 0], n)
             bias = group.slots[1] if group.joined and slot is group.slots[0] else None
             if bias is not None and isinstance(made, Outer) and term.shape[-1] == rows:
                 both |= {t.node for t in terms[bias.parameter] if t.node is term.node and not t.chain and t.factor == 1}

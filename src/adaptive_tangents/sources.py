@@ -1,5 +1,6 @@
 """What the features of each block are made from, and what to try next where that is refuted."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,19 +12,23 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.derivatives import backward
 from adaptive_tangents.operations import Signature, Term, block_of, signatures, terms_of
-from adaptive_tangents.recording import Graph, Group, Use
+from adaptive_tangents.recording import Graph, Group, Layout, Use
 from adaptive_tangents.summands import Dense
+
+_MIXTURES = 32
 
 
 @dataclass(frozen=True)
 class Choice:
     """What is taken for the features of one block: by the probe, and so for every batch after it.
 
-    ``preference`` counts through the dimensions that may be the samples'; ``calls``: calls of layers, else uses in the
-    graph, only ``allowed`` ones where that is known and none that were ``refused``.
+    ``preference`` counts through the dimensions that may be the samples'; ``layouts`` says which it came to for each use in
+    the graph. ``calls``: calls of layers, else uses in the graph, only ``allowed`` ones where that is known and none that
+    were ``refused``.
     """
 
     preference: int = 0
+    layouts: Mapping[Signature, Layout] | None = None
     calls: bool = True
     refused: frozenset[Signature] = frozenset()
     allowed: frozenset[Signature] | None = None
@@ -31,12 +36,37 @@ class Choice:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the features of a block come from: layer calls, or uses of each of its parameters; ``unsure``: never probed."""
+    """Where a block's features of n samples come from: layer calls, or uses of its parameters; ``unsure``: never probed."""
 
+    n: int
     uses: tuple[Use, ...] = ()
     terms: Mapping[str, list[Term]] = field(default_factory=dict)
-    ways: int = 1
     unsure: bool = False
+
+    @property
+    def ways(self) -> int:
+        """In how many ways samples may lie in all of these."""
+        if self.uses:
+            return max(len(use.layouts(self.n)) for use in self.uses)
+        return len(self._arrangements)
+
+    @property
+    def _arrangements(self) -> list[dict[tuple[Layout, ...], Layout]]:
+        """A layout for every set of possible ones: the likeliest of all, the second of all, ..., then mixtures of these."""
+        sets = list(dict.fromkeys(term.layouts for found in self.terms.values() for term in found))
+        alike = [tuple(way[min(k, len(way) - 1)] for way in sets) for k in range(max(map(len, sets), default=1))]
+        every = dict.fromkeys([*alike, *itertools.islice(itertools.product(*sets), _MIXTURES)])
+        return [dict(zip(sets, ways, strict=True)) for ways in every]
+
+    def layouts(self, choice: Choice) -> dict[Signature, Layout]:
+        """Where samples are taken to be in each use in the graph."""
+        arrangements, known = self._arrangements, choice.layouts or {}
+        guess = arrangements[min(choice.preference, len(arrangements) - 1)]
+        found = {}
+        for term in (term for terms in self.terms.values() for term in terms):
+            there = known.get(term.signature)
+            found[term.signature] = there if there in term.layouts else guess[term.layouts]
+        return found
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -61,7 +91,7 @@ def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choic
     if choice.calls:
         calls = group.calls(uses, graph.counts, n)
         if calls:
-            return Source(tuple(calls), ways=max(len(use.layouts(n)) for use in calls))
+            return Source(n, tuple(calls))
         if choice.allowed is not None:
             return None
     terms = _terms(group, graph, n, choice, choice.allowed)
@@ -71,8 +101,7 @@ def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choic
         terms = _terms(group, graph, n, choice, None)
     if terms is None:
         return None
-    ways = max((len(term.layouts) for found in terms.values() for term in found), default=1)
-    return Source((), terms, ways, unsure)
+    return Source(n, (), terms, unsure)
 
 
 def _terms(
@@ -109,12 +138,12 @@ def made_from(
     choices: Mapping[str, Choice],
 ) -> Block:
     """The block made from its source and the gradients (c, ...) at the source's edges."""
-    preference = choices.get(group.name, Choice()).preference
+    choice = choices.get(group.name, Choice())
     gradients = {(e.node, e.output_nr): gradients[e.node, e.output_nr].detach() for e in source.edges}
     if source.uses:
         found = {id(use): gradients[use.edge.node, use.edge.output_nr] for use in source.uses}
-        return group.called(list(source.uses), found, len(out), preference)
-    return block_of(group, source.terms, gradients, out, preference)
+        return group.called(list(source.uses), found, len(out), choice.preference)
+    return block_of(group, source.terms, gradients, out, source.layouts(choice))
 
 
 def blocks_of(
