@@ -58,6 +58,8 @@ ORDER = (
     "fits",
     "solvers",
     "choosing",
+    "factors",
+    "modules",
     "kernels",
     "explain",
     "modules",

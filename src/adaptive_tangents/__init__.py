@@ -38,6 +38,7 @@ from adaptive_tangents.induced import Composition, Induced, Penalty, shares
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
+from adaptive_tangents.modules import TangentModule
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
 from adaptive_tangents.solvers import fit
@@ -93,6 +94,7 @@ __all__ = [
     "Structure",
     "TangentError",
     "TangentFeatures",
+    "TangentModule",
     "TangentWarning",
     "TwoSided",
     "adaptation",

@@ -128,7 +128,7 @@ def network(
             )
     if params is not None:
         parameters, buffers = overlay(call, model, params)
-    _check_mode(call, model)
+    check_mode(call, model)
     _check_batch(call, x, parameters)
     return Network(model, parameters, buffers, selected, output, call)
 
@@ -282,7 +282,8 @@ def _check_batch(call: str, x: Any, parameters: Mapping[str, Tensor]) -> None:
     check_finite(call, "the input", tensors(x))
 
 
-def _check_mode(call: str, model: nn.Module) -> None:
+def check_mode(call: str, model: nn.Module) -> None:
+    """Raise TangentError for modules in training mode whose outputs are random or depend on the batch."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -78,8 +78,8 @@ class Modes(BlockStructure):
             return TwoSided(chosen[_OUT], chosen[_IN]) if _OUT in chosen else Right(chosen[_IN])
         sizes = tuple(size for _, size in modes)
         if len(axes) == 1:
-            return _OneMode(sizes, axes[0], chosen[names[axes[0]]])
-        return _ManyModes(sizes, {axis: chosen[names[axis]] for axis in axes})
+            return OneMode(sizes, axes[0], chosen[names[axes[0]]])
+        return ManyModes(sizes, {axis: chosen[names[axis]] for axis in axes})
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         return replace(self, modes={"": ()}).for_block("").block_solution(matrix)
@@ -89,7 +89,7 @@ class Modes(BlockStructure):
 
 
 @dataclass(frozen=True)
-class _OneMode(BlockStructure):
+class OneMode(BlockStructure):
     """One factor, on one mode of the input side: the spectral problem of that unfolding, and ‖·‖² of the bias."""
 
     sizes: tuple[int, ...]
@@ -130,7 +130,7 @@ class _OneMode(BlockStructure):
 
 
 @dataclass(frozen=True)
-class _ManyModes(BlockStructure):
+class ManyModes(BlockStructure):
     """Two factors or more, on axes of the kernel W (out, *sizes): exact updates in turn."""
 
     sizes: tuple[int, ...]
