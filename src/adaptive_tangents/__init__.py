@@ -41,7 +41,7 @@ from adaptive_tangents.modes import Modes
 from adaptive_tangents.modules import TangentModule
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
-from adaptive_tangents.solvers import fit
+from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import (
     BlockSolution,
@@ -100,6 +100,7 @@ __all__ = [
     "adaptation",
     "alignment",
     "average_features",
+    "certify",
     "cka",
     "decompose",
     "effective_rank",

@@ -310,7 +310,7 @@ class Capture:
         net = self.network
         leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
         uses: list[Use] = []
-        with self._quiet(), torch.enable_grad(), _copies() if copy else nullcontext():
+        with self._quiet(), torch.enable_grad(), saved_copies() if copy else nullcontext():
             with recorded_calls(net.model, uses, copy=copy):
                 out = net(x, leaves)
             if not out.requires_grad:
@@ -347,7 +347,7 @@ _Pass = tuple[Tensor, list[Group], dict[str, Block], dict[str, Source], frozense
 
 
 @contextmanager
-def _copies() -> Iterator[None]:
+def saved_copies() -> Iterator[None]:
     """Keep copies of what autograd saves, so that nothing overwrites it."""
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
         yield

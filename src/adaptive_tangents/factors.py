@@ -291,7 +291,7 @@ class JointGain(Factor):
     def transforms(self, inner: Matrices) -> dict[str, Transform]:
         norm = torch.stack([(inner[name].detach() ** 2).sum() for name in self.names]).sum().sqrt()
         unit = {name: inner[name].detach() / norm if norm > 0 else inner[name].detach() for name in self.names}
-        return dict.fromkeys(self.names, Joint(unit, float(self.gain)))
+        return dict.fromkeys(self.names, Joint(unit, float(self.gain.detach())))
 
     def cost(self) -> Tensor:
         return self.penalty_on_transform.value(self.gain.abs().clamp_min(1))

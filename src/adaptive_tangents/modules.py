@@ -6,19 +6,21 @@ at the frozen θ₀, each the other's derivative, so training needs no second de
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from adaptive_tangents.blocks import Block
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture import saved_copies, tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.factors import factors
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
+from adaptive_tangents.goals import LossName
 from adaptive_tangents.inputs import (
     Batch,
     Network,
@@ -32,8 +34,11 @@ from adaptive_tangents.inputs import (
 )
 from adaptive_tangents.mixed import as_structure
 from adaptive_tangents.recording import parameter_groups
+from adaptive_tangents.solvers import certify
 from adaptive_tangents.structures import Fixed, Structure
 from adaptive_tangents.transforms import Transform
+
+_Way = Literal["forward", "backward", "features"]
 
 
 class TangentModule(nn.Module):
@@ -91,13 +96,18 @@ class TangentModule(nn.Module):
         self.output, self.selected = output, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
         self._places = _places(model)
+        self._aliases = frozenset(alias for aliases in self._places.values() for alias in aliases)
         self.model = _frozen(model, {**parameters, **buffers})
-        like = parameters[selected[0]]
+        dtype = parameters[selected[0]].dtype
+        for name in selected:
+            dtype = torch.promote_types(dtype, parameters[name].dtype)
         self.inner = nn.ParameterDict({_key(g.name): torch.zeros(g.matrix) for g in groups})
         shapes, modes = {g.name: g.matrix for g in groups}, {g.name: g.modes for g in groups}
         self.factors = nn.ModuleList(factors(self.structure, shapes, modes, rank))
-        self.inner.to(like)
-        self.factors.to(like)
+        self.to(parameters[selected[0]].device)
+        self.inner.to(dtype)
+        self.factors.to(dtype)
+        self._way: _Way | None = None
         self.eval()
 
     def train(self, mode: bool = True) -> "TangentModule":
@@ -106,10 +116,17 @@ class TangentModule(nn.Module):
         self.model.eval()
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x;θ₀) + φ(x)Mᵀθ."""
-        out: Tensor = self._outputs(x, self._parameters_of(self._coefficients()))
-        return out
+        network = self._network()
+        tangents = self._parameters_of(self._coefficients(), network)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+            initial, change = network.along(x, tangents)
+        else:
+            initial, change = _along(network, x, tangents)
+        total: Tensor = initial + change
+        return total
 
     def initial(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x;θ₀), without a gradient."""
@@ -159,71 +176,170 @@ class TangentModule(nn.Module):
                     self.inner[_key(name)].copy_(matrix)
         return self
 
+    def as_fit(
+        self,
+        x: Batch,
+        r: Shaped[Tensor, "..."],
+        *,
+        loss: LossName = "squared",
+        offset: Shaped[Tensor, "n c"] | None = None,
+        ridge: float = 0.0,
+    ) -> Fit:
+        """β as a ``Fit`` to a batch, with the best M of the structure for it and certificates: ``certify`` at φ(x).
+
+        ``r`` holds targets minus f(x;θ₀), or labels, as in ``fit``.
+        """
+        return certify(
+            self.features(x),
+            r,
+            self.effective_coefficients(),
+            structure=self.structure,
+            loss=loss,
+            offset=offset,
+            ridge=ridge,
+        )
+
     def _coefficients(self) -> dict[str, Tensor]:
         inner = {name: self.inner[_key(name)] for name in self.blocks}
         return {name: m for factor in self.factors for name, m in factor.coefficients(inner).items()}  # type: ignore[operator]
 
-    def _parameters_of(self, matrices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _parameters_of(self, matrices: Mapping[str, Tensor], network: "_At") -> tuple[Tensor, ...]:
         """One matrix a block as the selected parameters, in their order."""
         split = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
-        return tuple(split[name] for name in self.selected)
+        return tuple(split[name].to(value.dtype) for name, value in network.selected.items())
 
     def _network(self) -> "_At":
         state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
         parameters = {name: state[name] for name in self._places}
-        rest = {name: value for name, value in state.items() if name not in _all(self._places)}
+        rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output, "TangentModule")
-        return _At(network, self._places)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outputs(self, x: Batch, tangents: tuple[Tensor, ...]) -> Tensor:
-        network = self._network()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
-            initial, change = network.along(x, tangents)
-        else:
-            initial, change = _along(network, x, tangents)
-        total: Tensor = initial + change
-        return total
+        return _At(self, network)
 
 
 class _At:
-    """A network at its θ₀ with the two linear maps of its derivative there."""
+    """The network at its θ₀, with the two linear maps of its derivative there."""
 
-    def __init__(self, network: Network, places: Mapping[str, tuple[str, ...]]) -> None:
-        self.network, self.places = network, places
+    def __init__(self, module: TangentModule, network: Network) -> None:
+        self.module, self.network, self.places = module, network, module._places
+        self.selected = {name: network.parameters[name] for name in network.selected}
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         state = {**self.network.parameters, **parameters}
         return self.network(x, {alias: state[name] for name, aliases in self.places.items() for alias in aliases})
 
     @property
-    def selected(self) -> dict[str, Tensor]:
-        return {name: self.network.parameters[name] for name in self.network.selected}
+    def leaves(self) -> dict[str, Tensor]:
+        """The selected parameters, to be differentiated."""
+        return {name: value.detach().requires_grad_(True) for name, value in self.selected.items()}
 
     def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """f(x;θ₀) and φ(x)β."""
+        return getattr(self, f"_{self.way(x)}")(x, tangents)  # type: ignore[no-any-return]
+
+    def recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph | None"]:
+        """The same, with the graph of f where it comes with it."""
+        if self.way(x) != "forward":
+            with torch.no_grad():
+                return (*self.along(x, tangents), None)
+        leaves = self.leaves
+        with torch.enable_grad():
+            outputs, change = self._forward(x, tangents, leaves)
+        return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
+
+    def way(self, x: Batch) -> _Way:
+        """How φβ is found: the way that the first batch showed to be right."""
+        if self.module._way is None:
+            self.module._way = self._first_right(x)
+        return self.module._way
+
+    def _first_right(self, x: Batch) -> _Way:
+        """The first way that is adjoint to ``against``: some operations have no forward mode, or one that ignores padding."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like)
+
+        tangents = tuple(draw(value) for value in self.selected.values())
+        ways: tuple[_Way, ...] = get_args(_Way)
+        for way in ways:
+            with torch.no_grad(), suppress(NotImplementedError):
+                outputs, change = getattr(self, f"_{way}")(x, tangents)
+                signal = draw(outputs)
+                back = self.against(x, signal)
+                found = float((signal * change).double().sum())
+                wanted = sum(float((b * t).double().sum()) for b, t in zip(back, tangents, strict=True))
+                size = float(signal.double().norm() * change.double().norm())
+                if abs(found - wanted) <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
+                    return way
+        return "features"
+
+    def _forward(
+        self, x: Batch, tangents: tuple[Tensor, ...], leaves: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """By forward mode."""
         with forward_ad.dual_level():
             moved = {
                 name: forward_ad.make_dual(value, tangent.contiguous())  # type: ignore[no-untyped-call]
-                for (name, value), tangent in zip(self.selected.items(), tangents, strict=True)
+                for (name, value), tangent in zip((leaves or self.selected).items(), tangents, strict=True)
             }
             outputs, change = forward_ad.unpack_dual(self(x, moved))  # type: ignore[no-untyped-call]
         return outputs, torch.zeros_like(outputs) if change is None else change
 
-    def against(self, x: Batch, signal: Tensor) -> tuple[Tensor, ...]:
-        """φ(x)ᵀg, as the selected parameters."""
+    def _backward(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """As the derivative of ⟨φᵀg, β⟩ in g."""
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_(True) for name, value in self.selected.items()}
+            leaves = self.leaves
             out = self(x, leaves)
-            return torch.autograd.grad(out, list(leaves.values()), signal, materialize_grads=True)
+            signal = torch.zeros_like(out, requires_grad=True)
+            back = torch.autograd.grad(out, list(leaves.values()), signal, create_graph=True, materialize_grads=True)
+        along = [(b, t) for b, t in zip(back, tangents, strict=True) if b.requires_grad]
+        columns, values = [b for b, _ in along], [t for _, t in along]
+        (change,) = torch.autograd.grad(columns, [signal], values, create_graph=again)
+        return out if again else out.detach(), change
+
+    def _features(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """By the features themselves, which know every network."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+            raise TangentError(
+                "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
+                "derivative by the inputs; detach them"
+            )
+        feats = self.module.features(x)
+        named = dict(zip(self.selected, tangents, strict=True))
+        matrices = {name: block.join(named).to(feats.dtype) for name, block in feats.blocks.items()}
+        outputs = self(x, {})
+        return outputs.detach(), feats.inner(matrices).to(outputs.dtype)
+
+    def against(self, x: Batch, signal: Tensor, graph: "_Graph | None" = None) -> tuple[Tensor, ...]:
+        """φ(x)ᵀg, as the selected parameters."""
+        try:
+            return self._against(x, signal, graph)
+        except RuntimeError:  # something saved was overwritten later
+            with saved_copies():
+                return self._against(x, signal, None)
+
+    def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            if graph is None:
+                leaves = self.leaves
+                graph = self(x, leaves), tuple(leaves.values())
+            return torch.autograd.grad(*graph, signal, materialize_grads=True)
+
+
+_Graph = tuple[Tensor, tuple[Tensor, ...]]
+"""Outputs f and the parameters they were made from, to be gone through backward once."""
 
 
 def _along(network: _At, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """f and φβ, the second with φᵀ as its derivative."""
+    """The outputs f and φβ, the second with φᵀ as its derivative."""
     # Made here: forward mode is off within the forward of a function of one's own.
-    with torch.no_grad():
-        initial, change = network.along(x, tangents)
-    made: Tensor = _Along.apply(network, x, change, *tangents)  # type: ignore[no-untyped-call]
+    still = tuple(tangent.detach() for tangent in tangents)
+    if torch.is_grad_enabled():
+        initial, change, graph = network.recorded(x, still)
+    else:
+        (initial, change), graph = network.along(x, still), None
+    made: Tensor = _Along.apply(network, x, change, graph, *tangents)  # type: ignore[no-untyped-call]
     return initial, made
 
 
@@ -231,31 +347,33 @@ class _Along(torch.autograd.Function):
     """β ↦ φβ, given already."""
 
     @staticmethod
-    def forward(ctx: Any, network: _At, x: Batch, change: Tensor, *tangents: Tensor) -> Tensor:
-        ctx.network, ctx.x = network, x
+    def forward(ctx: Any, network: _At, x: Batch, change: Tensor, graph: _Graph | None, *tangents: Tensor) -> Tensor:
+        ctx.network, ctx.x, ctx.graph = network, x, graph
         return change.view_as(change)
 
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *_Against.apply(ctx.network, ctx.x, signal))  # type: ignore[no-untyped-call]
+        graph, ctx.graph = ctx.graph, None
+        found = _Against.apply(ctx.network, ctx.x, graph, signal)  # type: ignore[no-untyped-call]
+        return (None, None, None, None, *found)
 
 
 class _Against(torch.autograd.Function):
     """G ↦ φᵀg, with φ as its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, network: _At, x: Batch, signal: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, network: _At, x: Batch, graph: _Graph | None, signal: Tensor) -> tuple[Tensor, ...]:
         ctx.network, ctx.x = network, x
-        return network.against(x, signal)
+        return network.against(x, signal, graph)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Any, ...]:
-        return None, None, _along(ctx.network, ctx.x, tangents)[1]
+        return None, None, None, _along(ctx.network, ctx.x, tangents)[1]
 
 
 def _key(name: str) -> str:
-    """A block's name as that of a parameter, where a point is not allowed."""
-    return name.replace(".", "/")
+    """A block's name as that of a parameter: no points, and none of a dictionary's own."""
+    return "block:" + name.replace(".", "/")
 
 
 def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -265,10 +383,6 @@ def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, p in model.named_parameters(remove_duplicate=False):
         found[names[id(p)]] += (name,)
     return found
-
-
-def _all(places: Mapping[str, tuple[str, ...]]) -> set[str]:
-    return {alias for aliases in places.values() for alias in aliases}
 
 
 def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -15,22 +15,22 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Shaped
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from adaptive_tangents.alternation import Extrapolation, held_coefficients
+from adaptive_tangents.certificates import Record, certified
 from adaptive_tangents.constraints import independent_constraints, smallest_eigenvalue
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit, Round
-from adaptive_tangents.inputs import check_finite
-from adaptive_tangents.losses import CrossEntropy, SquaredError
+from adaptive_tangents.goals import LossName, check_choice, goal_of
+from adaptive_tangents.losses import SquaredError
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import as_structure
 from adaptive_tangents.model import Point, Problem, System
 from adaptive_tangents.newton import line_search, newton_direction
 from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.structures import Structure
+from adaptive_tangents.structures import Matrices, Structure
 from adaptive_tangents.subspaces import compressed
 from adaptive_tangents.systems import DenseKernel
 from adaptive_tangents.transforms import is_identity
@@ -38,14 +38,11 @@ from adaptive_tangents.transforms import is_identity
 Progress = Callable[[int, float], None]
 Solver = Literal["newton", "anderson", "alternation"]
 Form = Literal["auto", "dense", "primal", "matrix-free"]
-LossName = Literal["squared", "cross-entropy"]
 
 _STAGE = 10.0  # the factor by which τ falls
 _LOOSE = 0.1  # the stationarity at which a stage gives way to the next
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
 _STILL = 10  # steps that leave the objective as it is
-_FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
-_SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
 _PATIENCE = 20  # products with the curvature a system may cost before it is made anew
 _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
 _ROUNDED_COPIES = 3  # the factor in use, while the next is made
@@ -93,70 +90,58 @@ def fit(
     structure = as_structure(structure) if structure is not None else TwoSided()
     check_choice("solver", solver, get_args(Solver))
     check_choice("form", form, get_args(Form))
-    check_choice("loss", loss, get_args(LossName))
     if not tol > 0 or max_rounds < 1:
         raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")
-    goal = _cross_entropy(feats, r, offset, ridge) if loss == "cross-entropy" else _squared(feats, r, offset, ridge)
+    goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
     doubled = feats.to(torch.float64)
     structure = structure.prepared(doubled)
     within = compressed(doubled, structure)
     chosen, rank = _form(within.features, form, interpolates=goal.interpolates)
     problem = Problem(within.features, structure, goal, chosen, rank)
-    began = _start(feats, start)
+    began = None if start is None else _of_blocks("start was fitted to", start.coefficients, feats)
     found = _Search(problem, tol, max_rounds, solver, progress).run(None if began is None else within.down(began))
     coefficients, transforms = within.up(found.coefficients), within.up_transforms(found.transforms)
     return replace(found, features=feats, coefficients=coefficients, transforms=transforms)
 
 
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise TangentError for an option that is none of those known."""
-    if value not in known:
-        raise TangentError(f"fit: {name} is one of {', '.join(known)}, got {value!r}")
+def certify(
+    feats: TangentFeatures,
+    r: Shaped[Tensor, "..."],
+    coefficients: Matrices,
+    *,
+    structure: Structure | Mapping[str, Structure] | None = None,
+    loss: LossName = "squared",
+    offset: Shaped[Tensor, "n c"] | None = None,
+    ridge: float = 0.0,
+    tol: float = 1e-8,
+    form: Form = "auto",
+) -> Fit:
+    r"""The fit at given coefficients β, from wherever they come, with the best M for them and all certificates.
 
+    Arguments as of ``fit``; ``coefficients`` holds one matrix a block. Nothing is optimised but M: objective Ω̃(β) + loss,
+    stationarity, feasibility and lower bound are those of β. ``converged`` says whether the stationarity is below √tol.
+    Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
-def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: float) -> SquaredError:
-    if offset is not None:
-        raise TangentError("fit: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
-    given = tuple(r.shape)
-    r = r[:, None] if r.ndim == 1 and feats.c == 1 else r
-    if tuple(r.shape) != (feats.n, feats.c):
-        raise TangentError(
-            f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
-        )
-    _check_device(feats, "targets", r)
-    if not r.is_floating_point():
-        raise TangentError(f"fit: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
-    check_finite("fit", "the target", [r])
-    return SquaredError(r.detach().double().flatten(), ridge)
+    Raises TangentError as ``fit`` does, and where the coefficients are of other blocks.
 
-
-def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None, ridge: float) -> CrossEntropy:
-    if offset is None:
-        raise TangentError("fit: cross-entropy needs offset = f(x;θ₀), the outputs of the model itself, (n, c)")
-    if tuple(offset.shape) != (feats.n, feats.c):
-        raise TangentError(
-            f"fit: offset has shape {tuple(offset.shape)}, features are of n = {feats.n} samples, c = {feats.c} outputs"
-        )
-    if tuple(labels.shape) != (feats.n,) or labels.is_floating_point() or labels.is_complex():
-        raise TangentError(
-            f"fit: cross-entropy takes n = {feats.n} integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    for name, tensor in (("labels", labels), ("offset", offset)):
-        _check_device(feats, name, tensor)
-    check_finite("fit", "the offset", [offset])
-    classes = max(feats.c, 2)
-    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-    if len(wrong):
-        k = int(wrong[0])
-        raise TangentError(f"fit: labels are 0..{classes - 1}, sample {k} has {int(labels[k])}")
-    return CrossEntropy(labels.long(), offset.detach().double(), ridge)
-
-
-def _check_device(feats: TangentFeatures, name: str, tensor: Tensor) -> None:
-    if tensor.device != feats.device:
-        raise TangentError(
-            f"fit: {name} are on {tensor.device} and features on {feats.device}; move one with .to(device)"
-        )
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> x, r = torch.randn(20, 3), torch.randn(20, 1)
+    >>> feats = at.tangent_features(model, x)
+    >>> plain = at.fit(feats, r, structure=at.Fixed(), ridge=0.1)
+    >>> found = at.certify(feats, r, plain.coefficients, structure=at.TwoSided(at.Quadratic(0.1)), ridge=0.1)
+    >>> found.converged, found.objective < plain.objective
+    (False, True)
+    """
+    structure = as_structure(structure) if structure is not None else TwoSided()
+    check_choice("form", form, get_args(Form))
+    goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
+    given = _of_blocks("the coefficients are of", coefficients, feats)
+    doubled = feats.to(torch.float64)
+    chosen, rank = _form(feats, form, interpolates=goal.interpolates)
+    problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
+    matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in given.items()}
+    return replace(_Search(problem, tol, 1, "newton", None).examine(matrices), features=feats)
 
 
 def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
@@ -183,14 +168,12 @@ def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[st
     return form, rank
 
 
-def _start(feats: TangentFeatures, start: Fit | None) -> dict[str, Tensor] | None:
-    if start is None:
-        return None
-    shapes = {name: tuple(matrix.shape) for name, matrix in start.coefficients.items()}
+def _of_blocks(what: str, matrices: Matrices, feats: TangentFeatures) -> dict[str, Tensor]:
+    shapes = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
     wanted = {name: block.shape for name, block in feats.blocks.items()}
     if shapes != wanted:
-        raise TangentError(f"fit: start was fitted to blocks {shapes}, these features have {wanted}")
-    return dict(start.coefficients)
+        raise TangentError(f"fit: {what} blocks {shapes}, these features have {wanted}")
+    return dict(matrices)
 
 
 class _Search:
@@ -368,52 +351,23 @@ class _Search:
             self.progress(len(self.history), point.objective)
 
     def _result(self, point: Point, alpha: Tensor, system: System, converged: bool, reason: str) -> Fit:
-        problem, loss = self.problem, self.problem.loss
-        n, c = problem.feats.n, problem.feats.c
-        squared = isinstance(loss, SquaredError)
-        outputs = problem.inner(point.coefficients)
-        feasibility = None
-        if squared:
-            size = float(problem.targets.norm())
-            feasibility = float((outputs - problem.targets).norm()) / size if size > 0 else 0.0
-        if converged and loss.interpolates and feasibility is not None and feasibility > _FEASIBLE:
-            converged = False
-            reason = (
-                f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the "
-                f"{problem.form} form; use form='dense' or a positive ridge"
-            )
-        bound, why = lower_bound(problem, alpha)
-        if not converged:
-            warnings.warn(f"fit did not converge: {reason}", TangentWarning, stacklevel=4)
-        return Fit(
-            coefficients=point.coefficients, transforms=point.solution.transforms, dual=alpha.reshape(n, c),
-            structure=problem.structure, loss="squared error" if squared else "cross-entropy", ridge=loss.ridge,
-            objective=point.solution.penalty + loss.value(outputs), feasibility=feasibility,
-            stationarity=problem.stationarity(point, alpha), lower_bound=bound, lower_bound_reason=why,
-            converged=converged, reason=reason, history=tuple(self.history), smallest_eigenvalue=self.smallest,
-            jitter=system.kernel.jitter, dropped=self.dropped, form=problem.form, timings=dict(problem.timings),
-            features=problem.feats, targets=problem.targets.reshape(n, c) if squared else None,
-        )  # fmt: skip
+        record = Record(tuple(self.history), self.smallest, system.kernel.jitter, self.dropped)
+        found = certified(self.problem, point, alpha, record, converged=converged, reason=reason)
+        if not found.converged:
+            warnings.warn(f"fit did not converge: {found.reason}", TangentWarning, stacklevel=4)
+        return found
 
-
-def lower_bound(problem: Problem, alpha: Tensor) -> tuple[float | None, str]:
-    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one."""
-    generators = problem.combine(alpha)
-
-    def value(s: float) -> float:
-        penalty = problem.structure.dual({name: 2 * s * g for name, g in generators.items()})
-        return problem.loss.bound(2 * s * alpha) - penalty
-
-    if not bool(alpha.any()):
-        return value(0.0), "the targets are zero"
-    finite, infinite = _SMALLEST_SCALE, 2.0
-    if not math.isfinite(value(finite)):
-        return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
-    if math.isfinite(value(infinite)):
-        finite = infinite
-    while infinite - finite > 1e-15 * infinite:
-        middle = (finite + infinite) / 2
-        finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
-    found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
-    best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
-    return best, "evaluated at the scaled dual coefficients"
+    def examine(self, coefficients: dict[str, Tensor]) -> Fit:
+        """The fit at given coefficients, with the best transforms for them."""
+        problem = self.problem
+        system = self._first()
+        point = problem.point(coefficients, problem.inner(coefficients))
+        system = problem.system(point.solution.transforms, point.outputs)
+        reduced = problem.reduce(system, point.solution.gradient, problem.loss.slope(point.outputs))
+        alpha = problem.dual(point, reduced)
+        stationarity = problem.stationarity(point, alpha)
+        self._record(point, stationarity, solved=True)
+        record = Record(tuple(self.history), self.smallest, system.kernel.jitter, self.dropped)
+        met = stationarity <= math.sqrt(self.tol)
+        reason = f"coefficients as given, stationarity {stationarity:.1e} (asked: {math.sqrt(self.tol):.1e})"
+        return certified(problem, point, alpha, record, converged=met, reason=reason)
