@@ -1,5 +1,7 @@
-"""Kernel solves to a stationarity of 1e-6 over a grid of problems, structures, strengths and ridges: Newton's method beside
-Anderson's extrapolation and the plain alternation, the last two given up after 3,000 rounds."""
+"""Kernel solves to a stationarity of 1e-6 over a grid of problems, structures, strengths and ridges.
+
+Newton's method beside Anderson's extrapolation and the plain alternation, each given up after 3,000 steps.
+"""
 
 import argparse
 import itertools
@@ -23,7 +25,7 @@ SOLVERS = ("newton", "anderson", "alternation")
 STRENGTHS = (1.0, 0.05, 0.01)
 RIDGES = (0.0, 0.1)
 
-# Widths with samples n: 8 samples and ‖r‖ = 16 is where the alternation was first seen to be slow. The others keep its size of
+# Samples n and widths. On the first, with ‖r‖ = 16, the alternation was first seen to be slow; the others keep its size of
 # targets, 4 an output, so that adaptation is as strong.
 PROBLEMS = {
     "n = 8, 6-9-7-2": (8, (6, 9, 7, 2)),
@@ -87,7 +89,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"kernel solves to stationarity 1e-6; the alternation and Anderson given up after {CAP} rounds")
+    table = Table(title=f"kernel solves to stationarity 1e-6; given up after {CAP} steps")
     for heading in (
         "problem",
         "structure",
@@ -96,12 +98,12 @@ def report(rows: list[dict[str, Any]]) -> None:
         *SOLVERS,
         "newton steps",
         "products",
-        "higher objective than newton",
+        "objective beside newton's",
     ):
         table.add_column(heading, justify="left" if heading in ("problem", "structure") else "right")
     for row in rows:
         newton = row["newton"]
-        # Structures that are not convex have several minima; where solvers end in different ones it is said, not averaged out.
+        # Structures that are not convex have several minima, and solvers may end in different ones.
         others = {s: row[s]["objective"] / newton["objective"] - 1 for s in SOLVERS[1:] if row[s]["converged"]}
         apart = ", ".join(f"{solver} {excess:+.1%}" for solver, excess in others.items() if abs(excess) > 1e-6)
         table.add_row(
