@@ -9,7 +9,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,14 +88,14 @@ def cell(row: dict[str, Any]) -> str:
     return f"> {CAP}" if row["steps"] > CAP else f"{row['rounds']}, stuck at {row['stationarity']:.0e}"
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def report(rows: list[dict[str, Any]], solvers: Sequence[str]) -> None:
     table = Table(title=f"kernel solves to stationarity 1e-6; given up after {CAP} steps")
     for heading in (
         "problem",
         "structure",
         "ρ",
         "λ",
-        *SOLVERS,
+        *solvers,
         "newton steps",
         "products",
         "objective beside newton's",
@@ -104,11 +104,11 @@ def report(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         newton = row["newton"]
         # Structures that are not convex have several minima, and solvers may end in different ones.
-        others = {s: row[s]["objective"] / newton["objective"] - 1 for s in SOLVERS[1:] if row[s]["converged"]}
+        others = {s: row[s]["objective"] / newton["objective"] - 1 for s in solvers[1:] if row[s]["converged"]}
         apart = ", ".join(f"{solver} {excess:+.1%}" for solver, excess in others.items() if abs(excess) > 1e-6)
         table.add_row(
             row["problem"], row["structure"], f"{row['ridge']:g}", f"{row['strength']:g}",
-            *(cell(row[solver]) for solver in SOLVERS), str(newton["steps"]), str(newton["products"]), apart,
+            *(cell(row[solver]) for solver in solvers), str(newton["steps"]), str(newton["products"]), apart,
         )  # fmt: skip
     Console(width=170).print(table)
     over = [row for row in rows if not row["newton"]["converged"] or row["newton"]["rounds"] > ALLOWED]
@@ -116,7 +116,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     for row in over:
         name = f"{row['problem']}, {row['structure']}, ρ = {row['ridge']:g}, λ = {row['strength']:g}"
         print(f"  exceeds {ALLOWED}: {name}: {cell(row['newton'])} ({row['newton']['reason']})")
-    hard = [row for row in rows if row["alternation"]["steps"] >= 700]
+    hard = [row for row in rows if row.get("alternation", {"steps": 0})["steps"] >= 700]
     if hard:
         most = max(row["newton"]["rounds"] for row in hard)
         print(f"of the {len(hard)} cases where the alternation takes 700 rounds or more, newton takes at most {most}")
@@ -127,19 +127,23 @@ def main() -> None:
     parser.add_argument(
         "--matching", default="", help="only where this regular expression is found in 'problem: structure'"
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="newton without the other two, which take most of the time"
+    )
     arguments = parser.parse_args()
+    solvers = SOLVERS[:1] if arguments.alone else SOLVERS
     made = {size: problem(*shape) for size, shape in PROBLEMS.items()}
     rows = []
     for size, structure, ridge, strength in cases(arguments.matching):
         row: dict[str, Any] = {"problem": size, "structure": structure, "ridge": ridge, "strength": strength}
-        for solver in SOLVERS:
+        for solver in solvers:
             row[solver] = solve(*made[size], STRUCTURES[structure](strength), ridge, solver)
         rows.append(row)
-        took = ", ".join(f"{solver} {cell(row[solver])}" for solver in SOLVERS)
+        took = ", ".join(f"{solver} {cell(row[solver])}" for solver in solvers)
         print(f"{size}, {structure}, ρ = {ridge:g}, λ = {strength:g}: {took}", flush=True)
-    report(rows)
+    report(rows, solvers)
     OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"bench_rounds{'-some' if arguments.matching else ''}.json"
+    path = OUT / f"bench_rounds{'-some' if arguments.matching or arguments.alone else ''}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     print(f"written: {path}\n")
 
