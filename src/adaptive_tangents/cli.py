@@ -92,8 +92,10 @@ def reproduce(
                 write_results(curves.results | {"command": _command()}, curves.arrays, folder)
             elif each == exact_solvers.NAME:
                 chosen = exact_solvers.ExactSolversConfig(
-                    data=data, data_dir=config.data_dir, seed=seed, samples=60 if quick else samples
+                    data=data, data_dir=config.data_dir, seed=seed, samples=samples
                 )
+                if quick:
+                    chosen = replace(chosen, samples=60, width=128)
                 with _progress() as progress:
                     solved = exact_solvers.run(chosen, device=device, progress=progress)
                 write_results(solved.results | {"command": _command()}, solved.arrays, folder)
