@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import theory_reference as reference
 from adaptive_tangents import cli, report
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import penalties
+from adaptive_tangents.experiments import exact_solvers, penalties
 from adaptive_tangents.experiments.penalties import PenaltiesConfig, run
 
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
@@ -111,7 +111,9 @@ def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path: Path, monke
     asked: list[Path] = []
     monkeypatch.setattr(cli, "_reproduce_alignment", lambda config, folder, device, *, resume: asked.append(folder))
     monkeypatch.setattr(cli, "_finish", lambda folder: asked.append(folder))
+    monkeypatch.setattr(exact_solvers, "run", lambda *_, **__: exact_solvers.ExactSolversResult({}, {}))
     done = CliRunner().invoke(cli.app, ["reproduce", "all", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert asked == [tmp_path / "kernel-alignment"] * 2 + [tmp_path / "penalties"]
-    assert (tmp_path / "penalties" / "results.json").exists()
+    assert asked == [tmp_path / "kernel-alignment"] * 2 + [tmp_path / "penalties", tmp_path / "exact-solvers"]
+    for name in ("penalties", "exact-solvers"):
+        assert (tmp_path / name / "results.json").exists()

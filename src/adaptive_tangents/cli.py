@@ -17,7 +17,7 @@ from rich.table import Table
 
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import kernel_alignment, penalties
+from adaptive_tangents.experiments import exact_solvers, kernel_alignment, penalties
 from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.training import SGD
@@ -34,7 +34,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
-EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME)
+EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME, exact_solvers.NAME)
 
 
 @app.callback(invoke_without_command=True)
@@ -55,7 +55,7 @@ def reproduce(
         typer.Option(help="Folder for results and report [default: runs/NAME]; with all, one folder in it for each."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
-    samples: Annotated[int, typer.Option(help="Training samples the kernels are of.")] = 500,
+    samples: Annotated[int, typer.Option(help="Training samples the kernels and exact models are of.")] = 500,
     epochs: Annotated[int, typer.Option(help="Epochs of training.")] = 500,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     quick: Annotated[
@@ -90,6 +90,15 @@ def reproduce(
                 with _progress() as progress:
                     curves = penalties.run(penalties.PenaltiesConfig(), progress=progress)
                 write_results(curves.results | {"command": _command()}, curves.arrays, folder)
+            elif each == exact_solvers.NAME:
+                chosen = exact_solvers.ExactSolversConfig(
+                    data=data, data_dir=config.data_dir, seed=seed, samples=samples
+                )
+                if quick:
+                    chosen = replace(chosen, samples=60, width=128)
+                with _progress() as progress:
+                    solved = exact_solvers.run(chosen, device=device, progress=progress)
+                write_results(solved.results | {"command": _command()}, solved.arrays, folder)
             else:
                 _reproduce_alignment(config, folder, device, resume=resume)
             _finish(folder)

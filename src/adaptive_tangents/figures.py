@@ -21,7 +21,8 @@ from adaptive_tangents.drawing import spectrum as _spectrum
 from adaptive_tangents.drawing import tint as _tint
 
 STRUCTURES = {"layer_scale": "LayerScale", "left": "Left", "right": "Right", "two_sided": "TwoSided", "full": "Full"}
-R2_FLOOR = -0.25
+SOLVERS = {"newton": "Newton’s method", "anderson": "Anderson", "alternation": "alternation"}
+R2_FLOOR, EXCESS_FLOOR = -0.25, 1e-13
 
 
 def draw_kernels(results: Results, arrays: Arrays) -> Figure:
@@ -260,6 +261,48 @@ def draw_penalties(results: Results, arrays: Arrays) -> Figure:
     right.set_ylim(0, 1.1 * max(arrays[f"{name}.induced"][-1] for name in names))
     for axes in (left, right):
         axes.legend(loc="upper left")
+    return figure
+
+
+def draw_solvers(results: Results, arrays: Arrays) -> Figure:
+    """Excess of the objective over the best one found, of each solver, against seconds and against kernel solves."""
+    figure, ((left, right),) = _grid(1, 2, 3.9, sharey=True)
+    best = min(float(arrays[f"{solver}.objective"][-1]) for solver in results["solver"])
+    for (solver, name), colour in zip(SOLVERS.items(), _COLOURS, strict=False):
+        excess = np.maximum(arrays[f"{solver}.objective"] / best - 1, EXCESS_FLOOR)
+        # How many points come before the penalty is whole; the first after them joins the two parts of a curve.
+        early = int((arrays[f"{solver}.temper"] > 1).sum())
+        for axes, against in ((left, "seconds"), (right, "solves")):
+            x = arrays[f"{solver}.{against}"]
+            if early:
+                axes.plot(x[: early + 1], excess[: early + 1], color=colour, lw=1.2, ls=_DASHES)
+            axes.plot(x[early:], excess[early:], "o-", color=colour, lw=1.6, ms=2.6, label=name)
+            axes.plot(x[-1], excess[-1], "o", color=colour, ms=6)
+    left.set(xlabel="seconds", ylabel="objective, relative excess over the best", xscale="log", yscale="log")
+    right.set(xlabel="kernel solves", xscale="log")
+    left.set_title("Against time", loc="left")
+    right.set_title("Against kernel solves", loc="left")
+    for axes in (left, right):
+        axes.set_ylim(EXCESS_FLOOR / 2, None)
+        axes.grid(color=RULE, lw=0.5)
+    right.legend(loc="upper right")
+    return figure
+
+
+def draw_coefficients(results: Results, arrays: Arrays) -> Figure:
+    """Singular values of each layer's coefficients under the exact models, relative to the largest."""
+    layers = [name for name, shape in results["layers"].items() if min(shape) > 1]
+    figure, (row,) = _grid(1, len(layers), 3.6, sharey=True)
+    looks = dict(zip(results["rank"], (MUTED, *_COLOURS), strict=False))
+    for axes, layer in zip(row, layers, strict=True):
+        for model, colour in looks.items():
+            rank = f"{_real(results['rank'][model][layer]['entropy']):.1f}"
+            style = {"color": colour, "lw": 2, "ls": _DASHES if model == "Fixed" else "-"}
+            axes.plot(*_spectrum(arrays[f"{model}.{layer}"]), label=f"{model}, effective rank {rank}", **style)
+        axes.set(xscale="log", yscale="log", ylim=(1e-5, 1.6), xlabel="index $j$")
+        axes.set_title(f"{label(layer)}, {' × '.join(map(str, results['layers'][layer]))}", loc="left")
+        axes.legend(loc="lower left")
+    row[0].set_ylabel(r"$\sigma_j(B) / \sigma_1(B)$")
     return figure
 
 

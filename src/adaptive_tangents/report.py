@@ -332,16 +332,35 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
     return verdict, sentences
 
 
-def _penalties_context(results: Results) -> dict[str, Any]:
-    """In a line, how many of the claims the numbers bear out."""
+def _claims_context(results: Results, verdict: str) -> dict[str, Any]:
+    """The verdict if every claim holds, else which do not; and the command."""
     claims = results["claims"].values()
     failed = [claim["claim"] for claim in claims if not claim["holds"]]
     if failed:
         verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold; these do not: {'; '.join(failed)}."
-    else:
-        verdict = "Small coefficients are priced as by the fixed kernel and large ones less: every claim holds."
-    command = results.get("command", f"adaptive-tangents reproduce {results['experiment']}")
-    return {"verdict": verdict, "command": command}
+    return {
+        "verdict": verdict,
+        "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
+    }
+
+
+def _penalties_context(results: Results) -> dict[str, Any]:
+    """In a line, how many of the claims the numbers bear out."""
+    return _claims_context(
+        results, "Small coefficients are priced as by the fixed kernel and large ones less: every claim holds."
+    )
+
+
+def _solvers_context(results: Results) -> dict[str, Any]:
+    """In a line, what the solvers came to, or which claims do not hold; names and layers for the tables."""
+    rounds = {name: found["rounds"] for name, found in results["solver"].items()}
+    verdict = (
+        f"One optimum, certified, after {rounds['newton']} kernel solves by Newton’s method, {rounds['anderson']} with "
+        f"Anderson’s extrapolation and {rounds['alternation']} by the alternation; its coefficients are nearer to low rank "
+        "than the fixed kernel’s: every claim holds."
+    )
+    layers = [name for name, shape in results["layers"].items() if min(shape) > 1]
+    return {**_claims_context(results, verdict), "names": figures.SOLVERS, "matrices": layers}
 
 
 _PAGES: dict[str, Page] = {
@@ -373,6 +392,16 @@ _PAGES: dict[str, Page] = {
             *(f"{p}.{kind}" for p in r["penalties"] for kind in ("value", "induced")),
         ],
         context=_penalties_context,
+    ),
+    "exact-solvers": Page(
+        template="exact_solvers.html.j2",
+        figures={"solvers": figures.draw_solvers, "coefficients": figures.draw_coefficients},
+        headline=(),
+        arrays=lambda r: [
+            *(f"{solver}.{key}" for solver in r["solver"] for key in ("seconds", "solves", "objective", "temper")),
+            *(f"{model}.{layer}" for model in r["rank"] for layer in r["layers"]),
+        ],
+        context=_solvers_context,
     ),
     "inspect": inspection_report.PAGE,
 }
