@@ -39,8 +39,9 @@ Progress = Callable[[int, float], None]
 Solver = Literal["newton", "anderson", "alternation"]
 Form = Literal["auto", "dense", "primal", "matrix-free"]
 
-_STAGE = 10.0  # the factor by which τ falls
-_LOOSE = 0.1  # the stationarity at which a stage gives way to the next
+_STAGE = 3.0  # the factor by which τ falls
+_LOOSE = 0.02  # the stationarity at which a stage gives way to the next
+_MOST_STAGES = 34
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
 _STILL = 10  # steps that leave the objective as it is
 _PATIENCE = 20  # products with the curvature a system may cost before it is made anew
@@ -246,10 +247,10 @@ class _Search:
         return problem.inverted({}, kernel, zeros)
 
     def _stages(self, beta: dict[str, Tensor]) -> list[float]:
-        """τ = …, 100, 10, 1, from one at which little adapts at these coefficients."""
+        """τ = …, 9, 3, 1, from one at which little adapts at these coefficients."""
         whole = sum(float((matrix**2).sum()) for matrix in beta.values())
         stages = [1.0]
-        while len(stages) < 16:
+        while len(stages) < _MOST_STAGES:
             self.problem.temper = stages[0]
             if self.problem.solution(beta).penalty >= _WEAK * whole:
                 break
