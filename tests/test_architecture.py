@@ -46,6 +46,7 @@ ORDER = (
     "spectral",
     "modes",
     "mixed",
+    "proximal",
     "losses",
     "systems",
     "constraints",

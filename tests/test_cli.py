@@ -87,7 +87,10 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reproduce", "alchemy"], "there is no experiment 'alchemy'; choose from kernel-alignment, penalties or all"),
+        (
+            ["reproduce", "alchemy"],
+            "there is no experiment 'alchemy'; choose from kernel-alignment, penalties, low-rank-targets or all",
+        ),
         (["reproduce", "kernel-aligment"], "or all (did you mean kernel-alignment?)"),
         (["reproduce", "penalty"], "or all (did you mean penalties?)"),
         ([*REPRODUCE, "--data", "imagenet"], "imagenet"),

@@ -12,6 +12,7 @@ import theory_reference as reference
 from adaptive_tangents import cli, report
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import penalties
+from adaptive_tangents.experiments.low_rank_targets import LowRankConfig
 from adaptive_tangents.experiments.penalties import PenaltiesConfig, run
 
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
@@ -111,7 +112,10 @@ def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path: Path, monke
     asked: list[Path] = []
     monkeypatch.setattr(cli, "_reproduce_alignment", lambda config, folder, device, *, resume: asked.append(folder))
     monkeypatch.setattr(cli, "_finish", lambda folder: asked.append(folder))
-    done = CliRunner().invoke(cli.app, ["reproduce", "all", "--out", str(tmp_path)])
+    tiny = LowRankConfig(sizes=(10, 20), structures=("Fixed",), seeds=1, inputs=4, units=20, test_samples=20)
+    monkeypatch.setattr(LowRankConfig, "quick", lambda self: tiny)
+    done = CliRunner().invoke(cli.app, ["reproduce", "all", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert asked == [tmp_path / "kernel-alignment"] * 2 + [tmp_path / "penalties"]
+    assert asked == [tmp_path / "kernel-alignment"] * 2 + [tmp_path / "penalties", tmp_path / "low-rank-targets"]
+    assert (tmp_path / "low-rank-targets" / "results.json").exists()
     assert (tmp_path / "penalties" / "results.json").exists()
