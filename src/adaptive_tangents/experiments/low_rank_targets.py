@@ -137,7 +137,7 @@ def run(config: LowRankConfig, *, progress: Progress = lambda stage, fraction: N
                     y, wanted = (drawn.target(target, x) for x in (drawn.train[:n], drawn.test))
                     for name in config.structures:
                         structure = STRUCTURES[name](getattr(config, target))
-                        found = fit(feats, y, structure=structure, ridge=config.ridge, tol=1e-6)
+                        found = fit(feats, y, structure=structure, ridge=config.ridge, tol=1e-7)
                         error = ((found.predict(held_out) - wanted) ** 2).sum() / (wanted**2).sum()
                         arrays[f"{target}.{name}"][seed, k] = float(error)
     arrays["sizes"] = np.array(config.sizes)
