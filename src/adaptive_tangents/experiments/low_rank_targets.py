@@ -6,7 +6,9 @@ biases; the model is φ(x)β, whose coefficients of the product are nearly of ra
 test error ‖φβ − y‖²/‖y‖² of exact fits, over the number of samples.
 
 The figures in ``EARLIER`` were measured for this project before it had this experiment, in a set-up of which no more is known
-than the network's width, the inputs, the targets and λ.
+than the network's width, the inputs, the targets and λ. Readout weights and ridge are those of several tried that agree with
+them: normal or uniform readout weights give two-sided errors up to half again as large, and at ρ = 0 the error of ``Fixed``
+for the square at n = 800 is 0.46 (20 seeds), 20% below theirs.
 """
 
 import math
