@@ -47,6 +47,7 @@ ORDER = (
     "modes",
     "mixed",
     "subspaces",
+    "proximal",
     "losses",
     "goals",
     "systems",

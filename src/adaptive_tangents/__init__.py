@@ -41,6 +41,7 @@ from adaptive_tangents.modes import Modes
 from adaptive_tangents.modules import TangentModule
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
+from adaptive_tangents.proximal import ProximalFit, proximal_gradient
 from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import (
@@ -85,6 +86,7 @@ __all__ = [
     "NoAdaptation",
     "Penalty",
     "Power",
+    "ProximalFit",
     "Quadratic",
     "Representability",
     "Right",
@@ -109,6 +111,7 @@ __all__ = [
     "fit_path",
     "kernel_change",
     "leave_one_out",
+    "proximal_gradient",
     "representability",
     "shares",
     "tangent_features",

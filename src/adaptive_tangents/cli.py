@@ -17,7 +17,7 @@ from rich.table import Table
 
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import exact_solvers, kernel_alignment, penalties
+from adaptive_tangents.experiments import exact_solvers, kernel_alignment, low_rank_targets, penalties
 from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.training import SGD
@@ -34,7 +34,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
-EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME, exact_solvers.NAME)
+EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME, exact_solvers.NAME, low_rank_targets.NAME)
 
 
 @app.callback(invoke_without_command=True)
@@ -99,6 +99,11 @@ def reproduce(
                 with _progress() as progress:
                     solved = exact_solvers.run(chosen, device=device, progress=progress)
                 write_results(solved.results | {"command": _command()}, solved.arrays, folder)
+            elif each == low_rank_targets.NAME:
+                asked = low_rank_targets.LowRankConfig()
+                with _progress() as progress:
+                    errors_found = low_rank_targets.run(asked.quick() if quick else asked, progress=progress)
+                write_results(errors_found.results | {"command": _command()}, errors_found.arrays, folder)
             else:
                 _reproduce_alignment(config, folder, device, resume=resume)
             _finish(folder)

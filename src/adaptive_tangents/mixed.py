@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from torch import Tensor
+
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.structures import Matrices, Solution, Structure, joined_solution
@@ -87,6 +89,13 @@ class Mixed(Structure):
             self.structures[pattern].dual({name: matrices[name] for name in names})
             for pattern, names in self.groups(matrices).items()
         )
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        parts = [
+            self.structures[pattern].proximal({name: coefficients[name] for name in names}, step)
+            for pattern, names in self.groups(coefficients).items()
+        ]
+        return {name: matrix for part in parts for name, matrix in part.items()}
 
 
 def as_structure(given: Structure | Mapping[str, Structure]) -> Structure:

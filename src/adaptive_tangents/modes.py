@@ -87,6 +87,9 @@ class Modes(BlockStructure):
     def block_dual(self, matrix: Tensor) -> float:
         return replace(self, modes={"": ()}).for_block("").block_dual(matrix)
 
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        return replace(self, modes={"": ()}).for_block("").block_proximal(matrix, step)
+
 
 @dataclass(frozen=True)
 class OneMode(BlockStructure):
@@ -118,6 +121,10 @@ class OneMode(BlockStructure):
     def block_dual(self, matrix: Tensor) -> float:
         flat, rest = self._unfold(matrix)
         return Left(self.penalty_on_mode).block_dual(flat) + float((rest**2).sum()) / 4
+
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        flat, rest = self._unfold(matrix)
+        return self._fold(Left(self.penalty_on_mode).block_proximal(flat, step), Fixed().block_proximal(rest, step))
 
     def _unfold(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         kernel, rest = _split(matrix, self.sizes)
@@ -159,6 +166,9 @@ class ManyModes(BlockStructure):
 
     def block_dual(self, matrix: Tensor) -> float:
         return 0.0 if float(matrix.abs().max()) == 0 else float("inf")
+
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        raise TangentError("proximal: Modes has a proximal operator with one mode only; use fit")
 
 
 def _best_factor(flat: Float[Tensor, "d k"], penalty: Penalty) -> tuple[LowRank, float]:

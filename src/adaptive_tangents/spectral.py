@@ -50,6 +50,12 @@ class Spectral(BlockStructure):
     def block_dual(self, matrix: Tensor) -> float:
         return float(self.combined.induced().dual(torch.linalg.svdvals(matrix)).sum())
 
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        # By von Neumann's trace inequality the best B has the singular vectors of X, convex or not.
+        u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+        nearest: Tensor = (u * self.combined.induced().proximal(values, step)) @ vt
+        return nearest
+
 
 @dataclass(frozen=True)
 class SpectralCurvature:

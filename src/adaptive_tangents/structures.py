@@ -71,6 +71,10 @@ class Structure(ABC):
     def dual(self, matrices: Matrices) -> float:
         """Ω̃*(G) = sup over β of ⟨G, β⟩ − Ω̃(β), an upper bound of it, or infinity."""
 
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        """The global argmin over β of ‖β − X‖²/(2·step) + Ω̃(β); raises TangentError where no closed form is known."""
+        raise TangentError(f"proximal: {type(self).__name__} has no proximal operator; write proximal, or use fit")
+
     def update(self, coefficients: Matrices) -> Mapping[str, Transform]:
         """The transforms M that attain Ω̃(β)."""
         return self.solution(coefficients).transforms
@@ -114,6 +118,12 @@ class BlockStructure(Structure):
     def block_dual(self, matrix: Float[Tensor, "o i"]) -> float:
         """Ω̃* of one block."""
 
+    def block_proximal(self, matrix: Float[Tensor, "o i"], step: float) -> Float[Tensor, "o i"]:
+        """The global argmin over B of ‖B − X‖²/(2·step) + Ω̃(B) of one block; raises TangentError where it is not known."""
+        raise TangentError(
+            f"proximal: {type(self).__name__} has no proximal operator; write block_proximal, or use fit"
+        )
+
     def for_block(self, name: str) -> "BlockStructure":
         """The structure of one block, where blocks differ."""
         return self
@@ -128,6 +138,11 @@ class BlockStructure(Structure):
         scales = {name: self._scale(name) for name in matrices}
         # sup over B of ⟨G, B⟩ − Ω̃(sB)/s² is that of ⟨sG, C⟩ − Ω̃(C) over C = sB, over s².
         return sum(self.for_block(name).block_dual(s * matrices[name]) / s**2 for name, s in scales.items())
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        scales = {name: self._scale(name) for name in coefficients}
+        # At B = C/s both terms are those of C and sX, over s².
+        return {n: self.for_block(n).block_proximal(s * coefficients[n], step) / s for n, s in scales.items()}
 
     def _of_block(self, name: str, matrix: Tensor) -> Solution:
         s = self._scale(name)
@@ -233,6 +248,11 @@ class Fixed(BlockStructure):
     def block_dual(self, matrix: Tensor) -> float:
         return float((matrix**2).sum()) / 4
 
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        if not 0 < step < math.inf:
+            raise TangentError(f"proximal: the step is positive and finite, got {step}")
+        return matrix / (1 + 2 * step)
+
 
 @dataclass(frozen=True)
 class Full(Structure):
@@ -261,6 +281,15 @@ class Full(Structure):
 
     def dual(self, matrices: Matrices) -> float:
         return float(self.penalty_on_transform.induced().dual(_norm(matrices)))
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        shrinkage = _shrinkage(self.penalty_on_transform, _norm(coefficients), step)
+        return {name: shrinkage * matrix for name, matrix in coefficients.items()}
+
+
+def _shrinkage(penalty: Penalty, norms: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
+    """What the proximal operator of ω̃ multiplies these norms by."""
+    return torch.where(norms > 0, penalty.induced().proximal(norms, step) / norms, 0.0)
 
 
 def _norm(matrices: Matrices) -> Float[Tensor, " 1"]:
@@ -302,6 +331,9 @@ class Grouped(BlockStructure):
 
     def block_dual(self, matrix: Tensor) -> float:
         return float(self.penalty_on_transform.induced().dual(self._norms(matrix)).sum())
+
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        return matrix * _shrinkage(self.penalty_on_transform, self._norms(matrix), step)
 
     def _norms(self, matrix: Tensor) -> Tensor:
         if not self.dimensions:
