@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import adaptive_tangents as at
-from adaptive_tangents import solvers
+from adaptive_tangents import certificates
 from adaptive_tangents.losses import CrossEntropy, SquaredError
 from adaptive_tangents.model import Problem
 from adaptive_tangents.solvers import check_choice
@@ -311,7 +311,7 @@ def test_every_form_inverts_the_same_systems(kind: str) -> None:
 def test_constraints_missed_by_more_than_rounding_are_not_called_met(monkeypatch: pytest.MonkeyPatch) -> None:
     case = problem(6, n=7, c=2, shapes=SHAPES, scale=3.0)
     assert at.fit(case.feats, case.r, form="matrix-free").converged
-    monkeypatch.setattr(solvers, "_FEASIBLE", -1.0)  # no miss is small enough
+    monkeypatch.setattr(certificates, "_FEASIBLE", -1.0)  # no miss is small enough
     with pytest.warns(at.TangentWarning, match=r"the targets are missed by .* matrix-free form; use form='dense'"):
         found = at.fit(case.feats, case.r, form="matrix-free")
     assert not found.converged
