@@ -17,16 +17,21 @@ from adaptive_tangents.structures import Matrices
 
 _MOST = 200
 _FORCING = 0.1
+_FARTHEST = 1e6
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A step d of β with φd, after how many products, and whether negative curvature ended the search for it."""
+    """A step d of β with φd, after how many products, and whether negative curvature ended the search for it.
+
+    ``path`` are shorter ones that it came by, after 1, 2, 4, ... products.
+    """
 
     step: dict[str, Tensor]
     outputs: Vector
     products: int
     truncated: bool
+    path: tuple[tuple[dict[str, Tensor], Vector], ...] = ()
 
 
 def newton_direction(
@@ -41,22 +46,27 @@ def newton_direction(
     along, along_outputs, size = reduced.step, reduced.outputs, reduced.size
     wanted = min(_FORCING, math.sqrt(stationarity)) ** 2 * size
     here = problem.loss.root(point.outputs)
+    path: list[tuple[dict[str, Tensor], Vector]] = []
     for count in range(1, _MOST + 1):
         with problem.timed("curvature"):
             bent = curvature(along)
         pushed = _loss_curvature(problem, here, along_outputs)
         bend = product(along, bent) + float(along_outputs @ pushed)
         if not bend > 0:
-            return Direction(step, outputs, count, True) if count > 1 else Direction(along, along_outputs, 1, True)
+            return (
+                Direction(step, outputs, count, True, tuple(path)) if path else Direction(along, along_outputs, 1, True)
+            )
         length = size / bend
         step, outputs = plus(step, length, along), outputs + length * along_outputs
+        if count & (count - 1) == 0:
+            path.append((step, outputs))
         gradient, slope = plus(gradient, length, bent), slope + length * pushed
         reduced = problem.reduce(system, gradient, slope)
         if not reduced.size > wanted:
             break
         ratio, size = reduced.size / size, reduced.size
         along, along_outputs = plus(reduced.step, ratio, along), reduced.outputs + ratio * along_outputs
-    return Direction(step, outputs, count, False)
+    return Direction(step, outputs, count, False, tuple(path))
 
 
 def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
@@ -70,16 +80,23 @@ def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
 
 
 def line_search(problem: Problem, point: Point, direction: Direction, plain: Reduced) -> tuple[Point, float]:
-    """The first of d, d/2, d/4, ... that lowers the objective, else the held system's step if it does, and its length."""
+    """The first of d, d/2, d/4, ... that lowers the objective, with its length; else what is best of the way there."""
     # Below this, differences of the objective are rounding.
     slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
+
+    def moved(step: Matrices, outputs: Vector, length: float = 1.0) -> Point:
+        return problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+
     length = 1.0
     while length > 1e-2:
-        candidate = problem.point(
-            plus(point.coefficients, length, direction.step), point.outputs + length * direction.outputs
-        )
+        candidate = moved(direction.step, direction.outputs, length)
         if candidate.objective <= point.objective + slack:
             return candidate, length
         length /= 2
-    candidate = problem.point(plus(point.coefficients, 1.0, plain.step), point.outputs + plain.outputs)
-    return (candidate, 0.0) if candidate.objective <= point.objective + slack else (point, 0.0)
+    # A model that is this wrong about long steps may be right about short ones, and then more so than it knows.
+    tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
+    best, step = min(tried, key=lambda pair: pair[0].objective)
+    length = 2.0
+    while length < _FARTHEST and (further := moved(*step, length)).objective < best.objective:
+        best, length = further, 2 * length
+    return (best, 0.0) if best.objective <= point.objective + slack else (point, 0.0)
