@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -96,6 +96,56 @@ def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecke
     assert min(reached) == pytest.approx(found.objective, rel=1e-8)
     assert found.lower_bound is None
     assert rises(found) <= 1e-12
+
+
+@settings(max_examples=30)
+@given(
+    seed=seeds, name=names, ridge=st.sampled_from([0.0, 0.05, 1.0]), one=st.sampled_from([0.05, 0.5, 5.0]),
+    other=st.sampled_from([0.2, 2.0]), n=st.integers(2, 4), c=st.integers(1, 2), kinds=st.permutations(reference.SHAPES),
+)  # fmt: skip
+def test_no_minimiser_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_comes_back(
+    seed: int, name: str, ridge: float, one: float, other: float, n: int, c: int, kinds: list[tuple[int, int, int]]
+) -> None:
+    """(J) = (E): from anywhere where the problem is convex, from about the fit where there are other minima."""
+    case = problem(seed, n=n, c=c, shapes=kinds[:2], scale=2.0)
+    assume(ridge > 0 or float(torch.linalg.cond(case.rows @ case.rows.mT)) < 1e6)
+    found = at.fit(case.feats, case.r, structure=structure(name, one, other), ridge=ridge, **EXACT)
+    joint = JointProblem(
+        case, name, [torch_quadratic(one), torch_quadratic(other)][: 2 if name in COMPOSED else 1], ridge
+    )
+    m = found.transform(_basis(case)).dense().flatten(0, 1).mT
+    theta = torch.linalg.solve(m.mT, case.flatten(found.coefficients))
+    near = joint.minimise(starts=1, seed=seed, spread=1e-2, near=(theta, _sides(found)))
+    assert near[0] == pytest.approx(found.objective, rel=1e-8)
+    if name not in COMPOSED:
+        assert joint.minimise(starts=1, seed=seed)[0] >= found.objective * (1 - 1e-8)
+
+
+def _sides(found: at.Fit) -> list[Tensor]:
+    """The factors of the transforms found, in the order and shapes that the joint problem has them."""
+    sides: list[Tensor] = []
+    for name, transform in found.transforms.items():
+        o, i = found.coefficients[name].shape
+        if isinstance(transform, at.transforms.Joint):
+            b = torch.cat([transform.direction[k].flatten() for k in found.coefficients])
+            return [torch.eye(len(b), dtype=b.dtype) + (transform.gain - 1) * torch.outer(b, b)]
+        if isinstance(transform, at.transforms.Entrywise):
+            sides.append(transform.gains.flatten())
+        elif isinstance(found.structure, at.LayerScale):
+            sides.append(torch.tensor([transform.scale], dtype=torch.float64))
+        elif isinstance(found.structure, at.Rows | at.Columns):
+            side = transform.left or transform.right
+            assert isinstance(side, at.transforms.Scaled)
+            sides.append(side.gains)
+        else:
+            wanted = {"Fixed": (), "Left": ("left",), "Right": ("right",)}.get(
+                type(found.structure).__name__, ("left", "right")
+            )
+            for which, size in (("left", o), ("right", i)):
+                side = getattr(transform, which)
+                if which in wanted:
+                    sides.append(torch.eye(size, dtype=torch.float64) if side is None else side.matrix())
+    return sides
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -342,8 +342,13 @@ class JointProblem:
             return cost + r @ torch.linalg.solve(kernel, r)
         return cost + (theta**2).sum() + ((r - rows @ theta) ** 2).sum() / self.ridge
 
-    def minimise(self, starts: int = 3, seed: int = 0, spread: float = 0.5) -> list[float]:
-        """What L-BFGS reaches from each of several random starts: in (θ, M) with a ridge, in M to interpolate."""
+    def minimise(
+        self, starts: int = 3, seed: int = 0, spread: float = 0.5, near: tuple[Tensor, list[Tensor]] | None = None
+    ) -> list[float]:
+        """What L-BFGS reaches from each of several random starts: in (θ, M) with a ridge, in M to interpolate.
+
+        ``near`` is θ (p,) and the factors to start about, instead of any θ and the identity.
+        """
         generator = np.random.default_rng(seed)
         shapes = [shape for _, shape, _ in self.factors()]
         p = self.problem.rows.shape[1] if self.ridge > 0 else 0
@@ -364,9 +369,12 @@ class JointProblem:
         reached = []
         for _ in range(starts):
             identities = [np.zeros(s) if self.symmetric else np.eye(*s) if len(s) == 2 else np.ones(s) for s in shapes]
-            parts = [generator.normal(size=p)] + [
-                (one + spread * generator.normal(size=one.shape)).ravel() for one in identities
-            ]
+            if near is None:
+                head = generator.normal(size=p)
+            else:
+                identities = [factor.numpy() for factor in near[1]]
+                head = near[0].numpy()[:p] + spread * generator.normal(size=p)
+            parts = [head] + [(one + spread * generator.normal(size=one.shape)).ravel() for one in identities]
             x = np.concatenate(parts)
             for _ in range(4):  # restarts drop a stale curvature estimate
                 found = minimize(
