@@ -1,5 +1,6 @@
 """The exact two-sided model on the MNIST network 784-256-256-c: second-order steps beside the alternation, c = 1 and 10."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -26,8 +27,9 @@ def problem(n: int = 500, c: int = 1) -> tuple[at.TangentFeatures, torch.Tensor]
     return at.tangent_features(model, x), residual
 
 
-def solve(strength: float, n: int, c: int, **options: Any) -> dict[str, object]:
+def solve(strength: float, n: int, c: int, memory: float | None = None, **options: Any) -> dict[str, object]:
     feats, r = problem(n, c)
+    feats = feats if memory is None else dataclasses.replace(feats, limit=int(memory))
     warnings.simplefilter("ignore", at.TangentWarning)
     started = time.perf_counter()
     found = at.fit(feats, r, structure=at.TwoSided(at.Quadratic(strength)), max_rounds=400, **options)
@@ -57,6 +59,8 @@ contenders = {
 contenders |= {
     "newton λ=1, n = 100, c = 10": contender(1.0, 100, 10),
     "newton λ=1, n = 100, c = 10, matrix-free": contender(1.0, 100, 10, form="matrix-free"),
+    "newton λ=1, n = 500, c = 10, to 1e-6": contender(1.0, 500, 10, tol=1e-12),
+    "newton λ=1, n = 2000, c = 10, matrix-free": contender(1.0, 2000, 10, form="matrix-free", memory=7e9),
 }
 
 if __name__ == "__main__":

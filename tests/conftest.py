@@ -1,9 +1,14 @@
 """Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
 
+import functools
+import inspect
+import itertools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -12,6 +17,30 @@ from jaxtyping import install_import_hook
 # its class) has an unchecked copy: drop it, so that the tests import the checked one.
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
+# Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
+# first calls are checked in every process, and one in many after that.
+_ALWAYS, _THEN_ONE_IN = 300, 20
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
+    """``jaxtyped``, but for functions called very often only now and then."""
+    if made is _jaxtyped:
+        return functools.partial(_often_enough, **options)
+    checked = _jaxtyped(made, **options)
+    if not inspect.isfunction(made) or not inspect.isfunction(checked) or inspect.isgeneratorfunction(made):
+        return checked
+    calls = itertools.count()
+
+    @functools.wraps(checked)
+    def sampled(*arguments: Any, **keywords: Any) -> Any:
+        count = next(calls)
+        return (checked if count < _ALWAYS or count % _THEN_ONE_IN == 0 else made)(*arguments, **keywords)
+
+    return sampled
+
+
+jaxtyping.jaxtyped = _often_enough
 # An int is a float, as the type checker reads it too.
 install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

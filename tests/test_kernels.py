@@ -20,11 +20,13 @@ def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None
     p = prepare(case)
     keywords = {"wrt": case.wrt, "output": case.output}
     for tile, outputs in zip((2, None, 1), OUTPUTS, strict=True):
-        made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)
-        assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs))
-        assert torch.equal(made, made.permute(2, 3, 0, 1) if outputs == "full" else made.transpose(0, 1))
-        made = at.tangent_kernel(p.model, p.x, p.other_x, outputs=outputs, tile=tile, **keywords)
-        assert p.agrees(made, reference.kernel(p.phi, p.other_phi, outputs))
+        if tile != 1:
+            made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)
+            assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs))
+            assert torch.equal(made, made.permute(2, 3, 0, 1) if outputs == "full" else made.transpose(0, 1))
+        if tile is not None:
+            made = at.tangent_kernel(p.model, p.x, p.other_x, outputs=outputs, tile=tile, **keywords)
+            assert p.agrees(made, reference.kernel(p.phi, p.other_phi, outputs))
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)

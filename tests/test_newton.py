@@ -99,15 +99,15 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
     feats = at.tangent_features(torch.nn.Sequential(*layers).double(), torch.randn(8, 6, dtype=torch.float64))
     r = torch.randn(8, 2, dtype=torch.float64)
     r *= 16 / r.norm()
-    for strength, ridge in itertools.product((1.0, 0.05, 0.01), (0.0, 0.1)):
+    for strength, ridge in itertools.product((1.0, 0.01), (0.0, 0.1)):
         chosen = at.TwoSided(at.Quadratic(strength))
         found = at.fit(feats, r, structure=chosen, ridge=ridge, tol=1e-12)
         assert found.converged
         assert found.stationarity <= 1e-6
         assert found.rounds <= 60
-    with pytest.warns(at.TangentWarning, match="stopped after 300 rounds"):
+    with pytest.warns(at.TangentWarning, match="stopped after 200 rounds"):
         plain = at.fit(
-            feats, r, structure=at.TwoSided(at.Quadratic(1.0)), solver="alternation", tol=1e-12, max_rounds=300
+            feats, r, structure=at.TwoSided(at.Quadratic(1.0)), solver="alternation", tol=1e-12, max_rounds=200
         )
     assert not plain.converged
 

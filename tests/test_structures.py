@@ -524,7 +524,8 @@ def test_every_turn_of_the_modes_lowers_the_objective_and_no_factor_can_be_impro
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(modes, "_SWEEPS", sweeps)
             objectives.append(at.Modes(penalties, modes=MODES).penalty(b))
-    assert all(after <= before * (1 + 1e-13) for before, after in itertools.pairwise(objectives))
+    # Large gains undo each other in the value found: its rounding is some hundred times that of a sum.
+    assert all(after <= before * (1 + 1e-11) for before, after in itertools.pairwise(objectives))
     assert objectives[0] <= at.Modes({"out": penalties["out"]}, modes=MODES).penalty(b) * (1 + 1e-13)
     found = at.Modes(penalties, modes=MODES).solution(b)
     assert found.curvature is None

@@ -85,10 +85,10 @@ def proximal_gradient(
     positive and finite, and targets, labels, offset or start that do not belong to the features.
 
     >>> import torch, adaptive_tangents as at
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-    >>> feats, y = at.tangent_features(model, torch.randn(10, 3)), torch.randn(10, 1)
-    >>> found = at.proximal_gradient(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=0.5)
-    >>> abs(found.objective / at.fit(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=0.5).objective - 1) < 1e-6
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    >>> feats, y = at.tangent_features(model, torch.randn(5, 3)), torch.randn(5, 1)
+    >>> found = at.proximal_gradient(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=5.0)
+    >>> abs(found.objective / at.fit(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=5.0).objective - 1) < 1e-6
     True
     """
     if not 0 < ridge < math.inf:

@@ -120,7 +120,7 @@ def run(
 
     Raises TangentError where the data cannot be had or hold too few digits.
 
-    >>> config = KernelAlignmentConfig(width=16, training=SGD(epochs=2), kernel_samples=32, path_nodes=2, strengths=(1.0,))
+    >>> config = KernelAlignmentConfig(width=6, training=SGD(epochs=1), kernel_samples=16, path_nodes=2, strengths=(1.0,))
     >>> sorted(run(config).results["targets"])
     ['sign', 'smooth']
     """
