@@ -19,7 +19,7 @@ for _module in [name for name in sys.modules if name.partition(".")[0] == "adapt
     del sys.modules[_module]
 # Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
 # first calls are checked in every process, and one in many after that.
-_ALWAYS, _THEN_ONE_IN = 300, 20
+_ALWAYS, _THEN_ONE_IN = 100, 50
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -37,6 +37,7 @@ def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
         count = next(calls)
         return (checked if count < _ALWAYS or count % _THEN_ONE_IN == 0 else made)(*arguments, **keywords)
 
+    sampled.__wrapped__ = made  # as of what jaxtyping makes: for tests of what a caller without checks sees
     return sampled
 
 

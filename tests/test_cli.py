@@ -62,6 +62,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     out, _ = folder
     before = json.loads((out / "results.json").read_text())["metrics"]
     monkeypatch.setattr(kernel_alignment, "train", lambda *_, **__: pytest.fail("training was repeated"))
+    monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
     assert done.exit_code == 0, done.output
     after = json.loads((out / "results.json").read_text())["metrics"]
