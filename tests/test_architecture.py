@@ -75,6 +75,7 @@ ORDER = (
     "drawing",
     "pages",
     "figures",
+    "experiment_pages",
     "inspection_figures",
     "inspection_report",
     "report",
@@ -85,7 +86,7 @@ ORDER = (
 ONLY_IN = {
     "sklearn": {"estimators", "data"},
     "mlxtend": {"data"},
-    "matplotlib": {"drawing", "figures", "inspection_figures"},
+    "matplotlib": {"drawing", "figures", "experiment_pages", "inspection_figures"},
     "jinja2": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},

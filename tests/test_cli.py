@@ -1,6 +1,9 @@
 """The commands: what they print, what they write, and how they refuse."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
 from adaptive_tangents.experiments import kernel_alignment
+from adaptive_tangents.experiments.registry import EXPERIMENTS
 from adaptive_tangents.experiments.training import relu_network
 
 runner = CliRunner()
@@ -72,7 +76,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
 def test_resume_with_other_settings_is_refused(folder) -> None:
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(folder[0]), "--resume", "--seed", "7"])
     assert done.exit_code == 1
-    assert "was made with other settings" in done.output
+    assert "holds a run made with other settings (seed); give another folder with --out, or delete it" in done.output
 
 
 def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
@@ -114,3 +118,72 @@ def test_version_is_the_packages() -> None:
     done = runner.invoke(cli.app, ["--version"])
     assert done.exit_code == 0
     assert __version__ in done.output
+
+
+def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_reproduce", lambda each, asked_of, folder, device, *, resume: asked.append(folder))
+    monkeypatch.setattr(cli, "_finish", lambda folder: None)
+    done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert asked == [tmp_path / name for name in EXPERIMENTS]
+
+
+def test_a_folder_of_other_settings_is_refused_before_anything_is_run(folder) -> None:
+    before = (folder[0] / "results.json").read_bytes()
+    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(folder[0]), "--data", "mnist", "--seed", "3"])
+    assert done.exit_code == 1
+    assert "holds a run made with other settings (data, seed)" in done.output
+    assert (folder[0] / "results.json").read_bytes() == before
+
+
+def test_another_experiments_folder_is_refused(folder) -> None:
+    done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(folder[0])])
+    assert done.exit_code == 1
+    assert "experiment" in done.output
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from pathlib import Path
+from adaptive_tangents.experiments.checkpoints import StoredUnits
+
+folder, killed_before, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "resume"
+units = StoredUnits(folder, {"seed": 0}, resume=resume)
+made = []
+
+def make(k):
+    if k == killed_before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(k)
+    return {"x": torch.randn(3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)}
+
+total = sum(units(f"part{k}", lambda k=k: make(k))["x"] for k in range(4))
+print(made, total.tolist())
+"""
+
+
+def test_a_killed_run_resumed_makes_only_what_is_missing_and_ends_the_same(tmp_path) -> None:
+    def run(folder: str, killed_before: int, mode: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / folder), str(killed_before), mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    code, whole = run("whole", -1, "anew")
+    assert code == 0
+    assert run("killed", 2, "anew")[0] == -signal.SIGKILL
+    code, rest = run("killed", -1, "resume")
+    assert code == 0
+    assert whole.startswith("[0, 1, 2, 3] ")
+    assert rest == whole.replace("[0, 1, 2, 3] ", "[2, 3] ")
+
+
+def test_quick_and_full_exclude_each_other_and_seeds_are_counted_from_one(tmp_path) -> None:
+    for arguments, message in (
+        (["--quick", "--full"], "--quick and --full exclude each other"),
+        (["--seeds", "0"], "--seeds is at least 1, got 0"),
+    ):
+        done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(tmp_path / "out"), *arguments])
+        assert done.exit_code == 1
+        assert message in done.output
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,8 @@ from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.drawing import render
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import exact_solvers
-from adaptive_tangents.experiments.exact_solvers import ExactSolversConfig, ExactSolversResult, run
+from adaptive_tangents.experiments.common import ExperimentResult
+from adaptive_tangents.experiments.exact_solvers import ExactSolversConfig, run
 from adaptive_tangents.experiments.training import relu_network
 
 CLAIMS = ["agree", "certified", "monotone", "rounds", "bound", "rank.Left", "rank.TwoSided"]
@@ -26,7 +27,7 @@ SMALL = ExactSolversConfig(samples=30, width=24)
 
 
 @pytest.fixture(scope="module")
-def small() -> ExactSolversResult:
+def small() -> ExperimentResult:
     return run(SMALL)
 
 
@@ -50,14 +51,14 @@ def kernel_regression() -> dict[str, np.ndarray]:
 
 
 def test_singular_values_of_the_fixed_kernel_are_those_of_regression_with_the_jacobian(
-    small: ExactSolversResult,
+    small: ExperimentResult,
 ) -> None:
     for layer, matrix in kernel_regression().items():
         expected = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(small.arrays[f"Fixed.{layer}"], expected, rtol=1e-3, atol=1e-4 * expected[0])
 
 
-def test_objectives_are_the_induced_penalties_of_the_singular_values(small: ExactSolversResult) -> None:
+def test_objectives_are_the_induced_penalties_of_the_singular_values(small: ExperimentResult) -> None:
     one = at.Quadratic(1.0)
     penalties = {"Fixed": at.NoAdaptation(), "Left": one, "TwoSided": one.compose(one)}
     for model, penalty in penalties.items():
@@ -66,7 +67,7 @@ def test_objectives_are_the_induced_penalties_of_the_singular_values(small: Exac
         assert small.results["model"][model]["objective"] == pytest.approx(total, rel=1e-10)
 
 
-def test_effective_ranks_are_those_of_the_singular_values(small: ExactSolversResult) -> None:
+def test_effective_ranks_are_those_of_the_singular_values(small: ExperimentResult) -> None:
     for model, ranks in small.results["rank"].items():
         for layer, rank in ranks.items():
             values = small.arrays[f"{model}.{layer}"]
@@ -76,7 +77,7 @@ def test_effective_ranks_are_those_of_the_singular_values(small: ExactSolversRes
             assert rank["participation"] == pytest.approx((values**2).sum() ** 2 / (values**4).sum(), rel=1e-10)
 
 
-def test_the_course_of_each_solver_ends_at_its_solution(small: ExactSolversResult) -> None:
+def test_the_course_of_each_solver_ends_at_its_solution(small: ExperimentResult) -> None:
     for solver, found in small.results["solver"].items():
         course = {key: small.arrays[f"{solver}.{key}"] for key in ("seconds", "solves", "objective", "temper")}
         assert {len(values) for values in course.values()} == {found["steps"]}
@@ -87,7 +88,7 @@ def test_the_course_of_each_solver_ends_at_its_solution(small: ExactSolversResul
         assert course["temper"][-1] == 1
 
 
-def test_every_claim_holds_on_a_small_network(small: ExactSolversResult) -> None:
+def test_every_claim_holds_on_a_small_network(small: ExperimentResult) -> None:
     assert list(small.results["claims"]) == CLAIMS
     assert [name for name, claim in small.results["claims"].items() if not claim["holds"]] == []
     assert small.results["metrics"]["solver.newton.rounds"] == small.results["solver"]["newton"]["rounds"]
@@ -108,7 +109,7 @@ def test_every_claim_holds_on_a_small_network(small: ExactSolversResult) -> None
     ],
 )
 def test_a_claim_that_does_not_hold_is_said_not_to(
-    small: ExactSolversResult, claim: str, path: tuple[str, ...], value: Any, evidence: str
+    small: ExperimentResult, claim: str, path: tuple[str, ...], value: Any, evidence: str
 ) -> None:
     spoiled = copy.deepcopy({key: small.results[key] for key in ("solver", "model", "rank", "layers")})
     *way, last = path
@@ -144,7 +145,7 @@ def test_settings_that_cannot_be_run_are_refused(changes: dict[str, Any], messag
         run(ExactSolversConfig(**changes))
 
 
-def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: ExactSolversResult) -> None:
+def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: ExperimentResult) -> None:
     left, right = figures.draw_solvers(small.results, small.arrays).axes
     early = int((small.arrays["newton.temper"] > 1).sum())
     assert early > 0
@@ -154,7 +155,7 @@ def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: ExactSolversResu
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(figures.SOLVERS.values())
 
 
-def test_layers_of_one_row_have_no_panel(small: ExactSolversResult) -> None:
+def test_layers_of_one_row_have_no_panel(small: ExperimentResult) -> None:
     figure = figures.draw_coefficients(small.results, small.arrays)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["hidden1, 24 × 785", "hidden2, 24 × 25"]
     assert render(figures.draw_coefficients, "coefficients", small.results, small.arrays).png.startswith(b"\x89PNG")

@@ -11,8 +11,8 @@ from torch import nn
 from adaptive_tangents.alignment import alignment
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import kernel_alignment, training
-from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
-from adaptive_tangents.experiments.common import flatten
+from adaptive_tangents.experiments.checkpoints import StoredUnits, read_checkpoints, write_checkpoint
+from adaptive_tangents.experiments.common import ExperimentResult, Tensors, Units, flatten
 from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig, config_dict, run
 from adaptive_tangents.experiments.training import SGD, relu_network, train
 
@@ -21,15 +21,21 @@ SMALL = KernelAlignmentConfig(
 )
 
 
+class Recorded(Units):
+    def __init__(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:
+        self.saved = saved
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        self.saved[name] = dict(tensors)
+
+
 @pytest.fixture(scope="module")
-def small() -> tuple[
-    kernel_alignment.KernelAlignmentResult, dict[str, dict[str, torch.Tensor]], list[tuple[str, float]]
-]:
+def small() -> tuple[ExperimentResult, dict[str, dict[str, torch.Tensor]], list[tuple[str, float]]]:
     saved: dict[str, dict[str, torch.Tensor]] = {}
     heard: list[tuple[str, float]] = []
     result = run(
         SMALL,
-        save=lambda name, tensors: saved.update({name: dict(tensors)}),
+        units=Recorded(saved),
         progress=lambda stage, fraction: heard.append((stage, fraction)),
     )
     return result, saved, heard
@@ -130,14 +136,15 @@ def test_same_seed_gives_the_same_numbers_and_another_seed_does_not() -> None:
 
 def test_resuming_repeats_no_training_and_gives_the_same_numbers(small, monkeypatch, tmp_path) -> None:
     settings = config_dict(SMALL)
+    units = StoredUnits(tmp_path, settings)
     for name, tensors in small[1].items():
-        write_checkpoint(tmp_path, name, tensors, settings)
+        units.put(name, tensors)
 
     def refuse(*arguments: object, **keywords: object) -> list[float]:
         raise AssertionError("training was repeated")
 
     monkeypatch.setattr(kernel_alignment, "train", refuse)
-    again = run(SMALL, resume=read_checkpoints(tmp_path, settings)).results["metrics"]
+    again = run(SMALL, units=StoredUnits(tmp_path, settings, resume=True)).results["metrics"]
     before = small[0].results["metrics"]
     assert {k: v for k, v in again.items() if not k.endswith("seconds")} == {
         k: v for k, v in before.items() if not k.endswith("seconds")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from adaptive_tangents import cli, report
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import low_rank_targets
+from adaptive_tangents.experiments.common import ExperimentResult
 from adaptive_tangents.experiments.low_rank_targets import EARLIER, WITHIN, LowRankConfig, draw, run, samples_needed
 
 SMALL = LowRankConfig(sizes=(40, 80), seeds=2, inputs=8, units=60, test_samples=300, product=0.1, square=0.1)
@@ -28,14 +29,14 @@ FIGURES = [
 
 
 @pytest.fixture(scope="module")
-def measured() -> low_rank_targets.LowRankResult:
+def measured() -> ExperimentResult:
     return run(LowRankConfig(sizes=(200, 400, 800), structures=("Fixed", "TwoSided"), seeds=4, test_samples=4000))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "n", "name", "figure"), FIGURES)
 def test_errors_measured_earlier_are_met_within_a_fifth(
-    measured: low_rank_targets.LowRankResult, target: str, n: int, name: str, figure: float
+    measured: ExperimentResult, target: str, n: int, name: str, figure: float
 ) -> None:
     assert WITHIN == 0.2
     assert measured.results["targets"][target]["errors"][name][str(n)] == pytest.approx(figure, rel=0.2)
@@ -43,7 +44,7 @@ def test_errors_measured_earlier_are_met_within_a_fifth(
 
 @pytest.mark.slow
 def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_the_samples(
-    measured: low_rank_targets.LowRankResult,
+    measured: ExperimentResult,
 ) -> None:
     errors = measured.results["targets"]["product"]["errors"]
     assert errors["TwoSided"]["200"] < errors["Fixed"]["800"]
@@ -55,11 +56,11 @@ def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_t
 
 
 @pytest.fixture(scope="module")
-def small() -> low_rank_targets.LowRankResult:
+def small() -> ExperimentResult:
     return run(SMALL)
 
 
-def test_fixed_errors_are_those_of_kernel_regression_written_out(small: low_rank_targets.LowRankResult) -> None:
+def test_fixed_errors_are_those_of_kernel_regression_written_out(small: ExperimentResult) -> None:
     """The kernel of the first layer is Σ_j a_j² 1[w_j·x > 0] 1[w_j·x′ > 0] x·x′."""
     drawn = draw(SMALL, 1)
     w, a = drawn.model[0].weight.detach(), drawn.model[2].weight.detach()[0]
@@ -86,13 +87,13 @@ def test_networks_have_the_stated_weights_and_directions_of_unit_length() -> Non
     assert drawn.train.shape == (1600, 40)
 
 
-def test_left_and_right_have_the_same_errors(small: low_rank_targets.LowRankResult) -> None:
+def test_left_and_right_have_the_same_errors(small: ExperimentResult) -> None:
     for target in EARLIER:
         np.testing.assert_allclose(small.arrays[f"{target}.Left"], small.arrays[f"{target}.Right"], rtol=1e-3)
     assert small.results["claims"]["sides"]["holds"]
 
 
-def test_samples_saved_are_the_ratio_of_what_both_need(small: low_rank_targets.LowRankResult) -> None:
+def test_samples_saved_are_the_ratio_of_what_both_need(small: ExperimentResult) -> None:
     for found in small.results["targets"].values():
         for name, saved in found["saved"].items():
             for level, factor in saved.items():
@@ -117,7 +118,7 @@ def test_samples_needed_are_read_off_straight_lines_in_log_log(
     assert samples_needed(errors, level) == (None if n is None else pytest.approx(n, rel=1e-3))
 
 
-def test_a_claim_that_does_not_hold_is_said_not_to(small: low_rank_targets.LowRankResult) -> None:
+def test_a_claim_that_does_not_hold_is_said_not_to(small: ExperimentResult) -> None:
     targets = json.loads(json.dumps(small.results["targets"]))
     targets["product"]["errors"]["TwoSided"]["80"] = 2.0
     targets["product"]["earlier"] = {

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import theory_reference as reference
 from adaptive_tangents import cli, report
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import exact_solvers, penalties
-from adaptive_tangents.experiments.low_rank_targets import LowRankConfig
+from adaptive_tangents.experiments import penalties
 from adaptive_tangents.experiments.penalties import PenaltiesConfig, run
 
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
@@ -106,18 +105,3 @@ def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing
 def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
     before = (folder[0] / "report.html").read_bytes()
     assert report.build_report(folder[0]).read_bytes() == before
-
-
-def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(cli, "_reproduce_alignment", lambda config, folder, device, *, resume: asked.append(folder))
-    monkeypatch.setattr(cli, "_finish", lambda folder: asked.append(folder))
-    monkeypatch.setattr(exact_solvers, "run", lambda *_, **__: exact_solvers.ExactSolversResult({}, {}))
-    tiny = LowRankConfig(sizes=(10, 20), structures=("Fixed",), seeds=1, inputs=4, units=20, test_samples=20)
-    monkeypatch.setattr(LowRankConfig, "quick", lambda self: tiny)
-    done = CliRunner().invoke(cli.app, ["reproduce", "all", "--quick", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    others = ("penalties", "exact-solvers", "low-rank-targets")
-    assert asked == [tmp_path / "kernel-alignment"] * 2 + [tmp_path / name for name in others]
-    for name in others:
-        assert (tmp_path / name / "results.json").exists()

@@ -5,7 +5,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +16,10 @@ from rich.table import Table
 
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import exact_solvers, kernel_alignment, low_rank_targets, penalties
-from adaptive_tangents.experiments.checkpoints import read_checkpoints, write_checkpoint
+from adaptive_tangents.experiments.checkpoints import StoredUnits
+from adaptive_tangents.experiments.common import Asked, settings
 from adaptive_tangents.experiments.common import Progress as StageProgress
-from adaptive_tangents.experiments.training import SGD
+from adaptive_tangents.experiments.registry import EXPERIMENTS, Experiment
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection_report import findings
@@ -33,8 +32,6 @@ app = typer.Typer(
 )  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
-
-EXPERIMENTS = (kernel_alignment.NAME, penalties.NAME, exact_solvers.NAME, low_rank_targets.NAME)
 
 
 @app.callback(invoke_without_command=True)
@@ -49,76 +46,53 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def reproduce(
     name: Annotated[str, typer.Argument(help=f"The experiment: {', '.join(EXPERIMENTS)}, or all.")],
     data: Annotated[str, typer.Option(help="mnist5k (embedded) or mnist (files, else OpenML).")] = "mnist5k",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds MNIST's IDX files.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the files of MNIST and CIFAR-10.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for results and report [default: runs/NAME]; with all, one folder in it for each."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
-    samples: Annotated[int, typer.Option(help="Training samples the kernels and exact models are of.")] = 500,
-    epochs: Annotated[int, typer.Option(help="Epochs of training.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches; the first of several.")] = 0,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, where an experiment takes several.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples the kernels and exact models are of.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A small run to see it work, whatever --samples and --epochs say: its numbers mean little."
-        ),
+        bool, typer.Option("--quick", help="A small run to see it work: its numbers mean little.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has trained.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More seeds and sizes than usual: hours.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has made.")] = False,
 ) -> None:
     """Run a published experiment and write results.json, figures, checkpoints and report.html."""
     with _worded_errors():
-        names = EXPERIMENTS if name == "all" else (name,)
+        names = tuple(EXPERIMENTS) if name == "all" else (name,)
         if not set(names) <= set(EXPERIMENTS):
             near = difflib.get_close_matches(name, (*EXPERIMENTS, "all"), n=1)
             raise TangentError(
                 f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all"
                 + (f" (did you mean {near[0]}?)" if near else "")
             )
+        if quick and full:
+            raise TangentError("reproduce: --quick and --full exclude each other; give one of them or neither")
+        if seeds is not None and seeds < 1:
+            raise TangentError(f"reproduce: --seeds is at least 1, got {seeds}")
         _check_device("reproduce", device)
-        config = kernel_alignment.KernelAlignmentConfig(
-            data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, kernel_samples=samples,
-            training=SGD(epochs=epochs),
+        asked = Asked(
+            size="quick" if quick else "full" if full else "standard",
+            data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, seeds=seeds, samples=samples,
+            epochs=epochs,
         )  # fmt: skip
-        if quick:
-            config = replace(
-                config, training=SGD(epochs=20), kernel_samples=100, path_nodes=16, strengths=(10.0, 100.0)
-            )
         for each in names:
             folder = Path("runs") / each if out is None else out / each if name == "all" else out
-            if each == penalties.NAME:
-                with _progress() as progress:
-                    curves = penalties.run(penalties.PenaltiesConfig(), progress=progress)
-                write_results(curves.results | {"command": _command()}, curves.arrays, folder)
-            elif each == exact_solvers.NAME:
-                chosen = exact_solvers.ExactSolversConfig(
-                    data=data, data_dir=config.data_dir, seed=seed, samples=samples
-                )
-                if quick:
-                    chosen = replace(chosen, samples=60, width=128)
-                with _progress() as progress:
-                    solved = exact_solvers.run(chosen, device=device, progress=progress)
-                write_results(solved.results | {"command": _command()}, solved.arrays, folder)
-            elif each == low_rank_targets.NAME:
-                asked = low_rank_targets.LowRankConfig()
-                with _progress() as progress:
-                    errors_found = low_rank_targets.run(asked.quick() if quick else asked, progress=progress)
-                write_results(errors_found.results | {"command": _command()}, errors_found.arrays, folder)
-            else:
-                _reproduce_alignment(config, folder, device, resume=resume)
+            _reproduce(EXPERIMENTS[each], asked, folder, device, resume=resume)
             _finish(folder)
 
 
-def _reproduce_alignment(
-    config: kernel_alignment.KernelAlignmentConfig, folder: Path, device: str, *, resume: bool
-) -> None:
-    settings = kernel_alignment.config_dict(config)
-    earlier = read_checkpoints(folder, settings) if resume else {}
+def _reproduce(experiment: Experiment, asked: Asked, folder: Path, device: str, *, resume: bool) -> None:
+    config = experiment.configured(asked)
+    units = StoredUnits(folder, {"experiment": experiment.NAME, **settings(config)}, resume=resume)
     with _progress() as progress:
-        result = kernel_alignment.run(
-            config, device=device, progress=progress, resume=earlier,
-            save=lambda key, tensors: write_checkpoint(folder, key, tensors, settings),
-        )  # fmt: skip
+        result = experiment.run(config, device=device, progress=progress, units=units)
+    units.settle()
     write_results(result.results | {"command": _command()}, result.arrays, folder)
 
 

@@ -23,6 +23,61 @@ class Page:
     applies: Callable[[Results, str], bool] = lambda results, figure: True
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under their headings; the first column is what a row is about."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the page: its name, what it is for those who cannot see it, and its caption."""
+
+    name: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: paragraphs, tables and figures in their order. ``key`` is its anchor."""
+
+    key: str
+    title: str
+    parts: tuple[str | Table | Shown, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """An experiment told: the question, what was done, the answer, and sections; claims and settings come by themselves."""
+
+    title: str
+    lead: str
+    verdict: str
+    sections: tuple[Section, ...]
+
+
+def told(
+    figures: Mapping[str, Draw], arrays: Callable[[Results], list[str]], story: Callable[[Results], Story]
+) -> Page:
+    """The page of an experiment that is a story, its claims and how it was made. ``arrays`` names what figures need."""
+
+    def context(results: Results) -> dict[str, Any]:
+        kinds = {Table: "table", Shown: "figure", str: "text"}
+        found = story(results)
+        sections = [(s.key, s.title, [(kinds[type(part)], part) for part in s.parts]) for s in found.sections]
+        return {
+            "story": found,
+            "sections": sections,
+            "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
+        }
+
+    return Page("study.html.j2", figures, (), arrays, context)
+
+
 def number(value: Any) -> str:
     """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
 

@@ -11,8 +11,33 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.common import Tensors, Units
 
-FOLDER = "checkpoints"
+FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
+
+
+class StoredUnits(Units):
+    """Parts of a run as checkpoints in its folder; ``resume`` finds those of an earlier run of the same settings.
+
+    Raises TangentError where the folder holds a run of other settings, or a part cannot be read or written.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.directory, self.config = directory, config
+        _claim_folder(directory, config)
+        self.found = read_checkpoints(directory, config) if resume else {}
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        return self.found.get(name)
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        self.settle()
+        write_checkpoint(self.directory, name, tensors, self.config)
+
+    def settle(self) -> None:
+        """Write the settings into the folder, which is this run's from now on."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / SETTINGS_FILE).write_text(_text(self.config) + "\n")
 
 
 def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
@@ -57,6 +82,23 @@ def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, di
             )
         found[path.name.removesuffix(".safetensors")] = tensors
     return found
+
+
+def _claim_folder(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose run had other settings."""
+    try:
+        made_with = json.loads((directory / SETTINGS_FILE).read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise TangentError(f"reproduce: {directory / SETTINGS_FILE} cannot be read ({error}); delete it") from error
+    wanted = json.loads(_text(config))
+    differing = sorted(key for key in wanted.keys() | made_with.keys() if wanted.get(key) != made_with.get(key))
+    if differing:
+        raise TangentError(
+            f"reproduce: {directory} holds a run made with other settings ({', '.join(differing)}); give another folder "
+            "with --out, or delete it"
+        )
 
 
 def _text(config: Mapping[str, Any]) -> str:

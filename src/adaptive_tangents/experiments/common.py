@@ -1,13 +1,66 @@
-"""What every experiment needs around its measurements: the clock, versions, and the flat list of its numbers."""
+"""What every experiment needs around its measurements: what was asked, what is kept, the clock, and its results' form."""
 
+import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 Progress = Callable[[str, float], None]
+Size = Literal["quick", "standard", "full"]
+Tensors = Mapping[str, Tensor]
+Verdict = Literal["holds", "holds in part", "does not hold"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks of any experiment; None leaves a number to it. Each takes what it has a use for."""
+
+    size: Size = "standard"
+    data: str = "mnist5k"
+    data_dir: str | None = None
+    seed: int = 0
+    seeds: int | None = None
+    samples: int | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figures need."""
+
+    results: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class Units:
+    """Parts of a run, each made once: here for this run only; one that stores them lets an interrupted run go on.
+
+    A part is tensors that follow from the settings and the part's name alone, whatever was made before it.
+    """
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The part, if it was made before."""
+        return None
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        """Keep a part."""
+
+    def __call__(self, name: str, make: Callable[[], Tensors]) -> dict[str, Tensor]:
+        """The part, made now if it was not before."""
+        found = self.get(name)
+        if found is None:
+            found = dict(make())
+            self.put(name, found)
+        return found
 
 
 class Clock:
@@ -32,6 +85,65 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     names = ("adaptive-tangents", "torch", "numpy", "scipy")
     return {name.replace("-", "_"): metadata.version(name) for name in names} | {"python": platform.python_version()}
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A config's fields as plain values, without the folder of the data: where files lie changes no number."""
+    plain = asdict(config)
+    plain.pop("data_dir", None)
+    return dict(json.loads(json.dumps(plain)))
+
+
+def heading(name: str, config: Mapping[str, Any], clock: Clock, device: str = "cpu") -> dict[str, Any]:
+    """What results.json says of every run: settings, software, machine, seconds."""
+    return {
+        "experiment": name,
+        "config": dict(config),
+        "versions": versions(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
+    }
+
+
+def claim(
+    text: str,
+    verdict: bool | Verdict,
+    *,
+    refuted_by: str,
+    evidence: str,
+    published: str | None = None,
+    why: str = "",
+) -> dict[str, Any]:
+    """A claim in words, what would refute it, what was published, what was measured, and whether it holds.
+
+    >>> claim("1 < 2", 1 < 2, refuted_by="1 not below 2", evidence="1, 2")["verdict"]
+    'holds'
+    """
+    if isinstance(verdict, bool):
+        verdict = "holds" if verdict else "does not hold"
+    return {
+        "claim": text,
+        "holds": verdict == "holds",
+        "verdict": verdict,
+        "evidence": evidence,
+        "refuted_by": refuted_by,
+        "published": published,
+        "why": why,
+    }
+
+
+def spread(values: "list[float] | np.ndarray", form: str = ".2f") -> str:
+    """Mean and standard deviation over seeds in words; one value alone is itself.
+
+    >>> spread([0.1, 0.2, 0.3]), spread([0.1234])
+    ('0.20 ± 0.10', '0.12')
+    """
+    values = np.asarray(values, dtype=float)
+    mean = f"{values.mean():{form}}"
+    text = mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):{form}}"
+    return text.replace("-", "−")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:

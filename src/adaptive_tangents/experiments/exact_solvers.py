@@ -7,11 +7,9 @@ Source: LeJeune & Alemohammad, CPAL 2024, §3 (the alternation; solutions are ap
 """
 
 import itertools
-import json
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +21,17 @@ from adaptive_tangents.alignment import effective_rank
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.experiments.common import Clock, Progress, flatten, versions
+from adaptive_tangents.experiments.common import (
+    Asked,
+    Clock,
+    ExperimentResult,
+    Progress,
+    Units,
+    claim,
+    flatten,
+    heading,
+    settings,
+)
 from adaptive_tangents.experiments.training import relu_network
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
@@ -66,17 +74,22 @@ class ExactSolversConfig:
             raise TangentError(f"{NAME}: at least 2 samples and a width of 2, got {self}")
 
 
-@dataclass(frozen=True)
-class ExactSolversResult:
-    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figures need."""
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+def configured(asked: Asked) -> ExactSolversConfig:
+    """The settings for what was asked."""
+    if asked.size == "quick":
+        return ExactSolversConfig(data=asked.data, data_dir=asked.data_dir, seed=asked.seed, samples=60, width=128)
+    return ExactSolversConfig(
+        data=asked.data, data_dir=asked.data_dir, seed=asked.seed, samples=asked.samples or ExactSolversConfig.samples
+    )
 
 
 def run(
-    config: ExactSolversConfig, *, device: str = "cpu", progress: Progress = lambda stage, fraction: None
-) -> ExactSolversResult:
+    config: ExactSolversConfig,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, fraction: None,
+    units: Units | None = None,
+) -> ExperimentResult:
     """Fit the two-sided model by each solver, Left and Fixed beside it, and judge what is claimed of them.
 
     Raises TangentError where the data cannot be had or hold too few digits, and for settings that ``fit`` refuses.
@@ -110,27 +123,15 @@ def run(
         "rank": {name: {layer: _ranks(arrays[f"{name}.{layer}"]) for layer in LAYERS} for name in models},
     }
     results = {
-        "experiment": NAME,
-        "config": config_dict(config),
+        **heading(NAME, settings(config), clock, device),
         "seed": config.seed,
-        "versions": versions(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
         "data": data,
         "layers": {name: list(block.shape) for name, block in feats.blocks.items()},
         **measured,
         "claims": claims(measured, config),
         "metrics": flatten(measured),
     }
-    return ExactSolversResult(results, arrays)
-
-
-def config_dict(config: ExactSolversConfig) -> dict[str, Any]:
-    """The settings as plain values."""
-    plain = asdict(config)
-    del plain["data_dir"]  # where the files lie changes no number
-    return dict(json.loads(json.dumps(plain)))
+    return ExperimentResult(results, arrays)
 
 
 def _problem(config: ExactSolversConfig, device: str) -> tuple[TangentFeatures, Float[Tensor, "n 1"], dict[str, Any]]:
@@ -212,48 +213,51 @@ def claims(measured: dict[str, Any], config: ExactSolversConfig) -> dict[str, di
     rise = max(found["largest_rise"] for found in (*solver.values(), *model.values()))
     wide = [layer for layer in LAYERS if layer != LAYERS[-1]]  # one output: the readout's B is a single row
     made = {
-        "agree": {
-            "claim": "All three solvers end at one optimum",
-            "holds": spread <= AGREEMENT,
-            "evidence": f"objectives {_listed(solver, 'objective', '.8g')}: {spread:.1e} apart, relative",
-        },
-        "certified": {
-            "claim": f"Each is stationary to {config.tol**0.5:.0e} and meets the targets",
-            "holds": all(
-                f["stationarity"] <= config.tol**0.5 and f["feasibility"] <= FEASIBLE for f in solver.values()
-            ),
-            "evidence": f"stationarity {_listed(solver, 'stationarity', '.1e')}; targets missed by at most "
+        "agree": claim(
+            "All three solvers end at one optimum",
+            spread <= AGREEMENT,
+            refuted_by=f"objectives more than {AGREEMENT:g} apart, relative",
+            evidence=f"objectives {_listed(solver, 'objective', '.8g')}: {spread:.1e} apart, relative",
+        ),
+        "certified": claim(
+            f"Each is stationary to {config.tol**0.5:.0e} and meets the targets",
+            all(f["stationarity"] <= config.tol**0.5 and f["feasibility"] <= FEASIBLE for f in solver.values()),
+            refuted_by="a larger gradient, or a target missed",
+            evidence=f"stationarity {_listed(solver, 'stationarity', '.1e')}; targets missed by at most "
             f"{max(found['feasibility'] for found in solver.values()):.1e}, relative",
-        },
-        "monotone": {
-            "claim": "The objective never rises on the way",
-            "holds": rise <= ROUNDING,
-            "evidence": "no step of any fit raised it"
-            if rise <= 0
-            else f"largest rise of a step: {rise:.1e}, relative",
-        },
-        "rounds": {
-            "claim": "Newton’s method takes the fewest kernel solves",
-            "holds": solver["newton"]["rounds"] < min(solver["anderson"]["rounds"], solver["alternation"]["rounds"]),
-            "evidence": f"{_listed(solver, 'rounds', 'd')}; in seconds {_listed(solver, 'seconds', '.1f')}",
-        },
-        "bound": {
-            "claim": "The convex model, Left, is certified as the global optimum",
-            "holds": model["Left"]["gap"] is not None and abs(model["Left"]["gap"]) <= GAP,
-            "evidence": "no bound"
+        ),
+        "monotone": claim(
+            "The objective never rises on the way",
+            rise <= ROUNDING,
+            refuted_by=f"a step that raises it by more than {ROUNDING:g}, relative",
+            evidence="no step of any fit raised it" if rise <= 0 else f"largest rise of a step: {rise:.1e}, relative",
+        ),
+        "rounds": claim(
+            "Newton’s method takes the fewest kernel solves",
+            solver["newton"]["rounds"] < min(solver["anderson"]["rounds"], solver["alternation"]["rounds"]),
+            refuted_by="another solver with fewer",
+            evidence=f"{_listed(solver, 'rounds', 'd')}; in seconds {_listed(solver, 'seconds', '.1f')}",
+        ),
+        "bound": claim(
+            "The convex model, Left, is certified as the global optimum",
+            model["Left"]["gap"] is not None and abs(model["Left"]["gap"]) <= GAP,
+            refuted_by=f"an objective more than {GAP:g} above the bound, relative",
+            evidence="no bound"
             if model["Left"]["gap"] is None
             else f"its objective {model['Left']['objective']:.8g} is {model['Left']['gap']:.1e} above a lower bound on all, "
             "relative",
-        },
+        ),
     }
     for name in ("Left", "TwoSided"):
         pairs = {layer: [measured["rank"][key][layer]["entropy"] for key in (name, "Fixed")] for layer in wide}
-        made[f"rank.{name}"] = {
-            "claim": f"B is nearer to low rank under {name} than under Fixed, in every layer that has a rank",
-            "holds": all(low < high for low, high in pairs.values()),
-            "evidence": "effective (entropy) rank "
+        made[f"rank.{name}"] = claim(
+            f"B is nearer to low rank under {name} than under Fixed, in every layer that has a rank",
+            all(low < high for low, high in pairs.values()),
+            evidence="effective (entropy) rank "
             + ", ".join(f"{low:.1f} against {high:.1f} in {layer}" for layer, (low, high) in pairs.items()),
-        }
+            refuted_by="a layer whose rank is not lower",
+            published="solutions are approximately low rank",
+        )
     return made
 
 

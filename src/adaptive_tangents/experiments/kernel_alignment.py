@@ -7,10 +7,8 @@ explain the feature change; and what the exact adaptive model, fitted to the sam
 Source: LeJeune & Alemohammad, CPAL 2024, §4 (protocol) and figures 3-4.
 """
 
-import json
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,16 @@ from adaptive_tangents.alignment import alignment, decompose, effective_rank, re
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.data import Dataset, load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments.common import Clock, Progress, flatten, versions
+from adaptive_tangents.experiments.common import (
+    Asked,
+    Clock,
+    ExperimentResult,
+    Progress,
+    Units,
+    flatten,
+    heading,
+    settings,
+)
 from adaptive_tangents.experiments.training import SGD, relu_network, train
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
@@ -56,7 +63,6 @@ REFERENCE: dict[str, dict[str, float | str]] = {
 }
 
 Checkpoint = Mapping[str, Tensor]
-Save = Callable[[str, Checkpoint], object]
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,6 @@ class KernelAlignmentConfig:
 
 
 @dataclass(frozen=True)
-class KernelAlignmentResult:
-    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figures need."""
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
 class _Problem:
     """Inputs, both targets, and which training digits the kernels are of, sorted by the teacher's output."""
 
@@ -105,18 +103,29 @@ class _Problem:
     data: dict[str, Any]
 
 
+def configured(asked: Asked) -> KernelAlignmentConfig:
+    """The settings for what was asked."""
+    config = KernelAlignmentConfig(
+        data=asked.data, data_dir=asked.data_dir, seed=asked.seed,
+        kernel_samples=asked.samples or KernelAlignmentConfig.kernel_samples,
+        training=SGD() if asked.epochs is None else SGD(epochs=asked.epochs),
+    )  # fmt: skip
+    if asked.size == "quick":
+        return replace(config, training=SGD(epochs=20), kernel_samples=100, path_nodes=16, strengths=(10.0, 100.0))
+    return config
+
+
 def run(
     config: KernelAlignmentConfig,
     *,
     device: str = "cpu",
     progress: Progress = lambda stage, fraction: None,
-    save: Save = lambda name, checkpoint: None,
-    resume: Mapping[str, Checkpoint] | None = None,
-) -> KernelAlignmentResult:
+    units: Units | None = None,
+) -> ExperimentResult:
     """Run the experiment.
 
-    ``progress`` hears the stage and the share of all work done; ``save`` gets each checkpoint as soon as it is trained;
-    ``resume`` holds those of an earlier run of the same config, whose training is not repeated.
+    ``progress`` hears the stage and the share of all work done; ``units`` keeps each checkpoint as soon as it is trained,
+    and what an earlier run of the same config trained is not trained again.
 
     Raises TangentError where the data cannot be had or hold too few digits.
 
@@ -130,35 +139,26 @@ def run(
     targets: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name in TARGETS:
-        start, end, losses = _trained(config, name, problem, clock, resume or {}, device)
-        for kind, checkpoint in (("start", start), ("end", end), ("training", {"loss": torch.tensor(losses)})):
-            save(f"{name}.{kind}", checkpoint)
+        start, end, losses = _trained(config, name, problem, clock, units or Units(), device)
         targets[name], measured = _measure(config, name, problem, start, end, clock, device)
         arrays |= {f"{name}.{key}": value for key, value in measured.items()}
         arrays[f"{name}.training.loss"] = np.array(losses)
     results = {
-        "experiment": NAME,
-        "config": config_dict(config),
+        **heading(NAME, config_dict(config), clock, device),
         "seed": config.seed,
-        "versions": versions(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
         "data": problem.data,
         "blocks": list(BLOCKS),
         "targets": targets,
         "reference": REFERENCE,
         "metrics": flatten(targets),
     }
-    return KernelAlignmentResult(results, arrays)
+    return ExperimentResult(results, arrays)
 
 
 def config_dict(config: KernelAlignmentConfig) -> dict[str, Any]:
     """The settings as plain values, training's beside the others."""
-    plain = asdict(config)
-    del plain["data_dir"]  # where the files lie changes no number
-    plain |= {f"training.{key}": value for key, value in plain.pop("training").items()}
-    return dict(json.loads(json.dumps(plain)))
+    plain = settings(config)
+    return plain | {f"training.{key}": value for key, value in plain.pop("training").items()}
 
 
 # Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
@@ -222,21 +222,24 @@ def _trained(
     name: str,
     problem: _Problem,
     clock: Clock,
-    resume: Mapping[str, Checkpoint],
+    units: Units,
     device: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     student = _student(config, problem, device)
     start = _snapshot(student)
     with clock.stage(f"{name}.train", _WORK["train"]) as progress:
-        if {f"{name}.end", f"{name}.training"} <= set(resume):
-            end = {key: value.to(device) for key, value in resume[f"{name}.end"].items()}
-            return start, end, resume[f"{name}.training"]["loss"].tolist()
+        earlier, course = units.get(f"{name}.end"), units.get(f"{name}.training")
+        if earlier is not None and course is not None:
+            return start, {key: value.to(device) for key, value in earlier.items()}, course["loss"].tolist()
         generator = torch.Generator().manual_seed(config.seed + 2)
         target = problem.targets[name]
         losses = train(student, problem.x, target, settings=config.training, generator=generator, progress=progress)
     if not np.isfinite(losses[-1]):
         raise TangentError(f"{NAME}: training on the {name} target diverged; lower the learning rate")
-    return start, _snapshot(student), losses
+    end = _snapshot(student)
+    for kind, checkpoint in (("start", start), ("end", end), ("training", {"loss": torch.tensor(losses)})):
+        units.put(f"{name}.{kind}", checkpoint)
+    return start, end, losses
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ them: at ρ = 0 normal or uniform readout weights give two-sided errors 1.1 to 1
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +23,17 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments.common import Clock, Progress, flatten, versions
+from adaptive_tangents.experiments.common import (
+    Asked,
+    Clock,
+    ExperimentResult,
+    Progress,
+    Units,
+    claim,
+    flatten,
+    heading,
+    settings,
+)
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
@@ -78,14 +87,6 @@ class LowRankConfig:
 
 
 @dataclass(frozen=True)
-class LowRankResult:
-    """Everything measured: ``results`` is what results.json holds, ``arrays`` the errors (seeds, sizes) of every curve."""
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
 class Draw:
     """A network and its samples: what one seed decides."""
 
@@ -117,7 +118,21 @@ def draw(config: LowRankConfig, seed: int) -> Draw:
     return Draw(model, directions / directions.norm(dim=0), normal(config.sizes[-1], d), normal(config.test_samples, d))
 
 
-def run(config: LowRankConfig, *, progress: Progress = lambda stage, fraction: None) -> LowRankResult:
+def configured(asked: Asked) -> LowRankConfig:
+    """The settings for what was asked."""
+    config = LowRankConfig()
+    if asked.seeds is not None:
+        config = replace(config, seeds=asked.seeds)
+    return config.quick() if asked.size == "quick" else config
+
+
+def run(
+    config: LowRankConfig,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, fraction: None,
+    units: Units | None = None,
+) -> ExperimentResult:
     """Fit every structure to every number of samples, and set the errors beside those measured earlier.
 
     Raises TangentError where the config does, and for strengths or a ridge that ``fit`` refuses.
@@ -144,19 +159,13 @@ def run(config: LowRankConfig, *, progress: Progress = lambda stage, fraction: N
                         arrays[f"{target}.{name}"][seed, k] = float(error)
     arrays["sizes"] = np.array(config.sizes)
     targets = {target: _measure(target, config, arrays) for target in FORMULAS}
-    plain = asdict(config)
     results = {
-        "experiment": NAME,
-        "config": {**plain, "sizes": list(config.sizes), "structures": list(config.structures)},
-        "versions": versions(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "wall_seconds": {"total": time.perf_counter() - clock.started},
+        **heading(NAME, settings(config), clock),
         "targets": targets,
         "claims": _claims(targets),
         "metrics": flatten(targets),
     }
-    return LowRankResult(results, arrays)
+    return ExperimentResult(results, arrays)
 
 
 def _measure(target: str, config: LowRankConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -213,24 +222,28 @@ def _claims(targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
         formula, errors, earlier = found["formula"], found["errors"], found["earlier"]
         if {"Fixed", "TwoSided"} <= set(errors):
             pairs = {n: (errors["Fixed"][n], errors["TwoSided"][n]) for n in errors["Fixed"]}
-            claims[f"{target}.lower"] = {
-                "claim": f"Adapting both sides lowers the test error of {formula} at every number of samples",
-                "holds": all(two < fixed for fixed, two in pairs.values()),
-                "evidence": "; ".join(f"n = {n}: {fixed:.2f} → {two:.3f}" for n, (fixed, two) in pairs.items()),
-            }
+            claims[f"{target}.lower"] = claim(
+                f"Adapting both sides lowers the test error of {formula} at every number of samples",
+                all(two < fixed for fixed, two in pairs.values()),
+                refuted_by="a number of samples at which it does not",
+                evidence="; ".join(f"n = {n}: {fixed:.2f} → {two:.3f}" for n, (fixed, two) in pairs.items()),
+            )
         saved = {level: factor for level, factor in found["saved"].get("TwoSided", {}).items() if factor is not None}
         if saved:
-            claims[f"{target}.saved"] = {
-                "claim": f"It reaches the same error of {formula} with fewer samples",
-                "holds": min(saved.values()) > 1,
-                "evidence": "; ".join(f"error {level}: {factor:.1f} times fewer" for level, factor in saved.items()),
-            }
+            claims[f"{target}.saved"] = claim(
+                f"It reaches the same error of {formula} with fewer samples",
+                min(saved.values()) > 1,
+                refuted_by="a level of the error that takes as many",
+                evidence="; ".join(f"error {level}: {factor:.1f} times fewer" for level, factor in saved.items()),
+            )
         for key, pair in earlier.items():
-            claims[f"{target}.{key}"] = {
-                "claim": f"{formula}, {key}: the error is the {pair['earlier']:g} measured earlier, within {WITHIN:.0%}",
-                "holds": abs(pair["difference"]) <= WITHIN,
-                "evidence": f"{pair['measured']:.3f}, {pair['difference']:+.0%}".replace("-", "−"),
-            }
+            claims[f"{target}.{key}"] = claim(
+                f"{formula}, {key}: the error is the {pair['earlier']:g} measured earlier, within {WITHIN:.0%}",
+                abs(pair["difference"]) <= WITHIN,
+                refuted_by=f"a mean error off by more than {WITHIN:.0%}",
+                published=f"{pair['earlier']:g} (this project, earlier)",
+                evidence=f"{pair['measured']:.3f}, {pair['difference']:+.0%}".replace("-", "−"),
+            )
     one_sided = [
         abs(found["errors"]["Left"][n] / e - 1)
         for found in targets.values()
@@ -238,9 +251,10 @@ def _claims(targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
         for n, e in found["errors"]["Right"].items()
     ]
     if one_sided:
-        claims["sides"] = {
-            "claim": "Left and Right have the same fit, as they induce the same penalty",
-            "holds": max(one_sided) < 1e-3,
-            "evidence": f"errors differ by at most {max(one_sided):.1e} relative",
-        }
+        claims["sides"] = claim(
+            "Left and Right have the same fit, as they induce the same penalty",
+            max(one_sided) < 1e-3,
+            refuted_by="errors a thousandth apart",
+            evidence=f"errors differ by at most {max(one_sided):.1e} relative",
+        )
     return claims

@@ -6,15 +6,23 @@ Source: LeJeune & Alemohammad, CPAL 2024, §3 and its figure of penalties.
 """
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments.common import Clock, Progress, flatten, versions
+from adaptive_tangents.experiments.common import (
+    Asked,
+    Clock,
+    ExperimentResult,
+    Progress,
+    Units,
+    claim,
+    flatten,
+    heading,
+    settings,
+)
 from adaptive_tangents.induced import Penalty
 from adaptive_tangents.penalties import Absolute, Quadratic
 
@@ -48,15 +56,18 @@ class PenaltiesConfig:
             raise TangentError(f"{NAME}: far goes from a smaller v to a larger one, got {self.far}")
 
 
-@dataclass(frozen=True)
-class PenaltiesResult:
-    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figure needs."""
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+def configured(asked: Asked) -> PenaltiesConfig:
+    """The settings for what was asked: always the same."""
+    return PenaltiesConfig()
 
 
-def run(config: PenaltiesConfig, *, progress: Progress = lambda stage, fraction: None) -> PenaltiesResult:
+def run(
+    config: PenaltiesConfig,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, fraction: None,
+    units: Units | None = None,
+) -> ExperimentResult:
     """Evaluate the three penalties and judge what is claimed of them.
 
     Raises TangentError where the config does, and for a strength that is not positive and finite.
@@ -76,19 +87,13 @@ def run(config: PenaltiesConfig, *, progress: Progress = lambda stage, fraction:
             arrays[f"{name}.value"] = penalty.value(z).numpy()
             arrays[f"{name}.induced"] = penalty.induced().value(v).numpy()
             measured[name] = {"formula": FORMULAS[name], **_measure(penalty, config)}
-    plain = asdict(config)
     results = {
-        "experiment": NAME,
-        "config": {**plain, "far": list(config.far)},
-        "versions": versions(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
+        **heading(NAME, settings(config), clock),
         "penalties": measured,
         "claims": _claims(measured, config),
         "metrics": flatten(measured),
     }
-    return PenaltiesResult(results, arrays)
+    return ExperimentResult(results, arrays)
 
 
 def _measure(penalty: Penalty, config: PenaltiesConfig) -> dict[str, Any]:
@@ -114,32 +119,39 @@ def _measure(penalty: Penalty, config: PenaltiesConfig) -> dict[str, Any]:
 def _claims(measured: dict[str, Any], config: PenaltiesConfig) -> dict[str, dict[str, Any]]:
     """Each claim in words, whether the numbers bear it out, and the numbers."""
     claims = {
-        "near": {
-            "claim": "Near 0 the induced penalties are v², as for the fixed kernel",
-            "holds": all(numbers["departure_near_zero"] < NEAR_TOLERANCE for numbers in measured.values()),
-            "evidence": f"up to v = {config.near:g}·√λ they differ from v² by at most "
+        "near": claim(
+            "Near 0 the induced penalties are v², as for the fixed kernel",
+            all(numbers["departure_near_zero"] < NEAR_TOLERANCE for numbers in measured.values()),
+            refuted_by=f"a departure from v² above {NEAR_TOLERANCE:g} relative",
+            published="figure: the curves touch v² at 0",
+            evidence=f"up to v = {config.near:g}·√λ they differ from v² by at most "
             + _listed(measured, "departure_near_zero", ".1e"),
-        },
-        "far": {
-            "claim": "For large v they grow more slowly than v²",
-            "holds": all(n["slope"] < 2 and n["share_of_square"] < 0.01 for n in measured.values()),
-            "evidence": f"at v = {config.far[0]:g}·√λ their share of v² is "
-            + _listed(measured, "share_of_square", ".1e"),
-        },
+        ),
+        "far": claim(
+            "For large v they grow more slowly than v²",
+            all(n["slope"] < 2 and n["share_of_square"] < 0.01 for n in measured.values()),
+            refuted_by="a log-log slope of 2, or a hundredth of v² far out",
+            published="figure: the curves bend away from v²",
+            evidence=f"at v = {config.far[0]:g}·√λ their share of v² is " + _listed(measured, "share_of_square", ".1e"),
+        ),
     }
     for name, (slope, convex) in EXPECTED.items():
         found = measured[name]
-        claims[f"{name}.slope"] = {
-            "claim": f"{SYMBOLS[name]} grows like v to the power {slope:.3g}",
-            "holds": abs(found["slope"] - slope) < SLOPE_TOLERANCE,
-            "evidence": f"log-log slope {found['slope']:.4f} from v = {config.far[0]:g}·√λ to {config.far[1]:g}·√λ",
-        }
-        claims[f"{name}.convex"] = {
-            "claim": f"{SYMBOLS[name]} is {'convex' if convex else 'not convex'}",
-            "holds": found["convex"] == convex,
-            "evidence": f"its slope {'never falls' if found['convex'] else 'falls'} between neighbouring points "
+        claims[f"{name}.slope"] = claim(
+            f"{SYMBOLS[name]} grows like v to the power {slope:.3g}",
+            abs(found["slope"] - slope) < SLOPE_TOLERANCE,
+            refuted_by=f"a log-log slope off by {SLOPE_TOLERANCE:g}",
+            evidence=f"log-log slope {found['slope']:.4f} from v = {config.far[0]:g}·√λ to {config.far[1]:g}·√λ",
+        )
+        claims[f"{name}.convex"] = claim(
+            f"{SYMBOLS[name]} is {'convex' if convex else 'not convex'}",
+            found["convex"] == convex,
+            refuted_by="a slope that falls between neighbouring points"
+            if convex
+            else "a slope that never falls between neighbouring points",
+            evidence=f"its slope {'never falls' if found['convex'] else 'falls'} between neighbouring points "
             f"(least relative change {found['least_rise_of_slope']:.1e}); {found['convexity']}",
-        }
+        )
     return claims
 
 

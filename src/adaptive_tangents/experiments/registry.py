@@ -1,0 +1,26 @@
+"""Every experiment by its name, in the order they are told."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from adaptive_tangents.experiments import exact_solvers, kernel_alignment, low_rank_targets, penalties
+from adaptive_tangents.experiments.common import Asked, ExperimentResult, Progress, Units
+
+
+@runtime_checkable
+class Experiment(Protocol):
+    """What a file of an experiment has: its name, settings for what was asked, and a run of them."""
+
+    NAME: str
+
+    def configured(self, asked: Asked) -> Any:
+        """The settings for what was asked."""
+
+    def run(
+        self, config: Any, *, device: str = "cpu", progress: Progress = ..., units: Units | None = None
+    ) -> ExperimentResult:
+        """Measure everything."""
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    module.NAME: module for module in (kernel_alignment, penalties, exact_solvers, low_rank_targets)
+}
