@@ -16,6 +16,8 @@ import pytest
 
 from adaptive_tangents import report
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiment_pages import kernel_alignment
+from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
 
 BLOCKS = ["hidden1", "hidden2", "readout"]
 STAGES = ("initial", "average", "final")
@@ -44,6 +46,8 @@ def _target(alignment: tuple[float, float, float], *, difficulty: float, ratio: 
         "alignment_centered": staged,
         "block": dict.fromkeys(BLOCKS, block),
         "path_error": 0.0019,
+        "linearization_error": 0.4,
+        "place": {"share": 0.9, "all": 0.5, "near": 0.6, "far": 0.4},
         "path_error_db": 54.4,
         "path_nodes": 50,
         "diagonal": {"near": 6.0 * ratio, "far": 6.0},
@@ -96,6 +100,8 @@ def _results() -> dict[str, Any]:
             "sign.something_unmeasured": {"paper": 0.123},
         },
         "metrics": _flat(targets),
+        "over_seeds": over_seeds([targets, targets]),
+        "claims": claims(targets, over_seeds([targets, targets]), 800),
     }
 
 
@@ -116,6 +122,7 @@ def _arrays(n: int = 24) -> dict[str, np.ndarray]:
         arrays[f"{target}.linearization.positions"] = np.linspace(0, 1, 6)
         arrays[f"{target}.linearization.error"] = np.linspace(0, 0.4, 6)
         arrays[f"{target}.training.loss"] = 0.5 ** np.arange(8)
+        arrays[f"{target}.place"] = np.where(np.arange(n) % 5, np.linspace(0, 1, n), np.nan)
     return arrays
 
 
@@ -354,13 +361,13 @@ def test_the_verdict_follows_the_numbers(changes: dict[str, Any], verdict: str) 
     results = copy.deepcopy(_results())
     for path, value in changes.items():
         _set(results["targets"], path, value)
-    assert report._alignment_context(results)["verdict"] == verdict
+    assert kernel_alignment._alignment_context(results)["verdict"] == verdict
 
 
 def test_the_answer_counts_the_measures_that_agree() -> None:
     results = _results()
     _set(results["targets"], "sign.representability.rkhs_norm", 1.0)
-    answer = " ".join(report._alignment_context(results)["answer"])
+    answer = " ".join(kernel_alignment._alignment_context(results)["answer"])
     assert "By two of three measures K_0 represents the sign target worse" in answer
     assert "0.35 for the sign target (up from 0.04 at the start)" in answer
     assert "rises more than the other’s: by 0.31 against 0.12." in answer
@@ -368,7 +375,7 @@ def test_the_answer_counts_the_measures_that_agree() -> None:
 
 
 def test_the_exact_models_are_said_to_turn_the_kernel_as_far_as_the_best_of_them_does() -> None:
-    full, two_sided = report._alignment_context(_results())["turns"]
+    full, two_sided = kernel_alignment._alignment_context(_results())["turns"]
     assert full.startswith("Full takes sim(K_M, K_y) to at most 0.810 at λ = 1 for the smooth target (K_0: ")
     assert "to at most 0.490 at λ = 0.1 for the smooth target" in two_sided
     assert "and 0.490 at λ = 0.1 for the sign target (K_0: 0.0400)" in two_sided
@@ -415,7 +422,7 @@ def test_heat_maps_and_digits_go_in_as_pixels_and_the_rest_as_shapes(built: Path
     assert len(pictures) == 3
     assert all(value.startswith("data:image/png;base64,") for value in pictures)
     assert not [a for a in page.attributes if a[0] == "image"]
-    assert len([a for a in page.attributes if a[:2] == ("svg", "viewbox")]) == 6
+    assert len([a for a in page.attributes if a[:2] == ("svg", "viewbox")]) == 7
 
 
 def test_every_link_and_shape_on_the_page_refers_to_one_place(built: Path) -> None:

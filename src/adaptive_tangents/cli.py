@@ -170,11 +170,11 @@ def _finish(folder: Path) -> None:
     if results["experiment"] == "inspect":
         for sentence in findings(results):
             console.print(f"• {sentence}", highlight=False)
-    elif "claims" in results:
-        for claim in results["claims"].values():
-            console.print(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['evidence']}", highlight=False)
-    else:
+    elif summary_table(results):
         _print_table(results)
+    for claim in results.get("claims", {}).values():
+        mark = {"holds": "✓", "holds in part": "~"}.get(claim["verdict"], "✗")
+        console.print(f"{mark} {claim['claim']}: {claim['evidence']}", highlight=False)
     # Plain text, unwrapped: a path that is broken over lines cannot be opened.
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
 

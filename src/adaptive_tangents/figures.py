@@ -161,6 +161,23 @@ def draw_path(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
+def draw_places(results: Results, arrays: Arrays) -> Figure:
+    """Where on the path each sample's kernel passes its average, against the teacher's output."""
+    figure, (row,) = _grid(1, len(results["targets"]), 3.0, sharey=True)
+    for axes, target in zip(row, results["targets"], strict=True):
+        y, place, colour = arrays[f"{target}.teacher"], arrays[f"{target}.place"], _colour(results, target)
+        known = np.isfinite(place)
+        _near(axes, results)
+        axes.scatter(y[known], place[known], s=9, color=colour, alpha=0.35, lw=0)
+        if known.any():
+            axes.plot(*_running_median(y[known], place[known]), color=colour, lw=2.2, label="running median")
+            axes.legend(loc="upper right")
+        axes.set_title(f"{label(target)} target", color=colour, loc="left")
+        axes.set(xlabel="teacher’s output $y$", ylim=(0, 1))
+    row[0].set_ylabel(r"$s$ where $K_s(x, x) = \bar{K}(x, x)$")
+    return figure
+
+
 def draw_spectra(results: Results, arrays: Arrays) -> Figure:
     """Singular values of the network's weight change and of the exact models' coefficients, per layer."""
     targets = results["targets"]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiment_pages import kernel_alignment
 from adaptive_tangents.pages import Page, given, number
 from adaptive_tangents.pages import fixed as _fixed
 
@@ -26,8 +27,6 @@ Results = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
 
 RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
-# A change of alignment smaller than this reads as "stays".
-_NOTICEABLE = 0.02
 _LABELS = {
     "alignment.initial": "sim(K_0, K_y)",
     "alignment.average": "sim(K̄, K_y)",
@@ -35,10 +34,8 @@ _LABELS = {
     "diagonal.near": "mean K̄(x, x) near the boundary",
     "diagonal.far": "mean K̄(x, x) far from the boundary",
     "diagonal_ratio": "K̄(x, x), near over far",
+    "path_error_db": "accuracy of the path average, dB",
 }
-
-_HEADLINE = tuple(_LABELS)
-_LABELS["path_error_db"] = "accuracy of the path average, dB"
 
 
 class Finding(NamedTuple):
@@ -241,97 +238,6 @@ def _notation(text: str) -> Markup:
     return Markup(re.sub(r"\b([A-Za-zθφσ])_(\d)\b", r"<i>\1</i><sub>\2</sub>", html))
 
 
-def _alignment_arrays(results: Results) -> list[str]:
-    kernels = [f"kernel.{name}" for name in ("initial", "average", "final", "adapted")]
-    spectra = [f"singular_values.network.{block}" for block in results["blocks"]]
-    path = ["linearization.positions", "linearization.error", "training.loss"]
-    return [
-        f"{t}.{name}" for t in results["targets"] for name in ("teacher", "change", "images", *kernels, *spectra, *path)
-    ]
-
-
-def _alignment_context(results: Results) -> dict[str, Any]:
-    """The words that hang on the numbers: the answer, and which target K_0 represents worse by how many measures."""
-    targets = results["targets"]
-    worse, votes = _represented_worse(targets)
-    verdict, answer = _answer(targets, worse, votes)
-    data = results["data"]["name"]
-    command = results.get("command", f"adaptive-tangents reproduce {results['experiment']} --data {data}")
-    turns = _turns(targets)
-    return {"verdict": verdict, "answer": answer, "worse": worse, "votes": votes, "command": command, "turns": turns}
-
-
-def _turns(targets: Mapping[str, Any]) -> list[str]:
-    """Whether the exact models turn the kernel, for each structure and target, at the strength where they do most."""
-    sentences = []
-    for structure in ("Full", "TwoSided"):
-        parts = []
-        for name, target in targets.items():
-            fits = [m for m in target["model"].values() if m["structure"] == structure and m["alignment"] is not None]
-            start = target["alignment"]["initial"]
-            if fits and start is not None:
-                best = max(fits, key=lambda fit: fit["alignment"])
-                parts.append(
-                    f"{number(best['alignment'])} at λ = {best['strength']:g} for the {drawing.label(name)} target "
-                    f"(K_0: {number(start)})"
-                )
-        if parts:
-            sentences.append(f"{structure} takes sim(K_M, K_y) to at most {' and '.join(parts)}.")
-    return sentences
-
-
-def _represented_worse(targets: Mapping[str, Any]) -> tuple[str | None, int]:
-    """Of two targets the one that most of the three measures call worse represented by K_0, and how many do."""
-    if len(targets) != 2:
-        return None, 0
-    first, second = targets
-    votes = {first: 0, second: 0}
-    for measure, larger_is_worse in (("rkhs_norm", True), ("top10_energy", False), ("leave_one_out_rmse", True)):
-        a, b = (targets[target]["representability"][measure] for target in (first, second))
-        if a is not None and b is not None and a != b:
-            votes[first if (a > b) == larger_is_worse else second] += 1
-    worse = max(votes, key=votes.__getitem__)
-    return (worse, votes[worse]) if votes[worse] >= 2 else (None, 0)
-
-
-def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[str, list[str]]:
-    """Whether the claim holds in these numbers, in a line and in a few sentences."""
-    change = {t: (n["alignment"]["initial"], n["alignment"]["average"]) for t, n in targets.items()}
-    gains: dict[str | None, float] = {t: end - start for t, (start, end) in change.items() if None not in (start, end)}
-    if not gains:
-        return "Unanswered: the alignment could not be measured in this run.", []
-    turned = [target for target in targets if gains.get(target, 0) > _NOTICEABLE]
-    other = next((t for t in targets if t != worse), None)
-    compared = worse in gains and other in gains
-    more = compared and gains[worse] > gains[other]
-    if not turned:
-        verdict = "No: in this run training does not turn the kernel toward the task."
-    elif len(turned) < len(targets):
-        verdict = f"In part: the kernel turns toward the task for the {' and '.join(turned)} target only."
-    elif compared:
-        verdict = f"Yes, {'and' if more else 'but not'} more where the initial features represent the target poorly."
-    else:
-        verdict = "Yes: in this run training turns the kernel toward the task."
-    parts = " and ".join(
-        f"{_fixed(end)} for the {drawing.label(t)} target "
-        f"({'up' if end > start else 'down'} from {_fixed(start)} at the start)"
-        for t, (start, end) in change.items()
-        if t in gains
-    )
-    sentences = [f"Averaged over the path of training, the kernel’s alignment with the task, sim(K̄, K_y), is {parts}."]
-    if compared:
-        sentences.append(
-            f"By {'all' if votes == 3 else 'two of'} three measures K_0 represents the {worse} target worse, and its "
-            f"alignment rises {'more' if more else 'no more'} than the other’s: by {_fixed(gains[worse])} against "
-            f"{_fixed(gains[other])}."
-        )
-    ratios = {t: n["diagonal_ratio"] for t, n in targets.items() if n["diagonal_ratio"] is not None}
-    if ratios:
-        sizes = " and ".join(f"{_fixed(ratio)} times for the {drawing.label(t)} target" for t, ratio in ratios.items())
-        sentences.append(f"Near the teacher’s sign change K̄(x, x) is {sizes} what it is far from it.")
-    return verdict, sentences
-
-
 def _claims_context(results: Results, verdict: str) -> dict[str, Any]:
     """The verdict if every claim holds, else which do not; and the command."""
     claims = results["claims"].values()
@@ -383,23 +289,7 @@ def _low_rank_context(results: Results) -> dict[str, Any]:
 
 
 _PAGES: dict[str, Page] = {
-    "kernel-alignment": Page(
-        template="kernel_alignment.html.j2",
-        figures={
-            "kernels": figures.draw_kernels,
-            "diagonal": figures.draw_diagonal,
-            "digits": figures.draw_digits,
-            "layers": figures.draw_layers,
-            "decomposition": figures.draw_decomposition,
-            "path": figures.draw_path,
-            "spectra": figures.draw_spectra,
-            "models": figures.draw_models,
-            "explain": figures.draw_explain,
-        },
-        headline=_HEADLINE,
-        arrays=_alignment_arrays,
-        context=_alignment_context,
-    ),
+    "kernel-alignment": kernel_alignment.PAGE,
     "penalties": Page(
         template="penalties.html.j2",
         figures={"penalties": figures.draw_penalties},

@@ -7,7 +7,7 @@ explain the feature change; and what the exact adaptive model, fitted to the sam
 Source: LeJeune & Alemohammad, CPAL 2024, §4 (protocol) and figures 3-4.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import alignment, decompose, effective_rank, representability
+from adaptive_tangents.alignment import alignment, effective_rank
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.data import Dataset, load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
+from adaptive_tangents.experiments.alignment_measures import (
+    Checkpoint,
+    errors,
+    kernels,
+    linearization,
+    outputs,
+    places,
+    sign,
+    vector,
+)
 from adaptive_tangents.experiments.common import (
     Asked,
     Clock,
@@ -62,8 +73,6 @@ REFERENCE: dict[str, dict[str, float | str]] = {
     "sign.path_error_db": {"project": "48, 50 equal points"},
 }
 
-Checkpoint = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True)
 class KernelAlignmentConfig:
@@ -72,6 +81,7 @@ class KernelAlignmentConfig:
     data: str = "mnist5k"
     data_dir: str | None = None
     seed: int = 0
+    seeds: int = 1
     digits: tuple[int, int] = (2, 3)
     width: int = 256
     training: SGD = field(default_factory=SGD)
@@ -86,6 +96,8 @@ class KernelAlignmentConfig:
     def __post_init__(self) -> None:
         if self.kernel_samples < 16:
             raise TangentError(f"{NAME}: kernel_samples is at least 16, got {self.kernel_samples}")
+        if self.seeds < 1:
+            raise TangentError(f"{NAME}: seeds is at least 1, got {self.seeds}")
         if self.training.epochs < 1 or self.training.batch_size < 1 or self.width < 1 or self.path_nodes < 1:
             raise TangentError(f"{NAME}: epochs, batch size, width and path nodes are positive, got {self}")
 
@@ -106,7 +118,7 @@ class _Problem:
 def configured(asked: Asked) -> KernelAlignmentConfig:
     """The settings for what was asked."""
     config = KernelAlignmentConfig(
-        data=asked.data, data_dir=asked.data_dir, seed=asked.seed,
+        data=asked.data, data_dir=asked.data_dir, seed=asked.seed, seeds=asked.seeds or (3 if asked.size == "full" else 1),
         kernel_samples=asked.samples or KernelAlignmentConfig.kernel_samples,
         training=SGD() if asked.epochs is None else SGD(epochs=asked.epochs),
     )  # fmt: skip
@@ -133,23 +145,36 @@ def run(
     >>> sorted(run(config).results["targets"])
     ['sign', 'smooth']
     """
-    clock = Clock(progress, 1 + len(TARGETS) * sum(_WORK.values()))
-    with clock.stage("data", 1):
-        problem = _problem(config, device)
+    again = len(TARGETS) * (config.seeds - 1) * sum(_WORK[key] for key in _EVERY_SEED)
+    clock = Clock(progress, config.seeds + len(TARGETS) * sum(_WORK.values()) + again)
+    units = units or Units()
     targets: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    for name in TARGETS:
-        start, end, losses = _trained(config, name, problem, clock, units or Units(), device)
-        targets[name], measured = _measure(config, name, problem, start, end, clock, device)
-        arrays |= {f"{name}.{key}": value for key, value in measured.items()}
-        arrays[f"{name}.training.loss"] = np.array(losses)
+    runs: list[dict[str, Any]] = []
+    for k in range(config.seeds):
+        each, first = replace(config, seed=config.seed + k), k == 0
+        prefix = "" if first else f"seed{each.seed}."
+        with clock.stage(f"{prefix}data", 1):
+            problem = _problem(each, device)
+        runs.append({})
+        for name in TARGETS:
+            start, end, losses = _trained(each, name, prefix, problem, clock, units, device)
+            runs[-1][name], measured = _measure(each, name, prefix, problem, start, end, clock, device)
+            if first:
+                targets[name], described = runs[-1][name], problem.data
+                _extend(each, name, problem, start, targets[name], measured, clock, device)
+                arrays |= {f"{name}.{key}": value.cpu().numpy() for key, value in measured.tensors().items()}
+                arrays[f"{name}.training.loss"] = np.array(losses)
+    seeds = over_seeds(runs)
     results = {
         **heading(NAME, config_dict(config), clock, device),
         "seed": config.seed,
-        "data": problem.data,
+        "data": described,
         "blocks": list(BLOCKS),
         "targets": targets,
         "reference": REFERENCE,
+        "over_seeds": seeds,
+        "claims": claims(targets, seeds, described["train"]),
         "metrics": flatten(targets),
     }
     return ExperimentResult(results, arrays)
@@ -162,7 +187,8 @@ def config_dict(config: KernelAlignmentConfig) -> dict[str, Any]:
 
 
 # Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
-_WORK = {"train": 12.0, "features": 3.0, "kernels": 3.0, "explain": 10.0, "models": 20.0}
+_WORK = {"train": 12.0, "features": 3.0, "kernels": 3.0, "path": 4.0, "explain": 10.0, "models": 20.0}
+_EVERY_SEED = ("train", "features", "kernels", "path")
 
 
 def _problem(config: KernelAlignmentConfig, device: str) -> _Problem:
@@ -189,8 +215,8 @@ def _problem(config: KernelAlignmentConfig, device: str) -> _Problem:
     return _Problem(
         x,
         x_test,
-        {"smooth": smooth, "sign": _sign(smooth)},
-        {"smooth": smooth_test, "sign": _sign(smooth_test)},
+        {"smooth": smooth, "sign": sign(smooth)},
+        {"smooth": smooth_test, "sign": sign(smooth_test)},
         chosen,
         digits.train_images[chosen.cpu()],
         _describe(digits, config),
@@ -207,10 +233,6 @@ def _describe(digits: Dataset, config: KernelAlignmentConfig) -> dict[str, Any]:
     }
 
 
-def _sign(y: Tensor) -> Tensor:
-    return torch.where(y < 0, -1.0, 1.0).to(y.dtype)
-
-
 def _student(config: KernelAlignmentConfig, problem: _Problem, device: str) -> nn.Sequential:
     generator = torch.Generator().manual_seed(config.seed + 1)
     widths = (problem.x.shape[1], config.width, config.width, 1)
@@ -220,6 +242,7 @@ def _student(config: KernelAlignmentConfig, problem: _Problem, device: str) -> n
 def _trained(
     config: KernelAlignmentConfig,
     name: str,
+    prefix: str,
     problem: _Problem,
     clock: Clock,
     units: Units,
@@ -227,8 +250,8 @@ def _trained(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     student = _student(config, problem, device)
     start = _snapshot(student)
-    with clock.stage(f"{name}.train", _WORK["train"]) as progress:
-        earlier, course = units.get(f"{name}.end"), units.get(f"{name}.training")
+    with clock.stage(f"{prefix}{name}.train", _WORK["train"]) as progress:
+        earlier, course = units.get(f"{prefix}{name}.end"), units.get(f"{prefix}{name}.training")
         if earlier is not None and course is not None:
             return start, {key: value.to(device) for key, value in earlier.items()}, course["loss"].tolist()
         generator = torch.Generator().manual_seed(config.seed + 2)
@@ -238,7 +261,7 @@ def _trained(
         raise TangentError(f"{NAME}: training on the {name} target diverged; lower the learning rate")
     end = _snapshot(student)
     for kind, checkpoint in (("start", start), ("end", end), ("training", {"loss": torch.tensor(losses)})):
-        units.put(f"{name}.{kind}", checkpoint)
+        units.put(f"{prefix}{name}.{kind}", checkpoint)
     return start, end, losses
 
 
@@ -246,148 +269,111 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
-def _measure(
-    config: KernelAlignmentConfig,
-    name: str,
-    problem: _Problem,
-    start: Checkpoint,
-    end: Checkpoint,
-    clock: Clock,
-    device: str,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """All measurements of one trained student, and the arrays behind the figures."""
-    student, x = _student(config, problem, device), problem.x[problem.chosen]
-    y, steepness = problem.targets[name][problem.chosen], problem.targets["smooth"][problem.chosen][:, 0]
-    with clock.stage(f"{name}.features", _WORK["features"]):
-        feats = {
-            "initial": tangent_features(student, x, params=start),
-            "average": average_features(student, start, end, x, nodes=config.path_nodes),
-            "final": tangent_features(student, x, params=end),
-        }
-    average = feats["average"]
-    assert isinstance(average, AverageFeatures)
-    assert average.change is not None
-    change = average.change
-    with clock.stage(f"{name}.kernels", _WORK["kernels"]):
-        measured, kernels = _kernels(config, feats, change, y, steepness)
-        positions, errors = _linearization(config, student, start, end, x, feats["initial"])
-    measured |= {
-        "path_error": average.error,
-        "path_error_db": average.error_db,
-        "path_nodes": average.nodes,
-        "network": _network_errors(student, end, name, problem),
-    }
-    weight_change = feats["initial"].split(_vector(feats["initial"], end) - _vector(feats["initial"], start))
-    for block in BLOCKS:
-        measured["block"][block]["effective_rank"] = asdict(effective_rank(weight_change[block]))
-    with clock.stage(f"{name}.explain", _WORK["explain"]) as progress:
-        measured["explain"] = _explanations(feats["initial"], average, progress)
-    with clock.stage(f"{name}.models", _WORK["models"]) as progress:
-        models, fits = _models(config, student, start, name, problem, feats["initial"], change, progress)
-    measured["model"] = models
-    adaptive = [key for key in models if models[key]["structure"] == "TwoSided"]
-    goal = measured["alignment"]["average"]
-    measured["adapted_key"] = min(adaptive, key=lambda key: abs(models[key]["alignment"] - goal))
-    adapted = fits[measured["adapted_key"]].transform(feats["initial"])
-    arrays = {
-        "targets": y[:, 0],
-        "teacher": steepness,
-        "change": change[:, 0],
-        "images": problem.images,
-        "linearization.positions": positions,
-        "linearization.error": errors,
-        "kernel.adapted": adapted.kernel(outputs="trace").float(),
-        **{f"kernel.{kind}": kernel.float() for kind, kernel in kernels.items()},
-        **{f"singular_values.network.{block}": torch.linalg.svdvals(weight_change[block]) for block in BLOCKS},
-        **{
-            f"singular_values.{key}.{block}": torch.linalg.svdvals(found.coefficients[block])
-            for key, found in fits.items()
-            for block in BLOCKS
-        },
-    }
-    return measured, {key: value.cpu().numpy() for key, value in arrays.items()}
-
-
-def _kernels(
-    config: KernelAlignmentConfig, feats: Mapping[str, TangentFeatures], change: Tensor, y: Tensor, teacher: Tensor
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    blocks = {kind: f.kernel(outputs="trace", by_block=True) for kind, f in feats.items()}
-    kernels = {kind: torch.stack(list(parts.values())).sum(0) for kind, parts in blocks.items()}
-    diagonal = kernels["average"].diagonal()
+def _bands(config: KernelAlignmentConfig, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Which samples are near the boundary, and which far from it."""
     near, far = teacher.abs() < config.near, teacher.abs() > config.far
     if not bool(near.any()) or not bool(far.any()):
         raise TangentError(
             f"{NAME}: no sample has a teacher output below {config.near} or none above {config.far}; use more samples"
         )
-    around = {"near": float(diagonal[near].mean()), "far": float(diagonal[far].mean())}
-    found = representability(kernels["initial"], y[:, 0])
-    decomposed = {kind: decompose(kernels[kind], kernels["initial"], change) for kind in ("average", "final")}
-    measured: dict[str, Any] = {
-        "alignment": {kind: alignment(kernel, change) for kind, kernel in kernels.items()},
-        "alignment_centered": {kind: alignment(kernel, change, centered=True) for kind, kernel in kernels.items()},
-        "alignment_target": {kind: alignment(kernel, y) for kind, kernel in kernels.items()},
-        "block": {
-            block: {
-                "alignment": {kind: alignment(parts[block], change) for kind, parts in blocks.items()},
-                "trace_share": {
-                    kind: float(parts[block].trace() / kernels[kind].trace()) for kind, parts in blocks.items()
-                },
-            }
-            for block in BLOCKS
-        },
-        "diagonal": around,
-        "diagonal_ratio": around["near"] / around["far"],
-        "decomposition": {
-            kind: {"initial_weight": d.initial_weight, "target_weight": d.target_weight, "explained": d.explained}
-            for kind, d in decomposed.items()
-        },
-        "representability": {
-            "rkhs_norm": found.rkhs_norm,
-            "top10_energy": float(found.energy[min(10, len(found.energy)) - 1]),
-            "leave_one_out_rmse": found.leave_one_out_rmse,
-        },
-    }
-    return measured, kernels
+    return near, far
 
 
-def _vector(feats: TangentFeatures, parameters: Checkpoint) -> Tensor:
-    return torch.cat([parameters[name].flatten() for name in feats.parameters])
+@dataclass(frozen=True)
+class _Measured:
+    """What the figures and the exact models need of one trained student."""
+
+    initial: TangentFeatures
+    average: AverageFeatures
+    change: Tensor
+    weight_change: dict[str, Tensor]
+    shown: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For the figures."""
+        spectra = {f"singular_values.network.{k}": torch.linalg.svdvals(m) for k, m in self.weight_change.items()}
+        return self.shown | {"change": self.change[:, 0]} | spectra
 
 
-def _linearization(
+def _measure(
     config: KernelAlignmentConfig,
-    model: nn.Module,
+    name: str,
+    prefix: str,
+    problem: _Problem,
     start: Checkpoint,
     end: Checkpoint,
-    x: Tensor,
-    initial: TangentFeatures,
-) -> tuple[Tensor, Tensor]:
-    """Relative error of f(x;θ₀) + φ₀(x)(θ_s − θ₀) against f(x;θ_s), s from 0 to 1 along the straight path."""
-    step = initial.matvec(_vector(initial, end) - _vector(initial, start))
-    positions = torch.linspace(0, 1, config.linearization_points)
-    first, errors = _outputs(model, start, x), [0.0]
-    for s in positions[1:].tolist():
-        between = {key: torch.lerp(start[key], end[key], s) for key in start}
-        moved = _outputs(model, between, x) - first
-        errors.append(float((moved - s * step).norm() / moved.norm()))
-    return positions, torch.tensor(errors)
+    clock: Clock,
+    device: str,
+) -> tuple[dict[str, Any], _Measured]:
+    """What is measured of every trained student."""
+    student, x = _student(config, problem, device), problem.x[problem.chosen]
+    y, steepness = problem.targets[name][problem.chosen], problem.targets["smooth"][problem.chosen][:, 0]
+    with clock.stage(f"{prefix}{name}.features", _WORK["features"]):
+        initial, final = (tangent_features(student, x, params=params) for params in (start, end))
+        average = average_features(student, start, end, x, nodes=config.path_nodes)
+    assert average.change is not None
+    near, far = _bands(config, steepness)
+    with clock.stage(f"{prefix}{name}.kernels", _WORK["kernels"]):
+        feats = {"initial": initial, "average": average, "final": final}
+        measured, found = kernels(feats, average.change, y, near, far)
+    with clock.stage(f"{prefix}{name}.path", _WORK["path"]):
+        points = config.linearization_points
+        positions, off = linearization(student, start, end, x, initial, points=points)
+        place, told = places(student, start, end, x, found["average"].diagonal(), near, far, points=points)
+    measured |= {
+        "path_error": average.error,
+        "path_error_db": average.error_db,
+        "path_nodes": average.nodes,
+        "linearization_error": float(off[-1]),
+        "place": told,
+        "network": _network_errors(student, end, name, problem),
+    }
+    weight_change = initial.split(vector(initial, end) - vector(initial, start))
+    for block in BLOCKS:
+        measured["block"][block]["effective_rank"] = asdict(effective_rank(weight_change[block]))
+    shown = {
+        "targets": y[:, 0],
+        "teacher": steepness,
+        "images": problem.images,
+        "linearization.positions": positions,
+        "linearization.error": off,
+        "place": place,
+        **{f"kernel.{kind}": kernel.float() for kind, kernel in found.items()},
+    }
+    return measured, _Measured(initial, average, average.change, weight_change, shown)
 
 
-def _outputs(model: nn.Module, parameters: Checkpoint, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.func.functional_call(model, dict(parameters), (x,))  # type: ignore[no-any-return]
+def _extend(
+    config: KernelAlignmentConfig,
+    name: str,
+    problem: _Problem,
+    start: Checkpoint,
+    measured: dict[str, Any],
+    found: _Measured,
+    clock: Clock,
+    device: str,
+) -> None:
+    """What is measured of the first seed's students only: transforms that explain the change, and the exact models."""
+    with clock.stage(f"{name}.explain", _WORK["explain"]) as progress:
+        measured["explain"] = _explanations(found.initial, found.average, progress)
+    with clock.stage(f"{name}.models", _WORK["models"]) as progress:
+        student = _student(config, problem, device)
+        models, fits = _models(config, student, start, name, problem, found.initial, found.change, progress)
+    measured["model"] = models
+    adaptive = [key for key in models if models[key]["structure"] == "TwoSided"]
+    goal = measured["alignment"]["average"]
+    measured["adapted_key"] = min(adaptive, key=lambda key: abs(models[key]["alignment"] - goal))
+    adapted = fits[measured["adapted_key"]].transform(found.initial)
+    found.shown["kernel.adapted"] = adapted.kernel(outputs="trace").float()
+    for key, fitted in fits.items():
+        for block in BLOCKS:
+            found.shown[f"singular_values.{key}.{block}"] = torch.linalg.svdvals(fitted.coefficients[block])
 
 
 def _network_errors(model: nn.Module, end: Checkpoint, name: str, problem: _Problem) -> dict[str, float]:
-    train_errors = _errors(_outputs(model, end, problem.x), problem.targets[name])
-    test_errors = _errors(_outputs(model, end, problem.x_test), problem.test_targets[name])
+    train_errors = errors(outputs(model, end, problem.x), problem.targets[name])
+    test_errors = errors(outputs(model, end, problem.x_test), problem.test_targets[name])
     return {f"train_{k}": v for k, v in train_errors.items()} | {f"test_{k}": v for k, v in test_errors.items()}
-
-
-def _errors(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean squared error, and the share of samples with the wrong sign."""
-    wrong = _sign(prediction) != _sign(target)
-    return {"mse": float(((prediction - target) ** 2).mean()), "error": float(wrong.double().mean())}
 
 
 def _explanations(
@@ -417,9 +403,9 @@ def _models(
 ) -> tuple[dict[str, Any], dict[str, Fit]]:  # fmt: skip
     """The exact adaptive model over structures and strengths, fitted to the kernel samples and tested on all test digits."""
     x = problem.x[problem.chosen]
-    residual = problem.targets[name][problem.chosen] - _outputs(model, start, x)
+    residual = problem.targets[name][problem.chosen] - outputs(model, start, x)
     test_feats = tangent_features(model, problem.x_test, params=start)
-    test_start = _outputs(model, start, problem.x_test)
+    test_start = outputs(model, start, problem.x_test)
     grid: list[tuple[str, float | None, Structure]] = [("fixed", None, Fixed())]
     for strength in config.strengths:
         grid.append((f"full_{strength:g}", strength, Full(Quadratic(strength))))
@@ -430,7 +416,7 @@ def _models(
     for k, (key, cost, structure) in enumerate(grid):
         found = fit(feats, residual, structure=structure, max_rounds=config.max_rounds)
         kernel = found.transform(feats).kernel(outputs="trace")
-        test = _errors(test_start + found.predict(test_feats).to(test_start), problem.test_targets[name])
+        test = errors(test_start + found.predict(test_feats).to(test_start), problem.test_targets[name])
         models[key] = {
             "structure": type(structure).__name__,
             "strength": cost,
