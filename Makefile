@@ -19,7 +19,7 @@ test: export OMP_NUM_THREADS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format theory bench bench-neural-tangents clean
+.PHONY: help demo test lint format theory results bench bench-neural-tangents clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ format: $(DEV) ## put the code into the project's format
 
 theory: ## write docs/theory.md from docs/theory.in.md, needed after lines of the source moved
 	$(PYTHON) docs/make_theory.py
+
+results: $(PACKAGE) ## write docs/results.md from docs/results/; RUNS=folder keeps what reproduce all made there first
+	$(BIN)/python docs/make_results.py $(RUNS)
 
 bench: $(BENCH) ## run the benchmarks one after the other
 	@set -e; for script in benchmarks/bench_*.py; do \

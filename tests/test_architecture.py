@@ -79,6 +79,7 @@ ORDER = (
     "inspection_figures",
     "inspection_report",
     "report",
+    "overview",
     "cli",
 )
 

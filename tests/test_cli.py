@@ -67,6 +67,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     before = json.loads((out / "results.json").read_text())["metrics"]
     monkeypatch.setattr(kernel_alignment, "train", lambda *_, **__: pytest.fail("training was repeated"))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
+    (out / "results.json").unlink()
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
     assert done.exit_code == 0, done.output
     after = json.loads((out / "results.json").read_text())["metrics"]
@@ -124,9 +125,10 @@ def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch
     asked = []
     monkeypatch.setattr(cli, "_reproduce", lambda each, asked_of, folder, device, *, resume: asked.append(folder))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)
+    monkeypatch.setattr(cli, "collect", lambda folder, names, *, command: asked.append(folder))
     done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert asked == [tmp_path / name for name in EXPERIMENTS]
+    assert asked == [tmp_path / name for name in EXPERIMENTS] + [tmp_path]
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_run(folder) -> None:
@@ -187,3 +189,21 @@ def test_quick_and_full_exclude_each_other_and_seeds_are_counted_from_one(tmp_pa
         assert done.exit_code == 1
         assert message in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_leaves_a_complete_run_as_it_is(tmp_path, monkeypatch) -> None:
+    arguments = ["reproduce", "penalties", "--out", str(tmp_path)]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    monkeypatch.setattr(cli, "_reproduce", lambda *_, **__: pytest.fail("it was run again"))
+    done = runner.invoke(cli.app, [*arguments, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert "Report: " in done.output
+    monkeypatch.setattr(cli, "_reproduce", lambda *_, **__: (tmp_path / "again").touch())
+    runner.invoke(cli.app, arguments)
+    assert (tmp_path / "again").exists()
+
+
+def test_each_of_all_experiments_says_its_own_command(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["at", "reproduce", "all", "--quick"])
+    assert cli._command("penalties") == "adaptive-tangents reproduce penalties --quick"
+    assert cli._command() == "adaptive-tangents reproduce all --quick"

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from adaptive_tangents import __version__
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiment_pages.overview import counts
 from adaptive_tangents.experiments.checkpoints import StoredUnits
 from adaptive_tangents.experiments.common import Asked, settings
 from adaptive_tangents.experiments.common import Progress as StageProgress
@@ -24,7 +25,9 @@ from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection_report import findings
 from adaptive_tangents.loading import find_checkpoints, load_checkpoint, load_data, load_model
-from adaptive_tangents.report import build_report, load_results, summary_table, write_results
+from adaptive_tangents.overview import NAME as NAME_OF_ALL
+from adaptive_tangents.overview import collect
+from adaptive_tangents.report import ARRAYS_FILE, RESULTS_FILE, build_report, load_results, summary_table, write_results
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -83,17 +86,30 @@ def reproduce(
         )  # fmt: skip
         for each in names:
             folder = Path("runs") / each if out is None else out / each if name == "all" else out
-            _reproduce(EXPERIMENTS[each], asked, folder, device, resume=resume)
+            if not (resume and _complete(EXPERIMENTS[each], asked, folder)):
+                _reproduce(EXPERIMENTS[each], asked, folder, device, resume=resume)
             _finish(folder)
+        if name == "all":
+            _finish(collect(out or Path("runs"), names, command=_command()))
+
+
+def _complete(experiment: Experiment, asked: Asked, folder: Path) -> bool:
+    """Whether the folder holds all results of a run with these settings."""
+    StoredUnits(folder, _settings(experiment, asked))
+    return (folder / RESULTS_FILE).is_file() and (folder / ARRAYS_FILE).is_file()
+
+
+def _settings(experiment: Experiment, asked: Asked) -> dict[str, Any]:
+    return {"experiment": experiment.NAME, **settings(experiment.configured(asked))}
 
 
 def _reproduce(experiment: Experiment, asked: Asked, folder: Path, device: str, *, resume: bool) -> None:
     config = experiment.configured(asked)
-    units = StoredUnits(folder, {"experiment": experiment.NAME, **settings(config)}, resume=resume)
+    units = StoredUnits(folder, _settings(experiment, asked), resume=resume)
     with _progress() as progress:
         result = experiment.run(config, device=device, progress=progress, units=units)
     units.settle()
-    write_results(result.results | {"command": _command()}, result.arrays, folder)
+    write_results(result.results | {"command": _command(experiment.NAME)}, result.arrays, folder)
 
 
 @app.command()
@@ -170,6 +186,12 @@ def _finish(folder: Path) -> None:
     if results["experiment"] == "inspect":
         for sentence in findings(results):
             console.print(f"• {sentence}", highlight=False)
+    elif results["experiment"] == NAME_OF_ALL:
+        for each, run in results["runs"].items():
+            found = ", ".join(
+                f"{count} {verdict}" for verdict, count in counts(run["claims"].values()).items() if count
+            )
+            console.print(f"{each}: {found}", highlight=False)
     elif summary_table(results):
         _print_table(results)
     for claim in results.get("claims", {}).values():
@@ -225,5 +247,9 @@ def _worded_errors(
         raise typer.Exit(130) from error
 
 
-def _command() -> str:
-    return shlex.join(["adaptive-tangents", *sys.argv[1:]])
+def _command(experiment: str | None = None) -> str:
+    """What was typed; of one experiment where all were asked for."""
+    words = sys.argv[1:]
+    if experiment is not None and words[:1] == ["reproduce"]:
+        words = [experiment if word == NAME_OF_ALL else word for word in words]
+    return shlex.join(["adaptive-tangents", *words])

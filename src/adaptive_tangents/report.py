@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiment_pages import kernel_alignment
+from adaptive_tangents.experiment_pages import kernel_alignment, overview
 from adaptive_tangents.pages import Page, given, number
 from adaptive_tangents.pages import fixed as _fixed
 
@@ -320,4 +320,5 @@ _PAGES: dict[str, Page] = {
         context=_low_rank_context,
     ),
     "inspect": inspection_report.PAGE,
+    "all": overview.PAGE,
 }
