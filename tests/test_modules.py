@@ -401,3 +401,24 @@ def test_cross_entropy_is_certified_too() -> None:
 
 def _size(fit: at.Fit) -> float:
     return sum(float((matrix**2).sum()) for matrix in fit.coefficients.values())
+
+
+def test_transformer_layers_are_linearised_by_forward_mode_and_the_fused_kernel_is_allowed_again() -> None:
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = torch.nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.body(x).mean(1))
+            return out
+
+    module = at.TangentModule(Encoder().eval())
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        module(torch.randn(4, 5, 8))
+    assert module._way == "forward"
+    assert torch.backends.mha.get_fastpath_enabled()

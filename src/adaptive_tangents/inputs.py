@@ -69,6 +69,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_checkpointing())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_no_fused_encoder())
         if recurrent:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -80,6 +81,17 @@ def plainly(model: nn.Module) -> Iterator[None]:
                 for name in [name for name in found if name not in attributes]:
                     del found[name]
                 found.update(attributes)
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    """Transformer layers by their parts where no gradient is asked for too: the fused kernel has no forward mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
