@@ -291,7 +291,7 @@ def test_cross_entropy_refuses_what_it_cannot_fit() -> None:
 def test_every_form_inverts_the_same_systems(kind: str) -> None:
     case = problem(6, n=5, c=2, shapes=SHAPES)
     kernel: Kernel = {
-        "dense": lambda: DenseKernel(case.feats),
+        "dense": lambda: DenseKernel(case.feats.kernel().flatten(2).flatten(0, 1)),
         "primal": lambda: PrimalKernel(case.feats),
         "sketched": lambda: SketchedKernel(case.feats, 4),
         "rounded": lambda: RoundedKernel(case.feats),

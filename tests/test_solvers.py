@@ -16,9 +16,10 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from adaptive_tangents import constraints, systems
 from adaptive_tangents.constraints import independent_constraints
 from adaptive_tangents.losses import SquaredError
-from adaptive_tangents.systems import factorise
+from adaptive_tangents.systems import DenseKernel, factorise
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 EXACT = {"tol": 1e-14, "max_rounds": 2000}
@@ -688,12 +689,12 @@ def test_independent_constraints_span_the_same_space() -> None:
     rows = torch.randn(4, 9, dtype=torch.float64, generator=generator)
     mixed = torch.randn(10, 4, dtype=torch.float64, generator=generator) @ rows
     r = mixed @ torch.ones(9, dtype=torch.float64)
-    found = independent_constraints(mixed @ mixed.mT, r, samples=10)
+    found = independent_constraints(DenseKernel(mixed @ mixed.mT), r, samples=10)
     assert found.kept is not None
     assert len(set(found.kept.tolist())) == 4
     assert int(torch.linalg.matrix_rank(mixed[found.kept])) == 4
     whole = rows @ rows.mT
-    assert independent_constraints(whole, r[:4], samples=4).kept is None
+    assert independent_constraints(DenseKernel(whole), r[:4], samples=4).kept is None
 
 
 def test_squared_error_and_its_bound_are_conjugate() -> None:
@@ -706,3 +707,19 @@ def test_squared_error_and_its_bound_are_conjugate() -> None:
     assert loss.bound(a) == pytest.approx(float(a @ best) + loss.value(best), rel=1e-12)
     torch.testing.assert_close(loss.slope(best), -a)
     assert SquaredError(r, 0.0).value(f) == 0
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_smallest_eigenvalue_of_a_large_kernel_is_that_of_a_decomposition(
+    ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(3, c=2)
+    kernel = case.rows @ case.rows.mT
+    expected = float(torch.linalg.eigvalsh(kernel)[0])
+    monkeypatch.setattr(constraints, "_LARGE", 0)
+    calls: list[float] = []
+    made = systems.factorise
+    monkeypatch.setattr(systems, "factorise", lambda matrix, shift: calls.append(shift) or made(matrix, shift))
+    found = at.fit(case.feats, case.r, structure=at.Fixed(), ridge=ridge)
+    assert found.smallest_eigenvalue == pytest.approx(expected, rel=1e-4)
+    assert calls == [ridge]  # of K₀ one factor serves both

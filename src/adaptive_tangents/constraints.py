@@ -1,5 +1,6 @@
 """Which interpolation constraints are independent, and which contradict each other."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.systems import factorise
+from adaptive_tangents.systems import DenseKernel
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: float32 features leave duplicates apart by about 1e-14 of it
 _CONFLICT_TOLERANCE = 1e-6
@@ -25,27 +26,29 @@ class Constraints:
     kept: Int[Tensor, " k"] | None
 
 
-def smallest_eigenvalue(kernel: Float[Tensor, "k k"]) -> float:
-    """The smallest eigenvalue of a kernel; of a large one by inverse iteration, to six digits where it is positive."""
-    size = kernel.shape[0]
+def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
+    """The smallest eigenvalue of K; of a large one by inverse iteration with K + ρI, to six digits of that sum's."""
+    size = kernel.matrix.shape[0]
     if size > _LARGE:
-        factor = factorise(kernel, 0.0)
-        if factor.jitter == 0:
-            start = np.random.default_rng(0).standard_normal(size)
-            inverse = LinearOperator(
-                (size, size), matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel).flatten()).cpu().numpy()
-            )
-            largest = eigsh(inverse, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)
-            return 1 / float(largest[0])
-    return float(torch.linalg.eigvalsh(kernel)[0])
+        with suppress(TangentError):
+            factor = kernel.factorised(ridge)
+            if factor.jitter == 0:
+                start = np.random.default_rng(0).standard_normal(size)
+                inverse = LinearOperator(
+                    (size, size),
+                    matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel.matrix).flatten()).cpu().numpy(),
+                )
+                largest = eigsh(inverse, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)
+                return 1 / float(largest[0]) - ridge
+    return float(torch.linalg.eigvalsh(kernel.matrix)[0])
 
 
-def independent_constraints(kernel: Float[Tensor, "k k"], r: Float[Tensor, " k"], *, samples: int) -> Constraints:
+def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, samples: int) -> Constraints:
     """Examine K₀ before interpolating; raises TangentError naming samples whose targets contradict each other.
 
     Rows of φ that depend on others stay dependent under every invertible M, so this is done once, on the initial kernel.
     """
-    smallest = smallest_eigenvalue(kernel)
+    kernel, smallest = whole.matrix, smallest_eigenvalue(whole)
     if smallest > _RANK_TOLERANCE * float(kernel.diagonal().sum()):  # the trace is above the largest eigenvalue
         return Constraints(smallest, None)
     values, vectors = torch.linalg.eigh(kernel)

@@ -140,7 +140,8 @@ class Problem:
         """K_M in the form chosen."""
         adapted = self.feats.transformed(transforms) if transforms else self.feats
         if self.form == "dense":
-            return DenseKernel(adapted, self.kept)
+            size = adapted.n * adapted.c
+            return DenseKernel(adapted.kernel().reshape(size, size), self.kept)
         if self.form == "primal":
             return PrimalKernel(adapted)
         return RoundedKernel(adapted) if self.rank is None else SketchedKernel(adapted, self.rank)

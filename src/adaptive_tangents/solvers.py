@@ -238,12 +238,13 @@ class _Search:
         if isinstance(kernel, DenseKernel):
             with problem.timed("constraints"):
                 if problem.loss.interpolates:
-                    found = independent_constraints(kernel.matrix, problem.targets, samples=problem.feats.n)
+                    found = independent_constraints(kernel, problem.targets, samples=problem.feats.n)
                     self.smallest, kernel.kept = found.smallest_eigenvalue, found.kept
                     problem.kept = found.kept
                     self.dropped = 0 if found.kept is None else len(zeros) - len(found.kept)
                 else:
-                    self.smallest = smallest_eigenvalue(kernel.matrix)
+                    ridge = problem.loss.ridge if isinstance(problem.loss, SquaredError) else 0.0
+                    self.smallest = smallest_eigenvalue(kernel, ridge=ridge)
         return problem.inverted({}, kernel, zeros)
 
     def _stages(self, beta: dict[str, Tensor]) -> list[float]:

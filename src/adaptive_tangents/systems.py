@@ -77,18 +77,24 @@ class Kernel(ABC):
 class DenseKernel(Kernel):
     """The kernel as a matrix, factorised."""
 
-    def __init__(self, adapted: TangentFeatures, kept: Int[Tensor, " k"] | None = None) -> None:
-        size = adapted.n * adapted.c
-        self.matrix = adapted.kernel().reshape(size, size)
-        self.kept = kept
+    def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " k"] | None = None) -> None:
+        self.matrix, self.kept = matrix, kept
+        self._whole: tuple[float, Factorised] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         return self.matrix @ x
 
+    def factorised(self, ridge: float) -> Factorised:
+        """The whole of K + ρI, factorised once."""
+        if self._whole is None or self._whole[0] != ridge:
+            self._whole = ridge, factorise(self.matrix, ridge)
+        return self._whole[1]
+
     def shifted(self, ridge: float) -> Solve:
         kept = self.kept
         matrix = self.matrix if kept is None else self.matrix[kept][:, kept]
-        factor = factorise(matrix, ridge)
+        factor = self.factorised(ridge) if kept is None else factorise(matrix, ridge)
+        self._whole = None  # as long as the inverse lives, and no longer
         self.jitter = factor.jitter
 
         def solve(x: Tensor) -> Tensor:
