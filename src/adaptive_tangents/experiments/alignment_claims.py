@@ -76,7 +76,7 @@ def claims(targets: Targets, seeds: Mapping[str, list[float]], samples: int) -> 
     made["path"] = claim(
         "The network’s change is exactly linear in the features averaged along the path",
         bool((decibels > ACCURATE_DB).all()),
-        refuted_by=f"an average that misses the change by more than {-ACCURATE_DB:g} dB at these nodes",
+        refuted_by=f"an average that misses the change by more than −{ACCURATE_DB:g} dB at these nodes",
         published="theory",
         evidence="missed by " + "; ".join(f"−{spread(seeds[f'{t}.path_error_db'], '.1f')} dB ({t})" for t in targets),
     )
