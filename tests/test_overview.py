@@ -99,6 +99,8 @@ def test_docs_keep_no_folder_of_a_machine_and_show_every_claim(
     assert make_results.main(["--check"]) == 0
     (tmp_path / "results" / "penalties.json").unlink()
     assert make_results.main(["--check"]) == 1
+    (tmp_path / "results.md").unlink()
+    assert make_results.main(["--check"]) == 1
 
 
 def test_the_page_in_docs_is_what_the_kept_results_say_and_lacks_no_experiment() -> None:

@@ -110,6 +110,7 @@ class Capture:
         self.requested = limit
         self.samples = samples(x)
         self.verify = True
+        self.groups = parameter_groups(self.network)
         self.probe = self._probe(x)
         self.limit = memory_limit(limit, self.probe.device)
 
@@ -320,7 +321,7 @@ class Capture:
                 )
             if any(use.inputs._version != use.version for use in uses):
                 return None
-            groups = parameter_groups(net)
+            groups = self.groups
             graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
             uses = [use for use in uses if use.edge.node in graph.parents]
             try:
