@@ -46,6 +46,12 @@ class KernelStore:
     meta: Mapping[str, Any] = field(repr=False)
     limit: int | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.shape))
+        kernels = f"{len(self.blocks)} kernels of {shape}" if self.blocks else shape
+        state = "complete" if self.complete else f"{len(self.missing())} of {len(self.places)} tiles missing"
+        return f"{type(self).__name__}({self.path}: {kernels}, {self.outputs}, {self.meta['dtype']}, {state})"
+
     @property
     def n(self) -> int:
         """Samples of the rows."""
@@ -313,22 +319,31 @@ def create_store(path: Path, meta: Mapping[str, Any]) -> KernelStore:
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    for left in path.iterdir():
-        if left.name not in (LOCK, CLAIMS):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _emptied(path)
     store = KernelStore(path, {**meta, "format": FORMAT, "complete": False})
     tile, c = store.tile, store.c
-    for name in store.blocks or ("",):
-        zarr.create_array(
-            path / _folder(name),
-            shape=store.shape,
-            chunks=kernel_shape(store.outputs, min(tile, store.n), min(tile, store.m), c),
-            dtype=store.meta["dtype"],
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
-            fill_value=float("nan"),
-        )
-    _write_meta(path, store.meta)
+    try:
+        for name in store.blocks or ("",):
+            zarr.create_array(
+                path / _folder(name),
+                shape=store.shape,
+                chunks=kernel_shape(store.outputs, min(tile, store.n), min(tile, store.m), c),
+                dtype=store.meta["dtype"],
+                compressors=[ZstdCodec(level=1), Crc32cCodec()],
+                fill_value=float("nan"),
+            )
+        _write_meta(path, store.meta)
+    except OSError:
+        _emptied(path)
+        raise
     return store
+
+
+def _emptied(path: Path) -> None:
+    """Remove all but the lock from the folder of a store that is not one yet."""
+    for left in path.iterdir():
+        if not left.name.startswith(LOCK):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:

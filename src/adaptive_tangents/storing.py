@@ -80,18 +80,18 @@ def kernel_to_store(
                 memory_limit=_share(memory_limit, x, crew.beside), dtype=dtype, transforms=transforms, sketch=sketch,
             )
         )  # fmt: skip
-        some = made.some()
-        asked = crew.settled(lambda: _identity(made, some))
+        some = crew.settled(made.some)
+        asked = crew.settled(lambda: _identity(call, made, some, tile))
 
         def begin() -> None:
             stack.enter_context(_worded(call, path))
             stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
-            _begin(call, path, made, some, asked, tile, resume=resume, progress=progress)
+            _begin(call, path, made, some, asked, resume=resume, progress=progress)
 
         crew.settled(begin if crew.leads else lambda: None)
         store = open_kernel(path)
+        crew.settled(lambda: check_same(call, path, store.meta, asked))
         if not store.complete:
-            crew.settled(lambda: check_same(call, path, store.meta, asked))
             crew.settled(lambda: _fill(call, crew, made, some, store, progress))
             crew.settled(lambda: _finish(call, store) if crew.leads else None)
     return open_kernel(path)
@@ -189,12 +189,13 @@ def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
     return KernelStore(Path(), meta | {"symmetric": made.x2 is None, "tile": layout.tile})
 
 
-def _identity(made: Stream, some: TangentFeatures) -> dict[str, Any]:
+def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
     """What the kernel is made from, as it is compared and stored."""
     from adaptive_tangents import __version__  # which is set only once all modules are imported
 
     net = made.capture.network
-    return {
+    given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
+    return given | {
         "version": __version__,
         "n": made.n,
         "m": made.m,
@@ -227,13 +228,12 @@ def _folder_for(call: str, path: Path) -> Path:
 
 
 def _begin(
-    call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any], tile: int | None,
+    call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
     *, resume: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Make the store, or see that the one that is there is the same and sound."""
-    _checked_tile(call, tile)
     if read_meta(path) is None:
-        layout = lay_out(call, made.sizes(some), made.capture.limit, tile=tile)
+        layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
         _check_room(call, path, _plan(made, some, layout, 1, 0.0).disk_bytes)
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
         create_store(path, {**asked, "tile": layout.tile, **working})
@@ -244,7 +244,7 @@ def _begin(
                 f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; go on with it "
                 "by resume=True (--resume), give another path, or delete it"
             )
-        check_same(call, path, store.meta, dict(asked) | ({} if tile is None else {"tile": tile}))
+        check_same(call, path, store.meta, asked)
         store.tidy()
         damaged = store.verify(progress)
         if store.complete and (damaged or store.missing()):
@@ -282,12 +282,12 @@ def _fill(
     claims, already = store.path / CLAIMS, len(store.places) - len(missing)
     with _worded(call, store.path):
         for place in chain(shares[crew.rank], *others):
-            if crew.size > 1 and not claim(claims, f"{place[0]}-{place[1]}"):
+            if not claim(claims, f"{place[0]}-{place[1]}"):
                 continue
             store.write(place, _tile(call, made, store, cache, place, layout))
             if progress is not None and crew.leads:
-                done = len(os.listdir(claims)) if crew.size > 1 else len(store.places) - already
-                progress("tiles", min(1.0, (already + done) / len(store.places)))
+                # A tile that is claimed is nearly made.
+                progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
 
 
 def _features(made: Stream, store: KernelStore, layout: Layout, key: Key) -> TangentFeatures:
