@@ -10,11 +10,12 @@ from adaptive_tangents.blocks import ranges
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.contraction import check_outputs, working_dtype
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
 from adaptive_tangents.stores import column_axis, kernel_shape, swapped
 from adaptive_tangents.summands import Outputs
-from adaptive_tangents.tiling import FeatureCache, keys_of, ordered
+from adaptive_tangents.tiling import Held, Key, ordered
 
 
 @overload
@@ -78,12 +79,16 @@ def tangent_kernel(
     rows, columns = list(ranges(n, tile)), list(ranges(m, tile))
     batches = (x, x if x2 is None else x2)
     capacity = max(2, 2 * room // (tile * capture.bytes_per_sample))
-    cache = FeatureCache(lambda key: capture.features(take(batches[key[0]], (rows, columns)[key[0]][key[1]])), capacity)
     places = [(i, j) for i in range(len(rows)) for j in range(len(columns)) if x2 is not None or i <= j]
-    for place in ordered(places, capacity, symmetric=x2 is None):
-        one, other = keys_of(place, symmetric=x2 is None)
-        left = cache.get(one)
-        right = None if one == other else cache.get(other)
+    order = ordered(places, capacity, symmetric=x2 is None)
+
+    def part(key: Key) -> TangentFeatures:
+        return capture.features(take(batches[key[0]], (rows, columns)[key[0]][key[1]]))
+
+    held = Held(part, order, capacity, symmetric=x2 is None)
+    for place in order:
+        left, other = held.pair(place)
+        right = None if other is left else other
         piece = (
             left.kernel(right, outputs=outputs, by_block=True)
             if by_block

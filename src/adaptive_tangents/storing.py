@@ -26,7 +26,7 @@ from adaptive_tangents.processes import Team, team
 from adaptive_tangents.stores import CLAIMS, LOCK, KernelStore, Place, create_store, open_kernel, read_meta
 from adaptive_tangents.streams import Sketching, Stream, contracted, stream, summed
 from adaptive_tangents.summands import Outputs
-from adaptive_tangents.tiling import FeatureCache, Key, captures, dealt, keys_of
+from adaptive_tangents.tiling import Held, Key, captures, dealt
 from adaptive_tangents.transforms import Transform
 
 Progress = Callable[[str, float], None]
@@ -193,7 +193,8 @@ def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) 
     """What the kernel is made from, as it is compared and stored."""
     from adaptive_tangents import __version__  # which is set only once all modules are imported
 
-    net = made.capture.network
+    net, probe = made.capture.network, made.probed()
+    _check_entries(call, probe)
     given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
     return given | {
         "version": __version__,
@@ -211,7 +212,7 @@ def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) 
         "data2": None if made.x2 is None else batch_fingerprint(made.x2),
         "transforms": None if made.transforms is None else fingerprint(made.transforms),
         "sketch": None if made.sketch is None else made.sketch.describe(),
-        "probe": list(made.probed()),
+        "probe": probe.tolist(),
     }
 
 
@@ -278,38 +279,41 @@ def _fill(
     missing = store.missing()
     shares = _shares(made, some, layout, missing, crew.size)
     others = (shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
-    cache = FeatureCache(lambda key: _features(made, store, layout, key), layout.cached)
+    order = list(chain(shares[crew.rank], *others))
+
+    def part(key: Key) -> TangentFeatures:
+        return made.part(key[0], store.slices((key[1], key[1]))[key[0]], layout.pass_samples)
+
+    held = Held(part, order, layout.cached, symmetric=store.symmetric)
     claims, already = store.path / CLAIMS, len(store.places) - len(missing)
     with _worded(call, store.path):
-        for place in chain(shares[crew.rank], *others):
+        for place in order:
             if not claim(claims, f"{place[0]}-{place[1]}"):
                 continue
-            store.write(place, _tile(call, made, store, cache, place, layout))
+            store.write(place, _tile(call, made, store, held, place, layout))
             if progress is not None and crew.leads:
                 # A tile that is claimed is nearly made.
                 progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
 
 
-def _features(made: Stream, store: KernelStore, layout: Layout, key: Key) -> TangentFeatures:
-    side, k = key
-    return made.part(side, store.slices((k, k))[side], layout.pass_samples)
-
-
 def _tile(
-    call: str, made: Stream, store: KernelStore, cache: FeatureCache, place: Place, layout: Layout
+    call: str, made: Stream, store: KernelStore, held: Held[TangentFeatures], place: Place, layout: Layout
 ) -> dict[str, Tensor]:
     """The kernels of one tile, one a block or their sum."""
-    one, other = keys_of(place, symmetric=store.symmetric)
-    left, right = cache.get(one), None if one == other else cache.get(other)
+    left, other = held.pair(place)
+    right = None if other is left else other
     blocks = contracted(left, right, made.outputs, layout.working_bytes)
     kernels = dict(blocks) if made.by_block else {"": summed(blocks)}
     for kernel in kernels.values():
-        if not bool(torch.isfinite(kernel).all()):
-            raise TangentError(
-                f"{call}: the kernel of samples {store.slices(place)[0].start} and after overflows {kernel.dtype}; "
-                "use dtype=torch.float64 (--float64)"
-            )
+        _check_entries(call, kernel)
     return kernels
+
+
+def _check_entries(call: str, kernel: Tensor) -> None:
+    if not bool(torch.isfinite(kernel).all()):
+        raise TangentError(
+            f"{call}: the kernel has entries that overflow {kernel.dtype}; use dtype=torch.float64 (--float64)"
+        )
 
 
 def _finish(call: str, store: KernelStore) -> None:
