@@ -26,6 +26,9 @@ ORDER = (
     "memory",
     "transforms",
     "summands",
+    "stores",
+    "locks",
+    "processes",
     "blocks",
     "contraction",
     "features",
@@ -63,7 +66,12 @@ ORDER = (
     "choosing",
     "factors",
     "modules",
+    "planning",
+    "streams",
+    "tiling",
+    "identities",
     "kernels",
+    "storing",
     "explain",
     "modules",
     "estimators",
@@ -81,6 +89,7 @@ ORDER = (
     "report",
     "overview",
     "cli",
+    "__main__",
 )
 
 # A dependency that only some modules may name; everything else must work without importing it.
@@ -91,9 +100,9 @@ ONLY_IN = {
     "jinja2": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "zarr": {"kernels"},
+    "zarr": {"stores"},
 }
-LAZY_IN = {"data": {"sklearn", "mlxtend"}}
+LAZY_IN = {"data": {"sklearn", "mlxtend"}, "stores": {"zarr"}}
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")

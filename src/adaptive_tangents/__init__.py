@@ -44,6 +44,8 @@ from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Powe
 from adaptive_tangents.proximal import ProximalFit, proximal_gradient
 from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.stores import KernelStore, open_kernel
+from adaptive_tangents.storing import kernel_to_store, plan_kernel
 from adaptive_tangents.structures import (
     BlockSolution,
     BlockStructure,
@@ -78,6 +80,7 @@ __all__ = [
     "Induced",
     "KernelChange",
     "KernelPart",
+    "KernelStore",
     "LayerScale",
     "Left",
     "LogSquared",
@@ -110,7 +113,10 @@ __all__ = [
     "fit",
     "fit_path",
     "kernel_change",
+    "kernel_to_store",
     "leave_one_out",
+    "open_kernel",
+    "plan_kernel",
     "proximal_gradient",
     "representability",
     "shares",
