@@ -24,7 +24,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors",
     "memory",
+    "files",
     "transforms",
+    "projections",
     "summands",
     "blocks",
     "contraction",
@@ -36,6 +38,8 @@ ORDER = (
     "derivatives",
     "sources",
     "capture",
+    "sketches",
+    "sketch_files",
     "path",
     "penalty_checks",
     "search",
