@@ -71,10 +71,10 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
-    _check(start_feats, end_feats)
     structure = as_structure(structure)
     start_feats.check_origin("explain", end_feats)
     check_sketch("explain", structure, start_feats)
+    _check(start_feats, end_feats)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
     quarter = max(2, n // 4)

@@ -70,7 +70,7 @@ def projection_variance(a: Float[Tensor, "o i"], b: Float[Tensor, "o i"], count:
     r"""Variance of (1/k) Σ_j (s_jᵀAr_j)(s_jᵀBr_j), an unbiased estimate of ⟨A, B⟩ from k = ``count`` coordinates.
 
     About (‖A‖²‖B‖² + ⟨A, B⟩² + ‖AᵀB‖² + ‖ABᵀ‖²)/k, at most 4‖A‖²‖B‖²/k, where k is a multiple of both sides; a projection
-    without structure, k Gaussian vectors of o·i entries, has (‖A‖²‖B‖² + ⟨A, B⟩²)/k. Derived in docs/theory.md, §7.
+    without structure, k Gaussian vectors of o·i entries, has (‖A‖²‖B‖² + ⟨A, B⟩²)/k. Derived in docs/theory.md, §8.
 
     >>> A = torch.ones(2, 4)
     >>> projection_variance(A, A, 8)  # all coordinates: exact

@@ -36,11 +36,11 @@ _LEAST_SHARE = 0.01  # of an equal one: what was small in a few samples need not
 class Sketch:
     r"""How to sketch features: ``dim`` coordinates in all, from ``seed``, in independent ``repetitions``.
 
-    A repetition's coordinates of block ℓ are s_jᵀΦ_ℓr_j/√k_ℓ for k_ℓ pairs of rows of Hadamard matrices with random signs, which
-    follow from seed, block and repetition alone: E⟨SΦ, SΦ′⟩ = ⟨Φ, Φ′⟩. Every block gets as many coordinates as any other, or
-    its share in ``shares``, which ``fitted`` measures; blocks with no more entries than that stay exact.
+    A repetition's coordinates of block ℓ are s_jᵀΦ_ℓr_j/√k_ℓ for k_ℓ pairs of rows of Hadamard matrices with random signs.
+    These follow from seed, block and repetition alone, and E⟨SΦ, SΦ′⟩ = ⟨Φ, Φ′⟩. Every block gets as many coordinates as any
+    other, or its share in ``shares``, which ``fitted`` measures; blocks with no more entries than that stay exact.
 
-    Raises TangentError for dimensions, seeds, repetitions or shares that are none. Derivation in docs/theory.md, §7.
+    Raises TangentError for dimensions, seeds, repetitions or shares that are none. Derivation in docs/theory.md, §8.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(40, 30), torch.randn(5, 40)
