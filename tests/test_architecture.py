@@ -24,7 +24,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors",
     "memory",
+    "files",
     "transforms",
+    "projections",
     "summands",
     "stores",
     "locks",
@@ -39,6 +41,8 @@ ORDER = (
     "derivatives",
     "sources",
     "capture",
+    "sketches",
+    "sketch_files",
     "path",
     "penalty_checks",
     "search",

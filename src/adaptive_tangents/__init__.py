@@ -42,6 +42,8 @@ from adaptive_tangents.modules import TangentModule
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
 from adaptive_tangents.proximal import ProximalFit, proximal_gradient
+from adaptive_tangents.sketch_files import append_sketch, load_sketch, save_sketch
+from adaptive_tangents.sketches import Sketch, SketchedFeatures, SketchedKernel, SketchedMeasure, sketch_features
 from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.stores import KernelStore, open_kernel
@@ -95,6 +97,10 @@ __all__ = [
     "Right",
     "Round",
     "Rows",
+    "Sketch",
+    "SketchedFeatures",
+    "SketchedKernel",
+    "SketchedMeasure",
     "Solution",
     "Structure",
     "TangentError",
@@ -104,6 +110,7 @@ __all__ = [
     "TwoSided",
     "adaptation",
     "alignment",
+    "append_sketch",
     "average_features",
     "certify",
     "cka",
@@ -115,11 +122,14 @@ __all__ = [
     "kernel_change",
     "kernel_to_store",
     "leave_one_out",
+    "load_sketch",
     "open_kernel",
     "plan_kernel",
     "proximal_gradient",
     "representability",
+    "save_sketch",
     "shares",
+    "sketch_features",
     "tangent_features",
     "tangent_kernel",
     "transforms",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from adaptive_tangents.summands import (
 )
 
 Route = Literal["gram", "nested", "materialise"]
+Precision = Literal["float32", "mixed", "float64", "bfloat16"]
 
 _CACHED_BYTES = 1_000_000  # what the nested route works on at a time
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
@@ -49,6 +50,12 @@ def check_outputs(call: str, outputs: str) -> None:
     """Raise TangentError unless ``outputs`` names a kind of kernel."""
     if outputs not in ("full", "trace", "diagonal"):
         raise TangentError(f"{call}: outputs is 'full', 'trace' or 'diagonal', got {outputs!r}")
+
+
+def check_precision(call: str, precision: str) -> None:
+    """Raise TangentError unless ``precision`` names a way to contract features."""
+    if precision not in get_args(Precision):
+        raise TangentError(f"{call}: precision is 'float32', 'mixed', 'float64' or 'bfloat16', got {precision!r}")
 
 
 @dataclass(frozen=True)
@@ -158,15 +165,22 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * 768**3 / best
 
 
-def empty_kernel(n: int, m: int, c: int, outputs: Outputs, like: Tensor) -> Float[Tensor, "batch N M"]:
-    """A kernel of zeros in the layout of this module, in float32 or better."""
+def empty_kernel(
+    n: int, m: int, c: int, outputs: Outputs, like: Tensor, precision: Precision = "float32"
+) -> Float[Tensor, "batch N M"]:
+    """A kernel of zeros in the layout of this module."""
     shape = {"full": (1, n * c, m * c), "trace": (1, n, m), "diagonal": (c, n, m)}[outputs]
-    return torch.zeros(shape, dtype=working_dtype(like.dtype), device=like.device)
+    return torch.zeros(shape, dtype=kernel_dtype(like.dtype, precision), device=like.device)
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
+def working_dtype(dtype: torch.dtype, precision: Precision = "float32") -> torch.dtype:
     """The dtype that features of ``dtype`` are contracted in: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float64 if precision == "float64" else torch.float32)
+
+
+def kernel_dtype(dtype: torch.dtype, precision: Precision = "float32") -> torch.dtype:
+    """The dtype that blocks are added up in, which is the kernel's."""
+    return torch.float64 if precision == "mixed" else working_dtype(dtype, precision)
 
 
 def accumulate(
@@ -367,9 +381,15 @@ def contract_blocks(
     outputs: Outputs,
     *,
     symmetric: bool,
+    precision: Precision = "float32",
 ) -> None:
     """Add every block's kernel to its target in ``kernels`` (one common tensor, or one a block)."""
     for step in plan.blocks:
         target = kernels[step.name]
-        left, right = (blocks[step.name].map(dtype=target.dtype) for blocks in (a, b))
-        accumulate(target, left, right, outputs, route=step.route, symmetric=symmetric, budget=step.working_bytes)
+        dtype = working_dtype(tensors_of(a[step.name].summands[0])[0].dtype, precision)
+        left = a[step.name].map(dtype=dtype)
+        right = left if b is a else b[step.name].map(dtype=dtype)
+        piece = target if target.dtype == dtype else torch.zeros_like(target, dtype=dtype)
+        accumulate(piece, left, right, outputs, route=step.route, symmetric=symmetric, budget=step.working_bytes)
+        if piece is not target:
+            target += piece

@@ -18,7 +18,7 @@ from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import Mixed, as_structure
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, Grouped, LayerScale, Structure
+from adaptive_tangents.structures import Fixed, Full, Grouped, LayerScale, Structure, check_sketch
 from adaptive_tangents.summands import Index
 from adaptive_tangents.transforms import Entrywise, Matrix, Sides, Transform
 
@@ -71,8 +71,10 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
-    _check(start_feats, end_feats)
     structure = as_structure(structure)
+    start_feats.check_origin("explain", end_feats)
+    check_sketch("explain", structure, start_feats)
+    _check(start_feats, end_feats)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
     quarter = max(2, n // 4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_tangents import contraction
 from adaptive_tangents.blocks import Block
-from adaptive_tangents.contraction import KernelPlan
+from adaptive_tangents.contraction import KernelPlan, Precision
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.summands import Index, Outputs, Shared, sum_tensors, tensors_of
@@ -58,6 +58,11 @@ class TangentFeatures:
     def device(self) -> torch.device:
         """The features' device."""
         return self._like.device
+
+    @property
+    def origin(self) -> str:
+        """What the features are where not exact; only those of one origin go together."""
+        return "exact"
 
     @property
     def _like(self) -> Tensor:
@@ -154,46 +159,63 @@ class TangentFeatures:
 
     @overload
     def kernel(
-        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[False] = False
-    ) -> Tensor: ...
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[False] = False,
+        precision: Precision = "float32",
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def kernel(
-        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[True]
-    ) -> dict[str, Tensor]: ...
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[True],
+        precision: Precision = "float32",
+    ) -> dict[str, Tensor]: ...  # fmt: skip
     def kernel(
-        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: bool = False
-    ) -> Tensor | dict[str, Tensor]:
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: bool = False,
+        precision: Precision = "float32",
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
         """K(x, x′) = φ(x) φ(x′)ᵀ with ``other``, or among these samples, then exactly symmetric.
 
         ``outputs``: "full" (n, c, m, c), "trace" (n, m) summed over outputs, "diagonal" (n, m, c) each output with itself.
-        ``by_block`` gives one kernel a block; they add up to the whole. Accumulated in float32 or better.
+        ``by_block`` gives one kernel a block; they add up to the whole. ``precision``: "float32" or the features' own dtype
+        where that is better; "mixed", the same with blocks added up in float64; "float64" throughout; "bfloat16", float32 on
+        features rounded to bfloat16. Errors of each in docs/precision.md.
         Raises TangentError where features do not belong together or memory would exceed the limit.
         """
         contraction.check_outputs("kernel", outputs)
-        plan = self._plan(other, outputs, kernels=len(self.blocks) if by_block else 1)
+        contraction.check_precision("kernel", precision)
+        if precision == "bfloat16" and self.dtype != torch.bfloat16:
+            rounded = [None if feats is None else feats.to(torch.bfloat16) for feats in (self, other)]
+            assert rounded[0] is not None
+            return rounded[0].kernel(rounded[1], outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
+        plan = self._plan(other, outputs, kernels=len(self.blocks) if by_block else 1, precision=precision)
         remedy = "use outputs='trace' or 'diagonal', tangent_kernel, or fewer samples"
         require_memory("kernel", plan.kernel_bytes, plan.limit, remedy=remedy)
         partner = self if other is None else other
         size = (self.n, partner.n, self.c)
         if by_block:
-            kernels = {name: contraction.empty_kernel(*size, outputs, self._like) for name in self.blocks}
+            kernels = {name: contraction.empty_kernel(*size, outputs, self._like, precision) for name in self.blocks}
         else:
-            kernels = dict.fromkeys(self.blocks, contraction.empty_kernel(*size, outputs, self._like))
-        contraction.contract_blocks(self.blocks, partner.blocks, plan, kernels, outputs, symmetric=other is None)
+            kernels = dict.fromkeys(self.blocks, contraction.empty_kernel(*size, outputs, self._like, precision))
+        contraction.contract_blocks(
+            self.blocks, partner.blocks, plan, kernels, outputs, symmetric=other is None, precision=precision
+        )
         for kernel in {id(k): k for k in kernels.values()}.values():
             if other is None:
                 contraction.mirror(kernel)
         finished = {name: contraction.finish(kernel, *size, outputs) for name, kernel in kernels.items()}
         return finished if by_block else next(iter(finished.values()))
 
-    def _plan(self, other: "TangentFeatures | None", outputs: Outputs, *, kernels: int) -> KernelPlan:
+    def _plan(
+        self, other: "TangentFeatures | None", outputs: Outputs, *, kernels: int, precision: Precision = "float32"
+    ) -> KernelPlan:
         if other is not None:
+            self.check_origin("kernel", other)
             self._check_partner(other)
         partner = self if other is None else other
-        itemsize = torch.empty((), dtype=contraction.working_dtype(self.dtype)).element_size()
+        itemsize = contraction.working_dtype(self.dtype, precision).itemsize
+        result = contraction.kernel_dtype(self.dtype, precision).itemsize
         entries = self.n * partner.n * {"full": self.c**2, "trace": 1, "diagonal": self.c}[outputs]
         limit = memory_limit(self.limit, self.device)
-        kernel_bytes = kernels * entries * itemsize
+        # A block's share is a kernel of its own before it is added to one of another dtype.
+        kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
         budget = max(limit - kernel_bytes, itemsize)
         steps = tuple(
             contraction.plan_block(
@@ -203,7 +225,20 @@ class TangentFeatures:
             for name, block in self.blocks.items()
         )  # fmt: skip
         held = self.bytes + (0 if other is None else other.bytes)
+        if itemsize > self.dtype.itemsize:
+            # One block at a time is converted.
+            pairs = (
+                (block.bytes, 0 if other is None else other.blocks[name].bytes) for name, block in self.blocks.items()
+            )
+            held += max(sum(pair) for pair in pairs) * itemsize // self.dtype.itemsize
         return KernelPlan(steps, kernel_bytes, held, limit)
+
+    def check_origin(self, call: str, other: "TangentFeatures") -> None:
+        """Raise TangentError where these features and others are not of one origin."""
+        if self.origin != other.origin:
+            raise TangentError(
+                f"{call}: the features are {self.origin} and {other.origin}; make both exact, or both with the same sketch"
+            )
 
     def _check(self, call: str, value: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(value.shape) != shape:

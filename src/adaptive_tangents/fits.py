@@ -76,10 +76,12 @@ class Fit:
 
     def transform(self, feats: TangentFeatures) -> TangentFeatures:
         """Adapted features Mφ, TangentFeatures again: their kernel is the adapted kernel K_M."""
+        self.features.check_origin("transform", feats)
         return feats.transformed(self.transforms)
 
     def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
         """φβ for features of any samples, in float64; add f(x; θ₀) for the model's output."""
+        self.features.check_origin("predict", feats)
         return feats.to(torch.float64).inner(self.coefficients)
 
     def kernel_change(self, y: Float[Tensor, "n c"] | None = None, *, keep: bool = False) -> KernelChange:

@@ -1,15 +1,11 @@
 """What a stored kernel was made from, in hashes: another model, other data or settings are told apart before work goes on."""
 
-import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.files import fingerprint
 from adaptive_tangents.inputs import Batch
 
 _WORDS = {
@@ -32,18 +28,6 @@ _WORDS = {
 }
 _SHOWN = ("version", "outputs", "dtype", "features", "tile", "n", "m", "c", "sketch")
 _TOLERANCE = 1e-3  # of a probe: another model is further off, another machine nearer
-
-
-def fingerprint(value: Any) -> str:
-    """A hash of tensors and numbers in mappings, sequences and dataclasses, with their names, dtypes and shapes.
-
-    >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(3)})
-    False
-    """
-    found = hashlib.sha256()
-    for part in _parts(value):
-        found.update(part)
-    return found.hexdigest()
 
 
 def batch_fingerprint(x: Batch) -> str:
@@ -73,25 +57,3 @@ def check_same(call: str, path: Path, stored: Mapping[str, Any], asked: Mapping[
 def _near(one: Sequence[float], two: Sequence[float]) -> bool:
     scale = max(map(abs, one), default=0.0)
     return len(one) == len(two) and all(abs(a - b) <= _TOLERANCE * scale for a, b in zip(one, two, strict=True))
-
-
-def _parts(value: Any) -> Iterable[bytes | memoryview]:
-    """A value as bytes that no other value gives."""
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        yield f"tensor {plain.dtype} {tuple(plain.shape)}".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
-    elif dataclasses.is_dataclass(value):
-        yield f"{type(value).__name__}(".encode()
-        yield from _parts({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    elif isinstance(value, Mapping):
-        yield f"mapping {len(value)}".encode()
-        for key, held in value.items():
-            yield f"{key!r}:".encode()
-            yield from _parts(held)
-    elif isinstance(value, list | tuple):
-        yield f"sequence {len(value)}".encode()
-        for held in value:
-            yield from _parts(held)
-    else:
-        yield repr(value).encode()

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.blocks import ranges
 from adaptive_tangents.capture import Capture
-from adaptive_tangents.contraction import check_outputs, working_dtype
+from adaptive_tangents.contraction import Precision, check_outputs, check_precision, kernel_dtype
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
+from adaptive_tangents.sketches import Sketch, SketchedKernel, sketched_kernel
 from adaptive_tangents.stores import column_axis, kernel_shape, swapped
 from adaptive_tangents.summands import Outputs
 from adaptive_tangents.tiling import Held, Key, ordered
@@ -22,14 +22,23 @@ from adaptive_tangents.tiling import Held, Key, ordered
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
-    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    precision: Precision = "float32",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
-    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    precision: Precision = "float32",
 ) -> dict[str, Tensor]: ...  # fmt: skip
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
+    precision: Precision = "float32",
+) -> SketchedKernel: ...  # fmt: skip
 def tangent_kernel(
     model: nn.Module,
     x: Batch,
@@ -42,12 +51,15 @@ def tangent_kernel(
     output: Output | None = None,
     memory_limit: int | None = None,
     tile: int | None = None,
-) -> Tensor | dict[str, Tensor]:
+    sketch: Sketch | None = None,
+    precision: Precision = "float32",
+) -> Tensor | dict[str, Tensor] | SketchedKernel:
     """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile so that features of all samples are never held.
 
     Arguments as for ``tangent_features`` and ``TangentFeatures.kernel``; ``tile`` is the samples a tile holds (default:
     as many as memory allows); features are kept for the next tiles as far as there is room. With ``x2`` absent the kernel
-    is of x with itself and exactly symmetric.
+    is of x with itself and exactly symmetric. ``sketch`` gives an unbiased estimate from a sketch instead, a
+    ``SketchedKernel`` with the error of every entry.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
@@ -57,6 +69,14 @@ def tangent_kernel(
     """
     call = "tangent_kernel"
     check_outputs(call, outputs)
+    check_precision(call, precision)
+    if sketch is not None:
+        if by_block or tile is not None or precision != "float32":
+            raise TangentError(
+                f"{call}: with sketch, kernels are made whole and in float32; leave by_block, tile and precision, or use "
+                "sketch_features(...).kernel(...)"
+            )
+        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output, memory_limit)
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
     capture = Capture(call, model, x, params, wrt, output, memory_limit)
@@ -66,7 +86,7 @@ def tangent_kernel(
     limit, c = capture.limit, capture.probe.c
     entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
     copies = capture.probe.blocks if by_block else 1
-    itemsize = torch.empty((), dtype=working_dtype(capture.probe.dtype)).element_size()
+    itemsize = kernel_dtype(capture.probe.dtype, precision).itemsize
     require_memory(
         call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
     )
@@ -74,7 +94,7 @@ def tangent_kernel(
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)
-        return left.kernel(right, outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
+        return left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload, no-any-return]
     kernels: dict[str, Tensor] = {}
     rows, columns = list(ranges(n, tile)), list(ranges(m, tile))
     batches = (x, x if x2 is None else x2)
@@ -90,9 +110,9 @@ def tangent_kernel(
         left, other = held.pair(place)
         right = None if other is left else other
         piece = (
-            left.kernel(right, outputs=outputs, by_block=True)
+            left.kernel(right, outputs=outputs, by_block=True, precision=precision)
             if by_block
-            else {"": left.kernel(right, outputs=outputs)}
+            else {"": left.kernel(right, outputs=outputs, precision=precision)}
         )
         for name, values in piece.items():
             if name not in kernels:

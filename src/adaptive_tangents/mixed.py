@@ -41,6 +41,10 @@ class Mixed(Structure):
                 f"{'none' if not wrong else f'{self.structures[wrong[0]]!r} for {wrong[0]!r}'}"
             )
 
+    @property
+    def whole_blocks(self) -> bool:
+        return all(structure.whole_blocks for structure in self.structures.values())
+
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The blocks of each pattern that has any."""
         names = list(names)

@@ -19,7 +19,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import check_finite
 from adaptive_tangents.mixed import as_structure
-from adaptive_tangents.structures import Matrices, Structure
+from adaptive_tangents.structures import Matrices, Structure, check_sketch
 
 Progress = Callable[[int, float], None]
 LossName = Literal["squared", "cross-entropy"]
@@ -97,8 +97,10 @@ def proximal_gradient(
         )
     if not tol > 0 or max_steps < 1:
         raise TangentError(f"proximal_gradient: tol and max_steps are positive, got {tol} and {max_steps}")
+    structure = as_structure(structure)
+    check_sketch("proximal_gradient", structure, feats)
     doubled = feats.to(torch.float64)
-    descent = _Descent(doubled, as_structure(structure).prepared(doubled), _smooth(feats, r, loss, offset, ridge))
+    descent = _Descent(doubled, structure.prepared(doubled), _smooth(feats, r, loss, offset, ridge))
     point = descent.point(_start(doubled, start))
     found, objectives, converged, reason = descent.run(point, tol, max_steps, progress)
     if not converged:

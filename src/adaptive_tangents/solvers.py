@@ -30,7 +30,7 @@ from adaptive_tangents.mixed import as_structure
 from adaptive_tangents.model import Point, Problem, System
 from adaptive_tangents.newton import line_search, newton_direction
 from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.structures import Matrices, Structure
+from adaptive_tangents.structures import Matrices, Structure, check_sketch
 from adaptive_tangents.subspaces import compressed
 from adaptive_tangents.systems import DenseKernel
 from adaptive_tangents.transforms import is_identity
@@ -89,6 +89,7 @@ def fit(
     True
     """
     structure = as_structure(structure) if structure is not None else TwoSided()
+    check_sketch("fit", structure, feats)
     check_choice("solver", solver, get_args(Solver))
     check_choice("form", form, get_args(Form))
     if not tol > 0 or max_rounds < 1:
@@ -135,6 +136,7 @@ def certify(
     (False, True)
     """
     structure = as_structure(structure) if structure is not None else TwoSided()
+    check_sketch("certify", structure, feats)
     check_choice("form", form, get_args(Form))
     goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
     given = _of_blocks("the coefficients are of", coefficients, feats)

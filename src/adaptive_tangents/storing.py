@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from adaptive_tangents.contraction import KernelPlan, check_outputs, plan_block, working_dtype
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.identities import batch_fingerprint, check_same, fingerprint
+from adaptive_tangents.files import fingerprint
+from adaptive_tangents.identities import batch_fingerprint, check_same
 from adaptive_tangents.inputs import Batch, Output, Selection, tensors
 from adaptive_tangents.locks import claim, writer_lock
 from adaptive_tangents.memory import format_bytes

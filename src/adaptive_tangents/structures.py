@@ -56,6 +56,11 @@ class Structure(ABC):
         """The structure with what it learns from the features it is to be fitted to; ``fit`` asks for this once."""
         return self
 
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether transforms only scale blocks as wholes, or move all of them at once: all that a sketch of them allows."""
+        return False
+
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         """For every block, whether a rotation of its output side, and of its input side, leaves Ω̃ as it is.
 
@@ -86,6 +91,15 @@ class Structure(ABC):
     def gradient(self, coefficients: Matrices) -> Matrices:
         """∇Ω̃(β), one matrix a block."""
         return self.solution(coefficients).gradient
+
+
+def check_sketch(call: str, structure: Structure, feats: TangentFeatures) -> None:
+    """Raise TangentError where features are a sketch and transforms of the structure would act within its blocks."""
+    if feats.origin != "exact" and not structure.whole_blocks:
+        raise TangentError(
+            f"{call}: the features are {feats.origin}, whose coordinates have no output and input units left for "
+            f"{type(structure).__name__} to act on; use Fixed, LayerScale or Full, or exact features"
+        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +253,8 @@ class Inner:
 class Fixed(BlockStructure):
     """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖²."""
 
+    whole_blocks = True
+
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         return dict.fromkeys(names, (True, True))
 
@@ -262,6 +278,7 @@ class Full(Structure):
     """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
+    whole_blocks = True
 
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         return dict.fromkeys(names, (True, True))
@@ -347,6 +364,7 @@ class LayerScale(Grouped):
     """One factor a block, M = s_ℓ I: Ω̃(β) = Σ_ℓ ω̃(‖B_ℓ‖), group sparsity over layers."""
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
+    whole_blocks = True
 
     @property
     def dimensions(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from adaptive_tangents.projections import Rows
 from adaptive_tangents.transforms import LowRank, Scaled, Side
 
 Outputs = Literal["full", "trace", "diagonal"]
@@ -45,6 +46,10 @@ class Outer:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         weighted = torch.einsum("nc,ntco->nto", weights, self.backward)
         return weighted.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        return _paired(left.apply(self.backward), right.apply(self.inputs))
 
     def transformed(self, left: Side | None, right: Side | None) -> "Outer":
         return Outer(
@@ -99,6 +104,11 @@ class Lookup:
         weighted = torch.einsum("nc,ntco,nt->nto", weights, self.backward, self.weights).flatten(0, 1)
         out = weighted.mT @ self.coefficients.flatten(0, 1) @ self.directions
         return out.index_add_(1, self.index.flatten(), weighted.mT)
+
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        inputs = right.of_units(self.index).to(self.weights) + self.coefficients @ right.apply(self.directions)
+        return _paired(left.apply(self.backward), inputs * self.weights[..., None])
 
     def transformed(self, left: Side | None, right: Side | None) -> "Outer | Lookup":
         backward = self.backward if left is None else left.apply(self.backward)
@@ -166,6 +176,10 @@ class Flipped:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return Outer(self.backward, self.inputs).combine(weights).mT
 
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        return Outer(self.backward, self.inputs).coordinates(right, left)
+
     def transformed(self, left: Side | None, right: Side | None) -> "Flipped":
         moved = Outer(self.backward, self.inputs).transformed(right, left)
         return Flipped(moved.backward, moved.inputs)
@@ -194,6 +208,17 @@ class Dense:
     def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("nc,ncoi->oi", weights, self.values)
+
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        n, _, o, i = self.values.shape
+        # Positions are the units of the narrower side, their inputs unit vectors.
+        if o < i:
+            return _paired(right.apply(self.values.transpose(1, 2)), left.of_units(self._units(o)).expand(n, o, -1))
+        return _paired(left.apply(self.values.permute(0, 3, 1, 2)), right.of_units(self._units(i)).expand(n, i, -1))
+
+    def _units(self, size: int) -> Int[Tensor, " _d"]:
+        return torch.arange(size, device=self.values.device)
 
     def transformed(self, left: Side | None, right: Side | None) -> "Dense":
         values = self.values if right is None else right.apply(self.values)
@@ -224,6 +249,10 @@ class Shared:
     def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("k,koi->oi", torch.einsum("nc,nck->k", weights, self.coefficients), self.directions)
+
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        return self.coefficients @ Dense(self.directions[None]).coordinates(left, right)[0]
 
     def transformed(self, left: Side | None, right: Side | None) -> "Shared":
         return Shared(self.coefficients, Dense(self.directions[None]).transformed(left, right).values[0])
@@ -256,6 +285,10 @@ class Weighted:
     def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return self.gains * sum_tensors([part.combine(weights) for part in self.parts])
+
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+        """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
+        return Dense(self.features(slice(None))).coordinates(left, right)
 
     def transformed(self, left: Side | None, right: Side | None) -> "Weighted | Dense":
         if isinstance(left, Scaled | None) and isinstance(right, Scaled | None):
@@ -306,6 +339,12 @@ def entrywise(part: Summand, gains: Float[Tensor, "o i"]) -> Summand:
     if isinstance(part, Shared):
         return Shared(part.coefficients, gains * part.directions)
     return Weighted(gains * part.gains, part.parts) if isinstance(part, Weighted) else Weighted(gains, (part,))
+
+
+def _paired(signals: Float[Tensor, "n t c k"], inputs: Float[Tensor, "n t k"]) -> Float[Tensor, "n c k"]:
+    """Σ_t of the products, coordinate by coordinate."""
+    product = signals * inputs.to(signals)[:, :, None]
+    return product[:, 0] if product.shape[1] == 1 else product.sum(1)
 
 
 def sum_tensors(tensors: list[Tensor]) -> Tensor:

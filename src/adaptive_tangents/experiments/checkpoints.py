@@ -1,17 +1,15 @@
 """Checkpoints of a run on disk: safetensors, each file whole or absent, tied to the settings that made it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import Tensors, Units
+from adaptive_tangents.files import ReadError, read_metadata, read_tensors, write_tensors
 
 FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
 
@@ -46,14 +44,9 @@ def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], 
     Raises TangentError where the folder cannot be written.
     """
     path = directory / FOLDER / f"{name}.safetensors"
-    draft = path.with_suffix(f".{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        draft.write_bytes(save(plain, metadata={"config": _text(config)}))
-        os.replace(draft, path)
-    except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"config": _text(config)})
+    except OSError as error:
         raise TangentError(
             f"checkpoint: {path} cannot be written ({error}); choose another folder with --out"
         ) from error
@@ -68,10 +61,8 @@ def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, di
     found = {}
     for path in sorted((directory / FOLDER).glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                made_with = (file.metadata() or {}).get("config")
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            made_with, tensors = read_metadata(path).get("config"), read_tensors(path)
+        except ReadError as error:
             raise TangentError(
                 f"resume: {path} cannot be read ({error}); delete it, and its training is repeated"
             ) from error

@@ -1,0 +1,83 @@
+"""Tensors on disk: safetensors, each file whole or absent, with metadata that is checked; hashes of what they belong to."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+ReadError = (OSError, SafetensorError)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, replace: bool = True
+) -> None:
+    """Write a file in one step, after its folder: whatever stops this, ``path`` holds all of it or what it held before.
+
+    Raises OSError where it cannot be written, and FileExistsError where it is there and ``replace`` is false.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        draft.write_bytes(save(plain, metadata=dict(metadata)))
+        if replace:
+            os.replace(draft, path)
+        else:
+            os.link(draft, path)  # fails where another was quicker
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file; raises one of ``ReadError``."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; raises one of ``ReadError``."""
+    found: dict[str, Tensor] = load_file(path)
+    return found
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of tensors and numbers in mappings, sequences and dataclasses, with their names, dtypes and shapes.
+
+    >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(3)})
+    False
+    """
+    found = hashlib.sha256()
+    for part in _parts(value):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(value: Any) -> Iterable[bytes | memoryview]:
+    """A value as bytes that no other value gives."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        yield f"tensor {plain.dtype} {tuple(plain.shape)}".encode()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+    elif dataclasses.is_dataclass(value):
+        yield f"{type(value).__name__}(".encode()
+        yield from _parts({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif isinstance(value, Mapping):
+        yield f"mapping {len(value)}".encode()
+        for key, held in value.items():
+            yield f"{key!r}:".encode()
+            yield from _parts(held)
+    elif isinstance(value, list | tuple):
+        yield f"sequence {len(value)}".encode()
+        for held in value:
+            yield from _parts(held)
+    else:
+        yield repr(value).encode()
