@@ -68,6 +68,7 @@ ORDER = (
     "modules",
     "estimators",
     "tracking",
+    "data_files",
     "data",
     "experiments",
     "loading",
