@@ -80,6 +80,7 @@ ORDER = (
     "modules",
     "estimators",
     "tracking",
+    "data_files",
     "data",
     "experiments",
     "loading",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_tangents.data import Dataset, load_digits, normalize_digits
+from adaptive_tangents.data import Dataset, load_digits, load_images, normalize_digits
 from adaptive_tangents.errors import TangentError
 
 FILES = {
@@ -400,6 +400,208 @@ def test_openml_data_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch
         "load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, came (7, 784) with labels (7,); "
         'give data_dir, a folder with the four IDX files, or use "mnist5k", which needs no network'
     )
+
+
+# CIFAR-10's binary version
+
+CIFAR_FILES = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
+
+
+def cifar(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+    return images, (np.arange(n, dtype=np.uint8) * 3) % 10
+
+
+def records(images: np.ndarray, labels: np.ndarray) -> bytes:
+    """Label, then red, green and blue, each row by row: written one byte after another."""
+    content = bytearray()
+    for image, label in zip(images, labels, strict=True):
+        content.append(int(label))
+        for channel in range(3):
+            for row in range(32):
+                content += bytes(image[channel, row].tolist())
+    return bytes(content)
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for k, name in enumerate(CIFAR_FILES):
+        (folder / name).write_bytes(records(*cifar(2 + k, seed=k)))
+    return folder
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_cifar_images_come_back_as_written_in_the_order_of_the_batches(cifar_folder: Path, inside: bool) -> None:
+    loaded = load_images("cifar10", data_dir=cifar_folder if inside else cifar_folder.parent)
+    images, labels = zip(*(cifar(2 + k, seed=k) for k in range(5)), strict=True)
+    assert (loaded.train_images.numpy() == np.concatenate(images)).all()
+    assert (loaded.train_labels.numpy() == np.concatenate(labels)).all()
+    assert (loaded.test_images.numpy() == cifar(7, seed=5)[0]).all()
+    assert loaded.train_images.dtype == torch.uint8
+    assert loaded.test_labels.dtype == torch.int64
+    assert loaded.source == "CIFAR-10's binary version: 20 train and 7 test images."
+
+
+@pytest.mark.parametrize("change", [lambda z: z[:-1], lambda z: z + b"\n", lambda z: b""])
+def test_a_cifar_file_that_is_no_whole_number_of_records_is_refused_by_name(cifar_folder: Path, change) -> None:
+    path = cifar_folder / "data_batch_3.bin"
+    content = change(path.read_bytes())
+    path.write_bytes(content)
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10", data_dir=cifar_folder.parent)
+    assert str(caught.value) == (
+        f"load_images: data_batch_3.bin has {len(content)} bytes, not a whole number of records of 3073; "
+        "download data_batch_3.bin again"
+    )
+
+
+def test_a_cifar_label_above_nine_is_refused_with_its_place(cifar_folder: Path) -> None:
+    images, labels = cifar(4)
+    labels[2] = 10
+    (cifar_folder / "test_batch.bin").write_bytes(records(images, labels))
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10", data_dir=cifar_folder.parent)
+    assert str(caught.value) == (
+        "load_images: label 2 of test_batch.bin is 10, not a class from 0 to 9; download test_batch.bin again"
+    )
+
+
+def test_missing_cifar_files_are_named(cifar_folder: Path) -> None:
+    (cifar_folder / "test_batch.bin").unlink()
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10", data_dir=cifar_folder.parent)
+    assert str(caught.value) == (
+        f"load_images: {str(cifar_folder)!r} holds some of the CIFAR-10 files but not test_batch.bin; add it"
+    )
+    (cifar_folder / "data_batch_2.bin").unlink()
+    with pytest.raises(TangentError, match=r"but not data_batch_2.bin, test_batch.bin; add them$"):
+        load_images("cifar10", data_dir=cifar_folder.parent)
+
+
+def test_a_folder_without_cifar_files_and_no_folder_at_all_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10", data_dir=tmp_path)
+    assert str(caught.value) == (
+        f"load_images: no CIFAR-10 files such as data_batch_1.bin in {str(tmp_path)!r} or its cifar-10-batches-bin; "
+        "give data_dir, a folder with the binary version"
+    )
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10")
+    assert str(caught.value) == (
+        "load_images: 'cifar10' is read from files; give data_dir, a folder with the binary version"
+    )
+
+
+def test_an_unreadable_cifar_file_is_refused_by_name(cifar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(TangentError) as caught:
+        load_images("cifar10", data_dir=cifar_folder)
+    assert str(caught.value) == "load_images: data_batch_1.bin cannot be read (Permission denied); check the file"
+
+
+# any images, by name
+
+
+def test_images_by_name_are_the_digits_where_they_are_digits(mnist5k: Dataset, tmp_path: Path, contents) -> None:
+    assert torch.equal(load_images("mnist5k").test_images, mnist5k.test_images)
+    assert load_images("mnist", data_dir=write(tmp_path, contents)).train_images.shape == (30, 28, 28)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "openml:", "openml"])
+def test_an_unknown_name_of_images_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(TangentError) as caught:
+        load_images(name)
+    assert str(caught.value) == (
+        f"load_images: no data set is called {name!r}; use one of 'mnist5k', 'mnist', 'cifar10' or 'openml:NAME'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "shape"), [(784, (28, 28)), (900, (30, 30)), (3072, (3, 32, 32)), (36, (6, 6)), (27, (3, 3, 3))]
+)
+def test_openml_images_are_squares_grey_or_coloured_and_the_last_seventh_is_test(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: int, shape: tuple[int, ...]
+) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (70, pixels)).astype(float)
+    names = np.array([("shoe", "bag", "coat")[k % 3] for k in range(70)], dtype=object)
+    calls = openml_stub(monkeypatch, SimpleNamespace(data=rows, target=names))
+    loaded = load_images("openml:things", data_dir=tmp_path)
+    assert calls == [(("things",), {"as_frame": False, "data_home": str(tmp_path)})]
+    assert loaded.train_images.shape == (60, *shape)
+    assert loaded.test_images.shape == (10, *shape)
+    assert (loaded.train_images.reshape(60, -1).numpy() == rows[:60]).all()
+    assert loaded.train_labels[:3].tolist() == [2, 0, 1]  # by the alphabet
+    assert loaded.name == "openml:things"
+    assert loaded.source == "things from OpenML: 60 train and 10 test images."
+
+
+def test_openml_data_sets_with_a_known_split_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = np.zeros((60_000, 12)), np.zeros(60_000)
+    openml_stub(monkeypatch, SimpleNamespace(data=rows, target=labels))
+    assert len(load_images("openml:CIFAR_10").test_images) == 10_000
+    assert len(load_images("openml:other").test_images) == 60_000 // 7
+
+
+def test_a_failed_fetch_of_images_names_the_set_and_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    openml_stub(monkeypatch, URLError("no route to host"))
+    with pytest.raises(TangentError) as caught:
+        load_images("openml:things")
+    assert str(caught.value) == (
+        "load_images: things could not be fetched from OpenML (URLError: <urlopen error no route to host>); check the name "
+        "and the network"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [(np.zeros((7, 5)), np.zeros(7)), (np.zeros((7, 4)), np.zeros((7, 2))), (np.zeros(7), np.zeros(7))],
+)
+def test_openml_data_that_are_no_images_are_refused(
+    monkeypatch: pytest.MonkeyPatch, rows: np.ndarray, labels: np.ndarray
+) -> None:
+    openml_stub(monkeypatch, SimpleNamespace(data=rows, target=labels))
+    with pytest.raises(TangentError) as caught:
+        load_images("openml:things")
+    assert str(caught.value) == (
+        f"load_images: OpenML's things holds features {rows.shape} and labels {labels.shape}, not one square image and one "
+        "label a row; use a data set of images"
+    )
+
+
+@pytest.mark.parametrize("value", [0.5, -1, 256, np.nan, "red"])
+def test_openml_features_that_are_no_pixels_are_refused(monkeypatch: pytest.MonkeyPatch, value) -> None:
+    rows = np.zeros((7, 4), dtype=object if isinstance(value, str) else float)
+    rows[3, 1] = value
+    openml_stub(monkeypatch, SimpleNamespace(data=rows, target=np.zeros(7)))
+    with pytest.raises(TangentError) as caught:
+        load_images("openml:things")
+    assert str(caught.value) == (
+        "load_images: OpenML's things holds features that are not whole numbers from 0 to 255; use a data set of images"
+    )
+
+
+@pytest.fixture(scope="module")
+def real_cifar(data_dir: Path) -> Dataset:
+    if not any(data_dir.rglob("data_batch_1.bin")):
+        pytest.skip(f"the folder with real data, {str(data_dir)!r}, has no CIFAR-10")
+    return load_images("cifar10", data_dir=data_dir)
+
+
+def test_the_real_cifar_files_begin_with_the_known_images(real_cifar: Dataset) -> None:
+    assert real_cifar.train_labels[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]  # frog, truck, truck, deer, ...
+    assert real_cifar.test_labels[:8].tolist() == [3, 8, 8, 0, 6, 6, 1, 6]  # cat, ship, ship, plane, ...
+    assert real_cifar.train_images[0, :, 0, 0].tolist() == [59, 62, 63]
+
+
+def test_the_real_cifar_files_hold_as_many_images_as_their_length_says(real_cifar: Dataset, data_dir: Path) -> None:
+    folder = next(data_dir.rglob("data_batch_1.bin")).parent
+    bytes_held = sum((folder / name).stat().st_size for name in CIFAR_FILES)
+    assert len(real_cifar.train_images) + len(real_cifar.test_images) == bytes_held / 3073
 
 
 # normalisation

@@ -52,7 +52,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help=f"The experiment: {', '.join(EXPERIMENTS)}, or all.")],
-    data: Annotated[str, typer.Option(help="mnist5k (embedded) or mnist (files, else OpenML).")] = "mnist5k",
+    data: Annotated[
+        str, typer.Option(help="mnist5k (embedded), mnist (files, else OpenML), cifar10, openml:NAME.")
+    ] = "mnist5k",
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the files of MNIST and CIFAR-10.")] = None,
     out: Annotated[
         Path | None,

@@ -1,40 +1,42 @@
-"""Real handwritten digits, as two stacks of images with their labels.
+"""Real images, handwritten digits above all, as two stacks of images with their labels.
 
 `load_digits("mnist5k")` needs no network and no file: 5,000 digits are embedded in a dependency.
 `load_digits("mnist")` reads the standard IDX files below `data_dir`, or fetches them once from OpenML.
+`load_images` reads these, CIFAR-10 and any data set of images on OpenML.
 """
 
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_tangents.data_files import DIGIT_REMEDIES, Pair, read_cifar10, read_digits
 from adaptive_tangents.errors import TangentError
 
 _NAMES = ("mnist5k", "mnist")
-_REMEDIES = 'give data_dir, a folder with the four IDX files, or use "mnist5k", which needs no network'
-_IDX_STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-_IDX_FOLDERS = (".", "MNIST/raw", "MNIST", "mnist/raw", "mnist", "raw")
-_UNSIGNED_BYTE = 0x08
+_IMAGES = (*_NAMES, "cifar10")
+_OPENML = "openml:"
+# How many come first of those data sets on OpenML that have a split.
+_OPENML_TRAIN = {"mnist_784": 60_000, "Fashion-MNIST": 60_000, "CIFAR_10": 50_000}
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Digits 28 pixels wide and high, split into train and test; `source` is a sentence on where they come from."""
+    """Images, (n, height, width) or (n, 3, height, width), split into train and test; `source` says where they come from."""
 
     name: str
-    train_images: UInt8[Tensor, "n 28 28"]
+    train_images: UInt8[Tensor, "n *pixels"]
     train_labels: Int64[Tensor, " n"]
-    test_images: UInt8[Tensor, "m 28 28"]
+    test_images: UInt8[Tensor, "m *pixels"]
     test_labels: Int64[Tensor, " m"]
     source: str
 
@@ -71,6 +73,35 @@ def load_digits(
     else:
         dataset = _idx_dataset(Path(data_dir))
     return dataset if classes is None else _keep(dataset, classes)
+
+
+def load_images(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Labelled images, the same ones in the same order at every call.
+
+    `"mnist5k"`, `"mnist"`: the digits of `load_digits`. `"cifar10"`: CIFAR-10's binary version in `data_dir` or its
+    `cifar-10-batches-bin`, with as many images as the files hold. `"openml:NAME"`: OpenML's data set NAME, if it holds square
+    images of grey or coloured pixels, kept in `data_dir` or scikit-learn's cache; the last seventh is test, or what is
+    known to be.
+
+    Shapes: images uint8 (n, height, width), or (n, 3, height, width) in colour; labels int64 (n,), from 0.
+    Raises `TangentError`: unknown name; a file missing, malformed or at odds with another; no network; no images.
+
+    >>> load_images("mnist5k").train_images.shape
+    torch.Size([4000, 28, 28])
+    """
+    if name in _NAMES:
+        return load_digits(name, data_dir=data_dir)
+    if name.startswith(_OPENML) and name != _OPENML:
+        return _openml_images(name.removeprefix(_OPENML), data_dir)
+    if name not in _IMAGES:
+        raise TangentError(
+            f"load_images: no data set is called {name!r}; use one of {', '.join(map(repr, _IMAGES))} or 'openml:NAME'"
+        )
+    if data_dir is None:
+        raise TangentError("load_images: 'cifar10' is read from files; give data_dir, a folder with the binary version")
+    train, test = read_cifar10(Path(data_dir))
+    counts = f"{len(train[1]):,} train and {len(test[1]):,} test images"
+    return Dataset(name, *train, *test, f"CIFAR-10's binary version: {counts}.")
 
 
 def normalize_digits(images: UInt8[Tensor, "n 28 28"]) -> Float32[Tensor, "n 784"]:
@@ -145,144 +176,69 @@ def _embedded() -> Dataset:
 
 def _openml() -> Dataset:
     """The 70,000 digits of OpenML's mnist_784, which stand in the original order."""
-    from sklearn.datasets import fetch_openml
-
-    try:
-        bunch = fetch_openml("mnist_784", version=1, as_frame=False)
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: checksum mismatch, data set withdrawn
-        cause = f"{type(error).__name__}: {error}"
-        raise TangentError(f"load_digits: MNIST could not be fetched from OpenML ({cause}); {_REMEDIES}") from error
-    pixels, classes = np.asarray(bunch.data), np.asarray(bunch.target)
+    pixels, classes = _fetch("load_digits: MNIST", DIGIT_REMEDIES, "mnist_784", version=1)
     if pixels.shape != (70_000, 784) or classes.shape != (70_000,):
         raise TangentError(
             f"load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, came {pixels.shape} with "
-            f"labels {classes.shape}; {_REMEDIES}"
+            f"labels {classes.shape}; {DIGIT_REMEDIES}"
         )
-    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 28, 28)
-    labels = torch.from_numpy(classes.astype(np.int64))
+    train, test = _split(pixels.astype(np.uint8).reshape(-1, 28, 28), classes.astype(np.int64), 60_000)
     return Dataset(
-        name="mnist",
-        train_images=images[:60_000],
-        train_labels=labels[:60_000],
-        test_images=images[60_000:],
-        test_labels=labels[60_000:],
-        source="MNIST from OpenML (mnist_784, version 1): 60,000 train and 10,000 test digits.",
+        "mnist", *train, *test, "MNIST from OpenML (mnist_784, version 1): 60,000 train and 10,000 test digits."
     )
+
+
+def _openml_images(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
+    """Any data set of square images, whatever its classes are called."""
+    home = {} if data_dir is None else {"data_home": os.fspath(data_dir)}
+    pixels, classes = _fetch(f"load_images: {name}", "check the name and the network", name, **home)
+    shape = _image_shape(pixels.shape)
+    if shape is None or classes.shape != (len(pixels),):
+        raise TangentError(
+            f"load_images: OpenML's {name} holds features {pixels.shape} and labels {classes.shape}, not one square image "
+            "and one label a row; use a data set of images"
+        )
+    numbers = np.issubdtype(pixels.dtype, np.number)
+    if not numbers or not ((pixels >= 0) & (pixels <= 255) & (pixels == np.floor(pixels))).all():
+        raise TangentError(
+            f"load_images: OpenML's {name} holds features that are not whole numbers from 0 to 255; use a data set of images"
+        )
+    labels = np.unique(classes, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    first = _OPENML_TRAIN.get(name, len(labels) - len(labels) // 7)
+    train, test = _split(pixels.astype(np.uint8).reshape(-1, *shape), labels, first)
+    counts = f"{len(train[1]):,} train and {len(test[1]):,} test images"
+    return Dataset(f"{_OPENML}{name}", *train, *test, f"{name} from OpenML: {counts}.")
+
+
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What an image of so many pixels is: a square, grey or in colour; none if neither."""
+    if len(shape) != 2 or shape[1] == 0:
+        return None
+    grey, colour = math.isqrt(shape[1]), math.isqrt(shape[1] // 3)
+    return (grey, grey) if grey**2 == shape[1] else (3, colour, colour) if 3 * colour**2 == shape[1] else None
+
+
+def _fetch(what: str, remedies: str, name: str, **options: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Features and labels of a data set on OpenML."""
+    from sklearn.datasets import fetch_openml
+
+    try:
+        bunch = fetch_openml(name, as_frame=False, **options)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: checksum mismatch, data set withdrawn
+        cause = f"{type(error).__name__}: {error}"
+        raise TangentError(f"{what} could not be fetched from OpenML ({cause}); {remedies}") from error
+    return np.asarray(bunch.data), np.asarray(bunch.target)
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.int64], first: int) -> tuple[Pair, Pair]:
+    """The first images with their labels, and the rest."""
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    return (x[:first], y[:first]), (x[first:], y[first:])
 
 
 def _idx_dataset(data_dir: Path) -> Dataset:
     """The digits of the four IDX files below a folder, however many they hold."""
-    train_image_file, train_label_file, test_image_file, test_label_file = _find_idx_files(data_dir)
-    train_images, train_labels = _read_pair(train_image_file, train_label_file)
-    test_images, test_labels = _read_pair(test_image_file, test_label_file)
+    train, test = read_digits(data_dir)
     return Dataset(
-        name="mnist",
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        source=f"MNIST from IDX files: {len(train_labels):,} train and {len(test_labels):,} test digits.",
+        "mnist", *train, *test, f"MNIST from IDX files: {len(train[1]):,} train and {len(test[1]):,} test digits."
     )
-
-
-def _find_idx_files(data_dir: Path) -> list[Path]:
-    """The four files, all from the first folder that has any of them; a plain file goes before its gzipped twin."""
-    if not data_dir.is_dir():
-        raise TangentError(f"load_digits: data_dir {str(data_dir)!r} is not a folder; {_REMEDIES}")
-    for folder in _IDX_FOLDERS:
-        found = {stem: _find_idx_file(data_dir / folder, stem) for stem in _IDX_STEMS}
-        missing = [stem for stem, path in found.items() if path is None]
-        if not missing:
-            return [path for path in found.values() if path is not None]
-        if len(missing) < len(_IDX_STEMS):
-            raise TangentError(
-                f"load_digits: {str(data_dir / folder)!r} holds some of the IDX files but not "
-                f"{', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}"
-            )
-    raise TangentError(
-        f"load_digits: no IDX files such as {_IDX_STEMS[0]}-idx3-ubyte.gz in {str(data_dir)!r} or its "
-        f"{', '.join(_IDX_FOLDERS[1:])}; {_REMEDIES}"
-    )
-
-
-def _find_idx_file(folder: Path, stem: str) -> Path | None:
-    """One file under the names it is distributed with."""
-    dimensions = 3 if stem.endswith("images") else 1
-    names = (f"{stem}{sep}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for sep in ("-", "."))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _read_pair(image_file: Path, label_file: Path) -> tuple[UInt8[Tensor, "n 28 28"], Int64[Tensor, " n"]]:
-    """Images and their labels, whose counts agree."""
-    images, labels = _read_idx(image_file, dimensions=3), _read_idx(label_file, dimensions=1)
-    if images.shape[1:] != (28, 28):
-        size = " x ".join(map(str, images.shape[1:]))
-        raise TangentError(
-            f"load_digits: the images in {image_file.name} are {size}, not 28 x 28; {_again(image_file)}"
-        )
-    if len(images) != len(labels):
-        raise TangentError(
-            f"load_digits: {image_file.name} holds {len(images)} images but {label_file.name} holds {len(labels)} "
-            f"labels; take both files from the same download"
-        )
-    if len(images) == 0:
-        raise TangentError(f"load_digits: {image_file.name} holds no images; {_again(image_file)}")
-    wrong = np.flatnonzero(labels > 9)
-    if len(wrong):
-        raise TangentError(
-            f"load_digits: label {wrong[0]} of {label_file.name} is {labels[wrong[0]]}, not a digit from 0 to 9; "
-            f"{_again(label_file)}"
-        )
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
-
-
-def _read_idx(path: Path, *, dimensions: int) -> UInt8[np.ndarray, "..."]:
-    """An IDX file of unsigned bytes: two zero bytes, dtype code, number of dimensions, their sizes, the bytes."""
-    content = _read_bytes(path)
-    if content[:2] != b"\0\0" or len(content) < 4:
-        raise TangentError(
-            f"load_digits: {path.name} begins with 0x{content[:4].hex()}, not an IDX magic number; {_again(path)}"
-        )
-    if content[2] != _UNSIGNED_BYTE:
-        raise TangentError(
-            f"load_digits: {path.name} has the IDX dtype code 0x{content[2]:02x}, not 0x{_UNSIGNED_BYTE:02x} "
-            f"(unsigned byte); {_again(path)}"
-        )
-    if content[3] != dimensions:
-        raise TangentError(
-            f"load_digits: {path.name} has dimension count {content[3]}, not {dimensions}; "
-            f"check that images and labels are not swapped"
-        )
-    header = 4 + 4 * dimensions
-    if len(content) < header:
-        raise TangentError(f"load_digits: {path.name} ends inside its header; {_again(path)}")
-    shape = tuple(int(size) for size in np.frombuffer(content, dtype=">u4", count=dimensions, offset=4))
-    expected = header + math.prod(shape)
-    if len(content) != expected:
-        problem = "is cut short" if len(content) < expected else "has trailing bytes"
-        raise TangentError(
-            f"load_digits: {path.name} {problem}: its header says {expected} bytes, the content has {len(content)}; "
-            f"{_again(path)}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
-
-
-def _read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed where it is gzipped, whatever its name."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TangentError(f"load_digits: {path.name} cannot be read ({error.strerror}); check the file") from error
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise TangentError(
-            f"load_digits: {path.name} is not a whole gzip file ({type(error).__name__}: {error}); {_again(path)}"
-        ) from error
-
-
-def _again(path: Path) -> str:
-    """The remedy for a file that is not what its name says."""
-    return f"download {path.name} again"
