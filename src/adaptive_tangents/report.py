@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiment_pages import kernel_alignment, overview
+from adaptive_tangents.experiment_pages import hard_targets, kernel_alignment, kernel_spectra, overview, weight_spectra
 from adaptive_tangents.pages import Page, given, number
 from adaptive_tangents.pages import fixed as _fixed
 
@@ -319,6 +319,9 @@ _PAGES: dict[str, Page] = {
         arrays=lambda r: ["sizes", *(f"{t}.{name}" for t, found in r["targets"].items() for name in found["errors"])],
         context=_low_rank_context,
     ),
+    "weight-spectra": weight_spectra.PAGE,
+    "kernel-spectra": kernel_spectra.PAGE,
+    "hard-targets": hard_targets.PAGE,
     "inspect": inspection_report.PAGE,
     "all": overview.PAGE,
 }
