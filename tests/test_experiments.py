@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptive_tangents.alignment import alignment
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import kernel_alignment, training
+from adaptive_tangents.experiments import alignment_setup, kernel_alignment, training
 from adaptive_tangents.experiments.checkpoints import StoredUnits, read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import ExperimentResult, Tensors, Units, flatten
 from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig, config_dict, run
@@ -143,7 +143,7 @@ def test_resuming_repeats_no_training_and_gives_the_same_numbers(small, monkeypa
     def refuse(*arguments: object, **keywords: object) -> list[float]:
         raise AssertionError("training was repeated")
 
-    monkeypatch.setattr(kernel_alignment, "train", refuse)
+    monkeypatch.setattr(alignment_setup, "train", refuse)
     again = run(SMALL, units=StoredUnits(tmp_path, settings, resume=True)).results["metrics"]
     before = small[0].results["metrics"]
     assert {k: v for k, v in again.items() if not k.endswith("seconds")} == {
@@ -192,7 +192,7 @@ def test_teacher_has_no_biases_and_fits_the_labels_by_least_squares() -> None:
     teacher = relu_network((784, 24, 24), ("a", "b"), bias=False, generator=generator)
     with torch.no_grad():
         features = torch.relu(teacher(problem.x)).double().numpy()
-    digits = kernel_alignment.load_digits("mnist5k", classes=(2, 3))
+    digits = alignment_setup.load_digits("mnist5k", classes=(2, 3))
     labels = np.where(digits.train_labels.numpy() == 2, -1.0, 1.0)
     fitted = features @ np.linalg.lstsq(features, labels, rcond=None)[0]
     np.testing.assert_allclose(problem.targets["smooth"][:, 0].numpy(), fitted, atol=1e-4)

@@ -114,3 +114,12 @@ def given(value: Any) -> str:
 def fixed(value: float | None) -> str:
     """A value with two decimals."""
     return given(value) if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, in words.
+
+    >>> counted(1, "seed"), counted(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {thing}{'s' if number != 1 else ''}"

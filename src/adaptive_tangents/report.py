@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiment_pages import kernel_alignment, overview, sample_complexity
+from adaptive_tangents.experiment_pages import (
+    hard_targets,
+    kernel_alignment,
+    kernel_spectra,
+    overview,
+    sample_complexity,
+    weight_spectra,
+)
 from adaptive_tangents.pages import Page, given, number
 from adaptive_tangents.pages import fixed as _fixed
 
@@ -320,6 +327,9 @@ _PAGES: dict[str, Page] = {
         context=_low_rank_context,
     ),
     "sample-complexity": sample_complexity.PAGE,
+    "weight-spectra": weight_spectra.PAGE,
+    "kernel-spectra": kernel_spectra.PAGE,
+    "hard-targets": hard_targets.PAGE,
     "inspect": inspection_report.PAGE,
     "all": overview.PAGE,
 }

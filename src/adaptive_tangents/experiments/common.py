@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 Progress = Callable[[str, float], None]
@@ -159,3 +160,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | None
         elif isinstance(value, int | float):
             flat[f"{prefix}{key}"] = float(value)
     return flat
+
+
+def rank_correlation(a: "list[float] | np.ndarray", b: "list[float] | np.ndarray") -> float:
+    """Spearman's correlation, ties sharing their mean rank; NaN where one side is constant or fewer than two are given.
+
+    >>> round(rank_correlation([1.0, 2.0, 3.0], [10.0, 1000.0, 20.0]), 6)
+    0.5
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

@@ -8,17 +8,15 @@ Source: LeJeune & Alemohammad, CPAL 2024, §4 (protocol) and figures 3-4.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from adaptive_tangents.alignment import alignment, effective_rank
 from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.data import Dataset, load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
 from adaptive_tangents.experiments.alignment_measures import (
@@ -28,9 +26,11 @@ from adaptive_tangents.experiments.alignment_measures import (
     linearization,
     outputs,
     places,
-    sign,
     vector,
 )
+from adaptive_tangents.experiments.alignment_setup import BLOCKS, Problem, TeacherTask, config_dict, trained
+from adaptive_tangents.experiments.alignment_setup import problem as _problem
+from adaptive_tangents.experiments.alignment_setup import student as _student
 from adaptive_tangents.experiments.common import (
     Asked,
     Clock,
@@ -39,9 +39,8 @@ from adaptive_tangents.experiments.common import (
     Units,
     flatten,
     heading,
-    settings,
 )
-from adaptive_tangents.experiments.training import SGD, relu_network, train
+from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
@@ -52,7 +51,6 @@ from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
 
 NAME = "kernel-alignment"
-BLOCKS = ("hidden1", "hidden2", "readout")
 TARGETS = ("smooth", "sign")
 
 # Beside each metric: the published value (5,000 samples), and what this project measured with 2,850 samples and one seed.
@@ -75,44 +73,14 @@ REFERENCE: dict[str, dict[str, float | str]] = {
 
 
 @dataclass(frozen=True)
-class KernelAlignmentConfig:
+class KernelAlignmentConfig(TeacherTask):
     """The experiment's settings; the defaults are the published protocol, with sizes taken from the data."""
 
-    data: str = "mnist5k"
-    data_dir: str | None = None
-    seed: int = 0
-    seeds: int = 1
-    digits: tuple[int, int] = (2, 3)
-    width: int = 256
-    training: SGD = field(default_factory=SGD)
-    kernel_samples: int = 500
-    path_nodes: int = 50
     near: float = 0.2
     far: float = 0.8
     strengths: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0)
     max_rounds: int = 200
     linearization_points: int = 21
-
-    def __post_init__(self) -> None:
-        if self.kernel_samples < 16:
-            raise TangentError(f"{NAME}: kernel_samples is at least 16, got {self.kernel_samples}")
-        if self.seeds < 1:
-            raise TangentError(f"{NAME}: seeds is at least 1, got {self.seeds}")
-        if self.training.epochs < 1 or self.training.batch_size < 1 or self.width < 1 or self.path_nodes < 1:
-            raise TangentError(f"{NAME}: epochs, batch size, width and path nodes are positive, got {self}")
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Inputs, both targets, and which training digits the kernels are of, sorted by the teacher's output."""
-
-    x: Float[Tensor, "n d"]
-    x_test: Float[Tensor, "m d"]
-    targets: dict[str, Float[Tensor, "n 1"]]
-    test_targets: dict[str, Float[Tensor, "m 1"]]
-    chosen: Tensor
-    images: Tensor
-    data: dict[str, Any]
 
 
 def configured(asked: Asked) -> KernelAlignmentConfig:
@@ -158,7 +126,9 @@ def run(
             problem = _problem(each, device)
         runs.append({})
         for name in TARGETS:
-            start, end, losses = _trained(each, name, prefix, problem, clock, units, device)
+            with clock.stage(f"{prefix}{name}.train", _WORK["train"]) as advance:
+                target = problem.targets[name]
+                start, end, losses = trained(each, name, target, problem, units, advance, device, prefix=prefix)
             runs[-1][name], measured = _measure(each, name, prefix, problem, start, end, clock, device)
             if first:
                 targets[name], described = runs[-1][name], problem.data
@@ -180,93 +150,9 @@ def run(
     return ExperimentResult(results, arrays)
 
 
-def config_dict(config: KernelAlignmentConfig) -> dict[str, Any]:
-    """The settings as plain values, training's beside the others."""
-    plain = settings(config)
-    return plain | {f"training.{key}": value for key, value in plain.pop("training").items()}
-
-
 # Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
 _WORK = {"train": 12.0, "features": 3.0, "kernels": 3.0, "path": 4.0, "explain": 10.0, "models": 20.0}
 _EVERY_SEED = ("train", "features", "kernels", "path")
-
-
-def _problem(config: KernelAlignmentConfig, device: str) -> _Problem:
-    digits = load_digits(config.data, data_dir=config.data_dir, classes=config.digits)
-    x, x_test = (normalize_digits(images).to(device) for images in (digits.train_images, digits.test_images))
-    n = len(x)
-    if n < config.kernel_samples:
-        raise TangentError(
-            f"{NAME}: {digits.name} holds {n} training digits {config.digits}, fewer than kernel_samples = "
-            f"{config.kernel_samples}; lower kernel_samples or use more data"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    teacher = relu_network(
-        (x.shape[1], config.width, config.width), ("hidden1", "hidden2"), bias=False, generator=generator
-    )
-    teacher.append(nn.ReLU()).to(device)
-    signs = torch.where(digits.train_labels == config.digits[0], -1.0, 1.0).to(device)[:, None]
-    with torch.no_grad():
-        features, test_features = teacher(x), teacher(x_test)
-    readout = torch.linalg.lstsq(features.double().cpu(), signs.double().cpu(), driver="gelsd").solution.to(device)
-    smooth, smooth_test = ((f.double() @ readout).to(x.dtype) for f in (features, test_features))
-    chosen = torch.randperm(n, generator=generator)[: config.kernel_samples].to(device)
-    chosen = chosen[smooth[chosen, 0].argsort()]
-    return _Problem(
-        x,
-        x_test,
-        {"smooth": smooth, "sign": sign(smooth)},
-        {"smooth": smooth_test, "sign": sign(smooth_test)},
-        chosen,
-        digits.train_images[chosen.cpu()],
-        _describe(digits, config),
-    )
-
-
-def _describe(digits: Dataset, config: KernelAlignmentConfig) -> dict[str, Any]:
-    return {
-        "name": digits.name,
-        "source": digits.source,
-        "train": len(digits.train_images),
-        "test": len(digits.test_images),
-        "kernel_samples": config.kernel_samples,
-    }
-
-
-def _student(config: KernelAlignmentConfig, problem: _Problem, device: str) -> nn.Sequential:
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    widths = (problem.x.shape[1], config.width, config.width, 1)
-    return relu_network(widths, BLOCKS, bias=True, generator=generator).to(device)
-
-
-def _trained(
-    config: KernelAlignmentConfig,
-    name: str,
-    prefix: str,
-    problem: _Problem,
-    clock: Clock,
-    units: Units,
-    device: str,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    student = _student(config, problem, device)
-    start = _snapshot(student)
-    with clock.stage(f"{prefix}{name}.train", _WORK["train"]) as progress:
-        earlier, course = units.get(f"{prefix}{name}.end"), units.get(f"{prefix}{name}.training")
-        if earlier is not None and course is not None:
-            return start, {key: value.to(device) for key, value in earlier.items()}, course["loss"].tolist()
-        generator = torch.Generator().manual_seed(config.seed + 2)
-        target = problem.targets[name]
-        losses = train(student, problem.x, target, settings=config.training, generator=generator, progress=progress)
-    if not np.isfinite(losses[-1]):
-        raise TangentError(f"{NAME}: training on the {name} target diverged; lower the learning rate")
-    end = _snapshot(student)
-    for kind, checkpoint in (("start", start), ("end", end), ("training", {"loss": torch.tensor(losses)})):
-        units.put(f"{prefix}{name}.{kind}", checkpoint)
-    return start, end, losses
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
 def _bands(config: KernelAlignmentConfig, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,7 +185,7 @@ def _measure(
     config: KernelAlignmentConfig,
     name: str,
     prefix: str,
-    problem: _Problem,
+    problem: Problem,
     start: Checkpoint,
     end: Checkpoint,
     clock: Clock,
@@ -346,7 +232,7 @@ def _measure(
 def _extend(
     config: KernelAlignmentConfig,
     name: str,
-    problem: _Problem,
+    problem: Problem,
     start: Checkpoint,
     measured: dict[str, Any],
     found: _Measured,
@@ -370,7 +256,7 @@ def _extend(
             found.shown[f"singular_values.{key}.{block}"] = torch.linalg.svdvals(fitted.coefficients[block])
 
 
-def _network_errors(model: nn.Module, end: Checkpoint, name: str, problem: _Problem) -> dict[str, float]:
+def _network_errors(model: nn.Module, end: Checkpoint, name: str, problem: Problem) -> dict[str, float]:
     train_errors = errors(outputs(model, end, problem.x), problem.targets[name])
     test_errors = errors(outputs(model, end, problem.x_test), problem.test_targets[name])
     return {f"train_{k}": v for k, v in train_errors.items()} | {f"test_{k}": v for k, v in test_errors.items()}
@@ -398,7 +284,7 @@ _CERTIFICATES = ("objective", "feasibility", "stationarity", "lower_bound", "rou
 
 
 def _models(
-    config: KernelAlignmentConfig, model: nn.Module, start: Checkpoint, name: str, problem: _Problem,
+    config: KernelAlignmentConfig, model: nn.Module, start: Checkpoint, name: str, problem: Problem,
     feats: TangentFeatures, change: Tensor, progress: Callable[[float], None],
 ) -> tuple[dict[str, Any], dict[str, Fit]]:  # fmt: skip
     """The exact adaptive model over structures and strengths, fitted to the kernel samples and tested on all test digits."""

@@ -4,10 +4,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from adaptive_tangents.experiments import (
     exact_solvers,
+    hard_targets,
     kernel_alignment,
+    kernel_spectra,
     low_rank_targets,
     penalties,
     sample_complexity,
+    weight_spectra,
 )
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, Progress, Units
 
@@ -28,5 +31,15 @@ class Experiment(Protocol):
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.NAME: module for module in (kernel_alignment, penalties, exact_solvers, low_rank_targets, sample_complexity)
+    module.NAME: module
+    for module in (
+        kernel_alignment,
+        hard_targets,
+        kernel_spectra,
+        weight_spectra,
+        penalties,
+        exact_solvers,
+        low_rank_targets,
+        sample_complexity,
+    )
 }

@@ -1,0 +1,39 @@
+"""For tests of what experiments do whatever their data: random images for digits, and parts of a run kept in memory."""
+
+from collections.abc import Sequence
+
+import torch
+
+from adaptive_tangents.data import Dataset
+from adaptive_tangents.experiments.common import Tensors, Units
+
+
+def made_up_digits(name: str, *, data_dir: str | None = None, classes: Sequence[int] | None = None) -> Dataset:
+    """As ``load_digits``: 120 images to train on and 30 to test, classes in turn."""
+    generator = torch.Generator().manual_seed(7)
+    classes = range(10) if classes is None else classes
+
+    def some(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.tensor(list(classes)).repeat(n)[:n]
+        faces = torch.randint(0, 256, (10, 28, 28), generator=torch.Generator().manual_seed(8))
+        noise = torch.randint(0, 256, (n, 28, 28), generator=generator)
+        return ((faces[labels] + noise) // 2).to(torch.uint8), labels
+
+    return Dataset("made up", *some(120), *some(30), "random images")
+
+
+class Remembered(Units):
+    """Parts in memory; ``left`` says how many may still be made before an interruption."""
+
+    def __init__(self, left: int = 10**6) -> None:
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        self.left = left
+
+    def get(self, name: str) -> dict[str, torch.Tensor] | None:
+        return self.parts.get(name)
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.parts[name] = dict(tensors)
