@@ -82,7 +82,12 @@ def sketched(name: str, dim: int, *, fitted: bool) -> Row:
     row["alignment"], row["± said"] = measured.value, measured.standard_error
     row["corrected"] = measured.corrected
     held = feats.bytes / len(x) / 1e6
-    return {"s a sample": (captured - started) / len(x), "kernel s": seconds, "MB a sample": held, "peak GB": peak} | row
+    return {
+        "s a sample": (captured - started) / len(x),
+        "kernel s": seconds,
+        "MB a sample": held,
+        "peak GB": peak,
+    } | row
 
 
 def trak(name: str, dim: int) -> Row:
@@ -129,5 +134,8 @@ for _name in NETWORKS:
 if __name__ == "__main__":
     contend(
         __file__, contenders, "sketches: error of kernel entries in units of the mean diagonal entry",
-        ("p", "s a sample", "kernel s", "MB a sample", "peak GB", "error", "said", "most", "alignment", "± said", "corrected"),
+        (
+            "p", "s a sample", "kernel s", "MB a sample", "peak GB", "error", "said", "most", "alignment", "± said",
+            "corrected",
+        ),
     )  # fmt: skip
