@@ -500,6 +500,19 @@ def test_a_kernel_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     assert store(tmp_path / "wide.zarr", model=model, x=x, dtype=torch.float64).complete
 
 
+def test_a_tile_that_a_dead_process_had_claimed_keeps_the_store_incomplete(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "K.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(storing, "claim", lambda folder, name: name != "1-2")
+        message = (
+            r"^kernel_to_store: 1 of 10 tiles are missing from .*, those of a process that ended early; make them with"
+        )
+        with pytest.raises(at.TangentError, match=message):
+            store(path)
+    assert (at.open_kernel(path).complete, at.open_kernel(path).missing()) == (False, [(1, 2)])
+    assert files(store(path, resume=True).path) == files(store(tmp_path / "whole.zarr").path)
+
+
 # two writers
 
 

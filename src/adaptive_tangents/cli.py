@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from adaptive_tangents import __version__
+from adaptive_tangents.contraction import check_outputs
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiment_pages.overview import counts
 from adaptive_tangents.experiments.checkpoints import StoredUnits
@@ -197,6 +198,7 @@ def kernel(
         rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
         _check_device("kernel", device)
+        check_outputs("kernel", outputs)
         limit = None if memory_limit is None else parse_bytes("kernel", memory_limit)
         network = load_model(model, "kernel").to(device)
         if weights is not None:

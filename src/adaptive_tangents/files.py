@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(value: Any) -> str:
-    """A hash of tensors and numbers in mappings, sequences and dataclasses, with their names, dtypes and shapes.
+    """A hash of tensors and numbers in mappings, in any order, sequences and dataclasses, with names, dtypes and shapes.
 
     >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(3)})
     False
@@ -72,7 +72,7 @@ def _parts(value: Any) -> Iterable[bytes | memoryview]:
         yield from _parts({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif isinstance(value, Mapping):
         yield f"mapping {len(value)}".encode()
-        for key, held in value.items():
+        for key, held in sorted(value.items(), key=lambda item: repr(item[0])):
             yield f"{key!r}:".encode()
             yield from _parts(held)
     elif isinstance(value, list | tuple):

@@ -110,7 +110,7 @@ def _write(call: str, folder: Path, feats: SketchedFeatures, number: int, before
         if len(block.summands) > 1 or block.dense is None:
             raise TangentError(f"{call}: block {name!r} was moved by a joint transform; save the features before it")
         tensors[name] = block.dense.values
-    head = _head(call, feats, before) | {"hash": fingerprint(dict(sorted(tensors.items())))}
+    head = _head(call, feats, before) | {"hash": fingerprint(tensors)}
     path = folder / _PART.format(number)
     try:
         write_tensors(path, tensors, {"head": json.dumps(head)}, replace=False)
@@ -152,7 +152,7 @@ def _read(path: Path, head: Mapping[str, Any]) -> SketchedFeatures:
         tensors = read_tensors(path)
     except ReadError as error:
         raise TangentError(f"load_sketch: {path} cannot be read ({error}); put back a copy of it") from error
-    if fingerprint(dict(sorted(tensors.items()))) != head["hash"]:
+    if fingerprint(tensors) != head["hash"]:
         raise TangentError(f"load_sketch: {path} is not as it was written; put back a copy of it")
     given = {key: head["sketch"][key] for key in ("dim", "seed", "repetitions", "shares")}
     blocks = {name: _block(name, tensors[name], slots) for name, slots in head["slots"].items()}

@@ -7,7 +7,7 @@ folder says of itself what it was made from, and that it is complete only once e
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -180,10 +180,10 @@ class KernelStore:
 
     # writing: for the maker of a store, which holds its lock
 
-    def write(self, place: Place, kernels: Mapping[str, Tensor]) -> None:
-        """Store a tile, one kernel a block or one under "", and read it back."""
-        for name in self._names:
-            entries = kernels[name].to(device="cpu", dtype=self.dtype).contiguous()
+    def write(self, place: Place, kernels: Iterable[tuple[str, Tensor]]) -> None:
+        """Store a tile, every block's kernel as it comes, or one under "", and read it back."""
+        for name, kernel in kernels:
+            entries = kernel.to(device="cpu", dtype=self.dtype).contiguous()
             self._array(name, "r+")[self._selection(place)] = entries.numpy()
             _settle(self._file(place, name))
             if not torch.equal(self._decoded(place, name), entries):

@@ -299,15 +299,14 @@ def _fill(
 
 def _tile(
     call: str, made: Stream, store: KernelStore, held: Held[TangentFeatures], place: Place, layout: Layout
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """The kernels of one tile, one a block or their sum."""
     left, other = held.pair(place)
     right = None if other is left else other
     blocks = contracted(left, right, made.outputs, layout.working_bytes)
-    kernels = dict(blocks) if made.by_block else {"": summed(blocks)}
-    for kernel in kernels.values():
+    for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
         _check_entries(call, kernel)
-    return kernels
+        yield name, kernel
 
 
 def _check_entries(call: str, kernel: Tensor) -> None:
