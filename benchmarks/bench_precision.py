@@ -40,7 +40,10 @@ def measure(name: str, precision: str) -> dict[str, object]:
         ("whole", reference(name)),
     ):
         off = (found - wanted) / torch.outer(sizes, sizes)
-        row |= {f"{what}, most": f"{float(off.abs().max()):.1e}", f"{what}, rms": f"{float((off**2).mean().sqrt()):.1e}"}
+        row |= {
+            f"{what}, most": f"{float(off.abs().max()):.1e}",
+            f"{what}, rms": f"{float((off**2).mean().sqrt()):.1e}",
+        }
     return row
 
 

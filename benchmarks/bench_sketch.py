@@ -66,7 +66,12 @@ def sketched(name: str, dim: int, *, fitted: bool) -> Row:
     row["alignment"], row["± said"] = measured.value, measured.standard_error
     row["corrected"] = measured.corrected
     held = feats.bytes / len(x) / 1e6
-    return {"s a sample": (captured - started) / len(x), "kernel s": seconds, "MB a sample": held, "peak GB": peak} | row
+    return {
+        "s a sample": (captured - started) / len(x),
+        "kernel s": seconds,
+        "MB a sample": held,
+        "peak GB": peak,
+    } | row
 
 
 def trak(name: str, dim: int) -> Row:

@@ -153,7 +153,7 @@ def test_any_tiling_stays_within_the_bound_and_the_same_tile_gives_the_same_bits
 ) -> None:
     model, x = made(name)
     exact = entries(at.tangent_kernel(model, x, precision="float64"))
-    for tile in (2, 5, None):
+    for tile in (3, None):
         found = at.tangent_kernel(model, x, tile=tile, precision=precision)
         assert torch.equal(found, at.tangent_kernel(model, x, tile=tile, precision=precision))
         # Features of other tiles are rounded otherwise too, in the passes that make them.
@@ -171,9 +171,7 @@ def test_by_block_in_tiles_keeps_its_precision() -> None:
 
 
 def test_a_precision_that_is_none_is_refused() -> None:
-    with pytest.raises(
-        at.TangentError, match="^kernel: precision is 'float32', 'mixed', 'float64' or 'bfloat16', got"
-    ):
+    with pytest.raises(at.TangentError, match="^kernel: precision is 'float32', 'mixed', 'float64' or 'bfloat16', got"):
         check_precision("kernel", "half")
 
 
