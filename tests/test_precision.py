@@ -171,7 +171,9 @@ def test_by_block_in_tiles_keeps_its_precision() -> None:
 
 
 def test_a_precision_that_is_none_is_refused() -> None:
-    with pytest.raises(at.TangentError, match="^kernel: precision is 'float32', 'mixed', 'float64' or 'bfloat16', got"):
+    with pytest.raises(
+        at.TangentError, match=r"^kernel: precision is 'float32', 'mixed', 'float64' or 'bfloat16', got"
+    ):
         check_precision("kernel", "half")
 
 
