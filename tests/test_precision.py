@@ -153,7 +153,7 @@ def test_any_tiling_stays_within_the_bound_and_the_same_tile_gives_the_same_bits
 ) -> None:
     model, x = made(name)
     exact = entries(at.tangent_kernel(model, x, precision="float64"))
-    for tile in (2, 5, None):
+    for tile in (3, None):
         found = at.tangent_kernel(model, x, tile=tile, precision=precision)
         assert torch.equal(found, at.tangent_kernel(model, x, tile=tile, precision=precision))
         # Features of other tiles are rounded otherwise too, in the passes that make them.
