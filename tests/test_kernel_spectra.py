@@ -79,16 +79,22 @@ def test_the_students_are_those_of_kernel_alignment() -> None:
         assert torch.equal(value, ours.parts["sign.end"][key])
 
 
-def test_the_final_kernel_is_of_the_trained_weights_and_the_average_accurate(small) -> None:
+def test_kernels_are_of_the_weights_before_after_and_between(small) -> None:
+    """Gauss-Legendre nodes of the straight path, features written out."""
     result, units = small
     config = replace(SMALL, seed=1)
     posed = alignment_setup.problem(config, "cpu")
     model, x = alignment_setup.student(config, posed, "cpu"), posed.x[posed.chosen]
-    for kind, checkpoint in (("initial", "start"), ("final", "end")):
-        feats = tangent_features(model, x, params=units.parts[f"seed1.sign.{checkpoint}"])
-        diagonal = feats.dense().square().sum((1, 2))
-        np.testing.assert_allclose(result.arrays[f"sign.{kind}.diagonal"][1], diagonal, rtol=1e-4)
-    assert min(result.results["over_seeds"]["sign.path_error_db"]) > 20
+    start, end = (units.parts[f"seed1.sign.{kind}"] for kind in ("start", "end"))
+
+    def features(s: float) -> torch.Tensor:
+        return tangent_features(model, x, params={key: torch.lerp(start[key], end[key], s) for key in start}).dense()
+
+    nodes, weights = np.polynomial.legendre.leggauss(SMALL.path_nodes)
+    average = sum(w / 2 * features((s + 1) / 2) for s, w in zip(nodes.tolist(), weights.tolist(), strict=True))
+    for kind, phi in (("initial", features(0.0)), ("average", average), ("final", features(1.0))):
+        found = result.arrays[f"sign.{kind}.diagonal"][1]
+        np.testing.assert_allclose(found, phi.square().sum((1, 2)), rtol=1e-4)
 
 
 def test_measures_are_of_the_arrays_beside_them(small) -> None:

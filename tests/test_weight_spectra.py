@@ -21,6 +21,8 @@ from adaptive_tangents.experiments.checkpoints import StoredUnits
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, settings
 from adaptive_tangents.experiments.spectra_claims import weight_claims
 from adaptive_tangents.experiments.weight_spectra import PROTOCOLS, Job, WeightSpectraConfig, run, sgd
+from adaptive_tangents.modules import TangentModule
+from adaptive_tangents.spectral import TwoSided
 from experiment_cases import Remembered, made_up_digits
 
 WIDTH = 20
@@ -108,10 +110,19 @@ def test_the_exact_fixed_coefficients_are_the_least_ones_that_interpolate_one_ho
         _svd(small[0], "exact.Fixed", layer, matrix)
 
 
-def test_the_inner_coefficients_are_other_ones_than_the_effective(small) -> None:
-    part = small[1].parts["seed0.fixed-subset.adaptive"]
-    assert {name.partition("/")[0] for name in part} == {"adaptive", "inner", "loss", "error"}
-    assert not torch.allclose(part["adaptive/layer1"], part["inner/layer1"])
+def test_the_adaptive_b_is_what_the_output_sees_and_the_inner_coefficients_are_others() -> None:
+    network, x, _ = _problem(0)
+    module = TangentModule(network, TwoSided())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    found = weight_spectra._matrices(module, "adaptive", {})
+    features, change = tangent_features(network, x[:6]), (module(x[:6]) - network(x[:6])).detach()
+    torch.testing.assert_close(
+        features.inner(found["adaptive"]), change, rtol=1e-3, atol=1e-3 * float(change.abs().max())
+    )
+    assert (features.inner(found["inner"]) - change).norm() > 0.1 * change.norm()
 
 
 @pytest.mark.parametrize(("protocol", "beyond"), [(PROTOCOLS[0], False), (PROTOCOLS[1], True)])

@@ -51,6 +51,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
                 curve = np.exp(np.log(relative).mean(0))
                 axis.plot(np.arange(1, len(curve) + 1), curve, label=_plain(_name(kind)), **_look(results, group, kind))
             axis.set(xscale="log", yscale="log", ylim=(_FLOOR, 1.6))
+            axis.minorticks_off()
             axis.axvline(LEADING, color=RULE, lw=1, zorder=0)
         row[0].set_ylabel(f"{group if group != 'exact' else 'exact fits'}\n$\\sigma_j / \\sigma_1$")
         row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))

@@ -142,7 +142,11 @@ def trained(
     if not np.isfinite(losses[-1]):
         raise TangentError(f"{config.experiment}: training on the {name} target diverged; lower the learning rate")
     end = snapshot(model)
-    for kind, checkpoint in (("start", start), ("end", end), ("training", {"loss": torch.tensor(losses)})):
+    for kind, checkpoint in (
+        ("start", start),
+        ("end", end),
+        ("training", {"loss": torch.tensor(losses, dtype=torch.float64)}),
+    ):
         units.put(f"{prefix}{name}.{kind}", checkpoint)
     return start, end, losses
 
