@@ -377,8 +377,8 @@ def test_what_a_unit_makes_hangs_on_no_other_unit(tiny) -> None:
     run(replace(TINY, seeds=1, seed=1, sizes=(30,), models=("network", "fixed"), exact=0), units=alone)
     assert len(alone.made) == 4
     for name, tensors in alone.made.items():
-        for key, value in tensors.items():
-            assert torch.equal(value, tiny[1][name][key]), name
+        for key in tensors.keys() - {"seconds"}:
+            assert torch.equal(tensors[key], tiny[1][name][key]), name
 
 
 def test_a_run_stopped_in_the_middle_and_resumed_ends_the_same(tiny, tmp_path: Path) -> None:
@@ -436,6 +436,9 @@ def claimed(fresh, same, *, name: str = "mnist", seen: int = 9000, exact=None, s
         for protocol, of in ((FRESH, fresh), (SAME, same))
     }  # fmt: skip
     runs = {FRESH: {kind: {n: {"distinct": [seen]} for n in curve} for kind, curve in fresh.items()}}
+    runs[SAME] = {
+        kind: {n: {"loss": [0.1 if kind == "adaptive" else 0.2]} for n in curve} for kind, curve in same.items()
+    }
     return claims({name: errors}, {name: runs}, {name: exact or {}}, {name: {"pool": 13_262}})
 
 
@@ -450,6 +453,8 @@ def test_claims_hold_on_the_published_curves_and_not_on_their_opposites() -> Non
     assert "0.169 measured earlier" in made["mnist.level.fixed"]["published"]
     assert made["mnist.factor.fresh"]["verdict"] != "holds"  # the plot itself shows no order of magnitude
     assert made["mnist.subset"]["verdict"] == made["mnist.counts"]["verdict"] == "does not hold"
+    assert made["mnist.subset"]["why"] == "they overfit: a lower training loss"
+    assert made["mnist.level.fixed"]["published"].startswith("n = 125: 0.187; n = 250: 0.175; n = 500")
     assert "up to 9,000 of 13,262 were seen" in made["mnist.counts"]["evidence"]
     assert made["mnist.selection"]["verdict"] == "holds"
     other = claimed(curves(0.1, 0.2, 0.3), curves(0.22, 0.2, 0.13), seen=1000, shift=0.02)
@@ -458,8 +463,11 @@ def test_claims_hold_on_the_published_curves_and_not_on_their_opposites() -> Non
     assert other["mnist.selection"]["verdict"] == "does not hold"
     assert other["mnist.level.network"]["verdict"] == "does not hold"
     assert other["mnist.level.adaptive"]["verdict"] == "does not hold"
-    assert other["mnist.level.fixed"]["verdict"] == "holds"
-    part = claimed(curves(0.18, 0.14, 0.05), {**curves(0.2, 0.1, 0.1), "adaptive": {"250": [0.1], "1000": [0.3]}})
+    assert other["mnist.level.fixed"]["verdict"] == "holds in part"
+    part = claimed(
+        {**curves(0.18, 0.14, 0.05), "adaptive": {"250": [0.131], "1000": [0.2]}},
+        {**curves(0.2, 0.1, 0.1), "adaptive": {"250": [0.1], "1000": [0.3]}},
+    )
     assert part["mnist.level.adaptive"]["verdict"] == part["mnist.subset"]["verdict"] == "holds in part"
     assert part["mnist.level.adaptive"]["why"] == "drawn from 13,262 images instead of 60,000"
 

@@ -46,6 +46,7 @@ def _published(axis: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
             f"{kind}, published", (sizes[0], next(iter(curve.values()))), xytext=(-3, 0), textcoords="offset points",
             ha="right", va="center", fontsize=7.5, color=MUTED,
         )  # fmt: skip
+        axis.set_xlim(left=sizes[0] / 8)  # room for the names
 
 
 def _curve(axis: Axes, curve: Mapping[str, list[float]], colour: str, label: str | None) -> None:

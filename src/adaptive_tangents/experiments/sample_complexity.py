@@ -188,6 +188,7 @@ def run(
     errors: dict[str, Any] = {}
     runs: dict[str, Any] = {}
     exact: dict[str, Any] = {}
+    seconds = 0.0
     for name in config.datasets:
         courses: dict[tuple[str, Model, int], list[Course]] = {}
         fits: dict[tuple[Loss, str, int], list[dict[str, float]]] = {}
@@ -203,8 +204,10 @@ def run(
         most = {n: config.epochs(n, recipe(splits[name].shape).batch(n)) for n in sizes[name]}
         errors[name], runs[name] = _summary(config, most, courses)
         exact[name] = _exact_summary(sizes[name], fits)
+        seconds += sum(course.seconds for each in courses.values() for course in each)
+        seconds += sum(found["seconds"] for each in fits.values() for found in each)
     described = {name: part.described | {"sizes": sizes[name]} for name, part in splits.items()}
-    results = {
+    results: dict[str, Any] = {
         **heading(NAME, settings(config), clock, device),
         "data": described,
         "errors": errors,
@@ -217,6 +220,8 @@ def run(
         "claims": claims(errors, runs, exact, described),
         "metrics": flatten({"errors": errors, "exact": exact}),
     }
+    # Of a run that was resumed the clock knows the last part only.
+    results["wall_seconds"]["total"] = max(results["wall_seconds"]["total"], seconds)
     return ExperimentResult(results, {f"sizes.{name}": np.array(sizes[name]) for name in config.datasets})
 
 
@@ -259,11 +264,14 @@ def _trained(
                 return {
                     "test": course.test, "validation": course.validation, "loss": course.loss,
                     "distinct": torch.tensor(course.distinct),
+                    "seconds": torch.tensor(course.seconds),
                 }  # fmt: skip
 
             key = f"{name}.{protocol}.{kind}.n{n}.seed{seed}".replace(":", "-").replace(" ", "-")
             kept = units(key, make)
-            found[protocol, kind] = Course(kept["test"], kept["validation"], kept["loss"], int(kept["distinct"]))
+            found[protocol, kind] = Course(
+                kept["test"], kept["validation"], kept["loss"], int(kept["distinct"]), float(kept["seconds"])
+            )
     return found
 
 
@@ -313,6 +321,7 @@ def _exact_fit(
         ridge = config.cross_entropy_ridge
         found = fit(feats, labels, structure=structure, loss=loss, offset=initial, ridge=ridge, tol=1e-6)
     made = {"stationarity": found.stationarity, "rounds": found.rounds, "converged": found.converged}
+    made["seconds"] = found.history[-1].seconds
     for which, other, (inputs, wanted) in zip(
         ("validation", "test"), held_out, (here.validation, here.test), strict=True
     ):

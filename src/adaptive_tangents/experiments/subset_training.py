@@ -5,6 +5,7 @@ deviations, no biases at the start, mean cross-entropy, pixels/255.
 """
 
 import math
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -112,12 +113,13 @@ def random(seed: int, *words: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Course:
-    """What one training run showed: errors after every epoch, and how many different samples it was trained on."""
+    """What one training run showed: errors after every epoch, how many different samples it saw, seconds it took."""
 
     test: Float[Tensor, " epochs"]
     validation: Float[Tensor, " epochs"]
     loss: Float[Tensor, " epochs"]
     distinct: int
+    seconds: float
 
 
 def train(
@@ -139,6 +141,7 @@ def train(
     Stops once the best epoch on the test set and the best on the validation set are both more than ``patience`` epochs ago,
     so that either rule can be applied to the course. Raises TangentError where the loss is not finite.
     """
+    began = time.perf_counter()
     x, y = pool
     optimizer = recipe.optimizer(model)
     seen = torch.zeros(len(x), dtype=torch.bool)
@@ -162,7 +165,8 @@ def train(
         progress((epoch + 1) / max_epochs)
         if all(epoch > curve.index(min(curve)) + patience for curve in errors):
             break
-    return Course(torch.tensor(errors[0]), torch.tensor(errors[1]), torch.tensor(losses), int(seen.sum()))
+    seconds = time.perf_counter() - began
+    return Course(torch.tensor(errors[0]), torch.tensor(errors[1]), torch.tensor(losses), int(seen.sum()), seconds)
 
 
 def _batches(index: Tensor, size: int) -> Iterator[Tensor]:
