@@ -39,9 +39,11 @@ from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
 from adaptive_tangents.modules import TangentModule
+from adaptive_tangents.operators import KernelEigen, KernelOperator, kernel_eigen, kernel_operator
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
 from adaptive_tangents.proximal import ProximalFit, proximal_gradient
+from adaptive_tangents.regression import KernelRegression, kernel_regression
 from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import (
@@ -56,6 +58,7 @@ from adaptive_tangents.structures import (
     Solution,
     Structure,
 )
+from adaptive_tangents.tiled import KernelBlock, SharedKernel
 
 __version__ = "0.1.0"
 
@@ -76,8 +79,12 @@ __all__ = [
     "Fixed",
     "Full",
     "Induced",
+    "KernelBlock",
     "KernelChange",
+    "KernelEigen",
+    "KernelOperator",
     "KernelPart",
+    "KernelRegression",
     "LayerScale",
     "Left",
     "LogSquared",
@@ -92,6 +99,7 @@ __all__ = [
     "Right",
     "Round",
     "Rows",
+    "SharedKernel",
     "Solution",
     "Structure",
     "TangentError",
@@ -110,6 +118,9 @@ __all__ = [
     "fit",
     "fit_path",
     "kernel_change",
+    "kernel_eigen",
+    "kernel_operator",
+    "kernel_regression",
     "leave_one_out",
     "proximal_gradient",
     "representability",
