@@ -63,6 +63,7 @@ ORDER = (
     "adaptation",
     "fits",
     "certificates",
+    "kernel_model",
     "kernel_fits",
     "solvers",
     "choosing",

@@ -35,6 +35,7 @@ from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit, Round
 from adaptive_tangents.induced import Composition, Induced, Penalty, shares
+from adaptive_tangents.kernel_fits import KernelFit
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
@@ -82,6 +83,7 @@ __all__ = [
     "KernelBlock",
     "KernelChange",
     "KernelEigen",
+    "KernelFit",
     "KernelOperator",
     "KernelPart",
     "KernelRegression",

@@ -170,9 +170,9 @@ def _norm(parts: Iterable[Tensor]) -> float:
     return float(torch.stack([(part**2).sum() for part in parts]).sum().sqrt())
 
 
-def is_dense(call: str, kernel: Tiled, form: str, room: int) -> bool:
+def is_dense(call: str, kernel: Tiled, form: str, room: int, *, copies: int = DENSE_COPIES) -> bool:
     """Whether to factorise the kernel: where that is asked for, or "auto" and there is room; else a TangentError."""
-    needed = DENSE_COPIES * 8 * kernel.size**2
+    needed = copies * 8 * kernel.size**2
     if form == "dense":
         require_memory(
             call, needed, room,
