@@ -26,6 +26,9 @@ ORDER = (
     "memory",
     "transforms",
     "summands",
+    "stores",
+    "locks",
+    "processes",
     "blocks",
     "contraction",
     "features",
@@ -69,7 +72,12 @@ ORDER = (
     "choosing",
     "factors",
     "modules",
+    "planning",
+    "streams",
+    "tiling",
+    "identities",
     "kernels",
+    "storing",
     "explain",
     "modules",
     "estimators",
@@ -97,9 +105,9 @@ ONLY_IN = {
     "jinja2": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "zarr": {"kernels"},
+    "zarr": {"stores"},
 }
-LAZY_IN = {"data": {"sklearn", "mlxtend"}}
+LAZY_IN = {"data": {"sklearn", "mlxtend"}, "stores": {"zarr"}}
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")

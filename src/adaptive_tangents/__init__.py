@@ -47,6 +47,8 @@ from adaptive_tangents.proximal import ProximalFit, proximal_gradient
 from adaptive_tangents.regression import KernelRegression, kernel_regression
 from adaptive_tangents.solvers import certify, fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
+from adaptive_tangents.stores import KernelStore, open_kernel
+from adaptive_tangents.storing import kernel_to_store, plan_kernel
 from adaptive_tangents.structures import (
     BlockSolution,
     BlockStructure,
@@ -87,6 +89,7 @@ __all__ = [
     "KernelOperator",
     "KernelPart",
     "KernelRegression",
+    "KernelStore",
     "LayerScale",
     "Left",
     "LogSquared",
@@ -123,7 +126,10 @@ __all__ = [
     "kernel_eigen",
     "kernel_operator",
     "kernel_regression",
+    "kernel_to_store",
     "leave_one_out",
+    "open_kernel",
+    "plan_kernel",
     "proximal_gradient",
     "representability",
     "shares",

@@ -126,8 +126,8 @@ class Capture:
         choices = self.probe.choices if min(samples(x), _PROBED) <= len(self.probe.index) else other.choices
         self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
 
-    def features(self, x: Batch) -> TangentFeatures:
-        """The features of a batch, after a check that they fit into memory."""
+    def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
+        """The features of a batch, after a check that they fit into memory; ``chunk`` samples a pass, if not by memory."""
         probe, n = self.probe, samples(x)
         # Features are copied once while they are put together; materialised ones are not.
         needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
@@ -138,7 +138,7 @@ class Capture:
         require_memory(self.call, needed, self.limit, remedy=remedy)
         # A pass is one of several things held: a kernel, another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
-        chunk = max(1, min(n, room // max(1, probe.pass_bytes)))
+        chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(out, n)

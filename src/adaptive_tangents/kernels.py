@@ -1,4 +1,4 @@
-"""Kernels larger than their features: tiles of samples, captured and contracted one pair at a time."""
+"""Kernels larger than their features: tiles of samples, captured and contracted one pair at a time, in memory or on disk."""
 
 from collections.abc import Mapping
 from typing import Literal, overload
@@ -12,6 +12,7 @@ from adaptive_tangents.contraction import check_outputs, working_dtype
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
+from adaptive_tangents.stores import column_axis, kernel_shape, swapped
 from adaptive_tangents.summands import Outputs
 
 
@@ -85,21 +86,13 @@ def tangent_kernel(
             )
             for name, values in piece.items():
                 if name not in kernels:
-                    kernels[name] = values.new_zeros(_shape(outputs, n, m, c))
+                    kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))
                 _place(kernels[name], values, rows, columns, outputs, mirror=x2 is None)
     return kernels if by_block else kernels[""]
 
 
-def _shape(outputs: Outputs, n: int, m: int, c: int) -> tuple[int, ...]:
-    return {"full": (n, c, m, c), "trace": (n, m), "diagonal": (n, m, c)}[outputs]
-
-
 def _place(kernel: Tensor, piece: Tensor, rows: slice, columns: slice, outputs: Outputs, *, mirror: bool) -> None:
-    if outputs == "full":
-        kernel[rows, :, columns] = piece
-        if mirror:
-            kernel[columns, :, rows] = piece.permute(2, 3, 0, 1)
-    else:
-        kernel[rows, columns] = piece
-        if mirror:
-            kernel[columns, rows] = piece.transpose(0, 1)
+    along = (slice(None),) * (column_axis(outputs) - 1)
+    kernel[(rows, *along, columns)] = piece
+    if mirror:
+        kernel[(columns, *along, rows)] = swapped(piece, outputs)

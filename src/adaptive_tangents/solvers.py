@@ -97,7 +97,7 @@ def fit(
     ``start`` is a fit of the same features to begin from, as along a path of strengths.
 
     In place of features a kernel will do, a store, a tensor or a mapping of blocks to tensors, for structures whose Ω̃ depends
-    on norms of blocks only (``Fixed``, ``Full``, ``LayerScale``), squared error, and "newton" or the "alternation": that gives
+    on norms of blocks only (``Fixed``, ``Full``, ``LayerScale``), squared error, "newton" or the "alternation": that gives
     a ``KernelFit``. ``memory_limit`` (default: that of the features, or half of what is free) decides the form.
     Source: LeJeune & Alemohammad, CPAL 2024, §3; certificates in docs/architecture.md.
 

@@ -1,0 +1,135 @@
+"""One writer at a time: a lock file that names its holder, given up by the dead, and claims on single tiles.
+
+A holder on this machine is asked for by its process; one on another is watched for a while, as a living holder keeps
+writing to its lock.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from adaptive_tangents.errors import TangentError
+
+_BEAT = 5.0  # seconds between signs of life
+_WATCHED = 6 * _BEAT  # after which another machine's holder without any is dead
+
+
+@contextmanager
+def writer_lock(call: str, path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` while in the context.
+
+    Raises TangentError where a living process holds it; that of a dead one is taken over.
+    """
+    _acquire(call, path)
+    stop = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beating.join()
+        path.unlink(missing_ok=True)
+
+
+def claim(folder: Path, name: str) -> bool:
+    """Whether this process is the first to claim ``name``."""
+    try:
+        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _acquire(call: str, path: Path) -> None:
+    # Whole before it has the name, so that nobody reads half a lock.
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    draft.write_text(json.dumps(_myself(0)), "utf-8")
+    try:
+        while True:
+            with suppress(FileExistsError):
+                os.link(draft, path)
+                return
+            holder = _read(path)
+            if holder is None:
+                continue  # given up just now
+            if _alive(path, holder):
+                raise TangentError(
+                    f"{call}: {path.parent} is being written by process {holder.get('process')} on {holder.get('host')}; "
+                    f"wait for it or end it (if it is long gone, delete {path})"
+                )
+            _take_away(path, holder)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _take_away(path: Path, holder: dict[str, Any]) -> None:
+    """Remove the lock of a dead holder, unless another process was quicker and it is that one's by now."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.stale")
+    with suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if _read(aside) != holder:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _myself(beats: int) -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "process": pid, "started": _started(pid), "beats": beats}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds a lock; nobody where there is none, and a holder without a name where it cannot be read."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _alive(path: Path, holder: dict[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname():
+        # A process of the same number that started at another time is another process.
+        started = _started(int(holder["process"]))
+        return started is not None and started == holder.get("started")
+    end = time.monotonic() + _WATCHED
+    while time.monotonic() < end:
+        time.sleep(_BEAT / 2)
+        if _read(path) != holder:
+            return True
+    return False
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in the kernel's count; None where there is none of that number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return ""
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _beat(path: Path, stop: threading.Event) -> None:
+    beats = 0
+    while not stop.wait(_BEAT):
+        beats += 1
+        draft = path.with_name(f"{path.name}.beat")
+        with suppress(OSError):
+            holder = _read(path) or {}
+            if (holder.get("host"), holder.get("process")) != (socket.gethostname(), os.getpid()):
+                return  # taken for dead, after being suspended say
+            draft.write_text(json.dumps(_myself(beats)), "utf-8")
+            os.replace(draft, path)

@@ -1,0 +1,86 @@
+"""Several processes at one task: what torch.distributed is asked for, and the same for a process alone."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+
+_Result = TypeVar("_Result")
+_PATIENCE = timedelta(days=1)  # one process waits for the others' last tile, however long that takes
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a task: this one's ``rank`` of ``size``, and how many of them run on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    beside: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that does what is done once."""
+        return self.rank == 0
+
+    def settled(self, function: Callable[[], _Result]) -> _Result:
+        """What ``function`` gives here, once it is done on every process; if one raises TangentError, all do."""
+        result: list[_Result] = []
+        problem = ""
+        try:
+            result.append(function())
+        except TangentError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        if self.size > 1:
+            self._raise_first(problem)
+        return result[0]
+
+    def _raise_first(self, problem: str) -> None:
+        """Raise the problem of the first process that has one."""
+        sizes = self._all_sizes(len(problem.encode()))
+        source = next((rank for rank, size in enumerate(sizes) if size), None)
+        if source is not None:
+            text = self._tensor(list(problem.encode()) if source == self.rank else [0] * sizes[source])
+            dist.broadcast(text, source)
+            raise TangentError(bytes(text.tolist()).decode())
+
+    def _all_sizes(self, own: int) -> list[int]:
+        sizes = [self._tensor([0]) for _ in range(self.size)]
+        dist.all_gather(sizes, self._tensor([own]))
+        return [int(size) for size in sizes]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        device = "cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu"
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """The processes that torchrun has started, in the process group that is there or in one of their own; else this one.
+
+    >>> with team() as crew:
+    ...     crew.size
+    1
+    """
+    named = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    own = named and dist.is_available() and not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        if dist.is_available() and dist.is_initialized():
+            beside = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+            yield Team(dist.get_rank(), dist.get_world_size(), beside)
+        else:
+            yield Team()
+    finally:
+        if own:
+            dist.destroy_process_group()
