@@ -19,7 +19,7 @@ from adaptive_tangents.certificates import FEASIBLE, lower_bound
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.fits import Round
 from adaptive_tangents.goals import check_choice
-from adaptive_tangents.kernel_model import KernelProblem, Norms, State
+from adaptive_tangents.kernel_model import KernelProblem, Norms, State, slopes
 from adaptive_tangents.losses import SquaredError
 from adaptive_tangents.memory import memory_limit as limit_of
 from adaptive_tangents.operators import KernelOperator
@@ -177,13 +177,12 @@ class _Search:
         problem, zeros = self.problem, self.problem.like
         if not bool(problem.loss.targets.any()):
             nothing = torch.zeros_like(problem.loss.targets)
-            state = State(
-                zeros, zeros + 1, nothing, problem.products(nothing), lambda x: x, 0.0, 0, problem.solution(zeros), 0.0
-            )
+            aim = problem.solution(zeros)
+            state = State(zeros, aim, zeros + 1, nothing, problem.products(nothing), lambda x: x, 0.0, 0, aim, 0.0)
             self._record(state, solved=False)
             return self._result(state, True, "the targets are zero, and so is the model")
         problem.temper = math.inf
-        state = problem.state(zeros, zeros + 1)
+        state = problem.state(zeros)
         self._record(state, solved=True)
         for temper in self._stages(state.norms):
             problem.temper = temper
@@ -256,17 +255,15 @@ class _Search:
     def _newton(self, state: State) -> Norms | None:
         """The step of the norms v that solves ω̃′(v)/2 = √κ to first order."""
         problem = self.problem
-        at_planned = problem.solution(state.planned)
-        bend = problem.bends(at_planned)
+        bend = problem.bends(state.aim)
         if bend is None:
             return None
         v, q, root = state.planned, state.weights, state.kappa.sqrt()
-        slopes = torch.stack([x.flatten()[0] for x in at_planned.gradient.values()])
         # q = 2v/ω̃′, so that dq/dv = q(2 − qω̃″)/(2v), and dκ_ℓ/dq_j = −2 (K_ℓα)ᵀ(K + ρI)⁻¹(K_jα).
         gain = torch.where(v > 0, q * (2 - q * bend) / (2 * v), 0.0)
         across = state.images @ state.solve(state.images.mT)
         jacobian = torch.diag(bend / 2) + across / root.clamp_min(1e-300)[:, None] * gain
-        step, failed = torch.linalg.solve_ex(jacobian, root - slopes / 2)
+        step, failed = torch.linalg.solve_ex(jacobian, root - slopes(state.aim) / 2)
         usable = not int(failed) and bool(torch.isfinite(step).all())
         return step if usable else None
 

@@ -28,9 +28,10 @@ _CHANGED = 1.5  # the factor by which some q_ℓ may change before a preconditio
 
 @dataclass(frozen=True)
 class State:
-    """A point of the search: the norms it was planned for, q there, α, every K_ℓα, the norms ‖B_ℓ‖ it has, and the rest."""
+    """A point of the search: norms v it was planned for, Ω̃ there, q, α, every K_ℓα; Ω̃ at the norms it has; and the rest."""
 
     planned: Norms
+    aim: Solution
     weights: Norms
     alpha: Float[Tensor, " k"]
     images: Float[Tensor, "g k"]
@@ -58,7 +59,7 @@ class State:
     @property
     def slopes(self) -> Norms:
         """ω̃′(‖B_ℓ‖)."""
-        return torch.stack([x.flatten()[0] for x in self.solution.gradient.values()])
+        return slopes(self.solution)
 
     @property
     def stationarity(self) -> float:
@@ -66,6 +67,11 @@ class State:
         root = self.kappa.sqrt()
         size = float(2 * root.norm())
         return float((self.slopes - 2 * root).norm()) / size if size > 0 else 0.0
+
+
+def slopes(solution: Solution) -> Norms:
+    """ω̃′ of every norm."""
+    return torch.stack([x.flatten()[0] for x in solution.gradient.values()])
 
 
 class KernelProblem:
@@ -92,11 +98,6 @@ class KernelProblem:
         gradient = {name: root * x for name, x in found.gradient.items()}
         return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
 
-    def weights(self, norms: Norms) -> Norms:
-        """Q = z² at these norms: 2v/ω̃′(v)."""
-        slopes = torch.stack([x.flatten()[0] for x in self.solution(norms).gradient.values()])
-        return torch.where(norms > 0, 2 * norms / torch.where(slopes > 0, slopes, 1.0), 1.0)
-
     def bends(self, solution: Solution) -> Norms | None:
         """ω̃″ of every norm by itself."""
         if solution.curvature is None:
@@ -104,9 +105,11 @@ class KernelProblem:
         found = solution.curvature({name: self.like.new_ones(1, 1) for name in self.parts})
         return torch.stack([found[name].flatten()[0] for name in self.parts])
 
-    def state(self, planned: Norms, weights: Norms | None = None) -> State:
-        """The α for q at these norms."""
-        q = self.weights(planned) if weights is None else weights
+    def state(self, planned: Norms) -> State:
+        """The α for q = z² at these norms, 2v/ω̃′(v)."""
+        aim = self.solution(planned)
+        found = slopes(aim)
+        q = torch.where(planned > 0, 2 * planned / torch.where(found > 0, found, 1.0), 1.0)
         solve = self._dense(q) if self.dense else self._free(q)
         targets = self.loss.targets
         alpha, steps = solve(targets, EXACT)
@@ -117,7 +120,9 @@ class KernelProblem:
         norms = q * (images @ alpha).clamp_min(0).sqrt()
         solution = self.solution(norms)
         objective = solution.penalty + self.loss.value(outputs)
-        return State(planned, q, alpha, images, lambda x: solve(x, _ROUGH)[0], residual, steps, solution, objective)
+        return State(
+            planned, aim, q, alpha, images, lambda x: solve(x, _ROUGH)[0], residual, steps, solution, objective
+        )
 
     def products(self, x: Float[Tensor, " k"]) -> Float[Tensor, "g k"]:
         """Every K_ℓ x."""

@@ -141,8 +141,8 @@ class KernelEigen:
 def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | None = None) -> KernelEigen:
     r"""The k largest eigenvalues λ of a kernel and their eigenvectors, K v = λ v, by Lanczos on products tile by tile.
 
-    ``vectors`` (n·c, k) are in the order of (n, c). A small kernel, or most of the eigenvalues of any, are found from the
-    matrix itself. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang 1998 (ARPACK).
+    ``vectors`` (n·c, k) are in the order of (n, c). Those of a small kernel, and many of any, are found from the matrix
+    itself where ``memory_limit`` allows it. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang 1998 (ARPACK).
 
     Raises TangentError for k out of range, a kernel not symmetric, and where memory does not hold what it takes.
 
@@ -160,11 +160,10 @@ def eigen(call: str, operator: KernelOperator, k: int, *, tol: float, memory_lim
     """``kernel_eigen`` of an operator."""
     kernel, size = operator.kernel, operator.kernel.size
     products, form = 0, "dense"
-    if size <= _SMALL or k > size // 4:
-        require_memory(
-            call, _COPIES * 8 * size**2, limit_of(memory_limit, kernel.device),
-            remedy=f"ask for at most {max(1, size // 4)} eigenvalues, which need no matrix",
-        )  # fmt: skip
+    needed, limit = _COPIES * 8 * size**2, limit_of(memory_limit, kernel.device)
+    if k == size:
+        require_memory(call, needed, limit, remedy="ask for fewer eigenvalues than the kernel has rows")
+    if k == size or ((size <= _SMALL or k > size // 4) and needed <= limit):
         values, vectors = torch.linalg.eigh(kernel.matrices()[0])
         values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
     else:

@@ -320,13 +320,19 @@ class Cached(View):
 
 
 class Sum(View):
-    """Σ_ℓ w_ℓ K_ℓ."""
+    """Σ_ℓ w_ℓ K_ℓ, by the smallest tiles that any of them has."""
 
     def __init__(self, parts: Sequence[Tiled], weights: Sequence[float] | None = None) -> None:
-        # A symmetric one lists half of its tiles, which tell nothing of one that is not.
-        super().__init__(next((part for part in parts if not part.symmetric), parts[0]))
+        super().__init__(min(parts, key=lambda part: part.grid[0][0].stop))
+        self.symmetric = all(part.symmetric for part in parts)
         self.group = next((part.group for part in parts if part.group is not None), None)
         self.parts, self.weights = parts, weights if weights is not None else [1.0] * len(parts)
+
+    @property
+    def grid(self) -> Grid:
+        # The upper triangle of a symmetric one tells nothing of one that is not.
+        mirrored = self.of.symmetric and not self.symmetric
+        return self.of.grid + tuple((b, a) for a, b in self.of.grid if mirrored and a != b)
 
     def read(self, rows: slice, columns: slice) -> Tensor:
         pairs = zip(self.weights, self.parts, strict=True)
