@@ -142,7 +142,8 @@ def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | 
     r"""The k largest eigenvalues λ of a kernel and their eigenvectors, K v = λ v, by Lanczos on products tile by tile.
 
     ``vectors`` (n·c, k) are in the order of (n, c). Those of a small kernel, and many of any, are found from the matrix
-    itself where ``memory_limit`` allows it. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang 1998 (ARPACK).
+    itself where ``memory_limit`` allows it. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang, 1998
+    (ARPACK).
 
     Raises TangentError for k out of range, a kernel not symmetric, and where memory does not hold what it takes.
 
