@@ -95,6 +95,7 @@ ORDER = (
     "report",
     "overview",
     "cli",
+    "__main__",
 )
 
 # A dependency that only some modules may name; everything else must work without importing it.

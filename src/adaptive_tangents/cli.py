@@ -1,10 +1,12 @@
-"""The command line: ``adaptive-tangents reproduce``, ``inspect`` and ``report``."""
+"""The command line: ``adaptive-tangents reproduce``, ``inspect``, ``kernel`` and ``report``."""
 
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from adaptive_tangents import __version__
+from adaptive_tangents.contraction import check_outputs
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiment_pages.overview import counts
 from adaptive_tangents.experiments.checkpoints import StoredUnits
@@ -24,10 +27,12 @@ from adaptive_tangents.experiments.registry import EXPERIMENTS, Experiment
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection_report import findings
-from adaptive_tangents.loading import find_checkpoints, load_checkpoint, load_data, load_model
+from adaptive_tangents.loading import find_checkpoints, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.memory import parse_bytes
 from adaptive_tangents.overview import NAME as NAME_OF_ALL
 from adaptive_tangents.overview import collect
 from adaptive_tangents.report import ARRAYS_FILE, RESULTS_FILE, build_report, load_results, summary_table, write_results
+from adaptive_tangents.storing import kernel_to_store, plan_kernel
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -157,6 +162,71 @@ def inspect(
             result.results | {"command": _command(), "model": model, "data_file": data.name}, result.arrays, out
         )
         _finish(out)
+
+
+@app.command()
+def kernel(
+    model: Annotated[
+        str, typer.Option(help="What makes the network: package.module:factory or path/to/file.py:factory.")
+    ],
+    data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names).")],
+    out: Annotated[Path, typer.Option(help="The store: a folder that is made, K.zarr say.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Its parameters, .pt or .safetensors; else as it is made.")
+    ] = None,
+    data2: Annotated[Path | None, typer.Option(help="Samples of the columns, .npz; else those of the rows.")] = None,
+    outputs: Annotated[str, typer.Option(help="trace (summed over outputs), full or diagonal.")] = "trace",
+    wrt: Annotated[
+        list[str] | None, typer.Option(help="Only parameters whose name matches this pattern; may be repeated.")
+    ] = None,
+    by_block: Annotated[bool, typer.Option("--by-block", help="One kernel for every block of parameters.")] = False,
+    tile: Annotated[int | None, typer.Option(help="Samples a side of a tile; else chosen by the plan.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Of each process, 4GB say; else half of what is free.")
+    ] = None,
+    float64: Annotated[bool, typer.Option("--float64", help="Everything in double precision.")] = False,
+    sketch: Annotated[int | None, typer.Option(help="Sketch features to this many coordinates: not exact.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda; under torchrun every process its own.")] = "cpu",
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it will take, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the store in OUT, if it is there.")] = False,
+) -> None:
+    """Make a tangent kernel of any size into a Zarr store, tile by tile; under torchrun by several processes."""
+    with _worded_errors("interrupted; the same command with --resume makes the tiles that are missing"):
+        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+        _check_device("kernel", device)
+        check_outputs("kernel", outputs)
+        limit = None if memory_limit is None else parse_bytes("kernel", memory_limit)
+        network = load_model(model, "kernel").to(device)
+        if weights is not None:
+            network.load_state_dict(load_checkpoint(weights, network, "kernel"))
+        x, x2 = (
+            None if file is None else fit_data(load_data(file, "kernel"), network, "kernel").x for file in (data, data2)
+        )
+        assert x is not None
+        arguments: dict[str, Any] = {
+            "outputs": outputs, "wrt": tuple(wrt) if wrt else None, "by_block": by_block, "tile": tile,
+            "memory_limit": limit, "dtype": torch.float64 if float64 else None,
+            "sketch": None if sketch is None else _sketch(sketch, seed),
+        }  # fmt: skip
+        if rank == 0:
+            console.print(
+                str(plan_kernel(network, x, x2, **arguments, processes=processes)), highlight=False, soft_wrap=True
+            )
+        if plan:
+            return
+        with _progress() if rank == 0 else nullcontext() as progress:
+            store = kernel_to_store(network, x, out, x2, **arguments, resume=resume, progress=progress)
+        if rank == 0:
+            console.print(f"Kernel: {store.path.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _sketch(dim: int, seed: int) -> Any:
+    try:
+        return import_module("adaptive_tangents.sketches").Sketch(dim, seed)
+    except ModuleNotFoundError as error:
+        raise TangentError("kernel: this version has no sketches; leave --sketch out") from error
 
 
 def _title(path: Path | None, paths: list[Path | None] | list[Path]) -> str:

@@ -10,10 +10,12 @@ from adaptive_tangents.blocks import ranges
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.contraction import check_outputs, working_dtype
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Output, Selection, samples, take
 from adaptive_tangents.memory import require_memory
 from adaptive_tangents.stores import column_axis, kernel_shape, swapped
 from adaptive_tangents.summands import Outputs
+from adaptive_tangents.tiling import Held, Key, ordered
 
 
 @overload
@@ -44,7 +46,8 @@ def tangent_kernel(
     """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile so that features of all samples are never held.
 
     Arguments as for ``tangent_features`` and ``TangentFeatures.kernel``; ``tile`` is the samples a tile holds (default:
-    as many as memory allows). With ``x2`` absent the kernel is of x with itself and exactly symmetric.
+    as many as memory allows); features are kept for the next tiles as far as there is room. With ``x2`` absent the kernel
+    is of x with itself and exactly symmetric.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
@@ -73,21 +76,28 @@ def tangent_kernel(
         left, right = capture.features(x), None if x2 is None else capture.features(x2)
         return left.kernel(right, outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
     kernels: dict[str, Tensor] = {}
-    for rows in ranges(n, tile):
-        left = capture.features(take(x, rows))
-        for columns in ranges(m, tile):
-            if x2 is None and columns.start < rows.start:
-                continue
-            right = None if x2 is None and columns == rows else capture.features(take(x if x2 is None else x2, columns))
-            piece = (
-                left.kernel(right, outputs=outputs, by_block=True)
-                if by_block
-                else {"": left.kernel(right, outputs=outputs)}
-            )
-            for name, values in piece.items():
-                if name not in kernels:
-                    kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))
-                _place(kernels[name], values, rows, columns, outputs, mirror=x2 is None)
+    rows, columns = list(ranges(n, tile)), list(ranges(m, tile))
+    batches = (x, x if x2 is None else x2)
+    capacity = max(2, 2 * room // (tile * capture.bytes_per_sample))
+    places = [(i, j) for i in range(len(rows)) for j in range(len(columns)) if x2 is not None or i <= j]
+    order = ordered(places, capacity, symmetric=x2 is None)
+
+    def part(key: Key) -> TangentFeatures:
+        return capture.features(take(batches[key[0]], (rows, columns)[key[0]][key[1]]))
+
+    held = Held(part, order, capacity, symmetric=x2 is None)
+    for place in order:
+        left, other = held.pair(place)
+        right = None if other is left else other
+        piece = (
+            left.kernel(right, outputs=outputs, by_block=True)
+            if by_block
+            else {"": left.kernel(right, outputs=outputs)}
+        )
+        for name, values in piece.items():
+            if name not in kernels:
+                kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))
+            _place(kernels[name], values, rows[place[0]], columns[place[1]], outputs, mirror=x2 is None)
     return kernels if by_block else kernels[""]
 
 

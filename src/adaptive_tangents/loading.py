@@ -1,4 +1,4 @@
-"""What `inspect` is handed, from names to objects: a factory to a model, files to checkpoints and to data. No pickle."""
+"""From names to objects for `inspect` and `kernel`: a factory to a model, files to checkpoints and to data. No pickle."""
 
 import glob
 import importlib
@@ -25,6 +25,7 @@ from adaptive_tangents.inputs import Batch, take, tensors
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 _LABELS, _NAMES = "y", "classes"
+_INSPECT = "inspect"  # the command that errors are of, unless another is named
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Data:
         return replace(self, x=take(self.x, index), y=None if self.y is None else self.y[index])
 
 
-def load_model(spec: str) -> nn.Module:
+def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
     """The network that a factory makes, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
 
     Raises TangentError where the module cannot be imported, holds no such function, or that makes no `nn.Module`.
@@ -61,37 +62,35 @@ def load_model(spec: str) -> nn.Module:
     source, separator, name = spec.rpartition(":")
     if not separator or not source or not name:
         raise TangentError(
-            f"inspect: --model is package.module:factory or path/to/file.py:factory, got {spec!r}; name the function that "
+            f"{call}: --model is package.module:factory or path/to/file.py:factory, got {spec!r}; name the function that "
             "makes the network after a colon"
         )
-    module = _module(source)
+    module = _module(source, call)
     factory = getattr(module, name, None)
     if factory is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TangentError(
-            f"inspect: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes "
+            f"{call}: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes "
             "the network"
         )
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TangentError(
-            f"inspect: {spec} is a {type(factory).__name__}, not a function; name a function without arguments that "
+            f"{call}: {spec} is a {type(factory).__name__}, not a function; name a function without arguments that "
             "returns the network"
         )
     try:
         model = factory()
     except Exception as error:
         raise TangentError(
-            f"inspect: {spec} raised {type(error).__name__}: {error}; it is called without arguments: write a function that "
+            f"{call}: {spec} raised {type(error).__name__}: {error}; it is called without arguments: write a function that "
             "fills them in"
         ) from error
     if not isinstance(model, nn.Module):
-        raise TangentError(
-            f"inspect: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network"
-        )
+        raise TangentError(f"{call}: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
     return model.eval()
 
 
-def _module(source: str) -> ModuleType:
+def _module(source: str, call: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -100,7 +99,7 @@ def _module(source: str) -> ModuleType:
             return importlib.import_module(source)
         path = Path(source).resolve()
         if not path.is_file():
-            raise TangentError(f"inspect: there is no file {source}; --model is path/to/file.py:factory")
+            raise TangentError(f"{call}: there is no file {source}; --model is path/to/file.py:factory")
         found = importlib.util.spec_from_file_location(path.stem, path)
         assert found is not None
         assert found.loader is not None
@@ -112,12 +111,12 @@ def _module(source: str) -> ModuleType:
         raise
     except Exception as error:
         raise TangentError(
-            f"inspect: importing {source} failed with {type(error).__name__}: {error}; run inspect where it can be imported, "
+            f"{call}: importing {source} failed with {type(error).__name__}: {error}; run {call} where it can be imported, "
             "or give path/to/file.py:factory"
         ) from error
 
 
-def find_checkpoints(pattern: str) -> list[Path]:
+def find_checkpoints(pattern: str, call: str = _INSPECT) -> list[Path]:
     """Files that match a pattern, in natural order: step_9.pt before step_10.pt.
 
     Raises TangentError where fewer than two match.
@@ -125,7 +124,7 @@ def find_checkpoints(pattern: str) -> list[Path]:
     found = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=_natural)
     if len(found) < 2:
         raise TangentError(
-            f"inspect: --checkpoints {pattern!r} matches {len(found)} {'file' if len(found) == 1 else 'files'}; at least two "
+            f"{call}: --checkpoints {pattern!r} matches {len(found)} {'file' if len(found) == 1 else 'files'}; at least two "
             "are needed, start and end (quote the pattern, so that the shell leaves it alone)"
         )
     return found
@@ -138,7 +137,7 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     ]
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` or torch file, on the model's device and fitted to its names and shapes.
 
     Accepts a bare state dict, or one under "state_dict", "model" or "model_state_dict", and drops a "module." or
@@ -147,7 +146,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     wanted = model.state_dict()
     device = next((t.device for t in wanted.values()), torch.device("cpu"))
-    found, where = _state(_read(path, device), path)
+    found, where = _state(_read(path, device, call), path, call)
     for wrapper in WRAPPERS * 2:  # either may be around the other
         if found and all(name.startswith(wrapper) for name in found):
             found = {name.removeprefix(wrapper): value for name, value in found.items()}
@@ -163,38 +162,38 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Tensor]:
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape:", wrong))
         problems = "; ".join(f"{what} {_listed(names)}" for what, names in parts if names)
         raise TangentError(
-            f"inspect: {path}{where} does not fit the model: {problems}; give the factory that made this checkpoint"
+            f"{call}: {path}{where} does not fit the model: {problems}; give the factory that made this checkpoint"
         )
     state = {name: found.get(name, value).to(value.dtype) for name, value in wanted.items()}
     bad = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if bad:
         raise TangentError(
-            f"inspect: {path} holds values that are not finite in {_listed(bad)}; take a checkpoint from before"
+            f"{call}: {path} holds values that are not finite in {_listed(bad)}; take a checkpoint from before"
         )
     return state
 
 
-def _read(path: Path, device: torch.device) -> object:
+def _read(path: Path, device: torch.device, call: str) -> object:
     if not path.is_file():
-        raise TangentError(f"inspect: there is no checkpoint {path}; check the name")
+        raise TangentError(f"{call}: there is no checkpoint {path}; check the name")
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TangentError(
-            f"inspect: {path} holds more than tensors, or is not a checkpoint, and pickles are never loaded; save "
+            f"{call}: {path} holds more than tensors, or is not a checkpoint, and pickles are never loaded; save "
             "model.state_dict() alone, with torch.save or as .safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         text = str(error).strip().splitlines()
         raise TangentError(
-            f"inspect: {path} cannot be read ({type(error).__name__}: {text[0] if text else 'nothing in it'}); save the "
+            f"{call}: {path} cannot be read ({type(error).__name__}: {text[0] if text else 'nothing in it'}); save the "
             "checkpoint again"
         ) from error
 
 
-def _state(content: object, path: Path) -> tuple[dict[str, Tensor], str]:
+def _state(content: object, path: Path, call: str) -> tuple[dict[str, Tensor], str]:
     """The state dict in a checkpoint, and the key it was under, in words."""
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -205,23 +204,23 @@ def _state(content: object, path: Path) -> tuple[dict[str, Tensor], str]:
                 return dict(inner), f", under {key!r},"
     held = f"keys {_listed(map(str, content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise TangentError(
-        f"inspect: {path} holds {held}, not a state dict of tensors, nor one under {' or '.join(map(repr, NESTED))}; save "
+        f"{call}: {path} holds {held}, not a state dict of tensors, nor one under {' or '.join(map(repr, NESTED))}; save "
         "model.state_dict()"
     )
 
 
-def load_data(path: Path) -> Data:
+def load_data(path: Path, call: str = _INSPECT) -> Data:
     """Samples of an `.npz` file: `x` (or x0, x1, … for several arguments, or other names for keywords), `y`, `classes`.
 
     Integers stay integers (token indices, labels); floating arrays keep their dtype. Raises TangentError where the file
     is missing, no npz, holds objects or text among its inputs, values that are not finite, or arrays of different lengths.
     """
     if not path.is_file():
-        raise TangentError(f"inspect: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
+        raise TangentError(f"{call}: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
     try:
         archive = np.load(path, allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise TangentError(f"inspect: {path} is a single array; save it with numpy.savez, as x and y")
+            raise TangentError(f"{call}: {path} is a single array; save it with numpy.savez, as x and y")
         with archive:
             arrays = {name: archive[name] for name in archive.files}
     except TangentError:
@@ -229,55 +228,55 @@ def load_data(path: Path) -> Data:
     except ValueError as error:
         if "pickle" in str(error) or "Object" in str(error):
             raise TangentError(
-                f"inspect: {path} holds pickled objects (arrays of lists of different lengths, say), which are never loaded; "
+                f"{call}: {path} holds pickled objects (arrays of lists of different lengths, say), which are never loaded; "
                 "save arrays of numbers"
             ) from error
-        raise TangentError(f"inspect: {path} is not an npz file ({error}); save it with numpy.savez") from error
+        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
     except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise TangentError(f"inspect: {path} is not an npz file ({error}); save it with numpy.savez") from error
+        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
     names = arrays.pop(_NAMES, None)
     if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
-        raise TangentError(f"inspect: 'classes' in {path} is a list of names, got {names.dtype} of shape {names.shape}")
+        raise TangentError(f"{call}: 'classes' in {path} is a list of names, got {names.dtype} of shape {names.shape}")
     y = arrays.pop(_LABELS, None)
     if not arrays:
-        raise TangentError(f"inspect: {path} holds no inputs; save them as x, or as x0, x1, …, or by argument name")
-    converted = {name: _tensor(name, array, path) for name, array in arrays.items()}
-    targets = None if y is None else _tensor(_LABELS, y, path)
+        raise TangentError(f"{call}: {path} holds no inputs; save them as x, or as x0, x1, …, or by argument name")
+    converted = {name: _tensor(name, array, path, call) for name, array in arrays.items()}
+    targets = None if y is None else _tensor(_LABELS, y, path, call)
     counts = {name: len(t) for name, t in converted.items()} | ({} if targets is None else {_LABELS: len(targets)})
     if len(set(counts.values())) > 1:
         raise TangentError(
-            f"inspect: the arrays of {path} hold different numbers of samples: "
+            f"{call}: the arrays of {path} hold different numbers of samples: "
             f"{', '.join(f'{name} {count}' for name, count in counts.items())}; give each as many"
         )
     if not next(iter(counts.values())):
-        raise TangentError(f"inspect: {path} holds no samples")
+        raise TangentError(f"{call}: {path} holds no samples")
     if targets is not None:
         targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
         if targets.ndim > 2:
             raise TangentError(
-                f"inspect: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)"
+                f"{call}: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)"
             )
     words = None if names is None else tuple(str(name) for name in names.astype(str))
-    return Data(_batch(converted, path), targets, words)
+    return Data(_batch(converted, path, call), targets, words)
 
 
-def _tensor(name: str, array: NDArray[np.generic], path: Path) -> Tensor:
+def _tensor(name: str, array: NDArray[np.generic], path: Path, call: str) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise TangentError(
-            f"inspect: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as "
+            f"{call}: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as "
             "integers"
         )
     if array.ndim == 0:
-        raise TangentError(f"inspect: {name!r} in {path} is a single number; its first dimension is the samples")
+        raise TangentError(f"{call}: {name!r} in {path} is a single number; its first dimension is the samples")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(np.argwhere(~np.isfinite(array))[0, 0])
-        raise TangentError(f"inspect: {name!r} in {path} is not finite at sample {bad}; leave it out or mend it")
+        raise TangentError(f"{call}: {name!r} in {path} is not finite at sample {bad}; leave it out or mend it")
     wide = array.astype(np.int64) if array.dtype.kind in "ub" and array.dtype != np.uint8 else array
     native: NDArray[np.generic] = np.ascontiguousarray(wide.astype(wide.dtype.newbyteorder("=")))
     return torch.from_numpy(native)
 
 
-def _batch(arrays: Mapping[str, Tensor], path: Path) -> Batch:
+def _batch(arrays: Mapping[str, Tensor], path: Path, call: str) -> Batch:
     if list(arrays) == ["x"]:
         return arrays["x"]
     numbered = [f"x{k}" for k in range(len(arrays))]
@@ -285,26 +284,26 @@ def _batch(arrays: Mapping[str, Tensor], path: Path) -> Batch:
         return tuple(arrays[name] for name in numbered)
     if "x" in arrays:
         raise TangentError(
-            f"inspect: {path} holds x beside {_listed(name for name in arrays if name != 'x')}; give x alone, x0, x1, … for "
+            f"{call}: {path} holds x beside {_listed(name for name in arrays if name != 'x')}; give x alone, x0, x1, … for "
             "several arguments, or every input by its argument's name"
         )
     return dict(arrays)
 
 
-def fit_data(data: Data, model: nn.Module) -> Data:
+def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
     """The data in the model's precision and on its device: floats converted, integers widened to indices.
 
     Raises TangentError where integers come to a network that embeds nothing, so that pixels were meant.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not parameters:
-        raise TangentError("inspect: the model has no parameters; give the factory of a network")
+        raise TangentError(f"{call}: the model has no parameters; give the factory of a network")
     dtype, device = parameters[0].dtype, parameters[0].device
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
     if not embeds and not any(t.is_floating_point() for t in tensors(data.x)):
         first = tensors(data.x)[0]
         raise TangentError(
-            f"inspect: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "
+            f"{call}: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "
             "embedding for them; convert x to float and normalise it as in training, e.g. (x / 255 - mean) / deviation"
         )
 

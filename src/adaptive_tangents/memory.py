@@ -1,12 +1,15 @@
 """How much memory there is, how much a call may take, and the refusal when it would take more."""
 
 import os
+import re
 import resource
 from pathlib import Path
 
 import torch
 
 from adaptive_tangents.errors import TangentError
+
+_PREFIXES = ("", "k", "m", "g", "t")
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
@@ -53,6 +56,23 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def parse_bytes(call: str, text: str) -> int:
+    """A byte count as people write it, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
+
+    Raises TangentError where it is none.
+
+    >>> parse_bytes("kernel", "2.5 MB")
+    2500000
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
+    count = (
+        int(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES.index((found[2] or "").lower())) if found else 0
+    )
+    if count <= 0:
+        raise TangentError(f"{call}: a memory limit is a number of bytes such as 4GB or 500MB, got {text!r}")
+    return count
 
 
 def _host_bytes() -> int | None:

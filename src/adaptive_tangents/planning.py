@@ -7,12 +7,14 @@ from math import isqrt
 import torch
 
 from adaptive_tangents.contraction import KernelPlan
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.memory import format_bytes, require_memory
 from adaptive_tangents.summands import Outputs
 
 _CHUNK_BYTES = 32_000_000  # of a tile on disk: larger ones save nothing, and less is lost by a kill
 _SIDE = 8  # tiles a side at least, so that there is something to share and to resume
 _SMALLEST, _SMALL = 128, 32  # samples a tile: not fewer for the sake of more tiles; for the sake of room
+_MOST = 500  # ranges of samples
 _PASS_BYTES = 1_000_000_000
 _WORKING_BYTES = 64_000_000
 _STORED_A_SECOND = 1e8  # bytes compressed, written and read back
@@ -117,7 +119,7 @@ class StorePlan:
 def lay_out(call: str, sizes: Sizes, limit: int, *, tile: int | None = None, fixed: Layout | None = None) -> Layout:
     """The tiles of a kernel within a memory limit; their size given, or all but what is held as in an earlier layout.
 
-    Raises TangentError where even tiles of one sample, or those given, exceed it.
+    Raises TangentError where even tiles of one sample, or those given, exceed it, or would be too many.
     """
     longest = max(sizes.n, sizes.m)
     if fixed is not None:
@@ -138,6 +140,11 @@ def lay_out(call: str, sizes: Sizes, limit: int, *, tile: int | None = None, fix
 def _checked(call: str, sizes: Sizes, limit: int, layout: Layout) -> Layout:
     smaller = "a smaller tile" if layout.tile > 1 else "fewer outputs or parameters (wrt)"
     require_memory(call, layout.bytes, limit, remedy=f"use {smaller}, outputs='trace' or a sketch")
+    if sizes.ranges(layout.tile) > _MOST:
+        raise TangentError(
+            f"{call}: tiles of {layout.tile} samples would cut the kernel at {sizes.ranges(layout.tile)} places, and {_MOST} "
+            "are the most that makes sense; use a larger tile, a larger memory_limit, or a sketch"
+        )
     return layout
 
 

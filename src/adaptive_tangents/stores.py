@@ -7,7 +7,7 @@ folder says of itself what it was made from, and that it is complete only once e
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -45,6 +45,12 @@ class KernelStore:
     path: Path
     meta: Mapping[str, Any] = field(repr=False)
     limit: int | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.shape))
+        kernels = f"{len(self.blocks)} kernels of {shape}" if self.blocks else shape
+        state = "complete" if self.complete else f"{len(self.missing())} of {len(self.places)} tiles missing"
+        return f"{type(self).__name__}({self.path}: {kernels}, {self.outputs}, {self.meta['dtype']}, {state})"
 
     @property
     def n(self) -> int:
@@ -174,10 +180,10 @@ class KernelStore:
 
     # writing: for the maker of a store, which holds its lock
 
-    def write(self, place: Place, kernels: Mapping[str, Tensor]) -> None:
-        """Store a tile, one kernel a block or one under "", and read it back."""
-        for name in self._names:
-            entries = kernels[name].to(device="cpu", dtype=self.dtype).contiguous()
+    def write(self, place: Place, kernels: Iterable[tuple[str, Tensor]]) -> None:
+        """Store a tile, every block's kernel as it comes, or one under "", and read it back."""
+        for name, kernel in kernels:
+            entries = kernel.to(device="cpu", dtype=self.dtype).contiguous()
             self._array(name, "r+")[self._selection(place)] = entries.numpy()
             _settle(self._file(place, name))
             if not torch.equal(self._decoded(place, name), entries):
@@ -313,22 +319,31 @@ def create_store(path: Path, meta: Mapping[str, Any]) -> KernelStore:
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    for left in path.iterdir():
-        if left.name not in (LOCK, CLAIMS):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _emptied(path)
     store = KernelStore(path, {**meta, "format": FORMAT, "complete": False})
     tile, c = store.tile, store.c
-    for name in store.blocks or ("",):
-        zarr.create_array(
-            path / _folder(name),
-            shape=store.shape,
-            chunks=kernel_shape(store.outputs, min(tile, store.n), min(tile, store.m), c),
-            dtype=store.meta["dtype"],
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
-            fill_value=float("nan"),
-        )
-    _write_meta(path, store.meta)
+    try:
+        for name in store.blocks or ("",):
+            zarr.create_array(
+                path / _folder(name),
+                shape=store.shape,
+                chunks=kernel_shape(store.outputs, min(tile, store.n), min(tile, store.m), c),
+                dtype=store.meta["dtype"],
+                compressors=[ZstdCodec(level=1), Crc32cCodec()],
+                fill_value=float("nan"),
+            )
+        _write_meta(path, store.meta)
+    except OSError:
+        _emptied(path)
+        raise
     return store
+
+
+def _emptied(path: Path) -> None:
+    """Remove all but the lock from the folder of a store that is not one yet."""
+    for left in path.iterdir():
+        if not left.name.startswith(LOCK):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from adaptive_tangents.processes import Team, team
 from adaptive_tangents.stores import CLAIMS, LOCK, KernelStore, Place, create_store, open_kernel, read_meta
 from adaptive_tangents.streams import Sketching, Stream, contracted, stream, summed
 from adaptive_tangents.summands import Outputs
-from adaptive_tangents.tiling import FeatureCache, Key, captures, dealt, keys_of
+from adaptive_tangents.tiling import Held, Key, captures, dealt
 from adaptive_tangents.transforms import Transform
 
 Progress = Callable[[str, float], None]
@@ -80,18 +80,18 @@ def kernel_to_store(
                 memory_limit=_share(memory_limit, x, crew.beside), dtype=dtype, transforms=transforms, sketch=sketch,
             )
         )  # fmt: skip
-        some = made.some()
-        asked = crew.settled(lambda: _identity(made, some))
+        some = crew.settled(made.some)
+        asked = crew.settled(lambda: _identity(call, made, some, tile))
 
         def begin() -> None:
             stack.enter_context(_worded(call, path))
             stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
-            _begin(call, path, made, some, asked, tile, resume=resume, progress=progress)
+            _begin(call, path, made, some, asked, resume=resume, progress=progress)
 
         crew.settled(begin if crew.leads else lambda: None)
         store = open_kernel(path)
+        crew.settled(lambda: check_same(call, path, store.meta, asked))
         if not store.complete:
-            crew.settled(lambda: check_same(call, path, store.meta, asked))
             crew.settled(lambda: _fill(call, crew, made, some, store, progress))
             crew.settled(lambda: _finish(call, store) if crew.leads else None)
     return open_kernel(path)
@@ -189,12 +189,14 @@ def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
     return KernelStore(Path(), meta | {"symmetric": made.x2 is None, "tile": layout.tile})
 
 
-def _identity(made: Stream, some: TangentFeatures) -> dict[str, Any]:
+def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
     """What the kernel is made from, as it is compared and stored."""
     from adaptive_tangents import __version__  # which is set only once all modules are imported
 
-    net = made.capture.network
-    return {
+    net, probe = made.capture.network, made.probed()
+    _check_entries(call, probe)
+    given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
+    return given | {
         "version": __version__,
         "n": made.n,
         "m": made.m,
@@ -210,7 +212,7 @@ def _identity(made: Stream, some: TangentFeatures) -> dict[str, Any]:
         "data2": None if made.x2 is None else batch_fingerprint(made.x2),
         "transforms": None if made.transforms is None else fingerprint(made.transforms),
         "sketch": None if made.sketch is None else made.sketch.describe(),
-        "probe": list(made.probed()),
+        "probe": probe.tolist(),
     }
 
 
@@ -227,13 +229,12 @@ def _folder_for(call: str, path: Path) -> Path:
 
 
 def _begin(
-    call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any], tile: int | None,
+    call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
     *, resume: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Make the store, or see that the one that is there is the same and sound."""
-    _checked_tile(call, tile)
     if read_meta(path) is None:
-        layout = lay_out(call, made.sizes(some), made.capture.limit, tile=tile)
+        layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
         _check_room(call, path, _plan(made, some, layout, 1, 0.0).disk_bytes)
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
         create_store(path, {**asked, "tile": layout.tile, **working})
@@ -244,7 +245,7 @@ def _begin(
                 f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; go on with it "
                 "by resume=True (--resume), give another path, or delete it"
             )
-        check_same(call, path, store.meta, dict(asked) | ({} if tile is None else {"tile": tile}))
+        check_same(call, path, store.meta, asked)
         store.tidy()
         damaged = store.verify(progress)
         if store.complete and (damaged or store.missing()):
@@ -278,38 +279,40 @@ def _fill(
     missing = store.missing()
     shares = _shares(made, some, layout, missing, crew.size)
     others = (shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
-    cache = FeatureCache(lambda key: _features(made, store, layout, key), layout.cached)
+    order = list(chain(shares[crew.rank], *others))
+
+    def part(key: Key) -> TangentFeatures:
+        return made.part(key[0], store.slices((key[1], key[1]))[key[0]], layout.pass_samples)
+
+    held = Held(part, order, layout.cached, symmetric=store.symmetric)
     claims, already = store.path / CLAIMS, len(store.places) - len(missing)
     with _worded(call, store.path):
-        for place in chain(shares[crew.rank], *others):
-            if crew.size > 1 and not claim(claims, f"{place[0]}-{place[1]}"):
+        for place in order:
+            if not claim(claims, f"{place[0]}-{place[1]}"):
                 continue
-            store.write(place, _tile(call, made, store, cache, place, layout))
+            store.write(place, _tile(call, made, store, held, place, layout))
             if progress is not None and crew.leads:
-                done = len(os.listdir(claims)) if crew.size > 1 else len(store.places) - already
-                progress("tiles", min(1.0, (already + done) / len(store.places)))
-
-
-def _features(made: Stream, store: KernelStore, layout: Layout, key: Key) -> TangentFeatures:
-    side, k = key
-    return made.part(side, store.slices((k, k))[side], layout.pass_samples)
+                # A tile that is claimed is nearly made.
+                progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
 
 
 def _tile(
-    call: str, made: Stream, store: KernelStore, cache: FeatureCache, place: Place, layout: Layout
-) -> dict[str, Tensor]:
+    call: str, made: Stream, store: KernelStore, held: Held[TangentFeatures], place: Place, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
     """The kernels of one tile, one a block or their sum."""
-    one, other = keys_of(place, symmetric=store.symmetric)
-    left, right = cache.get(one), None if one == other else cache.get(other)
+    left, other = held.pair(place)
+    right = None if other is left else other
     blocks = contracted(left, right, made.outputs, layout.working_bytes)
-    kernels = dict(blocks) if made.by_block else {"": summed(blocks)}
-    for kernel in kernels.values():
-        if not bool(torch.isfinite(kernel).all()):
-            raise TangentError(
-                f"{call}: the kernel of samples {store.slices(place)[0].start} and after overflows {kernel.dtype}; "
-                "use dtype=torch.float64 (--float64)"
-            )
-    return kernels
+    for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
+        _check_entries(call, kernel)
+        yield name, kernel
+
+
+def _check_entries(call: str, kernel: Tensor) -> None:
+    if not bool(torch.isfinite(kernel).all()):
+        raise TangentError(
+            f"{call}: the kernel has entries that overflow {kernel.dtype}; use dtype=torch.float64 (--float64)"
+        )
 
 
 def _finish(call: str, store: KernelStore) -> None:

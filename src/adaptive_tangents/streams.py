@@ -7,6 +7,7 @@ from glob import escape
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from adaptive_tangents.capture import Capture
@@ -75,11 +76,11 @@ class Stream:
         assert batch is not None
         return self.features(take(batch, rows), pass_samples)
 
-    def probed(self) -> tuple[float, ...]:
+    def probed(self) -> Float[Tensor, " k"]:
         """The kernel's trace of each of a few samples with itself: nearly the same for the same network anywhere."""
         index = self.capture.probe.index
         feats = self.features(take(self.x, index.to(_device(self.x))), len(index))
-        return tuple(feats.kernel(outputs="trace").diagonal().tolist())
+        return feats.kernel(outputs="trace").diagonal()
 
     def some(self) -> TangentFeatures:
         """The features of a few samples, from which the cost of all of them is known."""

@@ -1,31 +1,56 @@
 """In which order the tiles of a kernel are made, by whom, and which captured features are kept for the next ones."""
 
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
-from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.stores import Place
 
-Place = tuple[int, int]
 Key = tuple[int, int]  # features of a tile's samples: 0 for x and 1 for x2, and which
 
+_Features = TypeVar("_Features")
 
-class FeatureCache:
-    """Features of the tiles' samples, made when first asked for; the least recently used go when there are too many."""
 
-    def __init__(self, make: Callable[[Key], TangentFeatures], capacity: int) -> None:
-        self.make, self.capacity = make, capacity
+class Held(Generic[_Features]):
+    """Features of the tiles' samples, made when first needed, at most ``capacity`` at a time.
+
+    The order of the tiles is known, so the ones to go are those that are needed again last: no rule captures less often.
+    """
+
+    def __init__(
+        self, make: Callable[[Key], _Features], order: Sequence[Place], capacity: int, *, symmetric: bool
+    ) -> None:
+        self.make, self.capacity, self.symmetric = make, capacity, symmetric
         self.captured = 0
-        self._held: OrderedDict[Key, TangentFeatures] = OrderedDict()
+        self._held: dict[Key, _Features] = {}
+        self._places = {place: k for k, place in enumerate(order)}
+        self._uses: dict[Key, list[int]] = {}
+        for k, place in enumerate(order):
+            for key in keys_of(place, symmetric=symmetric):
+                self._uses.setdefault(key, []).append(k)
 
-    def get(self, key: Key) -> TangentFeatures:
-        """The features of one range of samples."""
-        if key not in self._held:
-            while len(self._held) >= self.capacity:
-                self._held.popitem(last=False)
-            self._held[key] = self.make(key)
-            self.captured += 1
-        self._held.move_to_end(key)
-        return self._held[key]
+    def pair(self, place: Place) -> tuple[_Features, _Features]:
+        """The features of a tile's rows and columns; the same ones twice on the diagonal."""
+        keys = keys_of(place, symmetric=self.symmetric)
+        for key in keys:
+            if key not in self._held:
+                self._make_room(self._places[place], keys)
+                self._held[key] = self.make(key)
+                self.captured += 1
+        return self._held[keys[0]], self._held[keys[1]]
+
+    def _make_room(self, now: int, needed: tuple[Key, Key]) -> None:
+        while len(self._held) >= self.capacity:
+            free = [key for key in self._held if key not in needed]
+            if not free:
+                return
+            del self._held[max(free, key=lambda key: self._next(key, now))]
+
+    def _next(self, key: Key, now: int) -> int:
+        """When features are needed next, in tiles from the first."""
+        uses = self._uses[key]
+        following = bisect_right(uses, now)
+        return uses[following] if following < len(uses) else len(self._places)
 
 
 def keys_of(place: Place, *, symmetric: bool) -> tuple[Key, Key]:
@@ -35,43 +60,36 @@ def keys_of(place: Place, *, symmetric: bool) -> tuple[Key, Key]:
 
 def captures(order: Sequence[Place], capacity: int, *, symmetric: bool) -> int:
     """How many times features are captured when tiles are made in this order."""
-    held: OrderedDict[Key, None] = OrderedDict()
-    count = 0
+    held = Held(lambda key: key, order, capacity, symmetric=symmetric)
     for place in order:
-        for key in keys_of(place, symmetric=symmetric):
-            if key not in held:
-                count += 1
-                while len(held) >= capacity:
-                    held.popitem(last=False)
-            held[key] = None
-            held.move_to_end(key)
-    return count
+        held.pair(place)
+    return held.captured
 
 
 def ordered(places: Sequence[Place], capacity: int, *, symmetric: bool) -> list[Place]:
     """Tiles in the order of fewest captures: as many rows as are held at a time, columns streamed past them.
 
-    For N tiles a side of which ``capacity`` are held that is about N²/2·capacity captures, N where all are held.
+    For N tiles a side of which k are held that is about N²/2k captures, N where all are held.
     """
-    options = [_streamed(places, capacity)]
-    if not symmetric:
-        options.append([(i, j) for j, i in _streamed([(j, i) for i, j in places], capacity)])
-    return min(options, key=lambda order: captures(order, capacity, symmetric=symmetric))
+    height = max(1, capacity - 1)
+    if symmetric:
+        return _past_ranges(places, height, own_first=True)
+    turned = _past_ranges([(j, i) for i, j in places], height, own_first=False)
+    options = [_past_ranges(places, height, own_first=False), [(i, j) for j, i in turned]]
+    return min(options, key=lambda order: captures(order, capacity, symmetric=False))
 
 
-def _streamed(places: Sequence[Place], capacity: int) -> list[Place]:
-    """Ranges of rows; past each first the columns of the same numbers, then the others towards the next range."""
-    wanted, height = set(places), max(1, capacity - 1)
-    rows = sorted({i for i, _ in places})
-    columns = sorted({j for _, j in places})
+def _past_ranges(places: Sequence[Place], height: int, *, own_first: bool) -> list[Place]:
+    """Columns past ranges of ``height`` rows: to and fro, or the columns of the range's own samples, then towards them."""
+    wanted = set(places)
+    rows, columns = sorted({i for i, _ in places}), sorted({j for _, j in places})
     order: list[Place] = []
     for turn, start in enumerate(range(0, len(rows), height)):
         here = rows[start : start + height]
-        own = [j for j in columns if here[0] <= j <= here[-1]]
-        rest = [j for j in columns if not here[0] <= j <= here[-1]]
-        # Where rows and columns are the same samples the last column is the next row; else the next range begins with it.
-        triangle = all(i <= j for i, j in places)
-        rest = rest[::-1] if triangle or turn % 2 else rest
+        own = [j for j in columns if own_first and here[0] <= j <= here[-1]]
+        rest = [j for j in columns if j not in own]
+        # The last column is held already where the next range begins: by its first row, or by its own last column.
+        rest = rest[::-1] if own_first or turn % 2 else rest
         order += [(i, j) for j in own + rest for i in here if (i, j) in wanted]
     return order
 

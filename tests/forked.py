@@ -1,0 +1,143 @@
+"""Processes for tests of stored kernels: torch is imported once, and children that make one store are forked from here.
+
+``python tests/forked.py killed FOLDER`` kills a writer at random moments until a store has survived; ``together`` has several
+processes of one group make one.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zarr  # noqa: F401  (once here, not in every child)
+
+import adaptive_tangents as at
+from adaptive_tangents.stores import KernelStore, read_meta
+from stored import LIMIT, data, files, network
+
+KILLS = 24
+
+
+def make(path: Path, **options: Any) -> at.KernelStore:
+    given = {"tile": 4, "memory_limit": LIMIT, "resume": True} | options
+    return at.kernel_to_store(given.pop("model", network()), given.pop("x", data(40)), path, **given)
+
+
+def fork(function: Callable[[], object]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except at.TangentError as error:
+            print(f"refused: {error}", flush=True)
+            code = 3
+        finally:
+            os._exit(code)
+    return pid
+
+
+def code_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed(folder: Path) -> None:
+    """Kill at random moments: what is there is always sound, and the end is that of a run that nobody killed."""
+    expected = folder / "expected.zarr"
+    started = time.monotonic()
+    assert code_of(fork(lambda: make(expected))) == 0
+    took = time.monotonic() - started
+    draw, kills, stores = random.Random(0), 0, 0
+    path = folder / "0.zarr"
+
+    def resume() -> None:
+        if read_meta(path) is not None:
+            found = at.open_kernel(path)
+            assert found.verify() == []
+            assert not (found.complete and found.missing())
+        make(path)
+
+    while kills < KILLS:
+        pid = fork(resume)
+        time.sleep(draw.uniform(0, 0.8 * took))
+        os.kill(pid, signal.SIGKILL)
+        code = code_of(pid)
+        assert code in (0, -signal.SIGKILL), code
+        kills += code != 0
+        if code == 0:
+            assert files(path) == files(expected)
+            stores += 1
+            path = folder / f"{stores}.zarr"
+    assert code_of(fork(resume)) == 0
+    assert files(path) == files(expected)
+    print(f"{kills} kills, {stores + 1} stores")
+
+
+def together(folder: Path) -> None:
+    """Two and three processes make what one makes; an error of one is the error of all; none is left without work."""
+    assert code_of(fork(lambda: make(folder / "expected.zarr"))) == 0
+
+    def member(rank: int, size: int, path: Path, prepare: Callable[[int], dict[str, Any]]) -> None:
+        meeting = f"file://{path}.meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        make(path, **prepare(rank))
+
+    def run(size: int, path: Path, prepare: Callable[[int], dict[str, Any]]) -> list[int]:
+        members = [fork(lambda rank=rank: member(rank, size, path, prepare)) for rank in range(size)]
+        return [code_of(pid) for pid in members]
+
+    for size in (2, 3):
+        path = folder / f"{size}.zarr"
+        assert run(size, path, lambda rank: {}) == [0] * size
+        assert files(path) == files(folder / "expected.zarr")
+
+    # Other data at one process.
+    assert run(2, folder / "other.zarr", lambda rank: {"x": data(40, seed=rank)}) == [3, 3]
+    assert not at.open_kernel(folder / "other.zarr").complete
+
+    # One that is slow leaves its share to the other.
+    def slow(rank: int) -> dict[str, Any]:
+        write = KernelStore.write
+
+        def counted(self: KernelStore, place: tuple[int, int], kernels: Any) -> None:
+            (folder / f"by-{rank}-{place[0]}-{place[1]}").touch()
+            time.sleep(0.6 if rank else 0)
+            write(self, place, kernels)
+
+        KernelStore.write = counted  # type: ignore[method-assign]
+        return {}
+
+    assert run(2, folder / "slow.zarr", slow) == [0, 0]
+    by = [sum(1 for _ in folder.glob(f"by-{rank}-*")) for rank in (0, 1)]
+    assert sum(by) == 55
+    print(f"tiles by a quick and by a slow process: {by}")
+    assert by[0] > 40
+    assert files(folder / "slow.zarr") == files(folder / "expected.zarr")
+
+
+def rank(folder: Path) -> None:
+    """What torchrun starts: the second process kills itself after three tiles, at its first start."""
+    kill = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    write, written = KernelStore.write, []
+
+    def limited(self: KernelStore, place: tuple[int, int], kernels: Any) -> None:
+        write(self, place, kernels)
+        written.append(place)
+        if kill and len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    KernelStore.write = limited  # type: ignore[method-assign]
+    make(folder / "K.zarr")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"killed": killed, "together": together, "rank": rank}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,28 @@
+"""What tests of stored kernels share: a small network and its data, stores compared file by file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cases import mlp, normal
+
+LIMIT = 200_000_000  # bytes; given, so that no layout depends on what is free
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return mlp(nn.Tanh, widths=(6, 8, 3)).eval()
+
+
+def data(n: int = 11, seed: int = 0) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return normal(n, 6)
+
+
+def files(path: Path) -> Mapping[str, bytes]:
+    """Everything in a store, by its place."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
