@@ -22,6 +22,15 @@ def test_the_structure_made_in_the_docs_is_fitted_and_certified(capsys: pytest.C
     assert re.search(r"tensor\(\[\d", capsys.readouterr().out)
 
 
+def test_the_page_on_stored_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "stored_kernels.md").read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile("\n".join(blocks), "docs/stored_kernels.md", "exec"), {"__name__": "docs"})
+    assert "dense" in capsys.readouterr().out
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.Structure)} - ABSTRACT

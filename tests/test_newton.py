@@ -17,6 +17,7 @@ from adaptive_tangents.model import Problem
 from adaptive_tangents.solvers import check_choice
 from adaptive_tangents.systems import (
     DenseKernel,
+    FeatureProducts,
     Kernel,
     PrimalKernel,
     RoundedKernel,
@@ -293,8 +294,8 @@ def test_every_form_inverts_the_same_systems(kind: str) -> None:
     kernel: Kernel = {
         "dense": lambda: DenseKernel(case.feats.kernel().flatten(2).flatten(0, 1)),
         "primal": lambda: PrimalKernel(case.feats),
-        "sketched": lambda: SketchedKernel(case.feats, 4),
-        "rounded": lambda: RoundedKernel(case.feats),
+        "sketched": lambda: SketchedKernel(FeatureProducts(case.feats), 4),
+        "rounded": lambda: RoundedKernel(FeatureProducts(case.feats)),
     }[kind]()
     exact = case.rows @ case.rows.mT
     generator = torch.Generator().manual_seed(0)
@@ -319,11 +320,11 @@ def test_constraints_missed_by_more_than_rounding_are_not_called_met(monkeypatch
 
 def test_partial_cholesky_of_full_rank_is_the_kernel() -> None:
     case = problem(6, n=7, c=2, shapes=SHAPES)
-    columns, left = partial_cholesky(case.feats, 14)
+    columns, left = partial_cholesky(FeatureProducts(case.feats), 14)
     exact = case.rows @ case.rows.mT
     torch.testing.assert_close(columns @ columns.mT, exact, rtol=1e-9, atol=1e-9)
     assert left < 1e-10
-    some, more = partial_cholesky(problem(6, n=40, c=2, shapes=SHAPES).feats, 10)
+    some, more = partial_cholesky(FeatureProducts(problem(6, n=40, c=2, shapes=SHAPES).feats), 10)
     assert some.shape[1] < 80
     assert more > 0
 

@@ -35,13 +35,16 @@ from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit, Round
 from adaptive_tangents.induced import Composition, Induced, Penalty, shares
+from adaptive_tangents.kernel_fits import KernelFit
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes
 from adaptive_tangents.modules import TangentModule
+from adaptive_tangents.operators import KernelEigen, KernelOperator, kernel_eigen, kernel_operator
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
 from adaptive_tangents.proximal import ProximalFit, proximal_gradient
+from adaptive_tangents.regression import KernelRegression, kernel_regression
 from adaptive_tangents.sketch_files import append_sketch, load_sketch, save_sketch
 from adaptive_tangents.sketches import Sketch, SketchedFeatures, SketchedKernel, SketchedMeasure, sketch_features
 from adaptive_tangents.solvers import certify, fit
@@ -60,6 +63,7 @@ from adaptive_tangents.structures import (
     Solution,
     Structure,
 )
+from adaptive_tangents.tiled import KernelBlock, SharedKernel
 
 __version__ = "0.1.0"
 
@@ -80,8 +84,13 @@ __all__ = [
     "Fixed",
     "Full",
     "Induced",
+    "KernelBlock",
     "KernelChange",
+    "KernelEigen",
+    "KernelFit",
+    "KernelOperator",
     "KernelPart",
+    "KernelRegression",
     "KernelStore",
     "LayerScale",
     "Left",
@@ -97,6 +106,7 @@ __all__ = [
     "Right",
     "Round",
     "Rows",
+    "SharedKernel",
     "Sketch",
     "SketchedFeatures",
     "SketchedKernel",
@@ -120,6 +130,9 @@ __all__ = [
     "fit",
     "fit_path",
     "kernel_change",
+    "kernel_eigen",
+    "kernel_operator",
+    "kernel_regression",
     "kernel_to_store",
     "leave_one_out",
     "load_sketch",

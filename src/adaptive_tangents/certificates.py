@@ -1,16 +1,18 @@
 """What a fit says of its solution: how well it meets constraints, how stationary it is, how far below any other could be."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from adaptive_tangents.fits import Fit, Round
-from adaptive_tangents.losses import SquaredError
+from adaptive_tangents.losses import Loss, SquaredError
 from adaptive_tangents.model import Point, Problem, Vector
+from adaptive_tangents.structures import Structure
 
-_FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
+FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
 _SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
 
 
@@ -34,13 +36,13 @@ def certified(problem: Problem, point: Point, alpha: Vector, record: Record, *, 
     if squared:
         size = float(problem.targets.norm())
         feasibility = float((outputs - problem.targets).norm()) / size if size > 0 else 0.0
-    if converged and loss.interpolates and feasibility is not None and feasibility > _FEASIBLE:
+    if converged and loss.interpolates and feasibility is not None and feasibility > FEASIBLE:
         converged = False
         reason = (
             f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the "
             f"{problem.form} form; use form='dense' or a positive ridge"
         )
-    bound, why = lower_bound(problem, alpha)
+    bound, why = lower_bound(structure, loss, problem.combine(alpha), alpha)
     return Fit(
         coefficients=point.coefficients, transforms=point.solution.transforms, dual=alpha.reshape(n, c),
         structure=structure, loss="squared error" if squared else "cross-entropy", ridge=loss.ridge,
@@ -52,13 +54,16 @@ def certified(problem: Problem, point: Point, alpha: Vector, record: Record, *, 
     )  # fmt: skip
 
 
-def lower_bound(problem: Problem, alpha: Tensor) -> tuple[float | None, str]:
-    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one."""
-    generators = problem.combine(alpha)
+def lower_bound(
+    structure: Structure, loss: Loss, generators: Mapping[str, Tensor], alpha: Tensor
+) -> tuple[float | None, str]:
+    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one.
+
+    ``generators`` are Σ α_kΦ(x_k), one matrix a block, or matrices for which Ω̃* is the same.
+    """
 
     def value(s: float) -> float:
-        penalty = problem.structure.dual({name: 2 * s * g for name, g in generators.items()})
-        return problem.loss.bound(2 * s * alpha) - penalty
+        return loss.bound(2 * s * alpha) - structure.dual({name: 2 * s * g for name, g in generators.items()})
 
     if not bool(alpha.any()):
         return value(0.0), "the targets are zero"

@@ -1,6 +1,6 @@
 """Structures by pattern: other transforms, or other strengths, for other blocks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -77,6 +77,20 @@ class Mixed(Structure):
         groups = self.groups(feats.blocks)
         made = {pattern: self.structures[pattern].prepared(_only(feats, names)) for pattern, names in groups.items()}
         return Mixed({**self.structures, **made})
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+        if not names:
+            return {}
+        found: dict[str, tuple[str, ...]] = {}
+        for pattern, held in self.groups(names).items():
+            part = self.structures[pattern].norms_of(held)
+            if part is None:
+                return None
+            found |= part
+        return found
+
+    def with_scales(self, scales: Mapping[str, float]) -> "Mixed":
+        return Mixed({pattern: structure.with_scales(scales) for pattern, structure in self.structures.items()})
 
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         return {name: structure.rotates([name])[name] for name, structure in self.of_blocks(names).items()}

@@ -13,7 +13,15 @@ from torch import Tensor
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.losses import Loss, SquaredError
 from adaptive_tangents.structures import Fixed, Matrices, Solution, Structure
-from adaptive_tangents.systems import DenseKernel, Kernel, PrimalKernel, RoundedKernel, SketchedKernel, Solve
+from adaptive_tangents.systems import (
+    DenseKernel,
+    FeatureProducts,
+    Kernel,
+    PrimalKernel,
+    RoundedKernel,
+    SketchedKernel,
+    Solve,
+)
 from adaptive_tangents.transforms import Transform, squared, transform_matrices
 
 Vector = Float[Tensor, " k"]
@@ -144,7 +152,8 @@ class Problem:
             return DenseKernel(adapted.kernel().reshape(size, size), self.kept)
         if self.form == "primal":
             return PrimalKernel(adapted)
-        return RoundedKernel(adapted) if self.rank is None else SketchedKernel(adapted, self.rank)
+        products = FeatureProducts(adapted)
+        return RoundedKernel(products) if self.rank is None else SketchedKernel(products, self.rank)
 
     def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
         """The step for w = w₀ + φᵀη: see ``systems``."""

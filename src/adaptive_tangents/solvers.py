@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 from jaxtyping import Shaped
@@ -24,6 +24,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit, Round
 from adaptive_tangents.goals import LossName, check_choice, goal_of
+from adaptive_tangents.kernel_fits import KernelFit, fit_kernel
 from adaptive_tangents.losses import SquaredError
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import as_structure
@@ -33,6 +34,7 @@ from adaptive_tangents.spectral import TwoSided
 from adaptive_tangents.structures import Matrices, Structure, check_sketch
 from adaptive_tangents.subspaces import compressed
 from adaptive_tangents.systems import DenseKernel
+from adaptive_tangents.tiled import Kernels
 from adaptive_tangents.transforms import is_identity
 
 Progress = Callable[[int, float], None]
@@ -49,8 +51,24 @@ _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is mad
 _ROUNDED_COPIES = 3  # the factor in use, while the next is made
 
 
+@overload
 def fit(
-    feats: TangentFeatures,
+    feats: TangentFeatures, r: Shaped[Tensor, "..."], *,
+    structure: Structure | Mapping[str, Structure] | None = None, loss: LossName = "squared",
+    offset: Shaped[Tensor, "n c"] | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
+    solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> Fit: ...  # fmt: skip
+@overload
+def fit(
+    feats: Kernels, r: Shaped[Tensor, "..."], *,
+    structure: Structure | Mapping[str, Structure] | None = None, loss: LossName = "squared",
+    offset: Shaped[Tensor, "n c"] | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
+    solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> KernelFit: ...  # fmt: skip
+def fit(
+    feats: TangentFeatures | Kernels,
     r: Shaped[Tensor, "..."],
     *,
     structure: Structure | Mapping[str, Structure] | None = None,
@@ -62,8 +80,9 @@ def fit(
     solver: Solver = "newton",
     form: Form = "auto",
     start: Fit | None = None,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
-) -> Fit:
+) -> Fit | KernelFit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
     ``r`` (n, c), or (n,) where c = 1, holds targets minus f(x;θ₀). ``ridge`` ρ > 0 replaces the constraint by
@@ -76,6 +95,10 @@ def fit(
     fall back on "anderson"), the "alternation", or that extrapolated, "anderson". ``form`` of the linear systems: "dense"
     factorises K_M (nc, nc), "primal" a matrix (p, p), "matrix-free" neither; "auto" the first of them that memory allows.
     ``start`` is a fit of the same features to begin from, as along a path of strengths.
+
+    In place of features a kernel will do, a store, a tensor or a mapping of blocks to tensors, for structures whose Ω̃ depends
+    on norms of blocks only (``Fixed``, ``Full``, ``LayerScale``), squared error, "newton" or the "alternation": that gives
+    a ``KernelFit``. ``memory_limit`` (default: that of the features, or half of what is free) decides the form.
     Source: LeJeune & Alemohammad, CPAL 2024, §3; certificates in docs/architecture.md.
 
     Raises TangentError for shapes that do not fit, non-finite targets, labels out of range, a negative ρ, patterns that do
@@ -89,6 +112,13 @@ def fit(
     True
     """
     structure = as_structure(structure) if structure is not None else TwoSided()
+    if not isinstance(feats, TangentFeatures):
+        _check_for_kernels(loss, offset, start)
+        return fit_kernel(
+            feats, r, structure=structure, ridge=ridge, tol=tol, max_rounds=max_rounds, solver=solver, form=form,
+            memory_limit=memory_limit, progress=progress,
+        )  # fmt: skip
+    feats = feats if memory_limit is None else replace(feats, limit=memory_limit)
     check_sketch("fit", structure, feats)
     check_choice("solver", solver, get_args(Solver))
     check_choice("form", form, get_args(Form))
@@ -145,6 +175,19 @@ def certify(
     problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
     matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in given.items()}
     return replace(_Search(problem, tol, 1, "newton", None).examine(matrices), features=feats)
+
+
+def _check_for_kernels(loss: str, offset: Tensor | None, start: Fit | None) -> None:
+    """Raise TangentError for what kernels alone do not allow."""
+    for given, what in (
+        (loss != "squared", f"loss={loss!r}"),
+        (offset is not None, "offset"),
+        (start is not None, "start"),
+    ):
+        if given:
+            raise TangentError(
+                f"fit: {what} needs features, and this is a kernel; fit to tangent_features(model, x), or leave it out"
+            )
 
 
 def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:

@@ -7,7 +7,7 @@ and write ``block_solution`` (all of it comes from one decomposition of B) and `
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
@@ -67,6 +67,17 @@ class Structure(ABC):
         Where it does, and rows or columns of zeros add nothing, ``fit`` works in the subspace that the features span.
         """
         return dict.fromkeys(names, (False, False))
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+        """Groups of blocks, by the first of their names, whose joint norms are all of β that Ω̃ depends on; None if it is not.
+
+        Where it is, kernels are all that a fit needs. Without names there is the whole, ""; {} says that blocks are needed.
+        """
+        return None
+
+    def with_scales(self, scales: Mapping[str, float]) -> "Structure":
+        """What ``prepared`` makes of it, from the root mean square norms of the blocks' features."""
+        return self
 
     @abstractmethod
     def solution(self, coefficients: Matrices) -> Solution:
@@ -143,7 +154,10 @@ class BlockStructure(Structure):
         return self
 
     def prepared(self, feats: TangentFeatures) -> "BlockStructure":
-        return replace(self, scales=kernel_scales(feats)) if self.scale_invariant else self
+        return self.with_scales(kernel_scales(feats)) if self.scale_invariant else self
+
+    def with_scales(self, scales: Mapping[str, float]) -> "BlockStructure":
+        return replace(self, scales=dict(scales)) if self.scale_invariant else self
 
     def solution(self, coefficients: Matrices) -> Solution:
         return joined_solution([self._of_block(name, matrix) for name, matrix in coefficients.items()])
@@ -255,6 +269,9 @@ class Fixed(BlockStructure):
 
     whole_blocks = True
 
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return _together(names)
+
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         return dict.fromkeys(names, (True, True))
 
@@ -279,6 +296,9 @@ class Full(Structure):
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
     whole_blocks = True
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return _together(names)
 
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         return dict.fromkeys(names, (True, True))
@@ -307,6 +327,11 @@ class Full(Structure):
 def _shrinkage(penalty: Penalty, norms: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
     """What the proximal operator of ω̃ multiplies these norms by."""
     return torch.where(norms > 0, penalty.induced().proximal(norms, step) / norms, 0.0)
+
+
+def _together(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """All blocks as one."""
+    return {names[0] if names else "": tuple(names)}
 
 
 def _norm(matrices: Matrices) -> Float[Tensor, " 1"]:
@@ -365,6 +390,9 @@ class LayerScale(Grouped):
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
     whole_blocks = True
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return {name: (name,) for name in names}
 
     @property
     def dimensions(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ v = ½MᵀM(w₀ + φᵀu), and u (nc,) solves a system in K_M.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -33,12 +34,12 @@ class Factorised:
     factor: Float[Tensor, "k k"] = field(repr=False)
     jitter: float
 
-    def solve(self, r: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """(K + ρI)⁻¹ r."""
+    def solve(self, r: Float[Tensor, "k *m"]) -> Float[Tensor, "k *m"]:
+        """(K + ρI)⁻¹ r, of one right side or of several."""
         # Two triangular solves: several times faster than cholesky_solve for one right side.
-        half = torch.linalg.solve_triangular(self.factor, r[:, None], upper=False)
-        found: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)[:, 0]
-        return found
+        half = torch.linalg.solve_triangular(self.factor, r.reshape(len(r), -1), upper=False)
+        found: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        return found.reshape(r.shape)
 
 
 def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
@@ -133,15 +134,54 @@ class PrimalKernel(Kernel):
         return lambda x: x - rows @ factor.solve(rows.mT @ x)
 
 
+@runtime_checkable
+class Products(Protocol):
+    """What is asked of a kernel that is never formed in float64: products, and parts of it for a preconditioner."""
+
+    n: int
+    c: int
+
+    def apply(self, x: Float[Tensor, "k *m"]) -> Float[Tensor, "k *m"]:
+        """K x."""
+
+    def rounded(self) -> Float[Tensor, "k k"]:
+        """All of it, in float32."""
+
+    def entries(self) -> Float[Tensor, " k"]:
+        """Its diagonal."""
+
+    def columns(self, chosen: Int[Tensor, " q"]) -> Float[Tensor, "k m"]:
+        """All outputs' columns of these samples."""
+
+
+class FeatureProducts:
+    """The kernel of features by products with them."""
+
+    def __init__(self, adapted: TangentFeatures) -> None:
+        self.adapted, self.n, self.c = adapted, adapted.n, adapted.c
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.adapted.inner(self.adapted.combine(x.reshape(self.n, self.c))).flatten()
+
+    def rounded(self) -> Tensor:
+        return self.adapted.to(torch.float32).kernel().reshape(self.n * self.c, self.n * self.c)
+
+    def entries(self) -> Tensor:
+        parts = (self.adapted[k : k + _CHUNK] for k in range(0, self.n, _CHUNK))
+        return torch.cat([part.kernel().flatten(2).flatten(0, 1).diagonal() for part in parts])
+
+    def columns(self, chosen: Tensor) -> Tensor:
+        return self.adapted.kernel(self.adapted[chosen]).reshape(self.n * self.c, -1)
+
+
 class FreeKernel(Kernel):
     """The kernel by its products in float64, its systems by conjugate gradients with what ``near`` knows of it."""
 
-    def __init__(self, adapted: TangentFeatures) -> None:
-        self.adapted = adapted
+    def __init__(self, products: Products) -> None:
+        self.products = products
 
     def apply(self, x: Tensor) -> Tensor:
-        matrices = self.adapted.combine(x.reshape(self.adapted.n, self.adapted.c))
-        return self.adapted.inner(matrices).flatten()
+        return self.products.apply(x)
 
     def shifted(self, ridge: float) -> Solve:
         near = self.near_shifted(ridge)
@@ -172,9 +212,9 @@ class SketchedKernel(FreeKernel):
     2023), some at a time; the seed is fixed.
     """
 
-    def __init__(self, adapted: TangentFeatures, rank: int) -> None:
-        super().__init__(adapted)
-        self.columns, self.rest = partial_cholesky(adapted, rank)
+    def __init__(self, products: Products, rank: int, chunk: int = _CHUNK) -> None:
+        super().__init__(products)
+        self.columns, self.rest = partial_cholesky(products, rank, chunk)
 
     def near_shifted(self, ridge: float) -> Solve:
         return _low_rank_inverse(self.columns, ridge + self.rest)
@@ -187,13 +227,13 @@ class RoundedKernel(FreeKernel):
     """Formed and factorised in float32, a preconditioner so close that few products in float64 are needed."""
 
     def near_shifted(self, ridge: float) -> Solve:
-        matrix = self._rounded()
+        matrix = self.products.rounded()
         matrix.diagonal().add_(ridge)
         return _rounded_inverse(matrix)
 
     def near_rooted(self, root: Root) -> Solve:
         n, c = root.shape[:2]
-        matrix, small = self._rounded(), root.float()
+        matrix, small = self.products.rounded(), root.float()
         # In place, some samples at a time: copies of the whole would be what memory is short of.
         rows, columns = matrix.reshape(n, c, n * c), matrix.reshape(n * c, n, c)
         for k in range(0, n, _CHUNK):
@@ -202,10 +242,6 @@ class RoundedKernel(FreeKernel):
             columns[:, part] = torch.einsum("rlc,lcd->rld", columns[:, part], small[part])
         matrix.diagonal().add_(1)
         return _rounded_inverse(matrix)
-
-    def _rounded(self) -> Float[Tensor, "k k"]:
-        size = self.adapted.n * self.adapted.c
-        return self.adapted.to(torch.float32).kernel().reshape(size, size)
 
 
 def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
@@ -223,7 +259,8 @@ def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
     solve = Factorised(factor, added).solve
 
     def near(x: Tensor) -> Tensor:
-        size = float(x.norm()) or 1.0  # single precision has a narrower range
+        size = x.norm(dim=0)  # single precision has a narrower range
+        size = torch.where(size > 0, size, 1.0)
         return solve((x / size).to(factor.dtype)).to(x.dtype) * size
 
     return near
@@ -241,53 +278,82 @@ def _low_rank_inverse(columns: Float[Tensor, "k m"], shift: float) -> Solve:
     return lambda x: (x - columns @ factor.solve(columns.mT @ x)) / shift
 
 
-def conjugate_gradients(apply: Solve, b: Float[Tensor, " k"], near: Solve) -> Float[Tensor, " k"]:
+@dataclass(frozen=True)
+class Iterated:
+    """What conjugate gradients found of A⁻¹B: the largest relative residual of a column, and after how many products."""
+
+    solution: Float[Tensor, "k *m"] = field(repr=False)
+    residual: float
+    steps: int
+
+
+def conjugate_gradients(apply: Solve, b: Float[Tensor, "k *m"], near: Solve) -> Float[Tensor, "k *m"]:
     """A⁻¹b to a relative residual of 1e-12, or as near as float64 comes; ``near`` is about A⁻¹."""
-    x, residual = torch.zeros_like(b), b.clone()
-    size = float(b.norm())
-    if size == 0:
-        return x
-    moved = near(residual)
-    direction, product = moved, float(residual @ moved)
-    best, best_size, since = x, size, 0
-    for _ in range(_CG_STEPS):
+    return iterate(apply, b, near).solution
+
+
+def iterate(
+    apply: Solve,
+    b: Float[Tensor, "k *m"],
+    near: Solve,
+    *,
+    tol: float = _CG_TOLERANCE,
+    most: int = _CG_STEPS,
+    start: Float[Tensor, "k *m"] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Iterated:
+    """Conjugate gradients on A x = b, all columns of b at once, each with directions of its own; the best iterate of each."""
+    x = torch.zeros_like(b) if start is None else start.clone()
+    residual = b.clone() if start is None else b - apply(x)
+    size = b.norm(dim=0)
+    direction = moved = near(residual)
+    product = _inner(residual, moved)
+    best, best_size, since, steps = x, residual.norm(dim=0), 0, 0
+    while steps < most and bool((best_size > tol * size).any()) and since <= 100:
+        steps += 1
         image = apply(direction)
-        length = product / float(direction @ image)
+        length = _ratio(product, _inner(direction, image))
         before, x, residual = residual, x + length * direction, residual - length * image
-        left = float(residual.norm())
-        if left < best_size:
-            best, best_size, since = x, left, 0
-        else:
-            since += 1
-        if left <= _CG_TOLERANCE * size or since > 100:
-            break
+        left = residual.norm(dim=0)
+        better = left < best_size
+        since = 0 if bool(better.any()) else since + 1
+        best, best_size = torch.where(better, x, best), torch.where(better, left, best_size)
+        if progress is not None:
+            progress(steps, float(_ratio(best_size, size).max()))
         moved = near(residual)
         # The change alone, as ``near`` may be rounded more than the rest: directions stay conjugate.
-        ratio = float((residual - before) @ moved) / product
-        product = float(residual @ moved)
+        ratio = _ratio(_inner(residual - before, moved), product)
+        product = _inner(residual, moved)
         direction = moved + ratio * direction
-    return best
+    return Iterated(best, float(_ratio(best_size, size).max()), steps)
 
 
-def partial_cholesky(feats: TangentFeatures, rank: int) -> tuple[Float[Tensor, "k m"], float]:
-    """L with LLᵀ close to the kernel, of about ``rank`` columns, and the mean of the diagonal that is left."""
-    n, c = feats.n, feats.c
-    diagonal = torch.cat(
-        [
-            part.kernel().flatten(2).flatten(0, 1).diagonal()
-            for part in (feats[k : k + _CHUNK] for k in range(0, n, _CHUNK))
-        ]
-    )
+def _inner(x: Float[Tensor, "k *m"], y: Float[Tensor, "k *m"]) -> Float[Tensor, "*m"]:
+    return (x * y).sum(0)
+
+
+def _ratio(a: Float[Tensor, "*m"], b: Float[Tensor, "*m"]) -> Float[Tensor, "*m"]:
+    """a/b, and zero where b is: a column that is solved moves no further."""
+    return torch.where(b != 0, a / b, 0.0)
+
+
+def partial_cholesky(kernel: Products, rank: int, chunk: int = _CHUNK) -> tuple[Float[Tensor, "k m"], float]:
+    """L with LLᵀ close to the kernel, of about ``rank`` columns, and the mean of the diagonal that is left.
+
+    ``chunk`` samples are chosen at a time.
+    """
+    n, c = kernel.n, kernel.c
+    diagonal = kernel.entries()
     total = float(diagonal.sum())
     generator = torch.Generator(device=diagonal.device).manual_seed(0)
     columns = diagonal.new_zeros(n * c, 0)
     left = diagonal.clone()
     while columns.shape[1] < rank and float(left.sum()) > 1e-13 * total:
         weights = left.reshape(n, c).sum(1).clamp_min(0)
-        count = min(_CHUNK, int((weights > 0).sum()))
+        count = min(chunk, int((weights > 0).sum()))
         chosen = torch.multinomial(weights, count, generator=generator)
         rows = (chosen[:, None] * c + torch.arange(c, device=chosen.device)).flatten()
-        block = feats.kernel(feats[chosen]).reshape(n * c, -1) - columns @ columns[rows].mT
+        block = kernel.columns(chosen) - columns @ columns[rows].mT
         # Directions of the pivots that others among them already give are left out.
         values, vectors = torch.linalg.eigh(block[rows])
         wanted = values > 1e-12 * float(diagonal.max())
