@@ -100,8 +100,13 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
     feats = at.tangent_features(torch.nn.Sequential(*layers).double(), torch.randn(8, 6, dtype=torch.float64))
     r = torch.randn(8, 2, dtype=torch.float64)
     r *= 16 / r.norm()
-    for strength, ridge in itertools.product((1.0, 0.01), (0.0, 0.1)):
-        chosen = at.TwoSided(at.Quadratic(strength))
+    cases: list[tuple[at.Structure, float]] = [
+        (at.TwoSided(at.Quadratic(1.0)), 0.1),
+        (at.TwoSided(at.Quadratic(0.01)), 0.0),
+    ]
+    # Where the curvature jumps, and where the last digits of stationarity are the hardest.
+    cases += [(at.TwoSided(at.Absolute(0.05)), 0.0), (at.Left(at.Quadratic(0.05)), 0.0)]
+    for chosen, ridge in cases:
         found = at.fit(feats, r, structure=chosen, ridge=ridge, tol=1e-12)
         assert found.converged
         assert found.stationarity <= 1e-6
@@ -111,6 +116,19 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
             feats, r, structure=at.TwoSided(at.Quadratic(1.0)), solver="alternation", tol=1e-12, max_rounds=200
         )
     assert not plain.converged
+
+
+def test_a_fit_leaves_a_saddle_in_a_few_steps() -> None:
+    """Where the model has no minimum a step goes on while the objective falls: 79 steps without that, 16 with it."""
+    torch.manual_seed(1)
+    layers = [torch.nn.Linear(16, 512), torch.nn.Tanh(), torch.nn.Linear(512, 512), torch.nn.Tanh()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(512, 1))
+    feats = at.tangent_features(model, torch.randn(12, 16))
+    found = at.fit(feats, 3 * torch.randn(12, 1), structure=at.TwoSided(at.Quadratic(0.1)))
+    assert found.converged
+    assert len(found.history) <= 35
+    for before, after in itertools.pairwise(found.history):
+        assert after.objective <= before.objective * (1 + 1e-12)
 
 
 @few

@@ -27,21 +27,22 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
     **CURVED,
     "Modes": lambda p, q: at.Modes({"out": p, "in": q}),
 }
+EVERY = {**STRUCTURES, "Mixed": lambda p, q: at.Mixed({"block0": at.Diagonal(p), "*": at.Left(p)})}
 COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not convex, and without a dual bound
 INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
 SOLVERS = ("newton", "anderson", "alternation")
-CONVEX = [name for name in STRUCTURES if name not in COMPOSED]
+CONVEX = [name for name in EVERY if name not in COMPOSED]
 few = settings(max_examples=8)
 fewest = settings(max_examples=4)
 seeds = st.integers(0, 10_000)
-names = st.sampled_from(sorted(STRUCTURES))
+names = st.sampled_from(sorted(EVERY))
 ridges = st.one_of(st.just(0.0), st.floats(-4, 3).map(lambda x: 10.0**x))
 strengths = st.floats(-2, 3).map(lambda x: 10.0**x)
 scales = st.floats(-2, 1.5).map(lambda x: 10.0**x)
 
 
 def structure(name: str, one: float = 0.5, other: float = 2.0) -> at.Structure:
-    return STRUCTURES[name](at.Quadratic(one), at.Quadratic(other))
+    return EVERY[name](at.Quadratic(one), at.Quadratic(other))
 
 
 def matrix(kernel: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def rises(found: at.Fit) -> float:
 
 @pytest.mark.parametrize("c", [1, 2])
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_fit_reaches_the_minimum_of_the_joint_problem(name: str, ridge: float, c: int) -> None:
     case = problem(3, c=c, scale=2.0)
     found = at.fit(case.feats, case.r, structure=structure(name), ridge=ridge, **EXACT)
@@ -127,21 +128,21 @@ def _sides(found: at.Fit) -> list[Tensor]:
     sides: list[Tensor] = []
     for name, transform in found.transforms.items():
         o, i = found.coefficients[name].shape
+        whole = found.structure
+        chosen = whole.of_blocks(found.coefficients)[name] if isinstance(whole, at.Mixed) else whole
         if isinstance(transform, at.transforms.Joint):
             b = torch.cat([transform.direction[k].flatten() for k in found.coefficients])
             return [torch.eye(len(b), dtype=b.dtype) + (transform.gain - 1) * torch.outer(b, b)]
         if isinstance(transform, at.transforms.Entrywise):
             sides.append(transform.gains.flatten())
-        elif isinstance(found.structure, at.LayerScale):
+        elif isinstance(chosen, at.LayerScale):
             sides.append(torch.tensor([transform.scale], dtype=torch.float64))
-        elif isinstance(found.structure, at.Rows | at.Columns):
+        elif isinstance(chosen, at.Rows | at.Columns):
             side = transform.left or transform.right
             assert isinstance(side, at.transforms.Scaled)
             sides.append(side.gains)
         else:
-            wanted = {"Fixed": (), "Left": ("left",), "Right": ("right",)}.get(
-                type(found.structure).__name__, ("left", "right")
-            )
+            wanted = {"Fixed": (), "Left": ("left",), "Right": ("right",)}.get(type(chosen).__name__, ("left", "right"))
             for which, size in (("left", o), ("right", i)):
                 side = getattr(transform, which)
                 if which in wanted:
@@ -264,7 +265,7 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
     seed: int, name: str, ridge: float, one: float, other: float, scale: float
 ) -> None:
     case = problem(seed, c=2, scale=scale)
-    found = at.fit(case.feats, case.r, structure=structure(name, one, other), ridge=ridge)
+    found = at.fit(case.feats, case.r, structure=structure(name, one, other), ridge=ridge, tol=1e-11)
     if name in COMPOSED:
         assert found.lower_bound is None
         assert found.gap is None
@@ -273,7 +274,7 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
     assert found.lower_bound is not None
     assert found.lower_bound <= found.objective * (1 + 1e-11)
     assert found.gap is not None
-    assert found.gap < 1e-7  # at the default tolerance: stationarity 1e-4 squared, with room
+    assert found.gap < 1e-8  # at this tolerance: stationarity 3e-6 squared, with room
     # The bound holds for every model: for the truth of a random M too.
     early = _stopped(case, structure(name, one, other), ridge, rounds=1)
     assert early.lower_bound is not None
@@ -317,7 +318,7 @@ def test_accelerated_and_plain_alternation_agree_and_the_first_needs_no_more_rou
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.4])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_penalty_without_limit_recovers_the_fixed_kernel(name: str, ridge: float) -> None:
     case, other = problem(4, c=2), problem(5, n=3, c=2).feats
     fixed = at.fit(case.feats, case.r, structure=at.Fixed(), ridge=ridge)
@@ -331,21 +332,31 @@ def test_a_penalty_without_limit_recovers_the_fixed_kernel(name: str, ridge: flo
         assert errors[0] > 100 * errors[1] > 1e4 * errors[2] / 2
 
 
-@pytest.mark.slow
-def test_without_penalty_left_and_right_tend_to_the_least_nuclear_norm() -> None:
-    """ω̃(v)/(2√λ) → v as λ → 0. That Σσ is least is certified by its own dual: ⟨a, r⟩ with ‖Σ a_kΦ_k‖ = 1."""
+SIZES: dict[str, Callable[[Tensor], Tensor]] = {
+    "Left": torch.linalg.svdvals,
+    "Right": torch.linalg.svdvals,
+    "Diagonal": lambda matrix: matrix.abs().flatten(),
+    "Rows": lambda matrix: matrix.norm(dim=1),
+    "Columns": lambda matrix: matrix.norm(dim=0),
+    "LayerScale": lambda matrix: matrix.norm()[None],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_without_penalty_convex_structures_tend_to_the_least_sum_of_sizes(name: str) -> None:
+    """ω̃(v)/(2√λ) → v as λ → 0. That Σv is least is certified by its own dual: ⟨a, r⟩ where Σ a_kΦ_k has sizes up to 1."""
     case = problem(8, n=4, shapes=((4, 3, 1),))
     ratios = []
-    for strength in (1e-4, 1e-7, 1e-10):
-        found = at.fit(case.feats, case.r, structure=at.Left(at.Quadratic(strength)), max_rounds=3000)
-        nuclear = float(torch.linalg.svdvals(found.coefficients["block0"]).sum())
+    for strength in (1e-4, 1e-9):
+        found = at.fit(case.feats, case.r, structure=STRUCTURES[name](at.Quadratic(strength), at.Quadratic(strength)))
+        total = float(SIZES[name](found.coefficients["block0"]).sum())
         generator = torch.einsum("kc,kcoi->oi", found.dual, case.phi["block0"])
-        certificate = float((found.dual * case.r).sum() / torch.linalg.matrix_norm(generator, 2))
-        assert certificate <= nuclear * (1 + 1e-12)
-        ratios.append((nuclear / certificate - 1, abs(found.objective / (2 * math.sqrt(strength)) / nuclear - 1)))
-    assert ratios[2][0] < 1e-2
-    assert ratios[2][1] < 1e-2
-    assert ratios[0][1] > ratios[1][1] > ratios[2][1]
+        certificate = float((found.dual * case.r).sum() / SIZES[name](generator).max())
+        assert certificate <= total * (1 + 1e-12)
+        ratios.append((total / certificate - 1, abs(found.objective / (2 * math.sqrt(strength)) / total - 1)))
+    assert ratios[1][0] < 1e-2
+    assert ratios[1][1] < 1e-2
+    assert ratios[0][1] > 10 * ratios[1][1]
 
 
 @few

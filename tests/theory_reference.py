@@ -33,6 +33,7 @@ CURVED: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
     "Columns": lambda p, q: at.Columns(p),
     "Diagonal": lambda p, q: at.Diagonal(p),
 }
+MIXED = {"block0": "Diagonal"}  # the structure "Mixed" of a joint problem: this, and Left for the rest
 
 
 class PrecisePart(NamedTuple):
@@ -299,8 +300,12 @@ class JointProblem:
                 "TwoSided": [((o, o), 0), ((i, i), 1)],
                 "Modes": [((d, d), k) for k, d in enumerate([o, *(sizes or [i])])],
             }
-            found += [(name, shape, k % len(self.omegas)) for shape, k in by_kind[self.kind]]
+            found += [(name, shape, k % len(self.omegas)) for shape, k in by_kind[self.kind_of(name)]]
         return found
+
+    def kind_of(self, name: str) -> str:
+        """A block's kind of structure."""
+        return MIXED.get(name, "Left") if self.kind == "Mixed" else self.kind
 
     def transform(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         """M (p, p) and Ω(M)."""
@@ -318,18 +323,18 @@ class JointProblem:
         for name, part in self.problem.phi.items():
             o, i = part.shape[2:]
             left, right = torch.eye(o, dtype=torch.float64), torch.eye(i, dtype=torch.float64)
-            mine = held.get(name, [])
-            if self.kind == "LayerScale":
+            mine, kind = held.get(name, []), self.kind_of(name)
+            if kind == "LayerScale":
                 left = left * mine[0]
-            if self.kind in ("Left", "Rows", "TwoSided", "Modes"):
+            if kind in ("Left", "Rows", "TwoSided", "Modes"):
                 left = mine[0]
-            if self.kind in ("Right", "Columns", "TwoSided"):
+            if kind in ("Right", "Columns", "TwoSided"):
                 right = mine[-1]
-            if self.kind == "Modes":
+            if kind == "Modes":
                 inner = mine[1] if len(mine) == 2 else torch.kron(mine[1], mine[2])
                 right = torch.block_diag(inner, torch.eye(i - len(inner), dtype=torch.float64))
             # vec by rows: M_L B M_Rᵀ ↦ (M_L ⊗ M_R) vec B
-            pieces.append(mine[0] if self.kind == "Diagonal" else torch.kron(left, right))
+            pieces.append(mine[0] if kind == "Diagonal" else torch.kron(left, right))
         return torch.block_diag(*pieces), cost
 
     def objective(self, theta: Tensor | None, factors: list[Tensor]) -> Tensor:

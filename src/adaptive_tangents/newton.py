@@ -22,16 +22,16 @@ _FARTHEST = 1e6
 
 @dataclass(frozen=True)
 class Direction:
-    """A step d of β with φd, after how many products, and whether negative curvature ended the search for it.
+    """A step d of β with φd, after how many products; ``path`` are shorter ones that it came by, after 1, 2, 4, ... products.
 
-    ``path`` are shorter ones that it came by, after 1, 2, 4, ... products.
+    ``downhill`` is a direction, with its outputs, in which the model has no minimum; None where the search met none.
     """
 
     step: dict[str, Tensor]
     outputs: Vector
     products: int
-    truncated: bool
     path: tuple[tuple[dict[str, Tensor], Vector], ...] = ()
+    downhill: tuple[dict[str, Tensor], Vector] | None = None
 
 
 def newton_direction(
@@ -53,9 +53,10 @@ def newton_direction(
         pushed = _loss_curvature(problem, here, along_outputs)
         bend = product(along, bent) + float(along_outputs @ pushed)
         if not bend > 0:
-            return (
-                Direction(step, outputs, count, True, tuple(path)) if path else Direction(along, along_outputs, 1, True)
-            )
+            downhill = along, along_outputs
+            if path:
+                return Direction(step, outputs, count, tuple(path), downhill)
+            return Direction(along, along_outputs, 1, downhill=downhill)
         length = size / bend
         step, outputs = plus(step, length, along), outputs + length * along_outputs
         if count & (count - 1) == 0:
@@ -66,7 +67,7 @@ def newton_direction(
             break
         ratio, size = reduced.size / size, reduced.size
         along, along_outputs = plus(reduced.step, ratio, along), reduced.outputs + ratio * along_outputs
-    return Direction(step, outputs, count, False, tuple(path))
+    return Direction(step, outputs, count, tuple(path))
 
 
 def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
@@ -91,7 +92,9 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
     while length > 1e-2:
         candidate = moved(direction.step, direction.outputs, length)
         if candidate.objective <= point.objective + slack:
-            return candidate, length
+            if direction.downhill is None:
+                return candidate, length
+            return _furthest(problem, candidate, *direction.downhill), length
         length /= 2
     # A model that is this wrong about long steps may be right about short ones, and then more so than it knows.
     tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
@@ -100,3 +103,14 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
     while length < _FARTHEST and (further := moved(*step, length)).objective < best.objective:
         best, length = further, 2 * length
     return (best, 0.0) if best.objective <= point.objective + slack else (point, 0.0)
+
+
+def _furthest(problem: Problem, point: Point, step: Matrices, outputs: Vector) -> Point:
+    """From a point along a step, twice as far each time while the objective falls."""
+    best, length = point, 1.0
+    while length < _FARTHEST:
+        further = problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+        if not further.objective < best.objective:
+            break
+        best, length = further, 2 * length
+    return best

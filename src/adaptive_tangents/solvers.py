@@ -46,7 +46,8 @@ _LOOSE = 0.02  # the stationarity at which a stage gives way to the next
 _MOST_STAGES = 34
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
 _STILL = 10  # steps that leave the objective as it is
-_PATIENCE = 20  # products with the curvature a system may cost before it is made anew
+_PATIENCE = 20  # products with the curvature a system may cost a step before it is made anew,
+_SIZE_OF_ONE = 100  # or one for so many rows of a dense one: making it grows as their cube, a product as their square
 _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
 _ROUNDED_COPIES = 3  # the factor in use, while the next is made
 
@@ -228,6 +229,8 @@ class _Search:
     ) -> None:
         self.problem, self.tol, self.max_rounds, self.progress = problem, tol, max_rounds, progress
         self.newton, self.memory = solver == "newton", Extrapolation() if solver == "anderson" else None
+        dense = problem.feats.n * problem.feats.c if problem.form == "dense" else 0
+        self.patience = max(_PATIENCE, dense // _SIZE_OF_ONE)
         self.smallest, self.dropped = math.nan, 0
         self.history: list[Round] = []
         self.started = time.perf_counter()
@@ -306,8 +309,9 @@ class _Search:
     def _descend(self, point: Point, system: System, *, last: bool) -> tuple[Point, Tensor, System, bool, str]:
         """Second-order steps to the optimum of this stage, or near it."""
         problem = self.problem
-        stale = bool(system.transforms) or not is_identity(point.solution.transforms)
-        products, solved, moved, self.still = 0, False, not stale, 0
+        # The system of the stage before serves on: conjugate gradients need some more products, and tell when it is worn out.
+        adapts = bool(system.transforms) or not is_identity(point.solution.transforms)
+        products, solved, stale, moved, self.still = 0, False, False, not adapts, 0
         while True:
             if stale:
                 system = problem.system(point.solution.transforms, point.outputs)
@@ -337,7 +341,8 @@ class _Search:
             gained = (before.objective - point.objective) / max(abs(before.objective), 1e-300)
             self.still = self.still + 1 if gained <= 1e-14 else 0
             products, moved = direction.products, True
-            stale = length < 1 or direction.truncated or products > _PATIENCE
+            # Where the model was wrong, that is seldom the system's fault: only where no part of its step would do.
+            stale = length == 0 or products > self.patience
             solved = False
 
     def _alternate(self, point: Point, system: System) -> tuple[Point, Tensor, System, bool, str]:

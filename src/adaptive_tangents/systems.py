@@ -44,13 +44,16 @@ class Factorised:
 
 def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
     """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
-    scale = float(kernel.diagonal().mean())
-    for jitter in _JITTERS:
-        shifted = kernel.clone()
-        shifted.diagonal().add_(ridge + jitter * scale)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not int(failed):
-            return Factorised(factor, jitter * scale)
+    diagonal = kernel.diagonal().clone()
+    scale = float(diagonal.mean())
+    try:
+        for jitter in _JITTERS:
+            kernel.diagonal().copy_(diagonal + (ridge + jitter * scale))  # a shifted copy would be one more in memory
+            factor, failed = torch.linalg.cholesky_ex(kernel)
+            if not int(failed):
+                return Factorised(factor, jitter * scale)
+    finally:
+        kernel.diagonal().copy_(diagonal)
     raise TangentError(
         "fit: the adapted kernel is not positive definite even with a jitter of 1e-8 of its diagonal; "
         "use a positive ridge, or a stronger penalty"
@@ -101,8 +104,9 @@ class DenseKernel(Kernel):
         def solve(x: Tensor) -> Tensor:
             wanted = x if kept is None else x[kept]
             found = factor.solve(wanted)
-            # Directions that leave the constraints would add up over many steps: refined once, jitter and all.
-            found = found + factor.solve(wanted - matrix @ found - ridge * found)
+            if ridge == 0 or factor.jitter > 0:
+                # Directions that leave the constraints would add up over many steps: refined once, jitter and all.
+                found = found + factor.solve(wanted - matrix @ found - ridge * found)
             return found if kept is None else torch.zeros_like(x).index_copy_(0, kept, found)
 
         return solve
