@@ -52,6 +52,7 @@ ORDER = (
     "induced",
     "penalties",
     "structures",
+    "groups",
     "spectral",
     "modes",
     "mixed",

@@ -34,6 +34,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit, Round
+from adaptive_tangents.groups import Columns, Diagonal, LayerScale, Rows
 from adaptive_tangents.induced import Composition, Induced, Penalty, shares
 from adaptive_tangents.kernel_fits import KernelFit
 from adaptive_tangents.kernels import tangent_kernel
@@ -54,12 +55,8 @@ from adaptive_tangents.storing import kernel_to_store, plan_kernel
 from adaptive_tangents.structures import (
     BlockSolution,
     BlockStructure,
-    Columns,
-    Diagonal,
     Fixed,
     Full,
-    LayerScale,
-    Rows,
     Solution,
     Structure,
 )

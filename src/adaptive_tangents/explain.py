@@ -15,10 +15,11 @@ from torch import Tensor
 from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.groups import Grouped, LayerScale
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import Mixed, as_structure
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, Grouped, LayerScale, Structure, check_sketch
+from adaptive_tangents.structures import Fixed, Full, Structure, check_sketch
 from adaptive_tangents.summands import Index
 from adaptive_tangents.transforms import Entrywise, Matrix, Sides, Transform
 

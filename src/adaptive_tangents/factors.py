@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.groups import Grouped
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import ManyModes, Modes, OneMode
 from adaptive_tangents.penalties import NoAdaptation, Penalty
 from adaptive_tangents.spectral import Spectral
-from adaptive_tangents.structures import BlockStructure, Fixed, Full, Grouped, Matrices, Structure
+from adaptive_tangents.structures import BlockStructure, Fixed, Full, Matrices, Structure
 from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Modal, Scaled, Side, Sides, Transform
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -44,11 +44,12 @@ from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
+from adaptive_tangents.groups import LayerScale
 from adaptive_tangents.path import AverageFeatures, average_features
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
+from adaptive_tangents.structures import Fixed, Full, Structure
 
 NAME = "kernel-alignment"
 TARGETS = ("smooth", "sign")

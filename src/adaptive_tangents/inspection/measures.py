@@ -16,10 +16,11 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
+from adaptive_tangents.groups import LayerScale
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, LayerScale, Structure
+from adaptive_tangents.structures import Fixed, Structure
 
 Kernels = Mapping[str, Tensor]
 STAGES = ("initial", "average", "final")
