@@ -92,8 +92,9 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "zarr": {"kernels"},
+    "xrfm": {"experiments"},
 }
-LAZY_IN = {"data": {"sklearn", "mlxtend"}}
+LAZY_IN = {"data": {"sklearn", "mlxtend"}, "experiments": {"xrfm"}}
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")

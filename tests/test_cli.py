@@ -95,7 +95,8 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
     [
         (
             ["reproduce", "alchemy"],
-            "no experiment 'alchemy'; choose from kernel-alignment, penalties, exact-solvers, low-rank-targets or all",
+            "no experiment 'alchemy'; choose from kernel-alignment, penalties, exact-solvers, low-rank-targets, "
+            "feature-change or all",
         ),
         (["reproduce", "kernel-aligment"], "or all (did you mean kernel-alignment?)"),
         (["reproduce", "penalty"], "or all (did you mean penalties?)"),

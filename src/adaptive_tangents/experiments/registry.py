@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from adaptive_tangents.experiments import exact_solvers, kernel_alignment, low_rank_targets, penalties
+from adaptive_tangents.experiments import exact_solvers, feature_change, kernel_alignment, low_rank_targets, penalties
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, Progress, Units
 
 
@@ -22,5 +22,5 @@ class Experiment(Protocol):
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.NAME: module for module in (kernel_alignment, penalties, exact_solvers, low_rank_targets)
+    module.NAME: module for module in (kernel_alignment, penalties, exact_solvers, low_rank_targets, feature_change)
 }
