@@ -113,8 +113,9 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "zarr": {"stores"},
+    "xrfm": {"experiments"},
 }
-LAZY_IN = {"data": {"sklearn", "mlxtend"}, "stores": {"zarr"}}
+LAZY_IN = {"data": {"sklearn", "mlxtend"}, "stores": {"zarr"}, "experiments": {"xrfm"}}
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")

@@ -323,32 +323,6 @@ def draw_coefficients(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
-def draw_low_rank(results: Results, arrays: Arrays) -> Figure:
-    """Test error over the number of samples, a curve a structure with the range of seeds, earlier figures as rings."""
-    figure, (row,) = _grid(1, len(results["targets"]), 4.2, sharey=True)
-    sizes = arrays["sizes"]
-    for axes, (target, found) in zip(row, results["targets"].items(), strict=True):
-        for k, name in enumerate(found["errors"]):
-            errors, colour = arrays[f"{target}.{name}"], _COLOURS[k % len(_COLOURS)]
-            # Left lies on Right: drawn thin and dashed over it.
-            style = {"ls": _DASHES, "lw": 1.2, "zorder": 3} if name == "Left" else {"lw": 2}
-            axes.plot(sizes, errors.mean(0), color=colour, marker="o", ms=3, label=name, **style)
-            axes.fill_between(sizes, errors.min(0), errors.max(0), color=colour, alpha=0.12, lw=0)
-            rings = [(int(key.rpartition(" ")[2]), p["earlier"]) for key, p in found["earlier"].items() if name in key]
-            if rings:
-                axes.plot(*zip(*rings, strict=True), ls="", marker="o", ms=9, mfc="none", mec=colour, mew=1.5)
-        axes.plot([], [], ls="", marker="o", ms=9, mfc="none", mec=MUTED, mew=1.5, label="measured earlier")
-        axes.set(xscale="log", yscale="log", xlabel="training samples $n$")
-        axes.set_xticks(sizes, [str(n) for n in sizes])
-        axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
-        axes.minorticks_off()
-        axes.grid(color=RULE, lw=0.5)
-        axes.set_title(f"{label(target)}: {found['formula']}, λ = {short(found['strength'])}", loc="left")
-    row[0].set_ylabel("relative test error")
-    row[0].legend(loc="lower left")
-    return figure
-
-
 def _heat(axes: Axes, kernel: NDArray[Any], y: NDArray[Any], *, values: bool, limit: float | None = None) -> None:
     """One kernel, zero at the middle of the colours, the teacher's sign change marked."""
     limit = _limit(kernel) if limit is None else limit

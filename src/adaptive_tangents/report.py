@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from adaptive_tangents import drawing, figures, inspection_report
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiment_pages import (
+    feature_change,
     hard_targets,
     kernel_alignment,
     kernel_spectra,
+    low_rank_targets,
     overview,
     sample_complexity,
     weight_spectra,
@@ -276,25 +278,6 @@ def _solvers_context(results: Results) -> dict[str, Any]:
     return {**_claims_context(results, verdict), "names": figures.SOLVERS, "matrices": layers}
 
 
-def _low_rank_context(results: Results) -> dict[str, Any]:
-    """The answer, how many of the earlier figures are met, and the most that was saved."""
-    targets, claims = results["targets"], results["claims"]
-    lower = [claim["holds"] for name, claim in claims.items() if name.endswith(".lower")]
-    pairs = [abs(pair["difference"]) for found in targets.values() for pair in found["earlier"].values()]
-    met = sum(claim["holds"] for name, claim in claims.items() if ", n = " in name)
-    if not lower:
-        answer = "Unanswered: the run did not fit both the fixed and the two-sided model."
-    elif all(lower):
-        answer = "Yes: adapting both sides lowers the test error of both targets at every number of samples."
-    else:
-        answer = "Only in part: at some number of samples adapting both sides does not lower the test error."
-    if pairs:
-        answer += f" {met} of {len(pairs)} errors measured earlier are met within 20%"
-        answer += f"; the farthest is off by {max(pairs):.0%}." if met < len(pairs) else "."
-    command = results.get("command", f"adaptive-tangents reproduce {results['experiment']}")
-    return {"verdict": answer, "command": command}
-
-
 _PAGES: dict[str, Page] = {
     "kernel-alignment": kernel_alignment.PAGE,
     "penalties": Page(
@@ -319,13 +302,8 @@ _PAGES: dict[str, Page] = {
         ],
         context=_solvers_context,
     ),
-    "low-rank-targets": Page(
-        template="low_rank_targets.html.j2",
-        figures={"errors": figures.draw_low_rank},
-        headline=(),
-        arrays=lambda r: ["sizes", *(f"{t}.{name}" for t, found in r["targets"].items() for name in found["errors"])],
-        context=_low_rank_context,
-    ),
+    "low-rank-targets": low_rank_targets.PAGE,
+    "feature-change": feature_change.PAGE,
     "sample-complexity": sample_complexity.PAGE,
     "weight-spectra": weight_spectra.PAGE,
     "kernel-spectra": kernel_spectra.PAGE,

@@ -1,9 +1,10 @@
-"""Where adapting features saves samples: targets that depend on one or two directions of the inputs.
+"""Where adapting features saves samples: targets that depend on a few directions of the inputs.
 
-Inputs x ~ N(0, I_d); the product (u·x)(u₂·x) and the square (u·x)² − 1, u and u₂ random unit vectors. The features are the
+Inputs x ~ N(0, I_d) and targets of one, two and four directions, which are random unit vectors. The features are the
 tangent features of the first layer of a ReLU network of two layers at initialisation, weights N(0, 2/d), readout ±1/√m, no
 biases; the model is φ(x)β, whose coefficients of the product are nearly of rank one or two. What is measured is the relative
-test error ‖φβ − y‖²/‖y‖² of exact fits, over the number of samples.
+test error ‖φβ − y‖²/‖y‖² of exact fits, over the number of samples and the input dimension, beside the trained network and
+recursive feature machines. The strengths λ and the ridge are set once, for all sizes and dimensions; both peers are tuned.
 
 The figures in ``EARLIER`` were measured for this project before it had this experiment, in a set-up of which no more is known
 than the network's width, the inputs, the targets and λ. Readout weights and ridge are those of several tried that agree with
@@ -29,10 +30,19 @@ from adaptive_tangents.experiments.common import (
     ExperimentResult,
     Progress,
     Units,
-    claim,
     flatten,
     heading,
     settings,
+)
+from adaptive_tangents.experiments.low_rank_claims import LEVELS, claims, samples_needed
+from adaptive_tangents.experiments.low_rank_peers import (
+    MISSING,
+    PEERS,
+    Samples,
+    feature_machines,
+    has_machines,
+    relative_error,
+    trained_network,
 )
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import fit
@@ -40,7 +50,14 @@ from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, Structure
 
 NAME = "low-rank-targets"
-FORMULAS = {"product": "(u·x)(u₂·x)", "square": "(u·x)² − 1"}
+FORMULAS = {
+    "product": "(u·x)(u₂·x)",
+    "square": "(u·x)² − 1",
+    "absolute": "|u·x| − √(2/π)",
+    "four": "(u·x)(u₂·x) + (u₃·x)(u₄·x)",
+}
+# The target of two directions, which is measured at every dimension.
+TWO_INDEX = "product"
 STRUCTURES: dict[str, Callable[[float], Structure]] = {
     "Fixed": lambda strength: Fixed(),
     "Right": lambda strength: Right(Quadratic(strength)),
@@ -52,45 +69,67 @@ EARLIER: dict[str, dict[int, tuple[float, float]]] = {
     "product": {200: (0.92, 0.21), 400: (0.77, 0.09), 800: (0.41, 0.065)},
     "square": {400: (0.78, 0.19), 800: (0.58, 0.13)},
 }
-WITHIN = 0.2  # relative; what counts as the same figure
-LEVELS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the error, at which samples are counted
 
 
 @dataclass(frozen=True)
 class LowRankConfig:
-    """Sizes of data and network; ``product`` and ``square`` are the strength λ of each target's penalty, ``ridge`` is ρ.
+    """Sizes of data and network; ``product`` to ``four`` are the strength λ of each target's penalty, ``ridge`` is ρ.
 
-    Every seed draws its own network, directions and samples; ``sizes`` are nested, and the errors are means over seeds.
+    ``beyond`` are sizes that only ``Fixed`` is fitted to, as it takes so many samples to the others' errors;
+    ``other_inputs`` dimensions at which the product is measured too, with all but one-sided structures. Every seed draws
+    its own network, directions and samples; sizes are nested, and the errors are means over seeds.
     """
 
-    sizes: tuple[int, ...] = (100, 200, 400, 800, 1600)
+    sizes: tuple[int, ...] = (50, 100, 200, 400, 800)
+    beyond: tuple[int, ...] = (1600, 3200)
     structures: tuple[str, ...] = tuple(STRUCTURES)
-    seeds: int = 5
+    peers: tuple[str, ...] = tuple(PEERS)
+    targets: tuple[str, ...] = tuple(FORMULAS)
+    seed: int = 0
+    seeds: int = 3
     inputs: int = 40
+    other_inputs: tuple[int, ...] = (20, 80)
     units: int = 500
     test_samples: int = 2000
     product: float = 0.01
     square: float = 1.0
+    absolute: float = 1.0
+    four: float = 0.01
     ridge: float = 1.0
+    epochs: int = 400
+    patience: int = 100
+    repetitions: int = 5
 
     def __post_init__(self) -> None:
-        counts = (self.seeds, self.inputs - 1, self.units, self.test_samples, *self.sizes)
-        if min(counts) < 1 or any(a >= b for a, b in pairwise(self.sizes)) or not self.sizes:
+        counts = (self.seeds, self.units, self.test_samples, self.epochs, self.patience, self.repetitions)
+        inputs = [d - 1 for d in (self.inputs, *self.other_inputs)]
+        if min(*counts, *inputs, *self.all_sizes) < 1 or any(a >= b for a, b in pairwise(self.all_sizes)):
             raise TangentError(f"{NAME}: counts are positive, inputs at least 2 and sizes rise, got {self}")
-        unknown = [name for name in self.structures if name not in STRUCTURES]
-        if unknown or not self.structures:
-            raise TangentError(f"{NAME}: structures are {', '.join(STRUCTURES)}, got {self.structures}")
+        if not self.sizes:
+            raise TangentError(f"{NAME}: sizes rise from one at least, got none")
+        for kind, known, optional in (("structures", STRUCTURES, 0), ("peers", PEERS, 1), ("targets", FORMULAS, 0)):
+            named = getattr(self, kind)
+            if not (named or optional) or not set(named) <= set(known):
+                raise TangentError(f"{NAME}: {kind} are {', '.join(known)}, got {named}")
+
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """Every number of samples that something is fitted to."""
+        return self.sizes + self.beyond
 
     def quick(self) -> "LowRankConfig":
-        """One seed and few samples."""
-        return LowRankConfig(sizes=(100, 200, 400), structures=self.structures, seeds=1, test_samples=1000)
+        """One seed, few samples, two dimensions and two targets."""
+        return replace(
+            self, sizes=(50, 100, 200), beyond=(400, 800), seeds=1, test_samples=1000, targets=("product", "square"),
+            other_inputs=self.other_inputs[:1], epochs=100, patience=50, repetitions=3,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Draw:
     """A network and its samples: what one seed decides."""
 
-    model: nn.Module
+    model: nn.Sequential
     directions: Tensor
     train: Tensor
     test: Tensor
@@ -98,8 +137,19 @@ class Draw:
     def target(self, name: str, x: Tensor) -> Tensor:
         """The target's values, (n, 1)."""
         along = x @ self.directions
-        values: Tensor = along.prod(1) if name == "product" else along[:, 0] ** 2 - 1
-        return values[:, None]
+        values = {
+            "product": lambda: along[:, :2].prod(1),
+            "square": lambda: along[:, 0] ** 2 - 1,
+            "absolute": lambda: along[:, 0].abs() - math.sqrt(2 / math.pi),
+            "four": lambda: along[:, :2].prod(1) + along[:, 2:].prod(1),
+        }
+        return values[name]()[:, None]
+
+    def samples(self, names: tuple[str, ...], n: int) -> Samples:
+        """The first n training samples and the test samples, a column a target."""
+        x = self.train[:n]
+        y, y_test = (torch.cat([self.target(name, at) for name in names], 1) for at in (x, self.test))
+        return Samples(x, y, self.test, y_test)
 
 
 def draw(config: LowRankConfig, seed: int) -> Draw:
@@ -114,16 +164,18 @@ def draw(config: LowRankConfig, seed: int) -> Draw:
     with torch.no_grad():
         model[0].weight.copy_(normal(m, d) * math.sqrt(2 / d))  # type: ignore[operator]
         model[2].weight.copy_(normal(1, m).sign() / math.sqrt(m))  # type: ignore[operator]
-    directions = normal(d, 2)
-    return Draw(model, directions / directions.norm(dim=0), normal(config.sizes[-1], d), normal(config.test_samples, d))
+    directions = normal(d, 4)
+    train, test = normal(config.all_sizes[-1], d), normal(config.test_samples, d)
+    return Draw(model, directions / directions.norm(dim=0), train, test)
 
 
 def configured(asked: Asked) -> LowRankConfig:
     """The settings for what was asked."""
-    config = LowRankConfig()
-    if asked.seeds is not None:
-        config = replace(config, seeds=asked.seeds)
-    return config.quick() if asked.size == "quick" else config
+    config = LowRankConfig(seed=asked.seed, seeds=5 if asked.size == "full" else 3)
+    if asked.epochs is not None:
+        config = replace(config, epochs=asked.epochs)
+    config = config.quick() if asked.size == "quick" else config
+    return config if asked.seeds is None else replace(config, seeds=asked.seeds)
 
 
 def run(
@@ -133,52 +185,101 @@ def run(
     progress: Progress = lambda stage, fraction: None,
     units: Units | None = None,
 ) -> ExperimentResult:
-    """Fit every structure to every number of samples, and set the errors beside those measured earlier.
+    """Fit every structure and peer to every number of samples, and set the errors beside those measured earlier.
 
+    ``units`` keeps the errors at each dimension, seed and number of samples as soon as they are known. Recursive feature
+    machines are left out, and the results say so, where xrfm is not installed.
     Raises TangentError where the config does, and for strengths or a ridge that ``fit`` refuses.
 
-    >>> small = LowRankConfig(sizes=(20, 40), structures=("Fixed",), seeds=1, inputs=5, units=30, test_samples=50)
+    >>> small = LowRankConfig(
+    ...     sizes=(20, 40), beyond=(), structures=("Fixed",), peers=(), targets=("product", "square"), seeds=1, inputs=5,
+    ...     other_inputs=(), units=30, test_samples=50,
+    ... )
     >>> sorted(run(small).arrays)
     ['product.Fixed', 'sizes', 'square.Fixed']
     """
-    clock = Clock(progress, config.seeds * sum(n**1.5 for n in config.sizes))
-    shape = (config.seeds, len(config.sizes))
-    arrays = {f"{target}.{name}": np.full(shape, np.nan) for target in FORMULAS for name in config.structures}
-    for seed in range(config.seeds):
-        drawn = draw(config, seed)
-        held_out = tangent_features(drawn.model, drawn.test, wrt="0.weight")
-        for k, n in enumerate(config.sizes):
-            with clock.stage(f"seed {seed}, n = {n}", n**1.5):
-                feats = tangent_features(drawn.model, drawn.train[:n], wrt="0.weight")
-                for target in FORMULAS:
-                    y, wanted = (drawn.target(target, x) for x in (drawn.train[:n], drawn.test))
-                    for name in config.structures:
-                        structure = STRUCTURES[name](getattr(config, target))
-                        found = fit(feats, y, structure=structure, ridge=config.ridge, tol=1e-7)
-                        error = ((found.predict(held_out) - wanted) ** 2).sum() / (wanted**2).sum()
-                        arrays[f"{target}.{name}"][seed, k] = float(error)
-    arrays["sizes"] = np.array(config.sizes)
-    targets = {target: _measure(target, config, arrays) for target in FORMULAS}
+    units = units or Units()
+    plans = [config, *(_at(config, inputs) for inputs in config.other_inputs)]
+    clock = Clock(progress, config.seeds * len(plans) * sum(n**1.5 for n in config.all_sizes))
+    errors = {plan.inputs: _errors(plan, clock, units) for plan in plans}
+    arrays = {"sizes": np.array(config.all_sizes), **errors[config.inputs]}
+    for plan in plans[1:]:
+        arrays |= {f"inputs{plan.inputs}.{key}": of_seeds for key, of_seeds in errors[plan.inputs].items()}
+    targets = {target: _measure(target, config, errors[config.inputs]) for target in config.targets}
+    others = {d: _measure(TWO_INDEX, _at(config, d), errors[d]) for d in config.other_inputs}
+    everywhere = others | ({config.inputs: targets[TWO_INDEX]} if TWO_INDEX in targets else {})
+    dimensions = {str(d): everywhere[d] for d in sorted(everywhere)}
     results = {
         **heading(NAME, settings(config), clock),
         "targets": targets,
-        "claims": _claims(targets),
-        "metrics": flatten(targets),
+        "dimensions": dimensions,
+        "skipped": {"RFM": MISSING} if "RFM" in config.peers and not has_machines() else {},
+        "claims": claims(targets, dimensions, last=str(config.sizes[-1])),
+        "metrics": flatten(targets) | flatten({f"inputs{d}": dimensions[str(d)] for d in config.other_inputs}),
     }
     return ExperimentResult(results, arrays)
+
+
+def _at(config: LowRankConfig, inputs: int) -> LowRankConfig:
+    """What is measured at another dimension: the target of two directions."""
+    kept = tuple(name for name in config.structures if name in ("Fixed", "TwoSided")) or config.structures
+    return replace(config, inputs=inputs, other_inputs=(), targets=(TWO_INDEX,), structures=kept)
+
+
+def _errors(config: LowRankConfig, clock: Clock, units: Units) -> dict[str, np.ndarray]:
+    """Relative test errors at one dimension, (seeds, sizes) for each target and model; NaN where nothing was fitted."""
+    peers = [name for name in config.peers if name != "RFM" or has_machines()]
+    names = [f"{target}.{model}" for target in config.targets for model in (*config.structures, *peers)]
+    errors = {name: np.full((config.seeds, len(config.all_sizes)), np.nan) for name in names}
+    for s in range(config.seeds):
+        drawn = draw(config, config.seed + s)
+        for k, n in enumerate(config.all_sizes):
+            key = f"inputs{config.inputs}.seed{config.seed + s}.n{n}"
+            with clock.stage(f"{config.inputs} inputs, seed {config.seed + s}, n = {n}", n**1.5):
+                found = units(f"{key}.exact", lambda d=drawn, n=n: _exact(config, d, n))  # type: ignore[misc]
+                if n in config.sizes:
+                    for peer in peers:
+                        found |= units(f"{key}.{peer}", lambda p=peer, d=drawn, n=n: _peer(config, p, d, n))  # type: ignore[misc]
+            for name, error in found.items():
+                errors[name][s, k] = float(error)
+    return errors
+
+
+def _exact(config: LowRankConfig, drawn: Draw, n: int) -> dict[str, Tensor]:
+    """The errors of the exact models at one number of samples."""
+    feats, held_out = (tangent_features(drawn.model, x, wrt="0.weight") for x in (drawn.train[:n], drawn.test))
+    found = {}
+    for target in config.targets:
+        y, wanted = (drawn.target(target, x) for x in (drawn.train[:n], drawn.test))
+        for name in config.structures if n in config.sizes else {"Fixed"} & set(config.structures):
+            structure = STRUCTURES[name](getattr(config, target))
+            fitted = fit(feats, y, structure=structure, ridge=config.ridge, tol=1e-7)
+            found[f"{target}.{name}"] = relative_error(fitted.predict(held_out), wanted)
+    return found
+
+
+def _peer(config: LowRankConfig, peer: str, drawn: Draw, n: int) -> dict[str, Tensor]:
+    """The errors of a peer at one number of samples."""
+    samples = drawn.samples(config.targets, n)
+    if peer == "RFM":
+        errors = feature_machines(samples, repetitions=config.repetitions, seed=0)
+    else:
+        errors = trained_network(drawn.model, samples, epochs=config.epochs, patience=config.patience, seed=0)
+    return {f"{target}.{peer}": error for target, error in zip(config.targets, errors, strict=True)}
 
 
 def _measure(target: str, config: LowRankConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean errors and their scatter, the earlier figures beside them, and the samples saved at each level of the error."""
     errors: dict[str, dict[str, float]] = {}
     scatter: dict[str, dict[str, float]] = {}
-    for name in config.structures:
-        of_seeds = arrays[f"{target}.{name}"]
-        errors[name] = {str(n): float(e) for n, e in zip(config.sizes, of_seeds.mean(0), strict=True)}
-        spread = of_seeds.std(0, ddof=1) if config.seeds > 1 else np.full(len(config.sizes), np.nan)
-        scatter[name] = {str(n): float(e) for n, e in zip(config.sizes, spread, strict=True)}
+    for name in (key.removeprefix(f"{target}.") for key in arrays if key.startswith(f"{target}.")):
+        of_sizes = dict(zip(map(str, config.all_sizes), arrays[f"{target}.{name}"].T, strict=True))
+        of_sizes = {n: of_seeds for n, of_seeds in of_sizes.items() if np.isfinite(of_seeds).all()}
+        errors[name] = {n: float(of_seeds.mean()) for n, of_seeds in of_sizes.items()}
+        scatter[name] = {n: float(e.std(ddof=1)) if len(e) > 1 else math.nan for n, e in of_sizes.items()}
     earlier = {}
-    for n, pair in EARLIER[target].items():
+    # Measured at 40 inputs only.
+    for n, pair in EARLIER.get(target, {}).items() if config.inputs == 40 else ():
         for name, figure in zip(("Fixed", "TwoSided"), pair, strict=True):
             if name in errors and str(n) in errors[name]:
                 measured = errors[name][str(n)]
@@ -197,64 +298,5 @@ def _measure(target: str, config: LowRankConfig, arrays: Mapping[str, np.ndarray
     }  # fmt: skip
 
 
-def samples_needed(errors: Mapping[str, float], level: float) -> float | None:
-    """The n at which the error first falls to a level, straight between sizes in log n and log error; None if beyond them.
-
-    >>> samples_needed({"100": 0.8, "400": 0.2}, 0.4)
-    200.0
-    """
-    for (n, e), (n_next, e_next) in pairwise((int(n), e) for n, e in errors.items()):
-        if e >= level >= e_next and e > e_next:
-            # rounded, so that a level met at a size gives that size
-            share = math.log(e / level) / math.log(e / e_next)
-            return round(float(n * (n_next / n) ** share), 9)
-    return None
-
-
 def _ratio(fixed: float | None, adaptive: float | None) -> float | None:
     return None if fixed is None or adaptive is None else fixed / adaptive
-
-
-def _claims(targets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each claim in words, whether the numbers bear it out, and the numbers; only of what was measured."""
-    claims: dict[str, dict[str, Any]] = {}
-    for target, found in targets.items():
-        formula, errors, earlier = found["formula"], found["errors"], found["earlier"]
-        if {"Fixed", "TwoSided"} <= set(errors):
-            pairs = {n: (errors["Fixed"][n], errors["TwoSided"][n]) for n in errors["Fixed"]}
-            claims[f"{target}.lower"] = claim(
-                f"Adapting both sides lowers the test error of {formula} at every number of samples",
-                all(two < fixed for fixed, two in pairs.values()),
-                refuted_by="a number of samples at which it does not",
-                evidence="; ".join(f"n = {n}: {fixed:.2f} → {two:.3f}" for n, (fixed, two) in pairs.items()),
-            )
-        saved = {level: factor for level, factor in found["saved"].get("TwoSided", {}).items() if factor is not None}
-        if saved:
-            claims[f"{target}.saved"] = claim(
-                f"It reaches the same error of {formula} with fewer samples",
-                min(saved.values()) > 1,
-                refuted_by="a level of the error that takes as many",
-                evidence="; ".join(f"error {level}: {factor:.1f} times fewer" for level, factor in saved.items()),
-            )
-        for key, pair in earlier.items():
-            claims[f"{target}.{key}"] = claim(
-                f"{formula}, {key}: the error is the {pair['earlier']:g} measured earlier, within {WITHIN:.0%}",
-                abs(pair["difference"]) <= WITHIN,
-                refuted_by=f"a mean error off by more than {WITHIN:.0%}",
-                published=f"{pair['earlier']:g} (this project, earlier)",
-                evidence=f"{pair['measured']:.3f}, {pair['difference']:+.0%}".replace("-", "−"),
-            )
-    one_sided = [
-        abs(found["errors"]["Left"][n] / e - 1)
-        for found in targets.values()
-        if {"Left", "Right"} <= set(found["errors"])
-        for n, e in found["errors"]["Right"].items()
-    ]
-    if one_sided:
-        claims["sides"] = claim(
-            "Left and Right have the same fit, as they induce the same penalty",
-            max(one_sided) < 1e-3,
-            refuted_by="errors a thousandth apart",
-            evidence=f"errors differ by at most {max(one_sided):.1e} relative",
-        )
-    return claims

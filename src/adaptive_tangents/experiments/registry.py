@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from adaptive_tangents.experiments import (
     exact_solvers,
+    feature_change,
     hard_targets,
     kernel_alignment,
     kernel_spectra,
@@ -35,6 +36,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for module in (
         kernel_alignment,
         hard_targets,
+        feature_change,
         kernel_spectra,
         weight_spectra,
         penalties,
