@@ -186,7 +186,7 @@ def test_settings_that_measure_nothing_are_refused(changes: dict[str, object], m
 
 def test_too_few_images_and_training_that_diverges_are_errors() -> None:
     with pytest.raises(
-        TangentError, match="feature-change: mnist5k holds 800 and 200 images .*lower them or use more data"
+        TangentError, match=r"feature-change: mnist5k holds 800 and 200 images .*lower them or use more data"
     ):
         run(replace(SMALL, samples=900))
     with pytest.raises(TangentError, match="feature-change: training the cnn diverged; lower its learning rate"):
@@ -257,7 +257,7 @@ def test_each_claim_holds_by_its_own_number_and_falls_with_it(
 def test_the_earlier_r2_are_met_within_their_margin_only(small: tuple[ExperimentResult, Recorded]) -> None:
     numbers = _numbers(small)
     found = {"hidden1": 0.5, "hidden2": 0.7, "readout": 0.9}
-    numbers["blocks"] = dict.fromkeys(found, [9, 9])
+    numbers["blocks"] = {key: [9, 9] for key in found}
     numbers["matrices"] = list(found)
     numbers["explain"]["average"]["two_sided"] = {"total": 0.8, **found}
     assert claims([{"mlp": numbers}])["earlier"]["holds"]

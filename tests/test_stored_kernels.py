@@ -382,9 +382,9 @@ STRUCTURES: Mapping[str, at.Structure | Mapping[str, at.Structure]] = {
     "Fixed": at.Fixed(),
     "Full": at.Full(at.Quadratic(0.3)),
     "LayerScale": at.LayerScale(at.Quadratic(0.1)),
-    "LayerScale, not convex": at.LayerScale(at.Absolute(5.0)),
-    "LayerScale, two penalties": at.LayerScale(at.Quadratic(20.0).compose(at.Quadratic(40.0))),
-    "LayerScale, a user's penalty": at.LayerScale(at.Penalty(lambda z: 50 * (z - 1) ** 2 + 20 * (z - 1) ** 4)),
+    "LayerScale, not convex": at.LayerScale(at.Absolute(0.05)),
+    "LayerScale, two penalties": at.LayerScale(at.Quadratic(1.0).compose(at.Quadratic(2.0))),
+    "LayerScale, a user's penalty": at.LayerScale(at.Penalty(lambda z: (z - 1) ** 2 + 0.5 * (z - 1) ** 4)),
     "scale invariant": at.LayerScale(at.Quadratic(1.0), scale_invariant=True),
     "mixed": {"0": at.Fixed(), "2": at.LayerScale(at.Quadratic(1.0)), "*": at.Full(at.Quadratic(2.0))},
 }
@@ -407,7 +407,7 @@ STRUCTURES: Mapping[str, at.Structure | Mapping[str, at.Structure]] = {
 def test_a_fit_to_kernels_is_the_fit_to_features(
     stores: Stores, name: str, ridge: float, form: str, stored: bool
 ) -> None:
-    feats, r, structure = at.tangent_features(network(), inputs()), targets(N, 2), STRUCTURES[name]
+    feats, r, structure = at.tangent_features(network(), inputs()), targets(N, 2) / 10, STRUCTURES[name]
     in_memory = at.fit(feats, r, structure=structure, ridge=ridge, tol=1e-11)
     K = stores["by block"] if stored else feats.kernel(by_block=True)
     found = at.fit(K, r, structure=structure, ridge=ridge, form=form, tol=1e-11)
@@ -430,7 +430,7 @@ def test_a_fit_to_kernels_is_the_fit_to_features(
 
 
 def test_structures_of_the_whole_need_no_blocks(stores: Stores) -> None:
-    feats, r = at.tangent_features(network(), inputs()), targets(N, 2)
+    feats, r = at.tangent_features(network(), inputs()), targets(N, 2) / 10
     others = at.tangent_features(network(), inputs(9, 5))
     for structure in (at.Fixed(), at.Full(at.Quadratic(0.3))):
         expected = at.fit(feats, r, structure=structure, ridge=0.2, tol=1e-10)
@@ -441,7 +441,7 @@ def test_structures_of_the_whole_need_no_blocks(stores: Stores) -> None:
 
 
 def test_the_alternation_comes_to_the_same_point_in_more_rounds(stores: Stores) -> None:
-    r, structure = targets(N, 2), at.LayerScale(at.Quadratic(20.0))
+    r, structure = targets(N, 2) / 10, at.LayerScale(at.Quadratic(1.0))
     newton = at.fit(stores["by block"], r, structure=structure, ridge=0.3)
     plain = at.fit(stores["by block"], r, structure=structure, ridge=0.3, solver="alternation", max_rounds=2000)
     assert plain.objective == pytest.approx(newton.objective, rel=1e-7)
@@ -452,7 +452,7 @@ def test_the_alternation_comes_to_the_same_point_in_more_rounds(stores: Stores) 
 
 def test_the_dual_equation_of_the_kernel_fit(stores: Stores) -> None:
     """Σ z_ℓ²K_ℓ α + ρα = r, and half of ω̃′ at ‖B_ℓ‖ is √(αᵀK_ℓα)."""
-    store, r, penalty = stores["by block"], targets(N, 2), at.Quadratic(1.0)
+    store, r, penalty = stores["by block"], targets(N, 2) / 10, at.Quadratic(1.0)
     found = at.fit(store, r, structure=at.LayerScale(penalty), ridge=0.3, tol=1e-13)
     alpha = found.dual.flatten().numpy()
     kernels = {name: matrix(store.read(block=name)) for name in store.blocks}
@@ -466,7 +466,7 @@ def test_the_dual_equation_of_the_kernel_fit(stores: Stores) -> None:
 def test_constraints_that_follow_are_left_out_and_those_that_contradict_are_named() -> None:
     x = torch.cat([inputs(8), inputs(8)[:2]])
     feats = at.tangent_features(network(1), x)
-    r = targets(10, 1)
+    r = targets(10, 1) / 10
     r[8:] = r[:2]
     store = twin(feats.kernel(by_block=True), 4)
     structure = at.LayerScale(at.Quadratic(0.1))
@@ -520,7 +520,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeti
 data = torch.load(f"{folder}/data.pt", weights_only=True)
 blocks, x, r = data["blocks"], data["x"], data["r"]
 K = at.SharedKernel(blocks)
-fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(10.0)), ridge=0.3, form="matrix-free")
+fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
 store = at.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
 solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
 torch.save({
@@ -533,7 +533,7 @@ torch.save({
 
 
 def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -> None:
-    feats, r, x = at.tangent_features(network(), inputs()), targets(N, 2), targets(2 * N, 3)
+    feats, r, x = at.tangent_features(network(), inputs()), targets(N, 2) / 10, targets(2 * N, 3)
     blocks = feats.kernel(by_block=True)
     torch.save({"blocks": dict(blocks), "x": x, "r": r}, tmp_path / "data.pt")
     store = at.kernel_to_store(network(), inputs(), tmp_path / "K.zarr", outputs="full", tile=TILE)
@@ -547,7 +547,7 @@ def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -
     for worker in workers:
         _, errors = worker.communicate(timeout=200)
         assert worker.returncode == 0, errors
-    fit = at.fit(blocks, r, structure=at.LayerScale(at.Quadratic(10.0)), ridge=0.3, form="matrix-free")
+    fit = at.fit(blocks, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
     solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
     both = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
     for found in both:

@@ -1,6 +1,7 @@
 """A kernel as a linear operator whose products go tile by tile: solved with and decomposed without being held whole."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,16 +79,16 @@ class KernelOperator(LinearOperator):  # type: ignore[misc]
                     put(columns, rows, tile.mT)
         return kernel.reduced(found).reshape(kernel.size, -1)
 
-    def _matvec(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _matvec(self, x: NDArray[Any]) -> NDArray[np.float64]:
         return self._matmat(x.reshape(-1, 1))[:, 0]
 
-    def _matmat(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _matmat(self, x: NDArray[Any]) -> NDArray[np.float64]:
         return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64)).cpu().numpy())
 
-    def _rmatvec(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rmatvec(self, x: NDArray[Any]) -> NDArray[np.float64]:
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
 
-    def _rmatmat(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rmatmat(self, x: NDArray[Any]) -> NDArray[np.float64]:
         if self.shape[0] == self.shape[1]:
             return self._matmat(x)
         return np.asarray(self._product(torch.tensor(x, dtype=torch.float64), mirrored=True).cpu().numpy())

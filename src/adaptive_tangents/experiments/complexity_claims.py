@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_tangents.experiments.common import Verdict, claim, spread
-from adaptive_tangents.experiments.low_rank_targets import samples_needed
+from adaptive_tangents.experiments.low_rank_claims import samples_needed
 
 FRESH, SAME = "fresh subset each epoch", "fixed subset"
 PROTOCOLS = (FRESH, SAME)

@@ -38,11 +38,12 @@ from adaptive_tangents.experiments.transform_match import match
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
+from adaptive_tangents.groups import LayerScale
 from adaptive_tangents.path import average_features
 from adaptive_tangents.penalties import Quadratic
 from adaptive_tangents.solvers import fit
 from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, LayerScale, Structure
+from adaptive_tangents.structures import Fixed, Full, Structure
 from adaptive_tangents.transforms import LowRank, Matrix, Sides, Transform
 
 NAME = "feature-change"
