@@ -209,7 +209,7 @@ def test_every_sample_is_captured_once_where_features_are_held(captured: list[in
 def test_where_they_are_not_held_captures_are_as_planned(captured: list[int], tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 2)).double()
     x = data(40)
-    limit = 200_000
+    limit = 290_000
     plan = at.plan_kernel(model, x, tile=4, memory_limit=limit)
     assert 2 < plan.layout.cached < plan.ranges == 10
     assert 10 < plan.captures < 55

@@ -24,6 +24,7 @@ _STORED_A_SECOND = 1e8  # bytes compressed, written and read back
 class Sizes:
     """Bytes that the features of one sample take: ``held``, while they are ``made``, and in the pass that makes them.
 
+    ``checking`` is what comparing them with autograd's gradients takes in every pass, ``always`` what is held throughout.
     ``entries`` of the kernel there are for a pair of samples, each of ``itemsize`` bytes.
     """
 
@@ -33,6 +34,8 @@ class Sizes:
     held: int
     made: int
     passing: int
+    checking: int
+    always: int
     entries: int
     itemsize: int
 
@@ -159,8 +162,8 @@ def _held(sizes: Sizes, limit: int, layout: Layout) -> Layout:
     features = tile * sizes.held
     # A tile in float64, one block's kernel, and the tile as stored, as compressed and as read back.
     entries = tile * tile * sizes.entries * (8 + 4 * sizes.itemsize)
-    making = tile * sizes.made + layout.pass_samples * sizes.passing
-    least = max(making, features + entries + layout.working_bytes)
+    making = tile * sizes.made + layout.pass_samples * sizes.passing + sizes.checking
+    least = sizes.always + max(making, features + entries + layout.working_bytes)
     cached = max(min(2, ranges), min(ranges, 1 + max(0, limit - least) // max(1, features)))
     return replace(layout, cached=cached, bytes=(cached - 1) * features + least)
 

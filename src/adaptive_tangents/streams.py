@@ -96,7 +96,11 @@ class Stream:
         made = 2 * probe.held_bytes() - probe.whole_bytes
         made += held if self.transforms is not None or self.sketch is not None or self.cast is not None else 0
         itemsize = torch.empty((), dtype=working_dtype(feats.dtype)).element_size()
-        return Sizes(self.n, self.m, self.x2 is None, max(1, held), made, probe.pass_bytes, entries, itemsize)
+        # Gradients of all parameters, and the largest once more as a block's matrix.
+        gradients = [self.capture.network.parameters[name].nbytes for name in self.capture.network.selected]
+        checking = sum(gradients) + max(gradients)
+        needed = (max(1, held), made, probe.pass_bytes, checking, feats.bytes)
+        return Sizes(self.n, self.m, self.x2 is None, *needed, entries, itemsize)
 
 
 def stream(
