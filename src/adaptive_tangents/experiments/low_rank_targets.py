@@ -86,7 +86,7 @@ class LowRankConfig:
     peers: tuple[str, ...] = tuple(PEERS)
     targets: tuple[str, ...] = tuple(FORMULAS)
     seed: int = 0
-    seeds: int = 3
+    seeds: int = 5
     inputs: int = 40
     other_inputs: tuple[int, ...] = (20, 80)
     units: int = 500
@@ -164,14 +164,16 @@ def draw(config: LowRankConfig, seed: int) -> Draw:
     with torch.no_grad():
         model[0].weight.copy_(normal(m, d) * math.sqrt(2 / d))  # type: ignore[operator]
         model[2].weight.copy_(normal(1, m).sign() / math.sqrt(m))  # type: ignore[operator]
-    directions = normal(d, 4)
+    first = normal(d, 2)
     train, test = normal(config.all_sizes[-1], d), normal(config.test_samples, d)
+    # Last, so that targets of two directions do not change with how many others there are.
+    directions = torch.cat([first, normal(d, 2)], 1)
     return Draw(model, directions / directions.norm(dim=0), train, test)
 
 
 def configured(asked: Asked) -> LowRankConfig:
     """The settings for what was asked."""
-    config = LowRankConfig(seed=asked.seed, seeds=5 if asked.size == "full" else 3)
+    config = LowRankConfig(seed=asked.seed, seeds=10 if asked.size == "full" else 5)
     if asked.epochs is not None:
         config = replace(config, epochs=asked.epochs)
     config = config.quick() if asked.size == "quick" else config
