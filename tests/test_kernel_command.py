@@ -109,28 +109,19 @@ def test_what_cannot_be_is_refused_in_words(folder: Path, options: tuple[str, ..
     assert not (folder / "K.zarr").exists()
 
 
-def test_a_sketch_is_taken_where_there_are_sketches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kept:
-        def __init__(self, dim: int, seed: int) -> None:
-            self.dim, self.seed = dim, seed
-
-        def apply(self, feats: at.TangentFeatures) -> at.TangentFeatures:
-            return feats
-
-        def describe(self) -> dict[str, Any]:
-            return {"dim": self.dim, "seed": self.seed}
-
-    monkeypatch.setattr(cli, "import_module", lambda name: type("Module", (), {"Sketch": Kept}))
+def test_a_sketch_is_what_sketched_features_give(folder: Path) -> None:
     done = kernel("--sketch", "40", "--seed", "3")
     assert done.exit_code == 0, done.output
-    assert at.open_kernel(folder / "K.zarr").meta["sketch"] == {"dim": 40, "seed": 3}
+    store, sketch = at.open_kernel(folder / "K.zarr"), at.Sketch(40, seed=3)
+    assert store.meta["sketch"] == sketch.describe()
+    made = sketch.apply(at.tangent_features(network().float(), data(9).float()))
+    torch.testing.assert_close(store.read(), made.kernel(outputs="trace"))
 
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(cli, "import_module", missing)
-    done = kernel("--sketch", "40", out="other.zarr")
-    assert (done.exit_code, "kernel: this version has no sketches; leave --sketch out" in done.output) == (1, True)
+def test_a_sketch_of_too_few_coordinates_is_refused(folder: Path) -> None:
+    done = kernel("--sketch", "3")
+    assert (done.exit_code, "Sketch: dim = 3 leaves" in done.output) == (1, True)
+    assert not (folder / "K.zarr").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +31,7 @@ from adaptive_tangents.memory import parse_bytes
 from adaptive_tangents.overview import NAME as NAME_OF_ALL
 from adaptive_tangents.overview import collect
 from adaptive_tangents.report import ARRAYS_FILE, RESULTS_FILE, build_report, load_results, summary_table, write_results
+from adaptive_tangents.sketches import Sketch
 from adaptive_tangents.storing import kernel_to_store, plan_kernel
 
 app = typer.Typer(
@@ -210,7 +210,7 @@ def kernel(
         arguments: dict[str, Any] = {
             "outputs": outputs, "wrt": tuple(wrt) if wrt else None, "by_block": by_block, "tile": tile,
             "memory_limit": limit, "dtype": torch.float64 if float64 else None,
-            "sketch": None if sketch is None else _sketch(sketch, seed),
+            "sketch": None if sketch is None else Sketch(sketch, seed=seed),
         }  # fmt: skip
         if rank == 0:
             console.print(
@@ -222,13 +222,6 @@ def kernel(
             store = kernel_to_store(network, x, out, x2, **arguments, resume=resume, progress=progress)
         if rank == 0:
             console.print(f"Kernel: {store.path.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _sketch(dim: int, seed: int) -> Any:
-    try:
-        return import_module("adaptive_tangents.sketches").Sketch(dim, seed)
-    except ModuleNotFoundError as error:
-        raise TangentError("kernel: this version has no sketches; leave --sketch out") from error
 
 
 def _title(path: Path | None, paths: list[Path | None] | list[Path]) -> str:
