@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adaptive_tangents.drawing import COLOURS, INK, MUTED, RULE, Arrays, Results, grid, label, real, shades, tint
@@ -26,6 +27,11 @@ def _short(name: str) -> str:
     return label(name.removesuffix(".weight").replace("layers.", "").replace("attention.", ""))
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One legend above all panels: within one of them its width would take that of the others."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=5, columnspacing=1.2)
+
+
 def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
     """Held-out R² of each structure in each layer and in all, a panel a network."""
     networks = results["networks"]
@@ -44,7 +50,7 @@ def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=RULE, lw=0.6)
         axes.set_title(NAMES.get(kind, kind), loc="left")
-    row[0].legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=5, columnspacing=0.9, handletextpad=0.1)
+    _legend(figure, row[0])
     return figure
 
 
@@ -91,11 +97,11 @@ def draw_match(results: Results, arrays: Arrays) -> Figure:
             axes.scatter(values, places, label=f"predicted from {name}", zorder=3, **look)
         axes.plot([], [], color=RULE, lw=5, label="95% of random subspaces")
         axes.set_yticks(places, [_side_name(key) for key in sides])
-        axes.set(xlim=(0, 1), ylim=(len(sides) - 0.5, -0.5), xlabel="mean squared cosine of principal angles")
+        axes.set(xlim=(0, 1), ylim=(len(sides) - 0.5, -0.5), xlabel="overlap")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=RULE, lw=0.6)
         axes.set_title(NAMES.get(kind, kind), loc="left")
-    row[0].legend(loc="lower left", bbox_to_anchor=(0, 1.08), ncols=3, columnspacing=1.2)
+    _legend(figure, row[0])
     return figure
 
 
@@ -138,6 +144,8 @@ def verdict(claims: Mapping[str, Any]) -> str:
         "holds in part": "In part: in some of the networks a two-sided transform of each layer explains most of the change.",
         "does not hold": "No: in no network does a two-sided transform of each layer explain most of the change of features.",
     }[claims["premise"]["verdict"]]
+    if claims["premise"]["verdict"] != "does not hold" and claims["layers"]["verdict"] != "holds":
+        premise += " That is of all layers together: there are layers of which it explains less than half."
     same = {
         "holds": "It is the transform that the exact model predicts.",
         "holds in part": "At some sides it acts in the directions that the exact model predicts.",
@@ -199,8 +207,8 @@ def _predicted_section(results: Results) -> Section:
     ]  # fmt: skip
     sides = [
         (f"{NAMES.get(kind, kind)}: {_side_name(key)}", ", ".join(f"{a:.0f}°" for a in side["match"]["angles"]),
-         *(fixed(v) for v in (side["match"]["overlap"], side["match"]["expected"], side["match"]["beyond"],
-                              side["shuffled"]["overlap"], side["match"]["cosine"], side["match"]["expected_cosine"])))
+         *(fixed(side["match"][each]) for each in ("overlap", "written", "expected", "beyond")),
+         fixed(side["shuffled"]["overlap"]), *(fixed(side["match"][each]) for each in ("cosine", "expected_cosine")))
         for kind, numbers in results["networks"].items() for key, side in _compared(numbers).items()
     ]  # fmt: skip
     k = results["config"]["directions"]
@@ -209,17 +217,40 @@ def _predicted_section(results: Results) -> Section:
         "network. Its strength is the one, of those tried, with the lowest error on held-out images. As it takes "
         "no part in explaining the change, its R² may be far below 0. A control is the same model of shuffled "
         "labels.",
+        _preference(results),
         Table(("network", "measured", "best scale", "predicted", "shuffled", "scale, predicted", "scale, shuffled"), fresh,
               "R² of the change from φ_0 to φ̄ on fresh images, all layers together. In the last two columns two "
               "numbers a layer are fitted: a scale of φ_0, and the amplitude of the predicted transform."),
         Shown("match", "Overlap of measured and predicted principal subspaces at each side of each layer",
-              f"Of each side the {k} directions that M − I changes most, by its right singular vectors, of the "
-              "measured and of the predicted transform: the mean squared cosine of their principal angles, 1 "
-              "where the subspaces are the same. Grey: up to where 95% of random subspaces come. Look for "
-              "diamonds beyond the grey, and beyond the rings."),
-        Table(("side", "principal angles", "overlap", "chance", "95% of chance", "shuffled labels", "cosine of M − I",
-               "by chance"), sides),
+              f"Overlap: of each side the {k} directions that M − I changes most, of the measured and of the "
+              "predicted transform, the mean squared cosine of their principal angles, 1 where the subspaces are "
+              "the same. Grey: up to where 95% of random subspaces come. Look for diamonds beyond the grey, and "
+              "beyond the rings."),
+        "The directions are right singular vectors of M − I, in which it reads. A measured side is not symmetric, so "
+        "it has others in which it writes, its left ones. That the claims are judged by the right ones was decided "
+        "after both had been seen; the overlap of the left ones is beside them, under written, to be read with the "
+        "same chance.",
+        Table(("side", "principal angles", "overlap", "written", "chance", "95% of chance", "shuffled labels",
+               "cosine of M − I", "by chance"), sides),
     ))  # fmt: skip
+
+
+def _preference(results: Results) -> str:
+    """How much adaptation the labels themselves ask for: whether the strength chosen is the edge of those tried."""
+    edge, worse = [], []
+    for kind, numbers in results["networks"].items():
+        chosen, errors = f"{numbers['fit']['strength']:g}", numbers["fit"]["errors"]
+        edge += [NAMES.get(kind, kind)] if chosen == max(errors, key=float) else []
+        worse += [NAMES.get(kind, kind)] if errors[chosen] >= numbers["fit"]["fixed_error"] else []
+    tried = ", ".join(f"{share:g}" for share in results["config"]["strengths"])
+    return (
+        f"Tried were λ = {tried}, relative; the larger, the nearer M is to the identity. The largest was chosen for "
+        f"{_listed(edge)}, and no strength tried had a lower error than the fixed kernel for {_listed(worse)}."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "no network"
 
 
 def _network_section(results: Results) -> Section:

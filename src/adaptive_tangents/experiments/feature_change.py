@@ -77,7 +77,7 @@ class FeatureChangeConfig:
     held_out: int = 300
     path_nodes: int = 16
     ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    strengths: tuple[float, ...] = (1.0, 0.1)
+    strengths: tuple[float, ...] = (10.0, 1.0, 0.1)
     max_rounds: int = 100
     directions: int = 3
     least_width: int = 16
@@ -131,7 +131,7 @@ def configured(asked: Asked) -> FeatureChangeConfig:
             width=8,
             path_nodes=8,
             ridges=(0.1, 1.0),
-            strengths=(0.1,),
+            strengths=(1.0,),
         )
     return config
 

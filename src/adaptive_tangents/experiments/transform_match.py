@@ -15,14 +15,16 @@ class Match:
     """Agreement of a measured side with a predicted one.
 
     ``cosine`` is that of M − I, ``expected_cosine`` its mean where the predicted side is turned at random; ``overlap`` the
-    mean squared cosine of the principal angles between the k directions that each changes most, ``angles`` those angles in
-    degrees, smallest first; ``expected`` is k/d, the mean overlap of random subspaces, ``beyond`` the 95th percentile.
+    mean squared cosine of the principal angles between the k directions in which each reads what it changes most, ``angles``
+    those angles in degrees, smallest first; ``written`` is the overlap of the directions in which each writes that change.
+    ``expected`` is k/d, the mean overlap of random subspaces, ``beyond`` the 95th percentile.
     """
 
     cosine: float
     expected_cosine: float
     overlap: float
     angles: list[float]
+    written: float
     expected: float
     beyond: float
 
@@ -56,12 +58,14 @@ def match(
     turned = torch.linalg.qr(torch.randn(draws, d, size, generator=generator, dtype=torch.float64)).Q.to(first)
     random = (first.mT @ turned).square().sum((1, 2)) / size
     cosines = torch.linalg.svdvals(first.mT @ second).clamp(max=1)
+    writes = directions(measured.mT, size).mT @ directions(predicted.mT, size)
     return Match(
         cosine=float((a * b).sum() / (a.norm() * b.norm())),
         # The mean of QBQᵀ over rotations Q is tr(B)/d times the identity.
         expected_cosine=float(a.trace() * b.trace() / (d * a.norm() * b.norm())),
         overlap=float(cosines.square().mean()),
         angles=[float(angle) for angle in cosines.arccos().rad2deg()],
+        written=float(writes.square().sum() / size),
         expected=size / d,
         beyond=float(random.quantile(0.95)),
     )
