@@ -414,7 +414,7 @@ def _sides(
             numbers[key] = {
                 "width": len(found), "largest": values[:3].tolist(), "participation": rank.participation,
                 "match": None if agreed is None else asdict(agreed),
-                "shuffled": None if by_chance is None else {"overlap": by_chance.overlap, "cosine": by_chance.cosine},
+                "shuffled": None if by_chance is None else asdict(by_chance),
             }  # fmt: skip
     return numbers, shown
 

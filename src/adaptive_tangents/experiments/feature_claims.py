@@ -27,9 +27,11 @@ def claims(runs: Runs) -> dict[str, dict[str, Any]]:
         "few": _few(runs),
         **_earlier(runs),
         **_predicted(runs),
-        "directions": _directions(runs),
+        "directions": _directions(runs, "overlap", "reads in"),
+        "labels": _labels(runs, "overlap", "reads in"),
+        "written": _directions(runs, "written", "writes in"),
+        "written_labels": _labels(runs, "written", "writes in"),
         "same": _same(runs),
-        "labels": _labels(runs),
     }
 
 
@@ -185,21 +187,21 @@ def _compared(runs: Runs) -> dict[str, list[Mapping[str, Any]]]:
     }
 
 
-def _directions(runs: Runs) -> dict[str, Any]:
+def _directions(runs: Runs, key: str, text: str) -> dict[str, Any]:
+    """Whether the subspaces in which the two read (``overlap``) or write (``written``) agree more than random ones."""
     compared = _compared(runs)
     beyond = {
-        kind: [side["match"]["overlap"] > side["match"]["beyond"] for side in sides] for kind, sides in compared.items()
+        kind: [side["match"][key] > side["match"]["beyond"] for side in sides] for kind, sides in compared.items()
     }
     good = {kind: bool(outcomes) and all(outcomes) for kind, outcomes in beyond.items()}
     return claim(
-        "It acts in the measured directions, far beyond chance",
+        f"It {text} the measured directions, more than chance gives",
         _share([each for outcomes in beyond.values() for each in outcomes] or [False]),
         refuted_by="a side whose principal subspaces overlap no more than 95% of random ones",
         evidence="; ".join(
             f"{k}: {sum(beyond[k])} of {len(beyond[k])} sides, mean overlap "
-            f"{_mean(s['match']['overlap'] for s in compared[k])} "
-            f"(chance {_mean(s['match']['expected'] for s in compared[k])}), cosine of M − I "
-            f"{_mean(s['match']['cosine'] for s in compared[k])}"
+            f"{_mean(s['match'][key] for s in compared[k])} "
+            f"(chance {_mean(s['match']['expected'] for s in compared[k])})"
             for k in compared
         ),
         why=_not(good),
@@ -209,14 +211,19 @@ def _directions(runs: Runs) -> dict[str, Any]:
 def _same(runs: Runs) -> dict[str, Any]:
     """Whether the predicted directions are the measured ones: an overlap above a half."""
     compared = _compared(runs)
-    half = {kind: [side["match"]["overlap"] > MOST for side in sides] for kind, sides in compared.items()}
+    half = {
+        kind: [min(side["match"][key] for key in ("overlap", "written")) > MOST for side in sides]
+        for kind, sides in compared.items()
+    }
     good = {kind: bool(outcomes) and all(outcomes) for kind, outcomes in half.items()}
     return claim(
-        "The directions are the same: the principal subspaces overlap by more than a half",
+        "The directions are the same: those in which they read overlap by more than a half, and so do those in which "
+        "they write",
         _share([each for outcomes in half.values() for each in outcomes] or [False]),
-        refuted_by=f"a side whose mean squared cosine of principal angles is {MOST:g} or less",
+        refuted_by=f"a side with a mean squared cosine of principal angles of {MOST:g} or less",
         evidence="; ".join(
-            f"{k}: {sum(half[k])} of {len(half[k])} sides, smallest angle "
+            f"{k}: {sum(half[k])} of {len(half[k])} sides, cosine of M − I "
+            f"{_mean(s['match']['cosine'] for s in compared[k])}, smallest angle of reading "
             f"{min((s['match']['angles'][0] for s in compared[k]), default=float('nan')):.0f}°"
             for k in compared
         ),
@@ -224,22 +231,19 @@ def _same(runs: Runs) -> dict[str, Any]:
     )
 
 
-def _labels(runs: Runs) -> dict[str, Any]:
+def _labels(runs: Runs, key: str, text: str) -> dict[str, Any]:
     """Against the same model of shuffled labels: whether the agreement comes of the task or of the data alone."""
     compared = _compared(runs)
-    better = {
-        kind: [side["match"]["overlap"] > side["shuffled"]["overlap"] for side in sides]
-        for kind, sides in compared.items()
-    }
+    better = {kind: [side["match"][key] > side["shuffled"][key] for side in sides] for kind, sides in compared.items()}
     good = {kind: bool(outcomes) and all(outcomes) for kind, outcomes in better.items()}
     return claim(
-        "That comes of the labels: the same model of shuffled labels agrees less",
+        f"That it {text} them comes of the labels: the same model of shuffled labels agrees less",
         _share([each for outcomes in better.values() for each in outcomes] or [False]),
         refuted_by="a side at which the model of shuffled labels overlaps as much",
         evidence="; ".join(
             f"{k}: {sum(better[k])} of {len(better[k])} sides, mean overlap "
-            f"{_mean(s['match']['overlap'] for s in compared[k])} "
-            f"against {_mean(s['shuffled']['overlap'] for s in compared[k])}"
+            f"{_mean(s['match'][key] for s in compared[k])} "
+            f"against {_mean(s['shuffled'][key] for s in compared[k])}"
             for k in compared
         ),
         why=_not(good),
