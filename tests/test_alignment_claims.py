@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments import kernel_alignment
+from adaptive_tangents.experiments import alignment_setup
 from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
 from adaptive_tangents.experiments.alignment_measures import first_crossing
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, Units
@@ -62,7 +62,7 @@ def test_every_seed_is_a_run_of_its_own(small) -> None:
 
 
 def test_resumed_seeds_train_nothing_again_and_give_the_same_numbers(small, monkeypatch) -> None:
-    monkeypatch.setattr(kernel_alignment, "train", lambda *_, **__: pytest.fail("training was repeated"))
+    monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
     assert run(SMALL, units=small[1]).results["over_seeds"] == small[0].results["over_seeds"]
     assert {"sign.end", "seed1.sign.end", "seed1.smooth.training"} <= set(small[1].parts)
 
@@ -70,8 +70,8 @@ def test_resumed_seeds_train_nothing_again_and_give_the_same_numbers(small, monk
 def test_place_is_where_the_kernel_on_the_path_equals_the_average(small) -> None:
     """Between the two points around it K_s(x, x) lies on either side of K̄(x, x), before them on one."""
     arrays, parts = small[0].arrays, small[1].parts
-    problem = kernel_alignment._problem(replace(SMALL, seed=0), "cpu")
-    student = kernel_alignment._student(replace(SMALL, seed=0), problem, "cpu")
+    problem = alignment_setup.problem(replace(SMALL, seed=0), "cpu")
+    student = alignment_setup.student(replace(SMALL, seed=0), problem, "cpu")
     x = problem.x[problem.chosen]
     start, end = parts["sign.start"], parts["sign.end"]
     mean = np.diag(arrays["sign.kernel.average"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
-from adaptive_tangents.experiments import kernel_alignment
+from adaptive_tangents.experiments import alignment_setup, kernel_alignment
 from adaptive_tangents.experiments.registry import EXPERIMENTS
 from adaptive_tangents.experiments.training import relu_network
 
@@ -65,7 +65,7 @@ def test_report_draws_the_page_again_the_same(folder) -> None:
 def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     out, _ = folder
     before = json.loads((out / "results.json").read_text())["metrics"]
-    monkeypatch.setattr(kernel_alignment, "train", lambda *_, **__: pytest.fail("training was repeated"))
+    monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
     (out / "results.json").unlink()
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
