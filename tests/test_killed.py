@@ -3,11 +3,14 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 import adaptive_tangents as at
+from adaptive_tangents.processes import _agreed
 from stored import LIMIT, data, files, network
 
 SCRIPT = Path(__file__).with_name("forked.py")
@@ -50,3 +53,16 @@ def test_under_torchrun_a_killed_process_is_made_good(restarts: int, tmp_path: P
         assert done.returncode == 0, done.stderr
     at.kernel_to_store(network(), data(40), tmp_path / "expected.zarr", tile=4, memory_limit=LIMIT)
     assert files(path) == files(tmp_path / "expected.zarr")
+
+
+def test_processes_started_anew_agree_on_a_new_name_whatever_earlier_ones_left_in_the_store() -> None:
+    store, names = HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(_agreed, store, rank, 3) for rank in (1, 0, 2)]
+            found = {made.result(timeout=60) for made in asked}
+        assert len(found) == 1
+        names += found
+        for rank in (1, 2):
+            store.set(f"come/{rank}", f"one that was killed on its way {len(names)}")
+    assert len(set(names)) == 3

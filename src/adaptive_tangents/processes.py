@@ -1,11 +1,13 @@
 """Several processes at one task: what torch.distributed is asked for, and the same for a process alone."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from adaptive_tangents.errors import TangentError
 
 _Result = TypeVar("_Result")
 _PATIENCE = timedelta(days=1)  # one process waits for the others' last tile, however long that takes
+_PAUSE = 0.02  # seconds between two looks at who has come
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,14 @@ def team() -> Iterator[Team]:
     named = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", "1")) > 1
     own = named and dist.is_available() and not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        # Not in every build of torch.
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        store = PrefixStore("adaptive-tangents", store)
+        store = PrefixStore(_agreed(store, rank, size), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         if dist.is_available() and dist.is_initialized():
             beside = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
@@ -84,3 +94,25 @@ def team() -> Iterator[Team]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def _agreed(store: Any, rank: int, size: int) -> str:
+    """A name of this start of all processes: in a store that outlives restarts, addresses of dead ones would be found."""
+    own = uuid4().hex
+    if rank:
+        store.set(f"come/{rank}", own)
+        name: str = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"{name}/{rank}", "")
+        return name
+    answered: dict[int, str] = {}
+    started = time.monotonic()
+    while not store.check([f"{own}/{other}" for other in range(1, size)]):
+        if time.monotonic() - started > _PATIENCE.total_seconds():
+            raise TangentError(f"torch.distributed: of {size} processes, not all have come within {_PATIENCE}")
+        for other in range(1, size):
+            # It may be one of an earlier start who came; then its successor will.
+            if store.check([f"come/{other}"]) and (who := store.get(f"come/{other}").decode()) != answered.get(other):
+                answered[other] = who
+                store.set(f"answer/{who}", own)
+        time.sleep(_PAUSE)
+    return own
