@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from adaptive_tangents.attention import forward_attention
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.capture import saved_copies, tangent_features
 from adaptive_tangents.errors import TangentError
@@ -242,7 +243,7 @@ class _At:
             with torch.no_grad():
                 return (*self.along(x, tangents), None)
         leaves = self.leaves
-        with torch.enable_grad():
+        with torch.enable_grad(), forward_attention():
             outputs, change = self._forward(x, tangents, leaves)
         return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
 
