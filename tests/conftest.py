@@ -1,10 +1,12 @@
 """Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
 
+import collections
 import functools
 import inspect
 import itertools
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,41 @@ from jaxtyping import install_import_hook
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
-# first calls are checked in every process, and one in many after that.
+# first calls are checked in every process, and one in many after that. So it is of a dataclass made, and of a function
+# within another, which is made anew, and would have its check compiled anew, at every call of that one.
 _ALWAYS, _THEN_ONE_IN = 100, 50
 _jaxtyped = jaxtyping.jaxtyped
+_made: collections.Counter[types.CodeType] = collections.Counter()
+
+
+def _due(count: int) -> bool:
+    return count < _ALWAYS or count % _THEN_ONE_IN == 0
 
 
 def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
     """``jaxtyped``, but for functions called very often only now and then."""
     if made is _jaxtyped:
         return functools.partial(_often_enough, **options)
-    checked = _jaxtyped(made, **options)
-    if not inspect.isfunction(made) or not inspect.isfunction(checked) or inspect.isgeneratorfunction(made):
-        return checked
+    if inspect.isclass(made):
+        plain = made.__init__
+        _jaxtyped(made, **options)
+        if made.__init__ is not plain:
+            made.__init__ = _now_and_then(plain, made.__init__)
+        return made
+    if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
+        return _jaxtyped(made, **options)
+    if "<locals>" not in made.__qualname__:
+        return _now_and_then(made, _jaxtyped(made, **options))
+    _made[made.__code__] += 1
+    return _jaxtyped(made, **options) if _due(_made[made.__code__] - 1) else made
+
+
+def _now_and_then(made: Any, checked: Any) -> Any:
     calls = itertools.count()
 
     @functools.wraps(checked)
     def sampled(*arguments: Any, **keywords: Any) -> Any:
-        count = next(calls)
-        return (checked if count < _ALWAYS or count % _THEN_ONE_IN == 0 else made)(*arguments, **keywords)
+        return (checked if _due(next(calls)) else made)(*arguments, **keywords)
 
     sampled.__wrapped__ = made  # as of what jaxtyping makes: for tests of what a caller without checks sees
     return sampled
