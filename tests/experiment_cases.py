@@ -1,7 +1,10 @@
 """For tests of what experiments do whatever their data: random images for digits, and parts of a run kept in memory."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
 import torch
 
 from adaptive_tangents.data import Dataset
@@ -20,6 +23,14 @@ def made_up_digits(name: str, *, data_dir: str | None = None, classes: Sequence[
         return ((faces[labels] + noise) // 2).to(torch.uint8), labels
 
     return Dataset("made up", *some(120), *some(30), "random images")
+
+
+@contextmanager
+def explained_in_rounds(rounds: int) -> Iterator[None]:
+    """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("adaptive_tangents.explain"), "_ROUNDS", rounds)
+        yield
 
 
 class Remembered(Units):

@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +14,27 @@ from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
 from adaptive_tangents.experiments import alignment_setup, kernel_alignment
+from adaptive_tangents.experiments.common import Asked
+from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig
 from adaptive_tangents.experiments.registry import EXPERIMENTS
-from adaptive_tangents.experiments.training import relu_network
+from adaptive_tangents.experiments.training import SGD, relu_network
+from experiment_cases import explained_in_rounds
 
 runner = CliRunner()
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller() -> Iterator[None]:
+    """A quick run in seconds: what the commands do with it is no matter of its numbers."""
+    configured = kernel_alignment.configured
+
+    def small(asked: Asked) -> KernelAlignmentConfig:
+        return replace(configured(asked), training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,))
+
+    with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1):
+        patch.setattr(kernel_alignment, "configured", small)
+        yield
 
 
 @pytest.fixture(scope="module")
