@@ -380,13 +380,16 @@ class JointProblem:
                 identities = [factor.numpy() for factor in near[1]]
                 head = near[0].numpy()[:p] + spread * generator.normal(size=p)
             parts = [head] + [(one + spread * generator.normal(size=one.shape)).ravel() for one in identities]
-            x = np.concatenate(parts)
+            x, before = np.concatenate(parts), math.inf
             for _ in range(4):  # restarts drop a stale curvature estimate
                 found = minimize(
                     value, x, jac=True, method="L-BFGS-B",
                     options={"maxiter": 6000, "maxfun": 12000, "ftol": 1e-16, "gtol": 1e-11, "maxcor": 30},
                 )  # fmt: skip
                 x = found.x
+                if before - found.fun <= 1e-13 * abs(found.fun):  # nothing was stale
+                    break
+                before = found.fun
             reached.append(float(found.fun) if len(x) else value(x)[0])
         return reached
 
