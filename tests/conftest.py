@@ -20,15 +20,12 @@ from jaxtyping import install_import_hook
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
-# first calls are checked in every process, and one in many after that. So it is of a dataclass made, and of a function
-# within another, which is made anew, and would have its check compiled anew, at every call of that one.
+# first calls are checked in every process, and one in many after that. So it is of a dataclass made.
+# A function within another is made anew, and its check compiled anew, at every call of that one: fewer of those are checked.
 _ALWAYS, _THEN_ONE_IN = 100, 50
+_ALWAYS_WITHIN, _THEN_ONE_IN_WITHIN = 10, 200
 _jaxtyped = jaxtyping.jaxtyped
 _made: collections.Counter[types.CodeType] = collections.Counter()
-
-
-def _due(count: int) -> bool:
-    return count < _ALWAYS or count % _THEN_ONE_IN == 0
 
 
 def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
@@ -45,8 +42,10 @@ def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
         return _jaxtyped(made, **options)
     if "<locals>" not in made.__qualname__:
         return _now_and_then(made, _jaxtyped(made, **options))
+    count = _made[made.__code__]
     _made[made.__code__] += 1
-    return _jaxtyped(made, **options) if _due(_made[made.__code__] - 1) else made
+    due = count < _ALWAYS_WITHIN or count % _THEN_ONE_IN_WITHIN == 0
+    return _jaxtyped(made, **options) if due else made
 
 
 def _now_and_then(made: Any, checked: Any) -> Any:
@@ -54,7 +53,9 @@ def _now_and_then(made: Any, checked: Any) -> Any:
 
     @functools.wraps(checked)
     def sampled(*arguments: Any, **keywords: Any) -> Any:
-        return (checked if _due(next(calls)) else made)(*arguments, **keywords)
+        count = next(calls)
+        due = count < _ALWAYS or count % _THEN_ONE_IN == 0
+        return (checked if due else made)(*arguments, **keywords)
 
     sampled.__wrapped__ = made  # as of what jaxtyping makes: for tests of what a caller without checks sees
     return sampled
