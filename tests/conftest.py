@@ -1,10 +1,12 @@
 """Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
 
+import collections
 import functools
 import inspect
 import itertools
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,42 @@ from jaxtyping import install_import_hook
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
-# first calls are checked in every process, and one in many after that.
+# first calls are checked in every process, and one in many after that. So it is of a dataclass made.
+# A function within another is made anew, and its check compiled anew, at every call of that one: fewer of those are checked.
 _ALWAYS, _THEN_ONE_IN = 100, 50
+_ALWAYS_WITHIN, _THEN_ONE_IN_WITHIN = 10, 200
 _jaxtyped = jaxtyping.jaxtyped
+_made: collections.Counter[types.CodeType] = collections.Counter()
 
 
 def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
     """``jaxtyped``, but for functions called very often only now and then."""
     if made is _jaxtyped:
         return functools.partial(_often_enough, **options)
-    checked = _jaxtyped(made, **options)
-    if not inspect.isfunction(made) or not inspect.isfunction(checked) or inspect.isgeneratorfunction(made):
-        return checked
+    if inspect.isclass(made):
+        plain = made.__init__
+        _jaxtyped(made, **options)
+        if made.__init__ is not plain:
+            made.__init__ = _now_and_then(plain, made.__init__)
+        return made
+    if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
+        return _jaxtyped(made, **options)
+    if "<locals>" not in made.__qualname__:
+        return _now_and_then(made, _jaxtyped(made, **options))
+    count = _made[made.__code__]
+    _made[made.__code__] += 1
+    due = count < _ALWAYS_WITHIN or count % _THEN_ONE_IN_WITHIN == 0
+    return _jaxtyped(made, **options) if due else made
+
+
+def _now_and_then(made: Any, checked: Any) -> Any:
     calls = itertools.count()
 
     @functools.wraps(checked)
     def sampled(*arguments: Any, **keywords: Any) -> Any:
         count = next(calls)
-        return (checked if count < _ALWAYS or count % _THEN_ONE_IN == 0 else made)(*arguments, **keywords)
+        due = count < _ALWAYS or count % _THEN_ONE_IN == 0
+        return (checked if due else made)(*arguments, **keywords)
 
     sampled.__wrapped__ = made  # as of what jaxtyping makes: for tests of what a caller without checks sees
     return sampled

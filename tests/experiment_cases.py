@@ -1,10 +1,16 @@
 """For tests of what experiments do whatever their data: random images for digits, and parts of a run kept in memory."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
+import pytest
 import torch
 
+from adaptive_tangents import report
 from adaptive_tangents.data import Dataset
+from adaptive_tangents.drawing import grid
 from adaptive_tangents.experiments.common import Tensors, Units
 
 
@@ -20,6 +26,24 @@ def made_up_digits(name: str, *, data_dir: str | None = None, classes: Sequence[
         return ((faces[labels] + noise) // 2).to(torch.uint8), labels
 
     return Dataset("made up", *some(120), *some(30), "random images")
+
+
+@contextmanager
+def explained_in_rounds(rounds: int) -> Iterator[None]:
+    """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("adaptive_tangents.explain"), "_ROUNDS", rounds)
+        yield
+
+
+@contextmanager
+def plain_figures(experiment: str, *, but: str) -> Iterator[None]:
+    """A page whose figures but one are empty axes: what commands do with a page is no matter of what it shows."""
+    page = report._PAGES[experiment]
+    figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(report._PAGES, experiment, replace(page, figures=figures))
+        yield
 
 
 class Remembered(Units):

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import alignment_setup
 from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
 from adaptive_tangents.experiments.alignment_measures import first_crossing
-from adaptive_tangents.experiments.common import Asked, ExperimentResult, Units
+from adaptive_tangents.experiments.common import Asked, ExperimentResult
 from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig, configured, run
 from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.report import build_report, write_results
+from experiment_cases import Remembered, explained_in_rounds
 
 SMALL = KernelAlignmentConfig(
     seeds=2,
@@ -30,27 +30,18 @@ SMALL = KernelAlignmentConfig(
 )
 
 
-class Remembered(Units):
-    def __init__(self) -> None:
-        self.parts: dict[str, dict[str, Tensor]] = {}
-
-    def get(self, name: str) -> dict[str, Tensor] | None:
-        return self.parts.get(name)
-
-    def put(self, name: str, tensors: Any) -> None:
-        self.parts[name] = dict(tensors)
-
-
 @pytest.fixture(scope="module")
 def small() -> tuple[ExperimentResult, Remembered]:
     units = Remembered()
-    return run(SMALL, units=units), units
+    with explained_in_rounds(1):
+        return run(SMALL, units=units), units
 
 
 def test_every_seed_is_a_run_of_its_own(small) -> None:
     results = small[0].results
     for k in range(2):
-        alone = run(replace(SMALL, seed=k, seeds=1)).results["metrics"]
+        with explained_in_rounds(1):
+            alone = run(replace(SMALL, seed=k, seeds=1)).results["metrics"]
         for key in (
             "sign.alignment.average",
             "smooth.diagonal.near",
@@ -63,7 +54,9 @@ def test_every_seed_is_a_run_of_its_own(small) -> None:
 
 def test_resumed_seeds_train_nothing_again_and_give_the_same_numbers(small, monkeypatch) -> None:
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
-    assert run(SMALL, units=small[1]).results["over_seeds"] == small[0].results["over_seeds"]
+    with explained_in_rounds(1):
+        again = run(SMALL, units=small[1])
+    assert again.results["over_seeds"] == small[0].results["over_seeds"]
     assert {"sign.end", "seed1.sign.end", "seed1.smooth.training"} <= set(small[1].parts)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -98,25 +99,19 @@ def test_buffers_that_a_forward_pass_updates_stay_as_they_were() -> None:
 
 
 @every_case
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_features_are_the_same_where_gradients_are_switched_off(case: Case, context: Callable[[], Any]) -> None:
+def test_features_hold_no_graph_and_repeat_to_the_bit_also_where_gradients_are_switched_off(case: Case) -> None:
     model, x = case.build()
-    expected = at.tangent_features(model, x, wrt=case.wrt, output=case.output).dense()
-    with context():
-        made = at.tangent_features(model, x, wrt=case.wrt, output=case.output).dense()
-    assert torch.equal(made, expected)
-    assert not made.requires_grad
-
-
-@every_case
-def test_features_hold_no_graph_and_repeat_to_the_bit(case: Case) -> None:
-    model, x = case.build()
-    one, two = (at.tangent_features(model, x, wrt=case.wrt, output=case.output) for _ in range(2))
-    for name, block in one.blocks.items():
-        for part, again in zip(block.summands, two.blocks[name].summands, strict=True):
-            for key, tensor in vars(part).items():
-                assert not tensor.requires_grad
-                assert torch.equal(tensor, vars(again)[key])
+    one = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+    for context in (nullcontext, torch.no_grad, torch.inference_mode):
+        with context():
+            two = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+            assert torch.equal(one.dense(), two.dense())
+        for name, block in one.blocks.items():
+            for part, again in zip(block.summands, two.blocks[name].summands, strict=True):
+                for key, tensor in vars(part).items():
+                    assert not tensor.requires_grad
+                    assert not vars(again)[key].requires_grad
+                    assert torch.equal(tensor, vars(again)[key])
 
 
 def test_features_do_not_change_with_the_batch_or_the_model_afterwards() -> None:

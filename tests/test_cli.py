@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +14,28 @@ from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
 from adaptive_tangents.experiments import alignment_setup, kernel_alignment
+from adaptive_tangents.experiments.common import Asked
+from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig
 from adaptive_tangents.experiments.registry import EXPERIMENTS
-from adaptive_tangents.experiments.training import relu_network
+from adaptive_tangents.experiments.training import SGD, relu_network
+from experiment_cases import explained_in_rounds, plain_figures
 
 runner = CliRunner()
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller() -> Iterator[None]:
+    """A quick run in seconds: what the commands do with it is no matter of its numbers."""
+    configured = kernel_alignment.configured
+
+    def small(asked: Asked) -> KernelAlignmentConfig:
+        return replace(configured(asked), training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,))
+
+    plain = plain_figures(kernel_alignment.NAME, but="kernels")
+    with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1), plain:
+        patch.setattr(kernel_alignment, "configured", small)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -145,37 +164,42 @@ def test_another_experiments_folder_is_refused(folder) -> None:
     assert "experiment" in done.output
 
 
+# One process imports torch, and the runs are forked from it.
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
 from adaptive_tangents.experiments.checkpoints import StoredUnits
 
-folder, killed_before, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "resume"
-units = StoredUnits(folder, {"seed": 0}, resume=resume)
-made = []
+def run(folder, killed_before, resume):
+    units = StoredUnits(Path(sys.argv[1], folder), {"seed": 0}, resume=resume)
+    made = []
 
-def make(k):
-    if k == killed_before:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(k)
-    return {"x": torch.randn(3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)}
+    def make(k):
+        if k == killed_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(k)
+        return {"x": torch.randn(3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)}
 
-total = sum(units(f"part{k}", lambda k=k: make(k))["x"] for k in range(4))
-print(made, total.tolist())
+    total = sum(units(f"part{k}", lambda k=k: make(k))["x"] for k in range(4))
+    print(made, total.tolist(), flush=True)
+
+for given in (("whole", -1, False), ("killed", 2, False), ("killed", -1, True)):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run(*given)
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 def test_a_killed_run_resumed_makes_only_what_is_missing_and_ends_the_same(tmp_path) -> None:
-    def run(folder: str, killed_before: int, mode: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / folder), str(killed_before), mode]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout
-
-    code, whole = run("whole", -1, "anew")
-    assert code == 0
-    assert run("killed", 2, "anew")[0] == -signal.SIGKILL
-    code, rest = run("killed", -1, "resume")
-    assert code == 0
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
+    whole, code, killed, rest, resumed = done.stdout.splitlines()
+    assert (code, killed, resumed) == ("0", str(-signal.SIGKILL), "0")
     assert whole.startswith("[0, 1, 2, 3] ")
     assert rest == whole.replace("[0, 1, 2, 3] ", "[2, 3] ")
 

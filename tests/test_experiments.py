@@ -15,6 +15,7 @@ from adaptive_tangents.experiments.checkpoints import StoredUnits, read_checkpoi
 from adaptive_tangents.experiments.common import ExperimentResult, Tensors, Units, flatten
 from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig, config_dict, run
 from adaptive_tangents.experiments.training import SGD, relu_network, train
+from experiment_cases import explained_in_rounds
 
 SMALL = KernelAlignmentConfig(
     width=24, training=SGD(epochs=4), kernel_samples=60, path_nodes=4, strengths=(10.0,), linearization_points=4
@@ -33,11 +34,12 @@ class Recorded(Units):
 def small() -> tuple[ExperimentResult, dict[str, dict[str, torch.Tensor]], list[tuple[str, float]]]:
     saved: dict[str, dict[str, torch.Tensor]] = {}
     heard: list[tuple[str, float]] = []
-    result = run(
-        SMALL,
-        units=Recorded(saved),
-        progress=lambda stage, fraction: heard.append((stage, fraction)),
-    )
+    with explained_in_rounds(1):
+        result = run(
+            SMALL,
+            units=Recorded(saved),
+            progress=lambda stage, fraction: heard.append((stage, fraction)),
+        )
     return result, saved, heard
 
 
@@ -129,9 +131,10 @@ def test_same_seed_gives_the_same_numbers_and_another_seed_does_not() -> None:
         metrics = run(config).results["metrics"]
         return {name: value for name, value in metrics.items() if not name.endswith("seconds")}
 
-    first = numbers(tiny)
-    assert numbers(tiny) == first
-    assert numbers(replace(tiny, seed=1)) != first
+    with explained_in_rounds(1):
+        first = numbers(tiny)
+        assert numbers(tiny) == first
+        assert numbers(replace(tiny, seed=1)) != first
 
 
 def test_resuming_repeats_no_training_and_gives_the_same_numbers(small, monkeypatch, tmp_path) -> None:
@@ -144,7 +147,8 @@ def test_resuming_repeats_no_training_and_gives_the_same_numbers(small, monkeypa
         raise AssertionError("training was repeated")
 
     monkeypatch.setattr(alignment_setup, "train", refuse)
-    again = run(SMALL, units=StoredUnits(tmp_path, settings, resume=True)).results["metrics"]
+    with explained_in_rounds(1):
+        again = run(SMALL, units=StoredUnits(tmp_path, settings, resume=True)).results["metrics"]
     before = small[0].results["metrics"]
     assert {k: v for k, v in again.items() if not k.endswith("seconds")} == {
         k: v for k, v in before.items() if not k.endswith("seconds")
@@ -254,7 +258,8 @@ def test_diverging_training_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, float]:
-    return run(KernelAlignmentConfig(kernel_samples=250, path_nodes=24, strengths=(100.0,))).results["metrics"]
+    with explained_in_rounds(4):
+        return run(KernelAlignmentConfig(kernel_samples=250, path_nodes=24, strengths=(100.0,))).results["metrics"]
 
 
 def _assert_published(metrics: dict[str, float], smooth: tuple[float, float], sign: tuple[float, float]) -> None:

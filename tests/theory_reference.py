@@ -146,28 +146,38 @@ def precise_log_squared(strength: float) -> PrecisePart:
     return PrecisePart(lambda e: strength * mpmath.log1p(e) ** 2, lambda e: strength * mpmath.log1p(e))
 
 
+def precise_root(rises: Callable[[mpmath.mpf], mpmath.mpf], low: float, high: mpmath.mpf, width: float) -> mpmath.mpf:
+    """Where a rising function passes zero, from below: false position with the end that stays halved, or bisection."""
+    low, high = mpmath.mpf(low), mpmath.mpf(high)
+    below, above = rises(low), rises(high)
+    for k in itertools.count():
+        if high - low <= width:
+            return low
+        middle = (low + high) / 2 if k % 3 == 2 else (low * above - high * below) / (above - below)
+        value = rises(middle)
+        if value <= 0:
+            low, below, above = middle, value, above / 2
+        else:
+            high, above, below = middle, value, below / 2
+
+
 def precise_gain(pull: Callable[[mpmath.mpf], mpmath.mpf], u: mpmath.mpf) -> mpmath.mpf:
-    """The excess e at which a rising pull, a function of e, reaches u: bisection in log e; 0 if it starts above."""
+    """The excess e at which a rising pull, a function of e, reaches u, found in log e; 0 if it starts above."""
     if pull(mpmath.mpf(0)) >= u:
         return mpmath.mpf(0)
-    low, high = mpmath.mpf(-12000), mpmath.mpf(12000)
-    while high - low > mpmath.mpf(10) ** -35:
-        middle = (low + high) / 2
-        low, high = (middle, high) if pull(mpmath.exp(middle)) <= u else (low, middle)
-    return mpmath.exp(low)
+    return mpmath.exp(precise_root(lambda s: mpmath.log(pull(mpmath.exp(s)) / u), -12000, mpmath.mpf(12000), 1e-35))
 
 
 def precise_induced(parts: Sequence[PrecisePart], v: float) -> tuple[float, float]:
-    """(ω̃(v), z(v) − 1) with 40 digits: bisection for the level u with u·Π(1 + e_j(u))² = v²."""
+    """(ω̃(v), z(v) − 1) with 40 digits: the level u with u·Π(1 + e_j(u))² = v², found in log u."""
     with mpmath.workdps(40):
         square = mpmath.mpf(v) ** 2
-        low, high = mpmath.mpf(-2000), mpmath.log(square)
-        while high - low > mpmath.mpf(10) ** -30:
-            middle = (low + high) / 2
-            u = mpmath.exp(middle)
-            whole = mpmath.fprod(1 + precise_gain(part.pull, u) for part in parts)
-            low, high = (middle, high) if u * whole**2 <= square else (low, middle)
-        u = mpmath.exp(low)
+
+        def excess(s: mpmath.mpf) -> mpmath.mpf:
+            u = mpmath.exp(s)
+            return mpmath.log(u * mpmath.fprod(1 + precise_gain(part.pull, u) for part in parts) ** 2 / square)
+
+        u = mpmath.exp(precise_root(excess, -2000, mpmath.log(square), 1e-30))
         excesses = [precise_gain(part.pull, u) for part in parts]
         paid = mpmath.fsum(part.value(e) for part, e in zip(parts, excesses, strict=True))
         return float(paid + u), float(mpmath.fprod(1 + e for e in excesses) - 1)
@@ -380,13 +390,16 @@ class JointProblem:
                 identities = [factor.numpy() for factor in near[1]]
                 head = near[0].numpy()[:p] + spread * generator.normal(size=p)
             parts = [head] + [(one + spread * generator.normal(size=one.shape)).ravel() for one in identities]
-            x = np.concatenate(parts)
+            x, before = np.concatenate(parts), math.inf
             for _ in range(4):  # restarts drop a stale curvature estimate
                 found = minimize(
                     value, x, jac=True, method="L-BFGS-B",
                     options={"maxiter": 6000, "maxfun": 12000, "ftol": 1e-16, "gtol": 1e-11, "maxcor": 30},
                 )  # fmt: skip
                 x = found.x
+                if before - found.fun <= 1e-13 * abs(found.fun):  # nothing was stale
+                    break
+                before = found.fun
             reached.append(float(found.fun) if len(x) else value(x)[0])
         return reached
 

@@ -140,7 +140,7 @@ class Block:
 
     def without_shared(self) -> "Block":
         """The block of Φ without its shared summand."""
-        return replace(self, shared=None)
+        return self if self.shared is None else replace(self, shared=None)
 
     def map(self, *, index: Index | None = None, dtype: torch.dtype | None = None) -> "Block":
         """The block of some of the samples, or in another dtype."""

@@ -212,10 +212,9 @@ def accumulate(
 
 def _common_factors(a: Block, b: Block) -> type[Factors] | None:
     """The one kind of factors that both blocks are made of, if so (a shared summand aside)."""
-    kinds = {type(part) for block in (a, b) for part in block.without_shared().summands}
-    kind = next(iter(kinds), None)
-    alone = len(kinds) == 1 and bool(a.without_shared().summands) and bool(b.without_shared().summands)
-    return kind if alone and kind in (Outer, Lookup, Flipped) else None
+    own = [{type(part) for part in block.summands} - {Shared} for block in (a, b)]
+    kind = next(iter(own[0]), None)
+    return kind if own[0] == own[1] == {kind} and kind in (Outer, Lookup, Flipped) else None
 
 
 def _narrowed(a: Block, b: Block) -> tuple[Block, Block]:

