@@ -44,8 +44,8 @@ def stored(make: Callable[[int], Network], n: int, outputs: str, *, threads: int
     peak = peak_rate()
     return {
         "seconds": seconds, "planned s": plan.seconds, "tiles": plan.tiles, "captures": plan.captures,
-        "planned GB": plan.bytes / 1e9, "s a tile": seconds / plan.tiles, "share": (plan.operations + capturing) / seconds / peak,
-        "contracted": plan.operations / seconds / peak, "peak GB": peak_memory(),
+        "s a tile": seconds / plan.tiles, "share": (plan.operations + capturing) / seconds / peak,
+        "contracted": plan.operations / seconds / peak, "planned GB": plan.bytes / 1e9, "peak GB": peak_memory(),
     }  # fmt: skip
 
 
