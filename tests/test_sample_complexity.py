@@ -418,6 +418,8 @@ def test_coloured_images_are_trained_too(monkeypatch: pytest.MonkeyPatch) -> Non
     config = replace(TINY, seeds=1, sizes=(8,), max_epochs=1, exact=0)
     errors = run(config).results["errors"]["toy"][SAME][TEST]
     assert set(errors) == {"fixed", "adaptive", "network"}
+    fewer = replace(config, models=("network",), convolutional_sizes=(4, 12), everything=True)
+    assert run(fewer).results["data"]["toy"]["sizes"] == [4, 12]
 
 
 # ---------------------------------------------------------------------------------------------------------- claims
@@ -515,7 +517,8 @@ def test_settings_follow_what_is_asked(tmp_path: Path) -> None:
         sizes=(1000,), max_epochs=7, seeds=3, seed=2
     )
     full = configured(Asked(size="full", data="mnist", data_dir=str(tmp_path)))
-    assert (full.datasets, full.seeds, full.test) == (("mnist",), 1, 10_000)
+    assert (full.datasets, full.seeds, full.test) == (("mnist",), 1, 4000)
+    assert full.convolutional_sizes == (1000, 4000)
     assert full.sizes[-1] == 32_000
     assert full.everything
     (tmp_path / "test_batch.bin").write_bytes(b"")

@@ -57,12 +57,14 @@ Loss = Literal["squared", "cross-entropy"]
 LOSSES: tuple[Loss, ...] = ("squared", "cross-entropy")
 _AT_LEAST = 40  # epochs, however many steps they take
 PUBLISHED_SIZES = (125, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
+_CONVOLUTIONAL_SIZES = (1000, 4000)  # of --full: a step of the convolutional models takes ten times as long
 
 
 @dataclass(frozen=True)
 class SampleComplexityConfig:
     """Data sets and sizes; sizes beyond what a data set holds are left out, and ``everything`` adds all it holds.
 
+    ``convolutional_sizes``, where given, are those of data sets that a convolutional network learns, and all of them.
     ``patience``, ``max_epochs`` and ``max_steps`` end a training run, the last not before 40 epochs; ``validation`` and
     ``test`` are the most samples held out and tested on. Exact fits are made of up to ``exact`` samples, with ``strengths``
     λ of both penalties and the ridge ρ of each loss.
@@ -73,6 +75,7 @@ class SampleComplexityConfig:
     seed: int = 0
     seeds: int = 1
     sizes: tuple[int, ...] = (250, 1000)
+    convolutional_sizes: tuple[int, ...] = ()
     everything: bool = False
     models: tuple[Model, ...] = MODELS
     width: int = 128
@@ -88,9 +91,9 @@ class SampleComplexityConfig:
     cross_entropy_ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        counts = (self.seeds, self.width, self.depth, self.max_epochs, self.max_steps, *self.sizes)
-        counts += (self.validation, self.test)
-        if min(counts) < 1 or not self.sizes or any(a >= b for a, b in pairwise(self.sizes)):
+        counts = (self.seeds, self.width, self.depth, self.max_epochs, self.max_steps, self.validation, self.test)
+        falls = any(a >= b for sizes in (self.sizes, self.convolutional_sizes) for a, b in pairwise(sizes))
+        if min(*counts, *self.sizes, *self.convolutional_sizes) < 1 or not self.sizes or falls:
             raise TangentError(f"{NAME}: counts are positive and sizes rise, got {self}")
         if self.patience < 0 or not self.datasets or not self.models or set(self.models) - set(MODELS):
             raise TangentError(
@@ -109,11 +112,13 @@ def configured(asked: Asked) -> SampleComplexityConfig:
     datasets = (asked.data, "cifar10") if beside and asked.data != "cifar10" else (asked.data,)
     config = SampleComplexityConfig(datasets=datasets, data_dir=asked.data_dir, seed=asked.seed, seeds=asked.seeds or 1)
     if full:
-        config = replace(config, sizes=PUBLISHED_SIZES, everything=True, test=10_000, exact=500)
+        config = replace(
+            config, sizes=PUBLISHED_SIZES, convolutional_sizes=_CONVOLUTIONAL_SIZES, everything=True, test=4000, exact=500
+        )
     if asked.size == "quick":
         config = replace(config, sizes=(50, 200), max_epochs=15, test=500, validation=200, exact=50)
     if asked.samples is not None:
-        config = replace(config, sizes=(asked.samples,), everything=False)
+        config = replace(config, sizes=(asked.samples,), convolutional_sizes=(), everything=False)
     return config if asked.epochs is None else replace(config, max_epochs=asked.epochs)
 
 
@@ -227,14 +232,15 @@ def run(
 
 def _sizes(config: SampleComplexityConfig, part: Split) -> list[int]:
     """The sizes a data set has samples for."""
-    held = len(part.pool[1])
-    found = [n for n in config.sizes if n <= held]
+    held, convolutional = len(part.pool[1]), bool(config.convolutional_sizes) and len(part.shape) == 3
+    asked = config.convolutional_sizes if convolutional else config.sizes
+    found = [n for n in asked if n <= held]
     if not found:
         raise TangentError(
-            f"{NAME}: {part.described['name']} leaves {held} samples to train on, fewer than {config.sizes[0]}; use smaller "
+            f"{NAME}: {part.described['name']} leaves {held} samples to train on, fewer than {asked[0]}; use smaller "
             "sizes or more data"
         )
-    return [*found, held] if config.everything and held > found[-1] else found
+    return [*found, held] if config.everything and not convolutional and held > found[-1] else found
 
 
 def _work(config: SampleComplexityConfig, n: int) -> float:
