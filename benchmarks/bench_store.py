@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import adaptive_tangents as at
+from adaptive_tangents.summands import Outputs
 from common import OUT, contend, peak_memory
 from counting import counted_operations, peak_rate
 from networks import Network, cnn, made, mlp
@@ -49,25 +50,25 @@ def stored(make: Callable[[int], Network], n: int, outputs: str, *, threads: int
     }  # fmt: skip
 
 
-def together(n: int, processes: int) -> Row:
+def together(make: str, n: int, outputs: str, processes: int) -> Row:
     """Several processes of one thread under torchrun; seconds from before the first begins to when all are done."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", __file__, "--rank", str(n)]
+    command += [f"--nproc-per-node={processes}", __file__, "--rank", make, str(n), outputs]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def rank(n: int) -> None:
+def rank(make: str, n: int, outputs: Outputs) -> None:
     """What torchrun starts."""
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
-    model, x = made(lambda: mlp(n))
+    model, x = made(lambda: {"mlp": mlp, "cnn": cnn}[make](n))
     path = STORES / f"{n}-together.zarr"
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
     torch.distributed.barrier()
     started = time.perf_counter()
-    store = at.kernel_to_store(model, x, path, memory_limit=LIMIT // 2)
+    store = at.kernel_to_store(model, x, path, outputs=outputs, memory_limit=LIMIT // 2)
     row = {"seconds": time.perf_counter() - started, "tiles": len(store.places), "peak GB": peak_memory()}
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -80,7 +81,7 @@ contenders: dict[str, Callable[[], Row]] = {
     "MLP trace, n = 300: to see it work": lambda: stored(mlp, 300, "trace"),
     "MLP trace, n = 2000: all threads": lambda: stored(mlp, 2000, "trace"),
     "MLP trace, n = 2000, one thread: one process": lambda: stored(mlp, 2000, "trace", threads=1),
-    "MLP trace, n = 2000, one thread: two processes": lambda: together(2000, 2),
+    "MLP trace, n = 2000, one thread: two processes": lambda: together("mlp", 2000, "trace", 2),
     **{
         f"MLP trace, tile = 250: n = {n}": lambda n=n: stored(mlp, n, "trace", tile=250)
         for n in (1000, 2000, 4000, 8000)
@@ -95,12 +96,17 @@ contenders: dict[str, Callable[[], Row]] = {
 }
 large: dict[str, Callable[[], Row]] = {
     "MLP trace, n = 10000: all threads": lambda: stored(mlp, 10_000, "trace"),
+    "MLP trace, n = 10000, one thread: one process": lambda: stored(mlp, 10_000, "trace", threads=1),
+    "MLP trace, n = 10000, one thread: two processes": lambda: together("mlp", 10_000, "trace", 2),
+    "CNN full, n = 500, one thread: one process": lambda: stored(cnn, 500, "full", threads=1),
+    "CNN full, n = 500, one thread: two processes": lambda: together("cnn", 500, "full", 2),
     "CNN full, n = 1000: all threads": lambda: stored(cnn, 1000, "full"),
 }
 
 if __name__ == "__main__":
     if "--rank" in sys.argv:
-        rank(int(sys.argv[sys.argv.index("--rank") + 1]))
+        make, n, outputs = sys.argv[sys.argv.index("--rank") + 1 :]
+        rank(make, int(n), outputs)  # type: ignore[arg-type]
         sys.exit()
     wanted = "--large" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--large"]

@@ -17,7 +17,7 @@ from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.experiments.training import relu_network
 from common import OUT, contend
 
-N, TILE, RIDGE = 4000, 500, 0.1
+N, TILE, RIDGE, TOL = 4000, 500, 0.1, 1e-12
 STRUCTURE = at.LayerScale(at.Quadratic(1.0))
 LIMIT = 600_000_000  # bytes; a kernel in float64 takes 128 MB, its fit by a factor six of them
 
@@ -57,14 +57,14 @@ def to_features() -> dict[str, Any]:
     network, x, r = problem()
     feats = at.tangent_features(network, x)
     started = time.perf_counter()
-    fit = at.fit(feats, r, structure=STRUCTURE, ridge=RIDGE)
+    fit = at.fit(feats, r, structure=STRUCTURE, ridge=RIDGE, tol=TOL)
     return row(fit, time.perf_counter() - started)
 
 
 def to_store(form: str, limit: int | None) -> dict[str, Any]:
     kernels, (_, _, r) = at.open_kernel(Path(store().path)), problem()
     started = time.perf_counter()
-    fit = at.fit(kernels, r, structure=STRUCTURE, ridge=RIDGE, form=form, memory_limit=limit)
+    fit = at.fit(kernels, r, structure=STRUCTURE, ridge=RIDGE, form=form, tol=TOL, memory_limit=limit)
     return row(fit, time.perf_counter() - started)
 
 
