@@ -20,7 +20,7 @@ from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.mixed import Mixed, as_structure
 from adaptive_tangents.spectral import Left, Right, TwoSided
 from adaptive_tangents.structures import Fixed, Full, Structure, check_sketch
-from adaptive_tangents.summands import Index
+from adaptive_tangents.summands import Index, SampleMap
 from adaptive_tangents.transforms import Entrywise, Matrix, Sides, Transform
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -231,7 +231,7 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
     if a.outer is not None and b.outer is not None and len(a.summands) == len(b.summands) == 1:
         total: Tensor | None = None
         for part in ranges(a.samples, max(1, _CHUNK // _cost(a, b))):
-            x, y = (block.outer.map(lambda t: t[part]) for block in (a, b))  # type: ignore[union-attr,arg-type]  # noqa: B023
+            x, y = (block.outer.map(SampleMap(part)) for block in (a, b))  # type: ignore[union-attr]
             # Positions of the longer are gathered onto those of the shorter first: a path average against one point.
             if side == "left":
                 grams, spec = x.inputs @ y.inputs.mT, "ntco,ntcr->or"
@@ -269,7 +269,7 @@ def _inner(a: Block, b: Block) -> float:
     if a.outer is not None and b.outer is not None and len(a.summands) == len(b.summands) == 1:
         total = 0.0
         for part in ranges(a.samples, max(1, _CHUNK // _cost(a, b))):
-            x, y = (block.outer.map(lambda t: t[part]) for block in (a, b))  # type: ignore[union-attr,arg-type]  # noqa: B023
+            x, y = (block.outer.map(SampleMap(part)) for block in (a, b))  # type: ignore[union-attr]
             signals = x.backward.flatten(2) @ y.backward.flatten(2).mT
             total += float((signals * (x.inputs @ y.inputs.mT)).sum())
         return total
