@@ -517,8 +517,7 @@ def test_settings_follow_what_is_asked(tmp_path: Path) -> None:
         sizes=(1000,), max_epochs=7, seeds=3, seed=2
     )
     full = configured(Asked(size="full", data="mnist", data_dir=str(tmp_path)))
-    assert (full.datasets, full.seeds, full.test) == (("mnist",), 1, 4000)
-    assert full.convolutional_sizes == (1000, 4000)
+    assert (full.datasets, full.seeds, full.convolutional_sizes) == (("mnist",), 1, (1000,))
     assert full.sizes[-1] == 32_000
     assert full.everything
     (tmp_path / "test_batch.bin").write_bytes(b"")
