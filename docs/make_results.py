@@ -1,7 +1,8 @@
 """Writes docs/results.md from the results kept in docs/results/, one small file an experiment.
 
 python docs/make_results.py           # or: make results
-python docs/make_results.py RUNS      # keep the results of RUNS/NAME first, made by reproduce all --out RUNS
+python docs/make_results.py RUNS      # keep the results of RUNS/NAME first, made by reproduce all --out RUNS, and of
+                                      # RUNS/NAME-more, another run of the same experiment
 python docs/make_results.py --check   # say whether the page is up to date, write nothing
 """
 
@@ -30,14 +31,10 @@ def keep(runs: Path) -> None:
     from adaptive_tangents.overview import summary
 
     KEPT.mkdir(exist_ok=True)
-    for name in EXPERIMENTS:
-        source = runs / name / "results.json"
-        if source.is_file():
-            kept = summary(json.loads(source.read_text("utf-8")))
-            text = json.dumps(
-                kept | {"command": anywhere(kept["command"])}, indent=1, ensure_ascii=False, sort_keys=True
-            )
-            (KEPT / f"{name}.json").write_text(text + "\n", "utf-8")
+    for source in sorted(path for name in EXPERIMENTS for path in runs.glob(f"{name}*/results.json")):
+        kept = summary(json.loads(source.read_text("utf-8")))
+        text = json.dumps(kept | {"command": anywhere(kept["command"])}, indent=1, ensure_ascii=False, sort_keys=True)
+        (KEPT / f"{source.parent.name}.json").write_text(text + "\n", "utf-8")
 
 
 def anywhere(command: str) -> str:
