@@ -82,8 +82,9 @@ def draw_dimensions(results: Results, arrays: Arrays) -> Figure:
     levels = list(next(iter(dimensions.values()))["saved"].get("TwoSided", {}))
     for k, level in enumerate(levels):
         factors = [real(found["saved"]["TwoSided"][level]) for found in dimensions.values()]
-        look = {"color": COLOURS[k % len(COLOURS)], "ls": "-" if k < len(COLOURS) else DASHES}
-        row[-1].plot([int(d) for d in dimensions], factors, marker="o", ms=4, label=f"error {level}", **look)
+        look: dict[str, Any] = {"ls": "-"} if k < len(COLOURS) else {"ls": DASHES, "mfc": "white"}
+        look |= {"color": COLOURS[k % len(COLOURS)], "marker": "o", "ms": 4}
+        row[-1].plot([int(d) for d in dimensions], factors, label=f"error {level}", **look)
     row[-1].set(xscale="log", yscale="log", xlabel="input dimension $d$", ylabel="times fewer samples than Fixed")
     row[-1].set_xticks([int(d) for d in dimensions], list(dimensions))
     row[-1].set_yticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
