@@ -41,6 +41,7 @@ _CACHED_BYTES = 1_000_000  # what the nested route works on at a time
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
 _SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
+_PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
 _PANELS = (
     4  # of a symmetric kernel, 5/8 of its products, each still large enough to run at full speed; 2 of a small one
 )
@@ -74,7 +75,8 @@ class BlockPlan:
     @property
     def seconds(self) -> float:
         """Seconds expected."""
-        return self.operations / (matmul_speed(self.dtype, self.device) * _SHARES[self.route])
+        share = _PLAIN if self.route == "gram" and self.positions == 1 else _SHARES[self.route]
+        return self.operations / (matmul_speed(self.dtype, self.device) * share)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.files import fingerprint
 from adaptive_tangents.identities import batch_fingerprint, check_same
-from adaptive_tangents.inputs import Batch, Output, Selection, tensors
+from adaptive_tangents.inputs import Batch, Output, Selection, take, tensors
 from adaptive_tangents.locks import claim, writer_lock
 from adaptive_tangents.memory import format_bytes
 from adaptive_tangents.memory import memory_limit as memory_limit_of
@@ -32,6 +32,7 @@ from adaptive_tangents.transforms import Transform
 
 Progress = Callable[[str, float], None]
 
+_TELLING = 0.2  # seconds of capturing that tell what more of it takes
 _COMPRESSED = 0.7  # of its bytes a kernel takes on disk at least: usually 0.9
 
 
@@ -132,11 +133,21 @@ def plan_kernel(
         memory_limit=_share(memory_limit, x, processes), dtype=dtype, transforms=transforms, sketch=sketch,
     )  # fmt: skip
     some = made.some()
-    started = time.perf_counter()
-    made.some()
-    each = (time.perf_counter() - started) / some.n
     layout = lay_out(call, made.sizes(some), made.capture.limit, tile=_checked_tile(call, tile))
-    return _plan(made, some, layout, processes, each)
+    return _plan(made, some, layout, processes, _seconds_a_sample(made, some.n, layout))
+
+
+def _seconds_a_sample(made: Stream, count: int, layout: Layout) -> float:
+    """What capturing takes: of so many samples, or of more, up to a tile, where those take next to no time."""
+    most = max(count, min(layout.tile, made.n))
+    while True:
+        batch = take(made.x, slice(0, count))
+        started = time.perf_counter()
+        made.features(batch, layout.pass_samples)
+        seconds = time.perf_counter() - started
+        if seconds > _TELLING or count == most:
+            return seconds / count
+        count = min(4 * count, most)
 
 
 def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, each: float) -> StorePlan:
