@@ -131,7 +131,7 @@ def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
     if isinstance(part, Outer):
         signals = w[:, None, :] * (part.inputs @ direction)[..., None]
         inner = part.backward.permute(0, 2, 3, 1)
-        if inner.is_contiguous():
+        if inner.shape[3] > 1 and inner.is_contiguous():
             return (inner.flatten(0, 1) @ signals.transpose(1, 2).flatten(0, 1)[..., None]).sum(0)[:, 0]
         return signals.flatten() @ part.backward.reshape(-1, part.backward.shape[-1])
     return part.combine(w) @ direction
