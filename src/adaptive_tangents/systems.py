@@ -81,7 +81,7 @@ class Kernel(ABC):
 class DenseKernel(Kernel):
     """The kernel as a matrix, factorised."""
 
-    def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " k"] | None = None) -> None:
+    def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " m"] | None = None) -> None:
         self.matrix, self.kept = matrix, kept
         self._whole: tuple[float, Factorised] | None = None
 
