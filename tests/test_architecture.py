@@ -85,8 +85,6 @@ ORDER = (
     "kernels",
     "storing",
     "explain",
-    "attention",
-    "modules",
     "estimators",
     "tracking",
     "data_files",

@@ -419,7 +419,11 @@ def test_coloured_images_are_trained_too(monkeypatch: pytest.MonkeyPatch) -> Non
     errors = run(config).results["errors"]["toy"][SAME][TEST]
     assert set(errors) == {"fixed", "adaptive", "network"}
     fewer = replace(config, models=("network",), convolutional_sizes=(4, 12), everything=True)
-    assert run(fewer).results["data"]["toy"]["sizes"] == [4, 12]
+    found = run(fewer).results
+    assert found["data"]["toy"]["sizes"] == [4, 12]
+    assert found["left_out"]["toy"][0] == (
+        "n = 8: of convolutional networks only n = 4, 12 was asked for, as their steps take ten times as long."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- claims

@@ -100,6 +100,10 @@ class SampleComplexityConfig:
                 f"{NAME}: patience is 0 or more, with a data set and some of the models {', '.join(MODELS)}; got {self}"
             )
 
+    def asked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes asked of images of this shape, in colour if it has three dimensions."""
+        return self.convolutional_sizes if self.convolutional_sizes and len(shape) == 3 else self.sizes
+
     def epochs(self, n: int, batch: int) -> int:
         """The most epochs of n samples: of many samples an epoch fewer, as no more steps are taken."""
         return min(self.max_epochs, max(_AT_LEAST, self.max_steps // max(n // batch, 1)))
@@ -218,9 +222,7 @@ def run(
         "errors": errors,
         "runs": runs,
         "exact": exact,
-        "left_out": {
-            name: _left_out(config, sizes[name], described[name], part.classes) for name, part in splits.items()
-        },
+        "left_out": {name: _left_out(config, part, sizes[name], described[name]) for name, part in splits.items()},
         "published": {name: published(name) for name in config.datasets},
         "claims": claims(errors, runs, exact, described),
         "metrics": flatten({"errors": errors, "exact": exact}),
@@ -232,15 +234,14 @@ def run(
 
 def _sizes(config: SampleComplexityConfig, part: Split) -> list[int]:
     """The sizes a data set has samples for."""
-    held, convolutional = len(part.pool[1]), bool(config.convolutional_sizes) and len(part.shape) == 3
-    asked = config.convolutional_sizes if convolutional else config.sizes
+    held, asked = len(part.pool[1]), config.asked(part.shape)
     found = [n for n in asked if n <= held]
     if not found:
         raise TangentError(
             f"{NAME}: {part.described['name']} leaves {held} samples to train on, fewer than {asked[0]}; use smaller "
             "sizes or more data"
         )
-    return [*found, held] if config.everything and not convolutional and held > found[-1] else found
+    return [*found, held] if config.everything and asked == config.sizes and held > found[-1] else found
 
 
 def _work(config: SampleComplexityConfig, n: int) -> float:
@@ -393,12 +394,16 @@ def _exact_summary(sizes: list[int], fits: Mapping[tuple[Loss, str, int], list[d
     return made
 
 
-def _left_out(
-    config: SampleComplexityConfig, sizes: list[int], described: Mapping[str, Any], classes: int
-) -> list[str]:
+def _left_out(config: SampleComplexityConfig, part: Split, sizes: list[int], described: Mapping[str, Any]) -> list[str]:
     """What was not measured, and why, in sentences."""
-    said = []
-    beyond = [n for n in config.sizes if n > described["pool"]]
+    said, asked, classes = [], config.asked(part.shape), part.classes
+    if asked != config.sizes:
+        other = [n for n in config.sizes if n not in asked]
+        said.append(
+            f"n = {', '.join(f'{n:,}' for n in other)}: of convolutional networks only n = "
+            f"{', '.join(f'{n:,}' for n in asked)} was asked for, as their steps take ten times as long."
+        )
+    beyond = [n for n in asked if n > described["pool"]]
     if beyond:
         said.append(
             f"n = {', '.join(f'{n:,}' for n in beyond)}: {described['name']} leaves {described['pool']:,} samples to train "
