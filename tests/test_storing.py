@@ -25,6 +25,7 @@ from adaptive_tangents import locks, storing
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.planning import duration
 from adaptive_tangents.stores import KernelStore
+from adaptive_tangents.streams import Stream
 from adaptive_tangents.transforms import Sides
 from cases import Forward
 from stored import LIMIT, data, files, network
@@ -241,6 +242,24 @@ def test_a_plan_says_what_is_then_done(tmp_path: Path) -> None:
         assert words in text
     assert all(name in text for name in made.blocks)
     assert {block.route for block in plan.contraction.blocks} <= {"gram", "nested", "materialise"}
+
+
+def test_a_plan_times_more_samples_up_to_a_tile_where_few_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    features = Stream.features
+
+    def counted(self: Stream, x: torch.Tensor, *given: int) -> at.TangentFeatures:
+        counts.append(len(x))
+        return features(self, x, *given)
+
+    monkeypatch.setattr(Stream, "features", counted)
+    monkeypatch.setattr(storing, "_TELLING", float("inf"))
+    at.plan_kernel(network(), data(300), tile=100, memory_limit=LIMIT)
+    assert counts == [16, 16, 64, 100]
+    counts.clear()
+    monkeypatch.setattr(storing, "_TELLING", 0.0)
+    at.plan_kernel(network(), data(300), tile=100, memory_limit=LIMIT)
+    assert counts == [16, 16]
 
 
 def test_tiles_are_chosen_for_many_and_for_the_memory() -> None:
