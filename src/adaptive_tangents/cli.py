@@ -4,15 +4,24 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from adaptive_tangents import __version__
@@ -22,7 +31,8 @@ from adaptive_tangents.experiment_pages.overview import counts
 from adaptive_tangents.experiments.checkpoints import StoredUnits
 from adaptive_tangents.experiments.common import Asked, settings
 from adaptive_tangents.experiments.common import Progress as StageProgress
-from adaptive_tangents.experiments.registry import EXPERIMENTS, Experiment
+from adaptive_tangents.experiments.registry import EXPERIMENTS, LONGEST_FIRST, Experiment
+from adaptive_tangents.experiments.side_by_side import side_by_side
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection_report import findings
@@ -71,6 +81,10 @@ def reproduce(
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="More seeds and sizes than usual: hours.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has made.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="With all: how many at once, sharing the cores [default: one a core to 4; on cuda 1]."),
+    ] = None,
 ) -> None:
     """Run a published experiment and write results.json, figures, checkpoints and report.html."""
     with _worded_errors():
@@ -85,19 +99,42 @@ def reproduce(
             raise TangentError("reproduce: --quick and --full exclude each other; give one of them or neither")
         if seeds is not None and seeds < 1:
             raise TangentError(f"reproduce: --seeds is at least 1, got {seeds}")
+        if jobs is not None and jobs < 1:
+            raise TangentError(f"reproduce: --jobs is at least 1, got {jobs}")
         _check_device("reproduce", device)
         asked = Asked(
             size="quick" if quick else "full" if full else "standard",
             data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, seeds=seeds, samples=samples,
             epochs=epochs,
         )  # fmt: skip
-        for each in names:
-            folder = Path("runs") / each if out is None else out / each if name == "all" else out
-            if not (resume and _complete(EXPERIMENTS[each], asked, folder)):
-                _reproduce(EXPERIMENTS[each], asked, folder, device, resume=resume)
+        root = out or Path("runs")
+        folders = {each: root if out and name != NAME_OF_ALL else root / each for each in names}
+        missing = [each for each in names if not (_complete(EXPERIMENTS[each], asked, folders[each]) and resume)]
+        at_once = min(jobs or _jobs(device), len(missing))
+        if at_once > 1:
+            works = {
+                each: partial(_reproduce, each, asked, folders[each], device, command=_command(each), resume=resume)
+                for each in LONGEST_FIRST
+                if each in missing
+            }
+            with _bars() as progress:
+                side_by_side(works, at_once=at_once, threads=max(1, _cores() // at_once), progress=progress)
+        for each, folder in folders.items():
+            if at_once == 1 and each in missing:
+                with _progress() as progress:
+                    _reproduce(each, asked, folder, device, progress, command=_command(each), resume=resume)
             _finish(folder)
-        if name == "all":
-            _finish(collect(out or Path("runs"), names, command=_command()))
+        if name == NAME_OF_ALL:
+            _finish(collect(root, names, command=_command()))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _jobs(device: str) -> int:
+    """Experiments at once, unless asked otherwise: more than four would want too much memory."""
+    return min(_cores(), 4) if device == "cpu" else 1
 
 
 def _complete(experiment: Experiment, asked: Asked, folder: Path) -> bool:
@@ -110,13 +147,14 @@ def _settings(experiment: Experiment, asked: Asked) -> dict[str, Any]:
     return {"experiment": experiment.NAME, **settings(experiment.configured(asked))}
 
 
-def _reproduce(experiment: Experiment, asked: Asked, folder: Path, device: str, *, resume: bool) -> None:
-    config = experiment.configured(asked)
+def _reproduce(
+    name: str, asked: Asked, folder: Path, device: str, progress: StageProgress, *, command: str, resume: bool
+) -> None:
+    experiment = EXPERIMENTS[name]
     units = StoredUnits(folder, _settings(experiment, asked), resume=resume)
-    with _progress() as progress:
-        result = experiment.run(config, device=device, progress=progress, units=units)
+    result = experiment.run(experiment.configured(asked), device=device, progress=progress, units=units)
     units.settle()
-    write_results(result.results | {"command": _command(experiment.NAME)}, result.arrays, folder)
+    write_results(result.results | {"command": command}, result.arrays, folder)
 
 
 @app.command()
@@ -280,19 +318,29 @@ def _print_table(results: Mapping[str, Any]) -> None:
 @contextmanager
 def _progress() -> Iterator[StageProgress]:
     """A bar with the time left; where nobody watches, one line a stage."""
+    with _bars() as bars:
+        yield partial(bars, "")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, str, float], None]]:
+    """A bar for each name."""
     columns = (
         TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
-        task = bar.add_task("starting", total=1.0)
-        seen: set[str] = set()
+        tasks: dict[str, TaskID] = {}
+        seen: set[tuple[str, str]] = set()
 
-        def update(stage: str, fraction: float) -> None:
-            bar.update(task, description=stage, completed=fraction)
-            if stage not in seen and not console.is_terminal:
-                console.print(f"{fraction:4.0%} {stage}")
-            seen.add(stage)
+        def update(name: str, stage: str, fraction: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0)
+            described = f"{name}: {stage}" if name else stage
+            bar.update(tasks[name], description=described, completed=fraction)
+            if (name, stage) not in seen and not console.is_terminal:
+                console.print(f"{fraction:4.0%} {described}")
+            seen.add((name, stage))
 
         yield update
 

@@ -45,3 +45,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         sample_complexity,
     )
 }
+
+LONGEST_FIRST = tuple(
+    module.NAME
+    for module in (
+        low_rank_targets,
+        sample_complexity,
+        feature_change,
+        kernel_alignment,
+        hard_targets,
+        kernel_spectra,
+        weight_spectra,
+        exact_solvers,
+        penalties,
+    )
+)
+"""The order to begin them in when several run at once."""
