@@ -142,10 +142,10 @@ def test_version_is_the_packages() -> None:
 
 def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(cli, "_reproduce", lambda each, asked_of, folder, device, *, resume: asked.append(folder))
+    monkeypatch.setattr(cli, "_reproduce", lambda each, asked_of, folder, *_, **__: asked.append(folder))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)
     monkeypatch.setattr(cli, "collect", lambda folder, names, *, command: asked.append(folder))
-    done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--out", str(tmp_path)])
+    done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert asked == [tmp_path / name for name in EXPERIMENTS] + [tmp_path]
 
@@ -204,10 +204,11 @@ def test_a_killed_run_resumed_makes_only_what_is_missing_and_ends_the_same(tmp_p
     assert rest == whole.replace("[0, 1, 2, 3] ", "[2, 3] ")
 
 
-def test_quick_and_full_exclude_each_other_and_seeds_are_counted_from_one(tmp_path) -> None:
+def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_one(tmp_path) -> None:
     for arguments, message in (
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--seeds", "0"], "--seeds is at least 1, got 0"),
+        (["--jobs", "0"], "--jobs is at least 1, got 0"),
     ):
         done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(tmp_path / "out"), *arguments])
         assert done.exit_code == 1
