@@ -1,5 +1,6 @@
 """What users hand in: batches of tensors, models with parameters overlaid, outputs picked; checked before any work."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def plainly(model: nn.Module) -> Iterator[None]:
     kept = [(module, dict(vars(module))) for module in model.modules()]
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_checkpointing())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_fused_encoder())

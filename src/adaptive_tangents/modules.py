@@ -7,6 +7,7 @@ at the frozen θ₀, each the other's derivative, so training needs no second de
 import copy
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,6 +71,11 @@ class TangentModule(nn.Module):
     True
     """
 
+    def __new__(cls, *_: Any, **__: Any) -> "TangentModule":
+        """A module whose ``forward`` stays out of compiled graphs, as derivatives of a network cannot be traced."""
+        _keep_out_of_graphs()
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -117,7 +123,6 @@ class TangentModule(nn.Module):
         self.model.eval()
         return self
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x;θ₀) + φ(x)Mᵀθ."""
         network = self._network()
@@ -215,6 +220,12 @@ class TangentModule(nn.Module):
         rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output, "TangentModule")
         return _At(self, network)
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    # With the first module, not as a decorator: the compiler takes as long to import as the rest of torch.
+    TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _At:

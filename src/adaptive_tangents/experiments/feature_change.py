@@ -33,7 +33,8 @@ from adaptive_tangents.experiments.common import (
     settings,
 )
 from adaptive_tangents.experiments.feature_claims import claims, over_seeds
-from adaptive_tangents.experiments.feature_networks import TRAINING, Training, network, train
+from adaptive_tangents.experiments.feature_networks import TRAINING, Recipe, network
+from adaptive_tangents.experiments.training import train
 from adaptive_tangents.experiments.transform_match import match
 from adaptive_tangents.explain import explain
 from adaptive_tangents.features import TangentFeatures
@@ -72,7 +73,7 @@ class FeatureChangeConfig:
     classes: tuple[int, int] = (2, 3)
     networks: tuple[str, ...] = tuple(TRAINING)
     width: int = 32
-    training: dict[str, Training] = field(default_factory=lambda: dict(TRAINING))
+    training: dict[str, Recipe] = field(default_factory=lambda: dict(TRAINING))
     samples: int = 500
     held_out: int = 300
     path_nodes: int = 16
@@ -267,7 +268,8 @@ def _trained(
 
         def make() -> dict[str, Tensor]:
             x = images.scaled(kind, images.x)
-            losses = train(model, x, images.y, settings=config.training[kind], seed=config.seed + 2, progress=progress)
+            generator = torch.Generator().manual_seed(config.seed + 2)
+            losses = train(model, x, images.y, settings=config.training[kind], generator=generator, progress=progress)
             if not np.isfinite(losses[-1]):
                 raise TangentError(f"{NAME}: training the {kind} diverged; lower its learning rate")
             return {key: value.detach().clone() for key, value in model.state_dict().items()}

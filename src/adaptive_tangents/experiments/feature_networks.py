@@ -2,7 +2,6 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,19 +13,25 @@ from adaptive_tangents.experiments.training import relu_network
 
 
 @dataclass(frozen=True)
-class Training:
-    """Mini-batches on the mean squared error, the learning rate falling to 0 along a cosine."""
+class Recipe:
+    """Mini-batches by SGD with momentum 0.9, or by Adam."""
 
     optimizer: Literal["sgd", "adam"]
     learning_rate: float
     epochs: int
     batch_size: int = 100
 
+    def over(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of all the model's parameters."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=0.9)
+        return torch.optim.Adam(model.parameters(), lr=self.learning_rate)
+
 
 TRAINING = {
-    "mlp": Training("sgd", 0.1, 100),
-    "cnn": Training("adam", 2e-3, 20),
-    "transformer": Training("adam", 2e-3, 40),
+    "mlp": Recipe("sgd", 0.1, 100),
+    "cnn": Recipe("adam", 2e-3, 20),
+    "transformer": Recipe("adam", 2e-3, 40),
 }
 
 
@@ -124,37 +129,3 @@ def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _KINDS[kind](shape, width, torch.Generator().manual_seed(seed))
-
-
-def train(
-    model: nn.Module,
-    x: Float[Tensor, "n k h w"],
-    y: Float[Tensor, "n 1"],
-    *,
-    settings: Training,
-    seed: int,
-    progress: Callable[[float], None],
-) -> list[float]:
-    """Train ``model`` in place; the mean squared error of every epoch. ``progress`` hears the fraction done."""
-    parameters, rate = list(model.parameters()), settings.learning_rate
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(parameters, lr=rate, momentum=0.9)
-        if settings.optimizer == "sgd"
-        else torch.optim.Adam(parameters, lr=rate)
-    )
-    batches = -(-len(x) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for epoch in range(settings.epochs):
-        total = 0.0
-        for index in torch.split(torch.randperm(len(x), generator=generator), settings.batch_size):
-            loss = ((model(x[index]) - y[index]) ** 2).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(index)
-        losses.append(total / len(x))
-        progress((epoch + 1) / settings.epochs)
-    return losses

@@ -3,20 +3,38 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
+@runtime_checkable
+class Training(Protocol):
+    """Mini-batches for some epochs by some optimizer."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+
+    def over(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of all the model's parameters."""
+
+
 @dataclass(frozen=True)
 class SGD:
-    """Mini-batch SGD on the mean squared error with momentum, the learning rate falling to 0 along a cosine."""
+    """Mini-batch SGD with momentum."""
 
     epochs: int = 500
     batch_size: int = 100
     learning_rate: float = 0.1
     momentum: float = 0.9
+
+    def over(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD of all the model's parameters."""
+        return torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=self.momentum)
 
 
 def relu_network(
@@ -38,15 +56,18 @@ def relu_network(
 
 def train(
     model: nn.Module,
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor, "n ..."],
     y: Float[Tensor, "n c"],
     *,
-    settings: SGD,
+    settings: Training,
     generator: torch.Generator,
     progress: Callable[[float], None],
 ) -> list[float]:
-    """Train ``model`` in place; the mean squared error of every epoch. ``progress`` hears the fraction done."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum)
+    """Train ``model`` in place, the learning rate falling to 0 along a cosine; the mean squared error of every epoch.
+
+    ``progress`` hears the fraction done.
+    """
+    optimizer = settings.over(model)
     batches = -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     losses = []
