@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import reference
+from adaptive_tangents import capture as capture_file
 from adaptive_tangents import inputs
+from adaptive_tangents import sources as sources_file
+from adaptive_tangents.blocks import Block
 from adaptive_tangents.capture import Capture
+from adaptive_tangents.derivatives import refuted
 from adaptive_tangents.inputs import take
+from adaptive_tangents.recording import same_form
+from adaptive_tangents.summands import Dense
 from cases import CASES as SMALL
 from cases import Case, Forward, mlp, normal
 from registry import CASES, by_name
@@ -513,9 +519,102 @@ def test_samples_are_gone_through_one_by_one_only_where_neither_layers_nor_the_g
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output, None)
     probe = capture.probe
-    blocks = capture._pass(x, probe.choices, probe.refuted, combined=False, verify=False)[2]
+    blocks = capture._pass(x, probe.choices, probe.refuted, combined=False, verify=False).blocks
     assert set(probe.dense) - set(blocks) == ONE_BY_ONE.get(case.name, set())
     assert {name for name, block in blocks.items() if block.dense is not None} == MADE_OUTRIGHT.get(case.name, set())
+
+
+def _plain() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)
+    )
+    return model.double(), normal(20, 2, 4, 4)
+
+
+def _watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The blocks that are set against gradients, pass by pass."""
+    checked: list[set[str]] = []
+
+    def watching(out: Tensor, leaves: dict[str, Tensor], blocks: dict[str, Block]) -> frozenset[str]:
+        checked.append(set(blocks))
+        return refuted(out, leaves, blocks)
+
+    monkeypatch.setattr(capture_file, "refuted", watching)
+    return checked
+
+
+def test_a_batch_that_shows_what_its_probe_did_needs_no_second_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _plain()
+    checked = _watched(monkeypatch)
+    feats = at.tangent_features(model, x)
+    assert checked == [set(feats.blocks), set()]
+    np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["samples in another order", "an output's features are wrong", "one sample's are"])
+def test_features_that_are_wrong_in_the_whole_batch_only_are_found_out(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _plain()
+
+    def spoilt(block: Block) -> Block:
+        assert block.dense is not None or block.outer is not None
+        values = block.features().clone()
+        if fault == "samples in another order":
+            values = values.flip(0)
+        elif fault == "one sample's are":
+            values[0] *= 2  # the first is always probed
+        else:
+            values[:, 1] *= 2
+        return block.of([Dense(values)])
+
+    def blocks_of(groups: Any, sources: Any, out: Tensor, *rest: Any) -> Any:
+        blocks, reach = sources_file.blocks_of(groups, sources, out, *rest)
+        return ({name: spoilt(b) for name, b in blocks.items()} if len(out) == 20 else blocks), reach
+
+    checked = _watched(monkeypatch)
+    monkeypatch.setattr(capture_file, "blocks_of", blocks_of)
+    feats = at.tangent_features(model, x)
+    # The norm's bias has the same features for every sample.
+    assert checked[1:] == [set(feats.blocks) - ({"4.bias"} if fault == "samples in another order" else set())]
+    np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda self, x: self.fc(x)[:, [2, 0, 1]], lambda self, x: _Doubled.apply(self.fc(x))],
+    ids=["an index", "an operation of one's own"],
+)
+def test_where_operations_may_tell_samples_apart_every_pass_is_checked(
+    function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Forward(function, fc=nn.Linear(4, 3)), normal(20, 4)
+    checked = _watched(monkeypatch)
+    feats = at.tangent_features(model, x)
+    assert checked == [{"fc"}, {"fc"}]
+    np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+def test_graphs_are_the_same_where_only_the_number_of_samples_differs() -> None:
+    one, two = (("Mm", ((7, 4),)), ("View", ((21, 2), (3,)))), (("Mm", ((20, 4),)), ("View", ((60, 2), (3,))))
+    assert same_form(one, 7, two, 20)
+    assert same_form(one, 7, one, 7)
+    assert not same_form(one, 7, None, 20)
+    assert not same_form(None, 7, two, 20)
+    assert not same_form(one, 7, two[:1], 20)
+    assert not same_form(one, 7, (("Bmm", ((20, 4),)), two[1]), 20)
+    assert not same_form(one, 7, (("Mm", ((20, 5),)), two[1]), 20)
+    assert not same_form(one, 7, (("Mm", ((20, 4, 1),)), two[1]), 20)
 
 
 def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> None:

@@ -34,6 +34,18 @@ def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize("tile", [None, 12, 5])
+@pytest.mark.parametrize("rows", [12, 30])
+def test_two_batches_of_as_many_samples_are_two_batches(outputs: str, tile: int | None, rows: int) -> None:
+    model, x, other = mlp(nn.Tanh), normal(rows, 4), normal(12, 4) + 1
+    made = at.tangent_kernel(model, x, other, outputs=outputs, tile=tile)
+    phi, other_phi = reference.jacobian(model, x), reference.jacobian(model, other)
+    np.testing.assert_allclose(made.numpy(), reference.kernel(phi, other_phi, outputs), rtol=1e-9, atol=1e-12)
+    turned = at.tangent_kernel(model, other, x, outputs=outputs, tile=tile)
+    np.testing.assert_allclose(turned.numpy(), reference.kernel(other_phi, phi, outputs), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("tile", [3, 4])
 @pytest.mark.parametrize("name", ["Tanh", "attention", "a gate that sorts the batch"])
 def test_ragged_tiles_of_two_batches_fall_into_place(name: str, tile: int, outputs: str) -> None:

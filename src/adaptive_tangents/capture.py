@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.blocks import Block, ranges, stack_blocks
-from adaptive_tangents.derivatives import materialise, mixed, refuted
+from adaptive_tangents.derivatives import materialise, mixed, projections, refuted, tolerance
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
 from adaptive_tangents.memory import memory_limit, require_memory
 from adaptive_tangents.operations import signatures
-from adaptive_tangents.recording import Group, Use, parameter_groups, read_graph, recorded_calls
+from adaptive_tangents.recording import Form, Use, form_of, parameter_groups, read_graph, recorded_calls, same_form
 from adaptive_tangents.sources import Choice, Source, blocks_of, next_choice, source_of
 from adaptive_tangents.summands import Flipped, Lookup, Outer
 
@@ -68,7 +68,7 @@ class Probe:
 
     ``factors`` and ``dense`` are bytes of each block's factors and of its features materialised, per sample; ``pass_bytes``
     what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
-    are made sample by sample.
+    are made sample by sample; ``form`` the operations, and ``projections`` what their features show of each block.
     """
 
     c: int
@@ -82,6 +82,8 @@ class Probe:
     refuted: frozenset[str]
     index: Tensor
     out: Tensor
+    form: Form | None
+    projections: Mapping[str, tuple[Tensor, Tensor]]
 
     @property
     def blocks(self) -> int:
@@ -108,10 +110,10 @@ class Capture:
         self.call = call
         self.network: Network = network(call, model, x, params, wrt, output)
         self.requested = limit
-        self.samples = samples(x)
         self.verify = True
         self.groups = parameter_groups(self.network)
         self.probe = self._probe(x)
+        self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
         self.limit = memory_limit(limit, self.probe.device)
 
     @property
@@ -123,6 +125,7 @@ class Capture:
         """The checks of a second batch."""
         network(self.call, self.network.model, x, None, None, None)
         other = self._probe(x)
+        self._probed.append((x, other))
         # A batch of more samples tells more of where they are.
         choices = self.probe.choices if min(samples(x), _PROBED) <= len(self.probe.index) else other.choices
         self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
@@ -142,7 +145,7 @@ class Capture:
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
-        self._check_same(out, n)
+        self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
         shapes = {name: tuple(self.network.parameters[name].shape) for name in self.network.selected}
         return TangentFeatures(n, out.shape[1], blocks, shapes, self.requested)
@@ -152,8 +155,12 @@ class Capture:
         other = copy_of(self)
         buffers = self.network.buffers if buffers is None else buffers
         other.network = replace(self.network, parameters=parameters, buffers=buffers)
-        other.verify, other.samples = False, 0
+        other.verify, other._probed = False, []
         return other
+
+    def _own_probe(self, x: Batch) -> Probe | None:
+        """What was learnt from samples of this very batch."""
+        return next((probe for batch, probe in self._probed if batch is x), None)
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
@@ -173,29 +180,32 @@ class Capture:
         choices: dict[str, Choice] = {}
         wrong: set[str] = set()
         while True:
-            out, groups, blocks, sources, found, reach = self._pass(some, choices, wrong, combined=True, verify=True)
-            if not bool(torch.isfinite(out).all()):
+            seen = self._pass(some, choices, wrong, combined=True, verify=True)
+            if not bool(torch.isfinite(seen.out).all()):
                 self.outputs(x, {})  # names the sample by its place in the batch
-            for name in found:
-                choice = next_choice(choices.get(name, Choice()), sources[name])
+            for name in seen.refuted:
+                choice = next_choice(choices.get(name, Choice()), seen.sources[name])
                 if choice is None:
                     wrong.add(name)
                 else:
                     choices[name] = choice
-            if not found:
+            if not seen.refuted:
                 break
+        out, blocks = seen.out, seen.blocks
         self._check_interaction(some, out)
-        for name, source in sources.items():
+        for name, source in seen.sources.items():
             allowed = None if source.uses else signatures(source.terms)
             choice = choices.get(name, Choice())
             choices[name] = replace(choice, calls=bool(source.uses), allowed=allowed, layouts=source.layouts(choice))
         c = out.shape[1]
-        made = [group for group in groups if group.name not in blocks]
-        sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in groups}
+        made = [group for group in self.groups if group.name not in blocks]
+        sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
         factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
-            c, out.dtype, out.device, factors, sizes, c * reach // len(out) + self._saved_bytes(take(some, slice(0, 1))),
+            c, out.dtype, out.device, factors, sizes,
+            c * seen.reach // len(out) + self._saved_bytes(take(some, slice(0, 1))),
             tuple(slot.parameter for group in made for slot in group.slots), choices, frozenset(wrong), index, out,
+            seen.form, projections(blocks, combined=True),
         )  # fmt: skip
 
     def _saved_bytes(self, x: Batch) -> int:
@@ -230,11 +240,12 @@ class Capture:
                     "outputs are random; take out what mixes the batch, e.g. batch statistics or dropout"
                 )
 
-    def _check_same(self, out: Tensor, n: int) -> None:
+    def _check_same(self, x: Batch, out: Tensor) -> None:
         """The probed samples' outputs in the whole batch are those of the probe."""
-        if n != self.samples or n == len(self.probe.index):
+        probe = self._own_probe(x)
+        if probe is None or len(out) == len(probe.index):
             return
-        gap = self._gap(out[self.probe.index.to(out.device)], self.probe.out, out)
+        gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
         if gap > self._tolerance(out):
             raise TangentError(
                 f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
@@ -258,23 +269,24 @@ class Capture:
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of samples that one pass has room for."""
-        net, probe = self.network, self.probe
-        unseen = self.verify and not (samples(x) == self.samples == len(probe.index))
-        out, groups, blocks, _, wrong, _ = self._pass(x, probe.choices, probe.refuted, combined=False, verify=unseen)
+        net, probe, own = self.network, self.probe, self._own_probe(x)
+        unseen = self.verify and (own is None or samples(x) > len(own.index))
+        seen = self._pass(x, probe.choices, probe.refuted, combined=False, verify=unseen, own=own)
+        out = seen.out
         check_finite(self.call, "the output", [out])
-        made = {name: block for name, block in blocks.items() if name not in wrong}
-        rest = [group for group in groups if group.name not in made]
+        made = {name: block for name, block in seen.blocks.items() if name not in seen.refuted}
+        rest = [group for group in self.groups if group.name not in made]
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
-            own = sum(net.parameters[name].nbytes for name in names)
-            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * own)))
+            held = sum(net.parameters[name].nbytes for name in names)
+            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
             with self._quiet():
                 values = materialise(net, names, x, chunk=fit)
             made |= {group.name: group.materialised(values).map(dtype=self._common()) for group in rest}
         for block in made.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
-        return out, {group.name: made[group.name] for group in groups}
+        return out, {group.name: made[group.name] for group in self.groups}
 
     def _common(self) -> torch.dtype:
         """The dtype of the features: what the selected parameters' dtypes promote to."""
@@ -285,28 +297,23 @@ class Capture:
         return common
 
     def _pass(
-        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, combined: bool, verify: bool
-    ) -> "_Pass":
-        """Outputs, groups, the blocks that need no going through the samples one by one, their sources, those refuted.
+        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, combined: bool, verify: bool,
+        own: Probe | None = None,
+    ) -> "_Pass":  # fmt: skip
+        """One pass over a batch; ``combined``: of one random combination of the outputs.
 
-        ``combined``: of one random combination of the outputs. The last is the bytes of all gradients.
+        ``own`` is the probe of these samples: blocks need no other check where it found the same operations and features.
         """
-        found = self._attempt(x, choices, wrong, copy=False, combined=combined, verify=verify)
+        found = self._attempt(x, choices, wrong, copy=False, combined=combined, verify=verify, own=own)
         if found is None:
-            found = self._attempt(x, choices, wrong, copy=True, combined=combined, verify=verify)
+            found = self._attempt(x, choices, wrong, copy=True, combined=combined, verify=verify, own=own)
         assert found is not None
         return found
 
     def _attempt(
-        self,
-        x: Batch,
-        choices: Mapping[str, Choice],
-        wrong: Collection[str],
-        *,
-        copy: bool,
-        combined: bool,
-        verify: bool,
-    ) -> "_Pass | None":
+        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, copy: bool, combined: bool,
+        verify: bool, own: Probe | None,
+    ) -> "_Pass | None":  # fmt: skip
         """One pass, or None where an in-place operation overwrote what was not copied."""
         net = self.network
         leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
@@ -321,30 +328,61 @@ class Capture:
                 )
             if any(use.inputs._version != use.version for use in uses):
                 return None
-            groups = self.groups
             graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
             uses = [use for use in uses if use.edge.node in graph.parents]
             try:
                 sources: dict[str, Source] = {}
-                for group in groups:
+                for group in self.groups:
                     if group.name not in wrong:
                         choice = choices.get(group.name, Choice())
                         source = source_of(group, uses, graph, len(out), choice)
                         sources |= {group.name: source} if source is not None else {}
                 seen = mixed(out) if combined else out
-                blocks, reach = blocks_of(groups, sources, seen, choices, graph, self._common())
+                blocks, reach = blocks_of(self.groups, sources, seen, choices, graph, self._common())
                 if not combined:
                     blocks = {name: block.compact() for name, block in blocks.items()}
-                doubted = {name: block for name, block in blocks.items() if verify or sources[name].unsure}
+                form = form_of(graph) if verify else None
+                confirmed = _confirmed(own, form, blocks, len(out)) if verify and own is not None else frozenset()
+                doubted = {
+                    name: block
+                    for name, block in blocks.items()
+                    if (verify and name not in confirmed) or sources[name].unsure
+                }
                 found = refuted(seen, leaves, doubted)
             except RuntimeError:
                 if copy:
                     raise
                 return None
-        return out.detach(), groups, blocks, sources, found, reach
+        return _Pass(out.detach(), blocks, sources, found, reach, form)
 
 
-_Pass = tuple[Tensor, list[Group], dict[str, Block], dict[str, Source], frozenset[str], int]
+@dataclass(frozen=True)
+class _Pass:
+    """Outputs, the blocks that need no going through the samples one by one, their sources, and those ``refuted``.
+
+    ``reach`` is the bytes of all gradients, ``form`` the operations.
+    """
+
+    out: Tensor
+    blocks: Mapping[str, Block]
+    sources: Mapping[str, Source]
+    refuted: frozenset[str]
+    reach: int
+    form: Form | None
+
+
+def _confirmed(probe: Probe, form: Form | None, blocks: Mapping[str, Block], n: int) -> frozenset[str]:
+    """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
+    if not same_form(probe.form, len(probe.index), form, n):
+        return frozenset()
+    again = projections({name: block.map(index=probe.index.to(probe.device)) for name, block in blocks.items()})
+    confirmed = []
+    for name, (values, size) in again.items():
+        known = probe.projections.get(name)
+        gap = None if known is None else (known[0] - values).norm()
+        if gap is not None and bool(gap <= tolerance(probe.dtype) * size.sqrt()):
+            confirmed.append(name)
+    return frozenset(confirmed)
 
 
 @contextmanager

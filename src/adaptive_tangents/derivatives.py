@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
 from adaptive_tangents.recording import Parents
-from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
 
 # Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
 # what they make costs more than it saves.
@@ -86,7 +86,40 @@ def _edge_shape(edge: GradientEdge) -> tuple[int, ...]:
 
 def mixed(out: Tensor) -> Tensor:
     """A random combination of the outputs (n, 1)."""
-    return out @ torch.randn(out.shape[1], 1, generator=torch.Generator().manual_seed(1)).to(out)
+    return out @ _mixture(out.shape[1]).to(out)
+
+
+def _mixture(c: int) -> Tensor:
+    return torch.randn(c, 1, generator=torch.Generator().manual_seed(1))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Difference of features, relative, above which they are wrong; what products in reduced precision differ by is below."""
+    return 1e-6 if dtype == torch.float64 else max(1e-2, 16 * torch.finfo(dtype).eps)
+
+
+def projections(blocks: Mapping[str, Block], *, combined: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """One number a sample of each block, lᵀ(Σ_c a_c Φ_c)r, l and r random vectors, and what rounding is relative to.
+
+    ``a`` is the combination that `mixed` makes of the outputs, ``combined`` where it was made of them before.
+    """
+    found = {}
+    for name, block in blocks.items():
+        generator = torch.Generator().manual_seed(2)
+        like = tensors_of(block.summands[0])[0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        left, right, a = (
+            v.to(like.device, wide)
+            for v in (
+                torch.randn(block.shape[0], generator=generator), torch.randn(block.shape[1], generator=generator),
+                torch.ones(1, 1) if combined else _mixture(block.outputs),
+            )
+        )  # fmt: skip
+        parts = block.map(dtype=wide).summands
+        w = a.mT.expand(block.samples, -1)
+        values = sum_tensors([part.between(left, right) for part in parts]) @ a
+        found[name] = values[:, 0], sum_tensors([_spread(part, w) for part in parts])
+    return found
 
 
 def refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> frozenset[str]:
@@ -110,8 +143,6 @@ def refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Bloc
         for name, gradient in zip(names, found, strict=True)
     }
     wide = torch.promote_types(out.dtype, torch.float32)
-    # What products in reduced precision differ by stays below.
-    tolerance = 1e-6 if out.dtype == torch.float64 else max(1e-2, 16 * torch.finfo(out.dtype).eps)
     wrong = []
     for name, block in blocks.items():
         o, i = block.shape
@@ -121,7 +152,7 @@ def refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Bloc
         for part in block.map(dtype=wide).summands:
             along, size = along + _along(part, w, direction), size + _spread(part, w)
         theirs = block.join(gradients).to(wide) @ direction
-        if bool((along - theirs).norm() > tolerance * size.sqrt()):
+        if bool((along - theirs).norm() > tolerance(out.dtype) * size.sqrt()):
             wrong.append(name)
     return frozenset(wrong)
 

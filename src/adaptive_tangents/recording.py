@@ -184,6 +184,43 @@ def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
     return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents))
 
 
+# Operations that treat every sample of a batch alike, whatever its values are.
+_ALIKE = {
+    "Abs", "AdaptiveAvgPool2D", "Add", "Addmm", "Alias", "AvgPool2D", "AvgPool3D", "Baddbmm", "Bmm", "Cat", "Clone",
+    "ConstantPadNd", "Convolution", "CudnnBatchNorm", "Div", "Elu", "Embedding", "Exp", "Expand", "Gelu",
+    "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "LogSoftmax", "MaxPool2DWithIndices", "Mean", "Mm",
+    "Mul", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm", "Neg", "Permute", "Pow", "Relu", "ReshapeAlias",
+    "Rsqrt", "SafeSoftmax", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Softplus", "Split", "SplitWithSizes",
+    "Sqrt", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "torch::autograd::AccumulateGrad",
+    "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D",
+    "View",
+}  # fmt: skip
+Form = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
+
+
+def form_of(graph: Graph) -> Form | None:
+    """Every operation of a graph with the shapes that it made; None where some may treat samples in different ways."""
+    nodes = [(str(node.name()), node) for node in graph.parents]
+    names = [name.rpartition("Backward")[0] or name for name, _ in nodes]
+    if not set(names) <= _ALIKE:
+        return None
+    shapes = [tuple(tuple(made.shape) for made in node._input_metadata) for _, node in nodes]
+    return tuple(zip(names, shapes, strict=True))
+
+
+def same_form(one: Form | None, n: int, two: Form | None, m: int) -> bool:
+    """Whether the graphs of n and of m samples are the same but for the number of samples."""
+    if one is None or two is None or len(one) != len(two):
+        return False
+    for (name, shapes), (other, others) in zip(one, two, strict=True):
+        if name != other or [len(shape) for shape in shapes] != [len(shape) for shape in others]:
+            return False
+        sizes = zip((d for shape in shapes for d in shape), (d for shape in others for d in shape), strict=True)
+        if any(a != b and a * m != b * n for a, b in sizes):
+            return False
+    return True
+
+
 def parameter_groups(net: Network) -> list[Group]:
     """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
     names = {id(p): name for name, p in net.model.named_parameters()}

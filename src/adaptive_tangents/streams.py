@@ -74,7 +74,8 @@ class Stream:
         """The features of some samples of x (side 0) or of x₂ (side 1)."""
         batch = self.x2 if side else self.x
         assert batch is not None
-        return self.features(take(batch, rows), pass_samples)
+        whole = rows == slice(0, self.m if side else self.n)
+        return self.features(batch if whole else take(batch, rows), pass_samples)
 
     def probed(self) -> Float[Tensor, " k"]:
         """The kernel's trace of each of a few samples with itself: nearly the same for the same network anywhere."""
