@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -56,6 +57,11 @@ def grid(
     if space:
         figure.subplots_adjust(**{"left": 0.07, "right": 0.995, **space})
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+
+
+def legend_above(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """One legend above all panels, of what one of them shows: within it, it would lie on curves."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns, columnspacing=1.2)
 
 
 def limit_of(kernel: NDArray[Any]) -> float:

@@ -5,10 +5,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from adaptive_tangents.drawing import COLOURS, INK, MUTED, RULE, Arrays, Results, grid, label, real, shades, tint
+from adaptive_tangents.drawing import (
+    COLOURS,
+    INK,
+    MUTED,
+    RULE,
+    Arrays,
+    Results,
+    grid,
+    label,
+    legend_above,
+    real,
+    shades,
+    tint,
+)
 from adaptive_tangents.pages import Section, Shown, Story, Table, fixed, number, told
 
 STRUCTURES = {"layer_scale": "LayerScale", "left": "Left", "right": "Right", "two_sided": "TwoSided", "full": "Full"}
@@ -25,11 +37,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 def _short(name: str) -> str:
     return label(name.removesuffix(".weight").replace("layers.", "").replace("attention.", ""))
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """One legend above all panels: within one of them its width would take that of the others."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=5, columnspacing=1.2)
 
 
 def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
@@ -50,7 +57,7 @@ def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=RULE, lw=0.6)
         axes.set_title(NAMES.get(kind, kind), loc="left")
-    _legend(figure, row[0])
+    legend_above(figure, row[0], columns=5)
     return figure
 
 
@@ -101,7 +108,7 @@ def draw_match(results: Results, arrays: Arrays, *, which: str) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=RULE, lw=0.6)
         axes.set_title(NAMES.get(kind, kind), loc="left")
-    _legend(figure, row[0])
+    legend_above(figure, row[0], columns=5)
     return figure
 
 

@@ -7,7 +7,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from adaptive_tangents.drawing import COLOURS, DASHES, INK, MUTED, RULE, Arrays, Results, grid, label, real, short
+from adaptive_tangents.drawing import (
+    COLOURS,
+    DASHES,
+    INK,
+    MUTED,
+    RULE,
+    Arrays,
+    Results,
+    grid,
+    label,
+    legend_above,
+    real,
+    short,
+)
 from adaptive_tangents.pages import Section, Shown, Story, Table, given, number, told
 
 NAMES = {"Network": "network", "RFM": "feature machine"}
@@ -61,7 +74,10 @@ def draw_errors(results: Results, arrays: Arrays) -> Figure:
         axes.set_title(f"{label(target)}: {found['formula']}, λ = {short(found['strength'])}", loc="left")
     first = panels.flat[0]
     first.plot([], [], ls="", marker="o", ms=9, mfc="none", mec=MUTED, mew=1.5, label="measured earlier")
-    first.legend(loc="lower left")
+    # The range over seeds goes further down than any mean.
+    means = [error for found in targets.values() for errors in found["errors"].values() for error in errors.values()]
+    first.set_ylim(min(0.003, min(means, default=1) / 2), max(3.0, *means))
+    legend_above(figure, first, columns=7)
     for row in panels:
         row[0].set_ylabel("relative test error")
     return figure
@@ -78,7 +94,7 @@ def draw_dimensions(results: Results, arrays: Arrays) -> Figure:
         axes.tick_params(axis="x", rotation=60)
         axes.set_title(f"{d} inputs", loc="left")
     row[0].set_ylabel("relative test error")
-    row[0].legend(loc="lower left")
+    legend_above(figure, row[0], columns=4)
     levels = list(next(iter(dimensions.values()))["saved"].get("TwoSided", {}))
     for k, level in enumerate(levels):
         factors = [real(found["saved"]["TwoSided"][level]) for found in dimensions.values()]
@@ -91,7 +107,8 @@ def draw_dimensions(results: Results, arrays: Arrays) -> Figure:
     row[-1].minorticks_off()
     row[-1].grid(color=RULE, lw=0.5)
     row[-1].set_title("TwoSided", loc="left")
-    row[-1].legend(loc="upper left", fontsize=7.5)
+    row[-1].set_ylim(bottom=0.8)
+    row[-1].legend(loc="lower right", fontsize=7.5, ncols=2, columnspacing=1.0)
     return figure
 
 
