@@ -76,7 +76,7 @@ def draw_errors(results: Results, arrays: Arrays) -> Figure:
     first.plot([], [], ls="", marker="o", ms=9, mfc="none", mec=MUTED, mew=1.5, label="measured earlier")
     # The range over seeds goes further down than any mean.
     means = [error for found in targets.values() for errors in found["errors"].values() for error in errors.values()]
-    first.set_ylim(min(0.003, min(means, default=1) / 2), max(3.0, *means))
+    first.set_ylim(min(0.003, min(means, default=1) / 2), max([3.0, *means]))
     legend_above(figure, first, columns=7)
     for row in panels:
         row[0].set_ylabel("relative test error")
