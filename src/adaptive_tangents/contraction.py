@@ -259,7 +259,7 @@ def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "
 def _panels(total: int, group: int, size: int) -> list[slice]:
     """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
     if total * group >= 128:
-        size = min(size, -(-total // (_PANELS if total * group >= 512 else 2)))
+        size = min(size, -(-total // (_PANELS if total * group >= 192 else 2)))
     return list(ranges(total, size))
 
 

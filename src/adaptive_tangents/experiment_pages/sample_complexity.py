@@ -1,6 +1,6 @@
 """The page of sample-complexity: errors over samples by both protocols, and what the published curve measures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -185,8 +185,18 @@ def _settings(results: Results) -> tuple[str, ...]:
         f"errors are of at most {config['test']:,} test images, drawn once for each seed.",
     ]
     texts += [f"{part['source']} {part['pool']:,} to train on." for part in results["data"].values()]
-    left = [sentence for sentences in results["left_out"].values() for sentence in sentences]
-    return (*texts, *(["Left out: " + " ".join(left)] if left else []))
+    for name, sentences in results["left_out"].items():
+        if sentences:
+            texts.append(f"Left out of {_TITLES.get(name, name)}: {' '.join(sentences)}")
+    return tuple(texts)
+
+
+def _named(results: Results, names: list[str], table: Callable[[Results, str], Table]) -> Iterator[str | Table]:
+    """The table of each data set, under its name where the page is about several."""
+    for name in names:
+        if len(results["errors"]) > 1:
+            yield f"{_TITLES.get(name, name)}:"
+        yield table(results, name)
 
 
 def _story(results: Results) -> Story:
@@ -196,11 +206,11 @@ def _story(results: Results) -> Story:
         "best on a validation split. Grey: published, with fresh subsets, in both columns. Shaded: range over seeds. "
         "Triangles and squares: exact fits to the same subset, fixed and two-sided."
     )
-    exact = [_exact_table(results, name) for name in names if results["exact"][name]]
+    exact = [*_named(results, [name for name in names if results["exact"][name]], _exact_table)]
     sections = [
         Section("errors", "Error over samples", (
             Shown("errors", "Test error against the number of samples, by model and protocol", caption),
-            *(_error_table(results, name) for name in names),
+            *_named(results, names, _error_table),
         )),
         Section("measures", "What the published curve measures", _measures(results)),
     ]  # fmt: skip
@@ -211,8 +221,8 @@ def _story(results: Results) -> Story:
             "what they show is the model and not its training."
         )
         sections.append(Section("exact", "Exact fits beside trained models", (text, *exact)))
-    lengths = (_length_table(results, name) for name in names)
-    sections.append(Section("training", "How the models were trained", (*_settings(results), *lengths)))
+    training = (*_settings(results), *_named(results, names, _length_table))
+    sections.append(Section("training", "How the models were trained", training))
     return Story(
         "Do adaptive tangent features need fewer samples?",
         "A network, its linearisation at the start, and the linear model whose features are transformed as it learns are "
