@@ -177,21 +177,10 @@ class Capture:
             spread = torch.linspace(0, n - 1, _PROBED).long()
             index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
             some = take(x, index.to(tensors(x)[0].device))
-        choices: dict[str, Choice] = {}
-        wrong: set[str] = set()
-        while True:
-            seen = self._pass(some, choices, wrong, combined=True, verify=True)
-            if not bool(torch.isfinite(seen.out).all()):
-                self.outputs(x, {})  # names the sample by its place in the batch
-            for name in seen.refuted:
-                choice = next_choice(choices.get(name, Choice()), seen.sources[name])
-                if choice is None:
-                    wrong.add(name)
-                else:
-                    choices[name] = choice
-            if not seen.refuted:
-                break
-        out, blocks = seen.out, seen.blocks
+        seen = self._pass(some, {}, frozenset(), combined=True, verify=True)
+        if not bool(torch.isfinite(seen.out).all()):
+            self.outputs(x, {})  # names the sample by its place in the batch
+        out, blocks, choices = seen.out, seen.blocks, dict(seen.choices)
         self._check_interaction(some, out)
         for name, source in seen.sources.items():
             allowed = None if source.uses else signatures(source.terms)
@@ -204,7 +193,7 @@ class Capture:
         return Probe(
             c, out.dtype, out.device, factors, sizes,
             c * seen.reach // len(out) + self._saved_bytes(take(some, slice(0, 1))),
-            tuple(slot.parameter for group in made for slot in group.slots), choices, frozenset(wrong), index, out,
+            tuple(slot.parameter for group in made for slot in group.slots), choices, seen.refuted, index, out,
             seen.form, projections(blocks, combined=True),
         )  # fmt: skip
 
@@ -338,7 +327,7 @@ class Capture:
                         source = source_of(group, uses, graph, len(out), choice)
                         sources |= {group.name: source} if source is not None else {}
                 seen = mixed(out) if combined else out
-                blocks, reach = blocks_of(self.groups, sources, seen, choices, graph, self._common())
+                blocks, held = blocks_of(self.groups, sources, seen, choices, graph, self._common())
                 if not combined:
                     blocks = {name: block.compact() for name, block in blocks.items()}
                 form = form_of(graph) if verify else None
@@ -349,23 +338,43 @@ class Capture:
                     if (verify and name not in confirmed) or sources[name].unsure
                 }
                 found = refuted(seen, leaves, doubted)
+                choices, given_up = dict(choices), set(wrong)
+                while combined and found:
+                    # The graph is the same, and so is all that stood the check.
+                    again: dict[str, Source] = {}
+                    for group in (group for group in self.groups if group.name in found):
+                        next_one = next_choice(choices.get(group.name, Choice()), sources.pop(group.name))
+                        del blocks[group.name]
+                        if next_one is None:
+                            given_up.add(group.name)
+                            continue
+                        choices[group.name] = next_one
+                        source = source_of(group, uses, graph, len(out), next_one)
+                        again |= {group.name: source} if source is not None else {}
+                    more, more_held = blocks_of(self.groups, again, seen, choices, graph, self._common())
+                    sources, blocks, held = sources | again, blocks | more, held | more_held
+                    found = refuted(seen, leaves, more)
             except RuntimeError:
                 if copy:
                     raise
                 return None
-        return _Pass(out.detach(), blocks, sources, found, reach, form)
+        places = {(edge.node, edge.output_nr) for source in sources.values() for edge in source.edges}
+        reach = sum(held.get(place, 0) for place in places)
+        return _Pass(out.detach(), blocks, sources, choices, frozenset(given_up) if combined else found, reach, form)
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Outputs, the blocks that need no going through the samples one by one, their sources, and those ``refuted``.
+    """Outputs, the blocks that need no going through the samples one by one, their sources and choices, those ``refuted``.
 
-    ``reach`` is the bytes of all gradients, ``form`` the operations.
+    A pass of a combination goes on to the next choice of a refuted block until none is left. ``reach`` is the bytes of all
+    gradients, ``form`` the operations.
     """
 
     out: Tensor
     blocks: Mapping[str, Block]
     sources: Mapping[str, Source]
+    choices: Mapping[str, Choice]
     refuted: frozenset[str]
     reach: int
     form: Form | None

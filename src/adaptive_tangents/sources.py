@@ -153,8 +153,8 @@ def blocks_of(
     choices: Mapping[str, Choice],
     graph: Graph,
     dtype: torch.dtype,
-) -> tuple[dict[str, Block], int]:
-    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of gradients held."""
+) -> tuple[dict[str, Block], dict[tuple[Any, int], int]]:
+    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of each gradient held."""
     n, c = out.shape
     last: dict[tuple[Any, int], bool] = {}
     edges: dict[tuple[Any, int], GradientEdge] = {}
@@ -183,11 +183,11 @@ def blocks_of(
         for place, gradient in zip(edges, held_gradients, strict=True)
         if gradient is not None and held[place]
     }
-    reach = sum(gradient.nbytes for gradient in kept.values())
+    sizes = {place: gradient.nbytes for place, gradient in kept.items()}
     blocks = {
         group.name: group.of([Dense(values[group.name])])
         if group.name in values
         else made_from(group, sources[group.name], kept, out, choices).map(dtype=dtype)
         for group in found
     }
-    return blocks, reach
+    return blocks, sizes
