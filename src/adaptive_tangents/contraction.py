@@ -42,9 +42,8 @@ _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block
 _TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
 _SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
 _PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
-_PANELS = (
-    4  # of a symmetric kernel, 5/8 of its products, each still large enough to run at full speed; 2 of a small one
-)
+_PANELS = 4  # of a symmetric kernel, 5/8 of its products
+_PANEL_ROWS = 100  # each has about as many at least, to run at full speed
 
 
 def check_outputs(call: str, outputs: str) -> None:
@@ -259,7 +258,7 @@ def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "
 def _panels(total: int, group: int, size: int) -> list[slice]:
     """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
     if total * group >= 128:
-        size = min(size, -(-total // (_PANELS if total * group >= 192 else 2)))
+        size = min(size, -(-total // max(2, min(_PANELS, total * group // _PANEL_ROWS))))
     return list(ranges(total, size))
 
 
