@@ -30,6 +30,7 @@ def contend(
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--only", choices=contenders, help="run this one here and print its row as JSON")
+    parser.add_argument("--patience", type=float, default=300, help="seconds after which a contender is given up")
     parser.add_argument("--matching", default="", help="run those that this regular expression is found in")
     arguments = parser.parse_args()
     if arguments.only:
@@ -43,7 +44,11 @@ def contend(
             continue
         print(f'$ python {Path(script).parent.name}/{Path(script).name} --only "{name}"', flush=True)
         command = [sys.executable, "-W", "ignore", script, "--only", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.patience)
+        except subprocess.TimeoutExpired:
+            rows[name] = {"failed": f"given up after {arguments.patience:g} s"}
+            continue
         if done.returncode == 0:
             rows[name] = json.loads(done.stdout.strip().splitlines()[-1])
         else:

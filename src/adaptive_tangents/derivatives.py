@@ -151,7 +151,12 @@ def refuted(out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Bloc
         w = weights.to(wide)
         for part in block.map(dtype=wide).summands:
             along, size = along + _along(part, w, direction), size + _spread(part, w)
-        theirs = block.join(gradients).to(wide) @ direction
+        # Parameter by parameter: matrices side by side would be copies.
+        columns = [
+            slot.place(gradients[slot.parameter], o).to(wide) @ direction[slot.column : slot.column + slot.width]
+            for slot in block.slots
+        ]
+        theirs = sum_tensors(columns)
         if bool((along - theirs).norm() > tolerance(out.dtype) * size.sqrt()):
             wrong.append(name)
     return frozenset(wrong)
