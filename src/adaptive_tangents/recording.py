@@ -1,5 +1,6 @@
 """Which layer calls make up the features of which parameters: hooks, uses counted in the autograd graph, blocks."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,11 +201,11 @@ Form = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
 
 def form_of(graph: Graph) -> Form | None:
     """Every operation of a graph with the shapes that it made; None where some may treat samples in different ways."""
-    nodes = [(str(node.name()), node) for node in graph.parents]
-    names = [name.rpartition("Backward")[0] or name for name, _ in nodes]
+    # Torch's own are numbered; a function of the same name that somebody wrote is not.
+    names = [re.sub(r"Backward\d+$", "", str(node.name())) for node in graph.parents]
     if not set(names) <= _ALIKE:
         return None
-    shapes = [tuple(tuple(made.shape) for made in node._input_metadata) for _, node in nodes]
+    shapes = [tuple(tuple(made.shape) for made in node._input_metadata) for node in graph.parents]
     return tuple(zip(names, shapes, strict=True))
 
 

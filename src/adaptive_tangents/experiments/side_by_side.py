@@ -61,8 +61,8 @@ def _end(name: str, process: SpawnProcess) -> None:
     process.join()
     if process.exitcode:
         raise TangentError(
-            f"reproduce: the process of {name} ended with status {process.exitcode}; the same command with --resume goes "
-            "on, and with --jobs 1 the experiments share no memory with each other"
+            f"reproduce: the process of {name} ended with status {process.exitcode}; go on with --resume, and with --jobs 1 "
+            "where memory ran out"
         )
 
 
