@@ -529,6 +529,8 @@ torch.save({
     "read": len(at.tiled.share(at.tiled.tiled(at.tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
     "eigen": at.kernel_eigen(store, 3).values,
 }, f"{folder}/found{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # its threads, alive at exit, may abort the process
 """
 
 
