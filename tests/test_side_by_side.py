@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
 from adaptive_tangents import TangentError, cli
@@ -117,23 +118,12 @@ def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monke
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for jobs in (1, 2):
-            arguments = [
-                "reproduce",
-                "all",
-                "--quick",
-                "--epochs",
-                "1",
-                "--samples",
-                "40",
-                "--seeds",
-                "1",
-                "--jobs",
-                str(jobs),
-            ]
-            done = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path / str(jobs))])
-            assert done.exit_code == 0, done.output
-            assert "Report: " in done.output
+        with threadpool_limits(1):
+            for jobs in (1, 2):
+                small = ["--quick", "--epochs", "1", "--samples", "40", "--seeds", "1", "--out", str(tmp_path / str(jobs))]
+                done = CliRunner().invoke(cli.app, ["reproduce", "all", "--jobs", str(jobs), *small])
+                assert done.exit_code == 0, done.output
+                assert "Report: " in done.output
     finally:
         torch.set_num_threads(threads)
     for name in few:
