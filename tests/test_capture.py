@@ -608,15 +608,18 @@ def test_where_operations_may_tell_samples_apart_every_pass_is_checked(
 
 
 def test_graphs_are_the_same_where_only_the_number_of_samples_differs() -> None:
-    one, two = (("Mm", ((7, 4),)), ("View", ((21, 2), (3,)))), (("Mm", ((20, 4),)), ("View", ((60, 2), (3,))))
+    first, view = ("Mm", ((7, 4),), ()), ("View", ((21, 2), (3,)), ((0, 0, 0),))
+    second, other_view = ("Mm", ((20, 4),), ()), ("View", ((60, 2), (3,)), ((0, 0, 0),))
+    one, two = (first, view), (second, other_view)
     assert same_form(one, 7, two, 20)
     assert same_form(one, 7, one, 7)
     assert not same_form(one, 7, None, 20)
     assert not same_form(None, 7, two, 20)
     assert not same_form(one, 7, two[:1], 20)
-    assert not same_form(one, 7, (("Bmm", ((20, 4),)), two[1]), 20)
-    assert not same_form(one, 7, (("Mm", ((20, 5),)), two[1]), 20)
-    assert not same_form(one, 7, (("Mm", ((20, 4, 1),)), two[1]), 20)
+    assert not same_form(one, 7, (("Bmm", ((20, 4),), ()), two[1]), 20)
+    assert not same_form(one, 7, (("Mm", ((20, 5),), ()), two[1]), 20)
+    assert not same_form(one, 7, (("Mm", ((20, 4, 1),), ()), two[1]), 20)
+    assert not same_form(one, 7, (two[0], (*two[1][:2], ((0, 1, 0),))), 20)
 
 
 def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> None:

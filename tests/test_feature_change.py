@@ -19,13 +19,13 @@ from adaptive_tangents.experiments import feature_change
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, Tensors, Units
 from adaptive_tangents.experiments.feature_change import FeatureChangeConfig, configured, run
 from adaptive_tangents.experiments.feature_claims import claims
-from adaptive_tangents.experiments.feature_networks import TRAINING, Recipe, network
+from adaptive_tangents.experiments.feature_networks import TRAINING, Training, network
 from adaptive_tangents.experiments.training import train
 from adaptive_tangents.experiments.transform_match import directions, match
 from adaptive_tangents.transforms import Matrix, Sides
 
 SMALL = FeatureChangeConfig(
-    networks=("mlp", "cnn"), width=8, training={kind: Recipe("adam", 0.01, 1) for kind in TRAINING}, samples=24,
+    networks=("mlp", "cnn"), width=8, training={kind: Training("adam", 0.01, 1) for kind in TRAINING}, samples=24,
     held_out=12, path_nodes=2, ridges=(0.1,), strengths=(10.0, 1.0), least_width=8, draws=20,
 )  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_too_few_images_and_training_that_diverges_are_errors() -> None:
     ):
         run(replace(SMALL, samples=900))
     with pytest.raises(TangentError, match="feature-change: training the cnn diverged; lower its learning rate"):
-        run(replace(SMALL, networks=("cnn",), training={"cnn": Recipe("sgd", 1e6, 1, 400)}))
+        run(replace(SMALL, networks=("cnn",), training={"cnn": Training("sgd", 1e6, 1, 400)}))
 
 
 # ------------------------------------------------------------------------------------------------------ the claims

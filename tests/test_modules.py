@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -259,6 +261,19 @@ def test_compiled_it_gives_the_same() -> None:
     torch.testing.assert_close(compiled(x), adaptive(x))
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in adaptive.parameters())
+
+
+def test_the_compiler_is_imported_with_the_first_module_and_not_with_the_package() -> None:
+    script = """
+import sys, torch, adaptive_tangents as at
+model = torch.nn.Linear(3, 2)
+at.tangent_features(model, torch.randn(4, 3)).kernel()
+print("torch._dynamo" in sys.modules, hasattr(at.TangentModule.forward, "_torchdynamo_disable"))
+at.TangentModule(model)
+print(at.TangentModule.forward._torchdynamo_disable)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False False", "True"]
 
 
 def test_training_mode_leaves_the_frozen_network_in_evaluation_mode() -> None:

@@ -121,16 +121,8 @@ def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monke
         with threadpool_limits(1):
             for jobs in (1, 2):
                 small = [
-                    "--quick",
-                    "--epochs",
-                    "1",
-                    "--samples",
-                    "40",
-                    "--seeds",
-                    "1",
-                    "--out",
-                    str(tmp_path / str(jobs)),
-                ]
+                    "--quick", "--epochs", "1", "--samples", "40", "--seeds", "1", "--out", str(tmp_path / str(jobs)),
+                ]  # fmt: skip
                 done = CliRunner().invoke(cli.app, ["reproduce", "all", "--jobs", str(jobs), *small])
                 assert done.exit_code == 0, done.output
                 assert "Report: " in done.output

@@ -2,7 +2,8 @@
 
 Which parameters share a block is read off the model alone, so features of any two batches go together. A block is made
 of calls of layers with a rule where they are every use of its parameters in the autograd graph, else of uses found in that
-graph. It counts only where a random combination of its features is what autograd says, on every batch; every other block is
+graph. It counts only where a random combination of its features is what autograd says, on every batch, or where the same
+operations give the features that stood this check on some of its samples; every other block is
 materialised, sample by sample. Nothing is skipped.
 """
 

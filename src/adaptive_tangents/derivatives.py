@@ -9,6 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
+from adaptive_tangents.projections import paired_rows
 from adaptive_tangents.recording import Parents
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
 
@@ -99,25 +100,19 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def projections(blocks: Mapping[str, Block], *, combined: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """One number a sample of each block, lᵀ(Σ_c a_c Φ_c)r, l and r random vectors, and what rounding is relative to.
+    """One number a sample of each block, sᵀ(Σ_c a_c Φ_c)r, s and r random signs, and what rounding is relative to.
 
     ``a`` is the combination that `mixed` makes of the outputs, ``combined`` where it was made of them before.
     """
     found = {}
     for name, block in blocks.items():
-        generator = torch.Generator().manual_seed(2)
         like = tensors_of(block.summands[0])[0]
         wide = torch.promote_types(like.dtype, torch.float32)
-        left, right, a = (
-            v.to(like.device, wide)
-            for v in (
-                torch.randn(block.shape[0], generator=generator), torch.randn(block.shape[1], generator=generator),
-                torch.ones(1, 1) if combined else _mixture(block.outputs),
-            )
-        )  # fmt: skip
+        a = (torch.ones(1, 1) if combined else _mixture(block.outputs)).to(like.device, wide)
         parts = block.map(dtype=wide).summands
+        sides = paired_rows(("probe",), block.shape, 1)
+        values = sum_tensors([part.coordinates(*sides) for part in parts])[..., 0] @ a
         w = a.mT.expand(block.samples, -1)
-        values = sum_tensors([part.between(left, right) for part in parts]) @ a
         found[name] = values[:, 0], sum_tensors([_spread(part, w) for part in parts])
     return found
 

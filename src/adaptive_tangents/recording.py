@@ -196,25 +196,27 @@ _ALIKE = {
     "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D",
     "View",
 }  # fmt: skip
-Form = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
+Form = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, int, int], ...]], ...]
 
 
 def form_of(graph: Graph) -> Form | None:
-    """Every operation of a graph with the shapes that it made; None where some may treat samples in different ways."""
+    """Every operation of a graph: name, shapes it made, its users; None where some may treat samples in different ways."""
     # Torch's own are numbered; a function of the same name that somebody wrote is not.
     names = [re.sub(r"Backward\d+$", "", str(node.name())) for node in graph.parents]
     if not set(names) <= _ALIKE:
         return None
     shapes = [tuple(tuple(made.shape) for made in node._input_metadata) for node in graph.parents]
-    return tuple(zip(names, shapes, strict=True))
+    place = {node: k for k, node in enumerate(graph.parents)}
+    users = [tuple((place[user], index, output) for user, index, output in uses) for uses in graph.parents.values()]
+    return tuple(zip(names, shapes, users, strict=True))
 
 
 def same_form(one: Form | None, n: int, two: Form | None, m: int) -> bool:
     """Whether the graphs of n and of m samples are the same but for the number of samples."""
     if one is None or two is None or len(one) != len(two):
         return False
-    for (name, shapes), (other, others) in zip(one, two, strict=True):
-        if name != other or [len(shape) for shape in shapes] != [len(shape) for shape in others]:
+    for (name, shapes, users), (other, others, their_users) in zip(one, two, strict=True):
+        if (name, users, [len(shape) for shape in shapes]) != (other, their_users, [len(shape) for shape in others]):
             return False
         sizes = zip((d for shape in shapes for d in shape), (d for shape in others for d in shape), strict=True)
         if any(a != b and a * m != b * n for a, b in sizes):

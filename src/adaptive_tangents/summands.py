@@ -51,10 +51,6 @@ class Outer:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return _paired(left.apply(self.backward), right.apply(self.inputs))
 
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return ((self.backward @ left) * (self.inputs @ right)[..., None]).sum(1)
-
     def transformed(self, left: Side | None, right: Side | None) -> "Outer":
         return Outer(
             self.backward if left is None else left.apply(self.backward),
@@ -113,10 +109,6 @@ class Lookup:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         inputs = right.of_units(self.index).to(self.weights) + self.coefficients @ right.apply(self.directions)
         return _paired(left.apply(self.backward), inputs * self.weights[..., None])
-
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return ((self.backward @ left) * self.against(right[:, None])).sum(1)
 
     def transformed(self, left: Side | None, right: Side | None) -> "Outer | Lookup":
         backward = self.backward if left is None else left.apply(self.backward)
@@ -188,10 +180,6 @@ class Flipped:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Outer(self.backward, self.inputs).coordinates(right, left)
 
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return Outer(self.backward, self.inputs).between(right, left)
-
     def transformed(self, left: Side | None, right: Side | None) -> "Flipped":
         moved = Outer(self.backward, self.inputs).transformed(right, left)
         return Flipped(moved.backward, moved.inputs)
@@ -232,10 +220,6 @@ class Dense:
     def _units(self, size: int) -> Int[Tensor, " _d"]:
         return torch.arange(size, device=self.values.device)
 
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return (self.values @ right) @ left
-
     def transformed(self, left: Side | None, right: Side | None) -> "Dense":
         values = self.values if right is None else right.apply(self.values)
         return Dense(values if left is None else left.apply(values.mT).mT)
@@ -269,10 +253,6 @@ class Shared:
     def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return self.coefficients @ Dense(self.directions[None]).coordinates(left, right)[0]
-
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return self.coefficients @ (self.directions @ right @ left)
 
     def transformed(self, left: Side | None, right: Side | None) -> "Shared":
         return Shared(self.coefficients, Dense(self.directions[None]).transformed(left, right).values[0])
@@ -309,10 +289,6 @@ class Weighted:
     def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Dense(self.features(slice(None))).coordinates(left, right)
-
-    def between(self, left: Float[Tensor, " o"], right: Float[Tensor, " i"]) -> Float[Tensor, "n c"]:
-        """lᵀΦ(x)_c r for one vector of each side."""
-        return Dense(self.features(slice(None))).between(left, right)
 
     def transformed(self, left: Side | None, right: Side | None) -> "Weighted | Dense":
         if isinstance(left, Scaled | None) and isinstance(right, Scaled | None):

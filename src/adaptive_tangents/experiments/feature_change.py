@@ -33,7 +33,7 @@ from adaptive_tangents.experiments.common import (
     settings,
 )
 from adaptive_tangents.experiments.feature_claims import claims, over_seeds
-from adaptive_tangents.experiments.feature_networks import TRAINING, Recipe, network
+from adaptive_tangents.experiments.feature_networks import TRAINING, Training, network
 from adaptive_tangents.experiments.training import train
 from adaptive_tangents.experiments.transform_match import match
 from adaptive_tangents.explain import explain
@@ -73,7 +73,7 @@ class FeatureChangeConfig:
     classes: tuple[int, int] = (2, 3)
     networks: tuple[str, ...] = tuple(TRAINING)
     width: int = 32
-    training: dict[str, Recipe] = field(default_factory=lambda: dict(TRAINING))
+    training: dict[str, Training] = field(default_factory=lambda: dict(TRAINING))
     samples: int = 500
     held_out: int = 300
     path_nodes: int = 16

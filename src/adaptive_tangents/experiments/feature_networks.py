@@ -13,7 +13,7 @@ from adaptive_tangents.experiments.training import relu_network
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """Mini-batches by SGD with momentum 0.9, or by Adam."""
 
     optimizer: Literal["sgd", "adam"]
@@ -29,9 +29,9 @@ class Recipe:
 
 
 TRAINING = {
-    "mlp": Recipe("sgd", 0.1, 100),
-    "cnn": Recipe("adam", 2e-3, 20),
-    "transformer": Recipe("adam", 2e-3, 40),
+    "mlp": Training("sgd", 0.1, 100),
+    "cnn": Training("adam", 2e-3, 20),
+    "transformer": Training("adam", 2e-3, 40),
 }
 
 

@@ -49,15 +49,15 @@ EXPERIMENTS: dict[str, Experiment] = {
 LONGEST_FIRST = tuple(
     module.NAME
     for module in (
-        low_rank_targets,
         sample_complexity,
-        feature_change,
-        kernel_alignment,
         hard_targets,
-        kernel_spectra,
+        low_rank_targets,
+        feature_change,
         weight_spectra,
+        kernel_spectra,
+        kernel_alignment,
         exact_solvers,
         penalties,
     )
 )
-"""The order to begin them in when several run at once."""
+"""The order to begin them in when several run at once: by their minutes in docs/results.md."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -39,12 +39,12 @@ def side_by_side(
                 told.close()
                 running[heard] = name, process
             for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                name, process = running[ready]
+                heard = cast(Connection, ready)
+                name, process = running[heard]
                 try:
-                    message = ready.recv()
+                    message = heard.recv()
                 except EOFError:
-                    del running[ready]
+                    del running[heard]
                     _end(name, process)
                     continue
                 if isinstance(message, TangentError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @runtime_checkable
-class Training(Protocol):
+class MiniBatches(Protocol):
     """Mini-batches for some epochs by some optimizer."""
 
     @property
@@ -59,7 +59,7 @@ def train(
     x: Float[Tensor, "n ..."],
     y: Float[Tensor, "n c"],
     *,
-    settings: Training,
+    settings: MiniBatches,
     generator: torch.Generator,
     progress: Callable[[float], None],
 ) -> list[float]:
