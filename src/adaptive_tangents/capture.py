@@ -156,7 +156,7 @@ class Capture:
         other = copy_of(self)
         buffers = self.network.buffers if buffers is None else buffers
         other.network = replace(self.network, parameters=parameters, buffers=buffers)
-        other.verify, other._probed = False, []
+        other.verify = False
         return other
 
     def _own_probe(self, x: Batch) -> Probe | None:
@@ -233,7 +233,7 @@ class Capture:
     def _check_same(self, x: Batch, out: Tensor) -> None:
         """The probed samples' outputs in the whole batch are those of the probe."""
         probe = self._own_probe(x)
-        if probe is None or len(out) == len(probe.index):
+        if probe is None or not self.verify or len(out) == len(probe.index):
             return
         gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
         if gap > self._tolerance(out):
@@ -261,7 +261,8 @@ class Capture:
         """Outputs and blocks of samples that one pass has room for."""
         net, probe, own = self.network, self.probe, self._own_probe(x)
         unseen = self.verify and (own is None or samples(x) > len(own.index))
-        seen = self._pass(x, probe.choices, probe.refuted, combined=False, verify=unseen, own=own)
+        choices = probe.choices if own is None else own.choices
+        seen = self._pass(x, choices, probe.refuted, combined=False, verify=unseen, own=own)
         out = seen.out
         check_finite(self.call, "the output", [out])
         made = {name: block for name, block in seen.blocks.items() if name not in seen.refuted}
@@ -323,7 +324,8 @@ class Capture:
             try:
                 sources: dict[str, Source] = {}
                 for group in self.groups:
-                    if group.name not in wrong:
+                    # What the probe found no source for could be taken for something else in a batch of another size.
+                    if group.name not in wrong and (combined or group.name in choices):
                         choice = choices.get(group.name, Choice())
                         source = source_of(group, uses, graph, len(out), choice)
                         sources |= {group.name: source} if source is not None else {}

@@ -6,6 +6,7 @@ convolution, a norm, a lookup. There the gradient tells the samples apart, and w
 Guesses that shapes allow (is this dimension the samples?) are confirmed or refuted by the probe, never trusted.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from adaptive_tangents.recording import Group, Layout, Parents, arranged, gather
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Summand
 
 Signature = tuple[Any, ...]
+Key = tuple[Any, ...]
+"""A signature, and how many uses before had the same."""
 Node = Any  # of torch.autograd.graph; TorchScript's nodes are none
 _Made = Outer | Lookup | Flipped | Dense
 
@@ -302,22 +305,35 @@ def signatures(terms: Mapping[str, list[Term]]) -> frozenset[Signature]:
     return frozenset(term.signature for found in terms.values() for term in found)
 
 
+def keyed(terms: Mapping[str, list[Term]]) -> dict[str, list[tuple[Key, Term]]]:
+    """Every use with a key that the same use has in another batch."""
+    seen: Counter[Signature] = Counter()
+    found: dict[str, list[tuple[Key, Term]]] = {}
+    for parameter, uses in terms.items():
+        found[parameter] = []
+        for term in uses:
+            found[parameter].append(((*term.signature, seen[term.signature]), term))
+            seen[term.signature] += 1
+    return found
+
+
 def block_of(
     group: Group,
     terms: Mapping[str, list[Term]],
     gradients: Mapping[tuple[Any, int], Tensor],
     out: Tensor,
-    layouts: Mapping[Signature, Layout],
+    layouts: Mapping[Key, Layout],
 ) -> Block:
     """The block made of uses in the graph, each in its parameter's columns."""
     (n, c), (rows, width) = out.shape, group.matrix
     parts: list[Summand] = []
     both = set[Node]()  # products that add the bias too: its column is a one
+    uses = keyed(terms)
     for slot in group.slots:
-        for term in terms[slot.parameter]:
+        for key, term in uses[slot.parameter]:
             if term.node in both:
                 continue
-            made = part(term, slot, rows, layouts[term.signature], gradients[term.node, 0], n)
+            made = part(term, slot, rows, layouts[key], gradients[term.node, 0], n)
             bias = group.slots[1] if group.joined and slot is group.slots[0] else None
             if bias is not None and isinstance(made, Outer) and term.shape[-1] == rows:
                 both |= {t.node for t in terms[bias.parameter] if t.node is term.node and not t.chain and t.factor == 1}

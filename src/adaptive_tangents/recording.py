@@ -1,7 +1,7 @@
 """Which layer calls make up the features of which parameters: hooks, uses counted in the autograd graph, blocks."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,12 +94,11 @@ class Group:
         """The block whose features are the sum of ``parts``."""
         return Block(self.name, self.matrix, self.slots, modes=self.modes).of(parts)
 
-    def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, preference: int) -> Block:
+    def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, ways: Sequence[Layout]) -> Block:
         """The block made of all calls: positions one after the other, features without factors summed."""
         parts: list[Summand] = []
-        for use in uses:
-            rule, module, ways = use.rule, use.module, use.layouts(n)
-            way = ways[min(preference, len(ways) - 1)]
+        for use, way in zip(uses, ways, strict=True):
+            rule, module = use.rule, use.module
             inputs, gradient = arranged(use.inputs, way, n), arranged(gradients[id(use)], way, n, lead=1)
             made: Outer | Lookup | Flipped | Dense
             if self.role == "bias":

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.derivatives import backward
-from adaptive_tangents.operations import Signature, Term, block_of, signatures, terms_of
+from adaptive_tangents.operations import Key, Signature, Term, block_of, keyed, signatures, terms_of
 from adaptive_tangents.recording import Graph, Group, Layout, Use
 from adaptive_tangents.summands import Dense
 
@@ -22,13 +23,13 @@ _MIXTURES = 32
 class Choice:
     """What is taken for the features of one block: by the probe, and so for every batch after it.
 
-    ``preference`` counts through the dimensions that may be the samples'; ``layouts`` says which it came to for each use in
-    the graph. ``calls``: calls of layers, else uses in the graph, only ``allowed`` ones where that is known and none that
-    were ``refused``.
+    ``preference`` counts through the dimensions that may be the samples'; ``layouts`` says which it came to for each use,
+    as another batch may have more of them. ``calls``: calls of layers, else uses in the graph, only ``allowed`` ones where
+    that is known and none that were ``refused``.
     """
 
     preference: int = 0
-    layouts: Mapping[Signature, Layout] | None = None
+    layouts: Mapping[Key, Layout] | None = None
     calls: bool = True
     refused: frozenset[Signature] = frozenset()
     allowed: frozenset[Signature] | None = None
@@ -46,27 +47,35 @@ class Source:
     @property
     def ways(self) -> int:
         """In how many ways samples may lie in all of these."""
-        if self.uses:
-            return max(len(use.layouts(self.n)) for use in self.uses)
         return len(self._arrangements)
 
-    @property
+    @cached_property
+    def _possible(self) -> dict[Key, tuple[Layout, ...]]:
+        """Where samples may be in each use."""
+        if self.uses:
+            return {("call", k): use.layouts(self.n) for k, use in enumerate(self.uses)}
+        return {key: term.layouts for found in keyed(self.terms).values() for key, term in found}
+
+    @cached_property
     def _arrangements(self) -> list[dict[tuple[Layout, ...], Layout]]:
         """A layout for every set of possible ones: the likeliest of all, the second of all, ..., then mixtures of these."""
-        sets = list(dict.fromkeys(term.layouts for found in self.terms.values() for term in found))
+        sets = list(dict.fromkeys(self._possible.values()))
         alike = [tuple(way[min(k, len(way) - 1)] for way in sets) for k in range(max(map(len, sets), default=1))]
-        every = dict.fromkeys([*alike, *itertools.islice(itertools.product(*sets), _MIXTURES)])
+        mixtures = () if self.uses else itertools.islice(itertools.product(*sets), _MIXTURES)
+        every = dict.fromkeys([*alike, *mixtures])
         return [dict(zip(sets, ways, strict=True)) for ways in every]
 
-    def layouts(self, choice: Choice) -> dict[Signature, Layout]:
-        """Where samples are taken to be in each use in the graph."""
+    def layouts(self, choice: Choice) -> dict[Key, Layout]:
+        """Where samples are taken to be in each use: where another batch's were found, as far as shapes allow it."""
         arrangements, known = self._arrangements, choice.layouts or {}
         guess = arrangements[min(choice.preference, len(arrangements) - 1)]
-        found = {}
-        for term in (term for terms in self.terms.values() for term in terms):
-            there = known.get(term.signature)
-            found[term.signature] = there if there in term.layouts else guess[term.layouts]
-        return found
+        ways = {key: (known.get(key), possible) for key, possible in self._possible.items()}
+        return {key: there if there in possible else guess[possible] for key, (there, possible) in ways.items()}
+
+    def departs(self, choice: Choice) -> bool:
+        """Whether samples of some use cannot be where those of the same use were; one sample may be anywhere."""
+        known = choice.layouts or {}
+        return self.n > 1 and any(known.get(key) not in possible for key, possible in self._possible.items())
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -88,20 +97,20 @@ class Source:
 
 def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choice) -> Source | None:
     """Where a block's features come from, or None where that is not known."""
-    if choice.calls:
-        calls = group.calls(uses, graph.counts, n)
-        if calls:
-            return Source(n, tuple(calls))
-        if choice.allowed is not None:
+    probed = choice.layouts is not None
+    calls = group.calls(uses, graph.counts, n) if choice.calls else []
+    if calls:
+        found = Source(n, tuple(calls))
+    else:
+        terms = _terms(group, graph, n, choice, choice.allowed)
+        other = probed and (choice.calls or terms is None)
+        if terms is None and choice.allowed is not None:
+            # Another batch, of one sample say, may take other operations.
+            terms = _terms(group, graph, n, choice, None)
+        if terms is None:
             return None
-    terms = _terms(group, graph, n, choice, choice.allowed)
-    unsure = terms is None and choice.allowed is not None
-    if unsure:
-        # Another batch, of one sample say, may take other operations.
-        terms = _terms(group, graph, n, choice, None)
-    if terms is None:
-        return None
-    return Source(n, (), terms, unsure)
+        found = Source(n, (), terms, other)
+    return replace(found, unsure=found.unsure or (probed and found.departs(choice)))
 
 
 def _terms(
@@ -142,7 +151,7 @@ def made_from(
     gradients = {(e.node, e.output_nr): gradients[e.node, e.output_nr].detach() for e in source.edges}
     if source.uses:
         found = {id(use): gradients[use.edge.node, use.edge.output_nr] for use in source.uses}
-        return group.called(list(source.uses), found, len(out), choice.preference)
+        return group.called(list(source.uses), found, len(out), list(source.layouts(choice).values()))
     return block_of(group, source.terms, gradients, out, source.layouts(choice))
 
 
