@@ -236,6 +236,7 @@ def test_autocast_inside_a_model() -> None:
     model.float()
     feats = at.tangent_features(model, x)
     assert feats.dtype == torch.float32
+    assert {block.kind for block in feats.blocks.values()} == {"factored"}
     phi = reference.jacobian(model, x)
     np.testing.assert_allclose(feats.dense().numpy(), phi, rtol=0, atol=0.05 * np.abs(phi).max())
     assert feats.kernel().dtype == torch.float32

@@ -11,7 +11,7 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture import Capture
 from adaptive_tangents.inputs import samples, take
-from cases import normal
+from cases import Forward, normal
 
 TOKENS = 4
 
@@ -43,14 +43,14 @@ class UnitsFirst(nn.Module):
 
 
 class UsedTwice(nn.Module):
-    """One layer on all tokens and, little, on the mean of a sample's."""
+    """One layer on the mean of a sample's tokens, and on each of them, tokens first, with a small weight."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.layer, self.weight = nn.Linear(4, 3), weight
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.layer(x.transpose(0, 1)).tanh().sum(0) + self.weight * self.layer(x.mean(1)).tanh()
+        made: Tensor = self.layer(x.mean(1)).tanh() + self.weight * self.layer(x.transpose(0, 1)).tanh().sum(0)
         return made
 
 
@@ -105,3 +105,23 @@ def test_parts_of_a_batch_have_its_features_at_other_parameters_too_where_nothin
         np.testing.assert_allclose(
             found, expected[index], rtol=0, atol=1e-11 * abs(expected).max(), err_msg=str(samples(part))
         )
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 0.01, 0.002])
+def test_a_use_of_small_weight_has_its_samples_where_they_are_in_float32_too(weight: float) -> None:
+    torch.manual_seed(0)
+    model = UsedTwice(weight)
+    x = normal(7, 7, 4).float()
+    expected = reference.jacobian(model.double(), x.double())
+    found = at.tangent_features(model.float(), x).dense().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(expected).max())
+
+
+@pytest.mark.parametrize("away", [0.0, 30.0, 1000.0])
+def test_inputs_far_from_zero_have_their_samples_where_they_are_in_float32_too(away: float) -> None:
+    torch.manual_seed(0)
+    model = Forward(lambda m, x: m.net(x.transpose(0, 1)).mean(0), net=nn.Linear(4, 3))
+    x = normal(7, 7, 4) + away
+    expected = reference.jacobian(model.double(), x)
+    found = at.tangent_features(model.float(), x.float()).dense().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(expected).max())

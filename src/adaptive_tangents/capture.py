@@ -334,13 +334,15 @@ class Capture:
                 if not combined:
                     blocks = {name: block.compact() for name, block in blocks.items()}
                 form = form_of(graph) if verify else None
-                confirmed = _confirmed(own, form, blocks, len(out)) if verify and own is not None else frozenset()
+                confirmed = (
+                    _confirmed(own, form, blocks, len(out), graph.dtype) if verify and own is not None else frozenset()
+                )
                 doubted = {
                     name: block
                     for name, block in blocks.items()
                     if (verify and name not in confirmed) or sources[name].unsure
                 }
-                found = refuted(seen, leaves, doubted)
+                found = refuted(seen, leaves, doubted, graph.dtype)
                 choices, given_up = dict(choices), set(wrong)
                 while combined and found:
                     # The graph is the same, and so is all that stood the check.
@@ -356,7 +358,7 @@ class Capture:
                         again |= {group.name: source} if source is not None else {}
                     more, more_held = blocks_of(self.groups, again, seen, choices, graph, self._common())
                     sources, blocks, held = sources | again, blocks | more, held | more_held
-                    found = refuted(seen, leaves, more)
+                    found = refuted(seen, leaves, more, graph.dtype)
             except RuntimeError:
                 if copy:
                     raise
@@ -383,16 +385,18 @@ class _Pass:
     form: Form | None
 
 
-def _confirmed(probe: Probe, form: Form | None, blocks: Mapping[str, Block], n: int) -> frozenset[str]:
+def _confirmed(
+    probe: Probe, form: Form | None, blocks: Mapping[str, Block], n: int, dtype: torch.dtype
+) -> frozenset[str]:
     """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
     if not same_form(probe.form, len(probe.index), form, n):
         return frozenset()
     again = projections({name: block.map(index=probe.index.to(probe.device)) for name, block in blocks.items()})
-    confirmed = []
+    confirmed, allowed = [], tolerance(dtype, probe.device)
     for name, (values, size) in again.items():
         known = probe.projections.get(name)
         gap = None if known is None else (known[0] - values).norm()
-        if gap is not None and bool(gap <= tolerance(probe.dtype) * size.sqrt()):
+        if gap is not None and bool(gap <= allowed * size.sqrt()):
             confirmed.append(name)
     return frozenset(confirmed)
 

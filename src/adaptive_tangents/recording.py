@@ -153,12 +153,14 @@ class Graph:
     """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what.
 
     ``opaque``: some node (TorchScript's) is none of torch's own, and may use leaves that the graph does not show.
+    ``dtype`` is the least precise that some node made.
     """
 
     counts: Mapping[str, int]
     leaves: Mapping[str, Any]
     parents: Parents
     opaque: bool
+    dtype: torch.dtype
 
 
 def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
@@ -181,7 +183,9 @@ def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
             if name is not None:
                 counts[name] += 1
                 found[name] = successor
-    return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents))
+    made = {made.dtype for node in parents for made in getattr(node, "_input_metadata", ())}
+    least = max((d for d in made | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
+    return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents), least)
 
 
 # Operations that treat every sample of a batch alike, whatever its values are.
