@@ -419,6 +419,13 @@ CASES = (
         "heads", "w1", "w2"),
     real("Fourier filter", of(fourier, lambda: normal(4, 6), filter=lambda: normal(4), out=lambda: nn.Linear(6, 2))),
     real("LoRA", lora),
+    # Operations whose batching rules are wrong for some sizes.
+    real("PReLU, samples as many as outputs", lambda: (nn.Sequential(nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 3),
+        nn.PReLU(3)).double(), normal(3, 4))),
+    real("PReLU of images, samples as many as outputs", lambda: (nn.Sequential(nn.Conv2d(2, 3, 3), nn.PReLU(3),
+        nn.Conv2d(3, 4, 2), nn.PReLU(), nn.Flatten(), nn.Linear(4, 4)).double(), normal(4, 2, 4, 4))),
+    real("distances to learned centres", of(lambda m, x: m.out((-torch.cdist(x, m.centres)).exp()), lambda: normal(5, 4),
+        centres=lambda: normal(3, 4), out=lambda: nn.Linear(3, 2)), "centres"),
     real("losses of samples as output", labelled, output=losses),
     real("weight norm by hooks", with_weights_by(nn.utils.weight_norm), "*_v", "*_g"),
     real("spectral norm by hooks", with_weights_by(nn.utils.spectral_norm), "*_orig"),

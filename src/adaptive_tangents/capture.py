@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.blocks import Block, ranges, stack_blocks
-from adaptive_tangents.derivatives import materialise, mixed, projections, refuted, tolerance
+from adaptive_tangents.derivatives import materialise, mixed, projections, refuted, saved_copies, tolerance
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
@@ -399,13 +399,6 @@ def _confirmed(
         if gap is not None and bool(gap <= allowed * size.sqrt()):
             confirmed.append(name)
     return frozenset(confirmed)
-
-
-@contextmanager
-def saved_copies() -> Iterator[None]:
-    """Keep copies of what autograd saves, so that nothing overwrites it."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
-        yield
 
 
 def _factor_bytes(block: Block, c: int) -> int:

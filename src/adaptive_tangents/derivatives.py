@@ -1,6 +1,7 @@
 """Gradients of every output: at the edges of an autograd graph, of random combinations as a check, or sample by sample."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
 from adaptive_tangents.projections import paired_rows
-from adaptive_tangents.recording import Parents
+from adaptive_tangents.recording import Parents, read_graph
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
 
 # Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
@@ -214,18 +215,50 @@ def _norms(tensor: Tensor) -> Tensor:
 
 
 def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
-    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one."""
+    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one.
+
+    Some operations have a batching rule that is wrong for some sizes (a PReLU with as many samples as outputs), so what
+    vmap gives counts only where it is what autograd says.
+    """
     chosen = {name: net.parameters[name].detach() for name in names}
 
     def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
         return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
 
-    try:
-        per_sample = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)
-        made = per_sample(chosen, x)
-        return {name: made[name].detach() for name in names}
-    except RuntimeError:
-        return _sample_by_sample(net, chosen, x)
+    with suppress(RuntimeError):
+        made = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)(chosen, x)
+        values = {name: made[name].detach() for name in names}
+        if _stand(net, x, values):
+            return values
+    return _sample_by_sample(net, chosen, x)
+
+
+def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
+    """Whether features, summed with random weights over samples and outputs, are the gradient of that sum."""
+    leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in values}
+    with torch.enable_grad(), saved_copies():
+        out = net(x, leaves)
+        if not out.requires_grad:
+            return not any(bool(part.any()) for part in values.values())
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        gradients = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
+    allowed, wide = tolerance(read_graph(out, {}).dtype, out.device), torch.promote_types(out.dtype, torch.float32)
+    w = weights.flatten().to(wide)
+    for part, gradient in zip(values.values(), gradients, strict=True):
+        rows = part.flatten(0, 1).flatten(1).to(wide)
+        total, size = w @ rows, (w * torch.linalg.vector_norm(rows, dim=1)).norm()
+        if gradient is not None:
+            total = total - (gradient.to_dense() if gradient.is_sparse else gradient).flatten().to(wide)
+        if not bool(total.norm() <= allowed * size):
+            return False
+    return True
+
+
+@contextmanager
+def saved_copies() -> Iterator[None]:
+    """Keep copies of what autograd saves, so that nothing overwrites it."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        yield
 
 
 def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:

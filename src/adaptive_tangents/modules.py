@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from adaptive_tangents.attention import forward_attention
 from adaptive_tangents.blocks import Block
-from adaptive_tangents.capture import saved_copies, tangent_features
+from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.derivatives import saved_copies
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.factors import factors
 from adaptive_tangents.features import TangentFeatures

@@ -141,7 +141,9 @@ def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...]
                 factor = float(saved._saved_beta)
             elif name in ("Add", "Sub") and index == 1:
                 factor = float(saved._saved_alpha) * (1 if name == "Add" else -1)
-        elif name == "Mul" and isinstance(saved._saved_other if index == 0 else saved._saved_self, Tensor):
+        elif (name, index) == ("PreluKernel", 1) or (
+            name == "Mul" and isinstance(saved._saved_other if index == 0 else saved._saved_self, Tensor)
+        ):
             kind = "scale"
     ways = layouts(shape, n)
     if kind in ("sum", "scale"):
@@ -257,6 +259,8 @@ def _reduced(term: Term, way: Layout, gradient: Tensor, n: int) -> Tensor:
     if term.kind == "scale":
         if name == "NativeLayerNorm":
             other = (saved._saved_input - saved._saved_result1) * saved._saved_result2
+        elif name == "PreluKernel":
+            other = saved._saved_self.clamp_max(0)
         else:
             other = saved._saved_other if term.index == 0 else saved._saved_self
         g = g * other.detach()
