@@ -76,7 +76,7 @@ ORDER = (
     "solvers",
     "choosing",
     "factors",
-    "attention",
+    "forward_mode",
     "modules",
     "planning",
     "streams",

@@ -322,6 +322,23 @@ def test_operations_without_forward_mode_are_differentiated_backward_twice() -> 
     assert adaptive._way == "backward"
 
 
+@pytest.mark.parametrize("first", [[[1, 2], [3, 4]], [[0, 2], [3, 0]]], ids=["without padding", "with padding"])
+def test_a_padding_row_stays_still_whatever_the_first_batch_was(first: list[list[int]]) -> None:
+    model = Forward(
+        lambda m, x: m.out(torch.tanh(m.table(x).mean(1))), table=nn.Embedding(6, 4, padding_idx=0), out=nn.Linear(4, 2)
+    ).double()
+    nn.init.normal_(model.table.weight)  # type: ignore[arg-type]
+    adaptive = wander(at.TangentModule(model, at.TwoSided()))
+    for batch in (torch.tensor(first), torch.tensor([[0, 0], [0, 5], [1, 0]])):
+        change = adaptive.adapted_features(batch).inner(adaptive.inner_coefficients())
+        torch.testing.assert_close(adaptive(batch) - adaptive.initial(batch), change)
+        adaptive.zero_grad()
+        adaptive(batch).sum().backward()
+        back = adaptive.adapted_features(batch).combine(torch.ones(len(batch), 2, dtype=torch.float64))
+        torch.testing.assert_close(inner(adaptive, "table").grad, back["table"])
+    assert adaptive._way == "forward"
+
+
 def test_an_operation_that_can_be_differentiated_once_only_goes_by_the_features() -> None:
     model = nn.Sequential(nn.EmbeddingBag(6, 4, mode="sum"), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.tensor([[0, 1, 2], [3, 3, 5]])

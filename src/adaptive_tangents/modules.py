@@ -15,7 +15,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.attention import forward_attention
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.derivatives import saved_copies
@@ -23,6 +22,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.factors import factors
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.fits import Fit
+from adaptive_tangents.forward_mode import forward_attention, forward_lookups
 from adaptive_tangents.goals import LossName
 from adaptive_tangents.inputs import (
     Batch,
@@ -290,7 +290,7 @@ class _At:
         self, x: Batch, tangents: tuple[Tensor, ...], leaves: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """By forward mode."""
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), forward_lookups():
             moved = {
                 name: forward_ad.make_dual(value, tangent.contiguous())  # type: ignore[no-untyped-call]
                 for (name, value), tangent in zip((leaves or self.selected).items(), tangents, strict=True)

@@ -194,8 +194,8 @@ _ALIKE = {
     "ConstantPadNd", "Convolution", "CudnnBatchNorm", "Div", "Elu", "Embedding", "Exp", "Expand", "Gelu",
     "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "LogSoftmax", "MaxPool2DWithIndices", "Mean", "Mm",
     "Mul", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm", "Neg", "Permute", "Pow", "PreluKernel", "Relu",
-    "ReshapeAlias", "Rsqrt", "SafeSoftmax", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Softplus", "Split", "SplitWithSizes",
-    "Sqrt", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "torch::autograd::AccumulateGrad",
+    "ReshapeAlias", "Rsqrt", "SafeSoftmax", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Softplus", "Split",
+    "SplitWithSizes", "Sqrt", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "torch::autograd::AccumulateGrad",
     "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D",
     "View",
 }  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaptive_tangents.attention import Attended, forward_attention
+from adaptive_tangents.forward_mode import Attended, forward_attention
 
 Arguments = dict[str, object]
 

@@ -1,4 +1,4 @@
-"""Attention with its derivative in forward mode written out: S dV + dS V, as torch's fused kernels have none of their own."""
+"""Forward mode where torch's own is missing or wrong: attention, S dV + dS V, and lookups, whose padding rows never learn."""
 
 import math
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Queries = Float[Tensor, "*h t d"]
 Keys = Float[Tensor, "*h s d"]
@@ -31,6 +32,25 @@ def forward_attention() -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = original
+
+
+@contextmanager
+def forward_lookups() -> Iterator[None]:
+    """Within it, a table's padding row does not move, as it has no gradient; torch's forward mode takes it for any other."""
+    original = torch.embedding
+
+    def lookup(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: Any, **options: Any) -> Tensor:
+        found: Tensor = original(weight, indices, padding_idx, *rest, **options)
+        if padding_idx < 0:
+            return found
+        still = forward_ad.unpack_dual(found).primal  # type: ignore[no-untyped-call]
+        return torch.where((indices == padding_idx)[..., None], still, found)
+
+    torch.embedding = lookup  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.embedding = original
 
 
 def _attended(
