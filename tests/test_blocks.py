@@ -196,6 +196,16 @@ def test_a_side_by_modes_is_the_kronecker_product_of_its_factors() -> None:
     close(Modal((2, 3), (None, None)).apply(draw(4, 7)), draw(4, 7).numpy())
 
 
+def test_the_matrix_of_modes_is_the_product_of_theirs_whichever_are_absent() -> None:
+    one, other = Matrix(draw(2, 2)), Matrix(draw(3, 3).mT)
+    for first, second in ((one, other), (None, other), (one, None)):
+        modal = Modal((2, 3), (first, second))
+        parts = [np.eye(2) if first is None else one.values, np.eye(3) if second is None else other.values]
+        assert modal.matrix().dtype == torch.float64
+        close(modal.matrix(), np.kron(*(np.asarray(part) for part in parts)))
+    assert torch.equal(Modal((2, 3), (None, None)).matrix(), torch.eye(6))
+
+
 def test_modes_of_a_convolution_are_its_input_channels_and_its_window() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, (2, 3), groups=2), nn.Flatten(), nn.Linear(6 * 9, 2)).double()
     feats = at.tangent_features(model, normal(3, 4, 4, 5)[..., :5])

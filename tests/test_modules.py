@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -109,6 +110,44 @@ def test_a_module_as_a_fit_is_that_fit_again(name: str) -> None:
     assert found.stationarity == pytest.approx(fit.stationarity, abs=1e-6)
     if fit.lower_bound is not None:
         assert found.lower_bound == pytest.approx(fit.lower_bound, rel=1e-5)
+
+
+EVERY = STRUCTURES | {
+    "out": at.Modes({"out": Q}),
+    "in": at.Modes({"in": Q}),
+    "in and spatial": at.Modes({"in": Q, "spatial": Q}),
+}
+
+
+@pytest.mark.parametrize("of_fit", EVERY)
+def test_a_fit_of_any_structure_is_taken_over_as_it_is_or_refused_and_nothing_changed(of_fit: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)).double()
+    x, r = normal(6, 2, 3, 3), 30 * normal(6, 1, seed=1)
+    feats = at.tangent_features(model, x)
+    fit = at.fit(feats, r, structure=EVERY[of_fit], ridge=0.1)
+    wanted, taken, refusals = fit.transform(feats).kernel(), set(), list[str]()
+    for name, structure in EVERY.items():
+        adaptive = wander(at.TangentModule(model, structure))
+        before = {key: value.clone() for key, value in adaptive.state_dict().items()}
+        try:
+            adaptive.load_fit(fit)
+        except at.TangentError as error:
+            refusals.append(str(error))
+            for key, value in adaptive.state_dict().items():
+                torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+            continue
+        taken.add(name)
+        torch.testing.assert_close(adaptive.adapted_features(x).kernel(), wanted)
+        for block, matrix in adaptive.effective_coefficients().items():
+            torch.testing.assert_close(matrix, fit.coefficients[block])
+    for refusal in refusals:
+        assert re.search(r"fit's M moves .* in block '.*', which the structure of this module does not", refusal)
+    assert of_fit in taken
+    if of_fit != "Fixed":
+        assert "Fixed" not in taken
+    assert taken >= {"Rows": {"Left", "TwoSided", "Diagonal"}, "Columns": {"Right", "TwoSided", "Diagonal"}}.get(
+        of_fit, set()
+    )
 
 
 def test_modes_of_a_convolution_are_taken_over() -> None:

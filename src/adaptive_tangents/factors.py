@@ -19,7 +19,19 @@ from adaptive_tangents.modes import ManyModes, Modes, OneMode
 from adaptive_tangents.penalties import NoAdaptation, Penalty
 from adaptive_tangents.spectral import Spectral
 from adaptive_tangents.structures import BlockStructure, Fixed, Full, Matrices, Structure
-from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Modal, Scaled, Side, Sides, Transform
+from adaptive_tangents.transforms import (
+    Entrywise,
+    Joint,
+    LowRank,
+    Matrix,
+    Modal,
+    Scaled,
+    Side,
+    Sides,
+    Transform,
+    does_nothing,
+    is_identity,
+)
 
 Shapes = Mapping[str, tuple[int, int]]
 _Key = TypeVar("_Key", str, int)
@@ -144,10 +156,11 @@ class Square(nn.Module):
         with torch.no_grad():
             if not self.low:
                 like = self.whole
-                self.whole.copy_(torch.eye(self.size).to(like) if side is None else side.matrix().to(like))
+                identity = torch.eye(self.size).to(like)
+                self.whole.copy_(identity if side is None else side.apply(identity).mT)
                 return
             self.v.zero_()
-            if side is None:
+            if does_nothing(side):
                 return
             if not isinstance(side, LowRank) or side.gains.shape[0] > self.u.shape[1]:
                 moved = side.gains.shape[0] if isinstance(side, LowRank) else self.size
@@ -185,8 +198,9 @@ class SideFactors(Factor):
 
     def take(self, transforms: Mapping[str, Transform], coefficients: Matrices) -> dict[str, Tensor]:
         (name,), (left, right) = self.names, (self._side("left"), self._side("right"))
-        transform, matrix = transforms.get(name, Sides()), coefficients[name]
-        assert isinstance(transform, Sides)
+        transform, matrix = _sides(name, transforms), coefficients[name]
+        if (left is None and not does_nothing(transform.left)) or (right is None and not does_nothing(transform.right)):
+            raise _moves(name, "a side")
         if left is not None:
             left.take(transform.left)
             matrix = left.push_back(matrix.to(left.matrix()))
@@ -229,11 +243,15 @@ class ModeFactors(Factor):
 
     def take(self, transforms: Mapping[str, Transform], coefficients: Matrices) -> dict[str, Tensor]:
         (name,) = self.names
-        transform = transforms.get(name, Sides())
-        assert isinstance(transform, Sides)
-        modal = transform.right
+        transform = _sides(name, transforms)
+        modal = transform.right if isinstance(transform.right, Modal) else None
+        if (modal is None or modal.sizes != self.sizes) and not does_nothing(transform.right):
+            raise _moves(name, "more than one mode of")
+        moved = [transform.left, *(modal.factors if modal is not None else ())]
+        if any(str(axis) not in self.squares and not does_nothing(side) for axis, side in enumerate(moved)):
+            raise _moves(name, "a mode")
         for axis, square in self.squares.items():
-            within = modal.factors[int(axis) - 1] if isinstance(modal, Modal) and axis != "0" else None
+            within = modal.factors[int(axis) - 1] if modal is not None and axis != "0" else None
             square.take(transform.left if axis == "0" else within)  # type: ignore[operator]
         like = next(self.parameters())
         return {name: self._apply_each(coefficients[name].to(like), "push_back")}
@@ -259,23 +277,51 @@ class Gains(Factor):
         return self.structure.penalty_on_transform.value(self.gains.abs().clamp_min(1)).sum()
 
     def take(self, transforms: Mapping[str, Transform], coefficients: Matrices) -> dict[str, Tensor]:
-        (name,) = self.names
+        (name,), matrix = self.names, coefficients[self.names[0]]
+        entries = _entries(name, transforms, matrix)
+        found = entries[tuple(slice(1) if size == 1 else slice(None) for size in self.gains.shape)]
+        if not torch.equal(found.expand_as(matrix), entries):
+            raise _moves(name, "entries by gains of their own")
         with torch.no_grad():
-            self.gains.copy_(
-                _gains(transforms[name], self.gains) if name in transforms else torch.ones_like(self.gains)
-            )
-        return {name: coefficients[name].to(self.gains) / self.gains.detach()}
+            self.gains.copy_(found)
+        return {name: matrix.to(self.gains) / self.gains.detach()}
 
 
-def _gains(transform: Transform, like: Tensor) -> Tensor:
-    """The gains of a transform of groups, in the shape they have here."""
+def _sides(name: str, transforms: Mapping[str, Transform]) -> Sides:
+    """A block's transform as one of sides, of scale one."""
+    transform = transforms.get(name, Sides())
+    if is_identity({name: transform}):
+        return Sides()
+    if not isinstance(transform, Sides):
+        raise _moves(name, "all blocks as one" if isinstance(transform, Joint) else "entries by gains of their own")
+    if transform.scale != 1:
+        raise _moves(name, "the whole")
+    return transform
+
+
+def _entries(name: str, transforms: Mapping[str, Transform], like: Tensor) -> Float[Tensor, "o i"]:
+    """The gain of every entry of a block, where a transform mixes none."""
+    transform = transforms.get(name, Sides())
     if isinstance(transform, Entrywise):
         return transform.gains.to(like)
-    assert isinstance(transform, Sides)
-    for side in (transform.left, transform.right):
+    if is_identity({name: transform}):
+        return torch.ones_like(like)
+    if not isinstance(transform, Sides):
+        raise _moves(name, "all blocks as one")
+    gains = torch.full_like(like, transform.scale)
+    for side, line in ((transform.left, (-1, 1)), (transform.right, (1, -1))):
         if isinstance(side, Scaled):
-            return side.gains.to(like).reshape(like.shape)
-    return like.new_full(like.shape, transform.scale)
+            gains = gains * side.gains.to(like).reshape(line)
+        elif not does_nothing(side):
+            raise _moves(name, "a side")
+    return gains
+
+
+def _moves(name: str, what: str) -> TangentError:
+    return TangentError(
+        f"TangentModule: the fit's M moves {what} in block {name!r}, which the structure of this module does not; make the "
+        "module with the structure of the fit"
+    )
 
 
 class JointGain(Factor):
@@ -298,9 +344,13 @@ class JointGain(Factor):
         return self.penalty_on_transform.value(self.gain.abs().clamp_min(1))
 
     def take(self, transforms: Mapping[str, Transform], coefficients: Matrices) -> dict[str, Tensor]:
-        transform = transforms.get(self.names[0])
+        found = [transforms.get(name, Sides()) for name in self.names]
+        joint = next((transform for transform in found if isinstance(transform, Joint)), None)
+        for name, transform in zip(self.names, found, strict=True):
+            if transform is not joint and not is_identity({name: transform}):
+                raise _moves(name, "something by itself")
         with torch.no_grad():
-            self.gain.fill_(transform.gain if isinstance(transform, Joint) else 1.0)
+            self.gain.fill_(1.0 if joint is None else joint.gain)
         return {name: coefficients[name].to(self.gain) / self.gain.detach() for name in self.names}
 
 

@@ -171,16 +171,24 @@ class TangentModule(nn.Module):
     def load_fit(self, fit: Fit) -> "TangentModule":
         """Take over β and M of a fit to features of the same blocks; returns the module itself.
 
-        Raises TangentError where blocks differ, or a side of the fit moves more directions than ``rank``.
+        Raises TangentError where blocks differ, the fit's M is none of this structure, or a side of it moves more directions
+        than ``rank``; nothing is taken over then.
         """
         found = {name: tuple(matrix.shape) for name, matrix in fit.coefficients.items()}
         wanted = {name: block.shape for name, block in self.blocks.items()}
         if found != wanted:
             raise TangentError(f"TangentModule: the fit has blocks {found}, this module {wanted}")
-        with torch.no_grad():
+        before = {name: value.clone() for name, value in self.factors.state_dict().items()}
+        inner: dict[str, Tensor] = {}
+        try:
             for factor in self.factors:
-                for name, matrix in factor.take(fit.transforms, fit.coefficients).items():  # type: ignore[operator]
-                    self.inner[_key(name)].copy_(matrix)
+                inner |= factor.take(fit.transforms, fit.coefficients)  # type: ignore[operator]
+        except TangentError:
+            self.factors.load_state_dict(before)
+            raise
+        with torch.no_grad():
+            for name, matrix in inner.items():
+                self.inner[_key(name)].copy_(matrix)
         return self
 
     def as_fit(

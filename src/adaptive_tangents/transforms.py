@@ -106,10 +106,11 @@ class Modal:
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M on the modes alone, without what comes after them."""
-        whole = torch.eye(1)
-        for size, factor in zip(self.sizes, self.factors, strict=True):
-            part = torch.eye(size) if factor is None else factor.matrix()
-            whole = torch.kron(whole.to(part), part)
+        parts = [None if factor is None else factor.matrix().contiguous() for factor in self.factors]
+        like = next((part for part in parts if part is not None), torch.empty(0))
+        whole = like.new_ones(1, 1)
+        for size, part in zip(self.sizes, parts, strict=True):
+            whole = torch.kron(whole, torch.eye(size).to(like) if part is None else part)
         return whole
 
 
@@ -150,16 +151,17 @@ def is_identity(transforms: Mapping[str, Transform]) -> bool:
         if isinstance(transform, Joint)
         else bool((transform.gains == 1).all())
         if isinstance(transform, Entrywise)
-        else transform.scale == 1 and all(_does_nothing(side) for side in (transform.left, transform.right))
+        else transform.scale == 1 and all(does_nothing(side) for side in (transform.left, transform.right))
         for transform in transforms.values()
     )
 
 
-def _does_nothing(side: Side | None) -> bool:
+def does_nothing(side: Side | None) -> bool:
+    """Whether a side is the identity."""
     if side is None:
         return True
     if isinstance(side, Modal):
-        return all(_does_nothing(factor) for factor in side.factors)
+        return all(does_nothing(factor) for factor in side.factors)
     return isinstance(side, LowRank | Scaled) and bool((side.gains == 1).all())
 
 
