@@ -413,6 +413,32 @@ def test_a_state_dict_with_names_of_shared_parameters_fits() -> None:
     assert at.tangent_features(model, x, params=state).p == at.tangent_features(model, x).p
 
 
+def test_a_state_dict_with_two_values_for_one_shared_parameter_is_refused() -> None:
+    model, x = by_name["two layers with one weight"].build()
+    state = model.state_dict()
+    state["b.weight"] = state["b.weight"] + 1
+    refused(
+        "the state dict holds different values for 'a.weight' and 'b.weight', which are one tensor of the model",
+        model,
+        x,
+        params=state,
+    )
+    del state["b.weight"]
+    at.tangent_features(model, x, params=state)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_of_width_zero_have_no_features() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Linear(3, 2)).double(), normal(5, 4)
+    feats = at.tangent_features(model, x)
+    assert list(feats.blocks) == ["1.bias", "2"]
+    np.testing.assert_allclose(
+        feats.dense().numpy(), reference.jacobian(model, x, names=["1.bias", "2.weight", "2.bias"])
+    )
+    refused("wrt '0.*' matches no parameter", model, x, wrt="0.*")
+    refused("the model's parameters have no entries", nn.Sequential(nn.Linear(4, 0)), x)
+
+
 def test_too_little_memory_is_refused_before_the_batch_is_run() -> None:
     sizes: list[int] = []
     model = Forward(lambda m, x: (sizes.append(len(x)), m.fc(x))[1], fc=nn.Linear(4, 2))
@@ -492,7 +518,6 @@ MADE_OUTRIGHT = {
     "a weight penalised a little in the output": {"fc"},
     "a lone scale": {"free"},
     "a lone vector": {"free"},
-    "a lone empty parameter": {"free"},
     "an unused parameter": {"free"},
     "an unused layer": {"spare"},
     "LayerNorm": {"1.weight", "1.bias"},
@@ -535,9 +560,11 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The blocks that are set against gradients, pass by pass."""
     checked: list[set[str]] = []
 
-    def watching(out: Tensor, leaves: dict[str, Tensor], blocks: dict[str, Block]) -> frozenset[str]:
+    def watching(
+        out: Tensor, leaves: dict[str, Tensor], blocks: dict[str, Block], dtype: torch.dtype
+    ) -> frozenset[str]:
         checked.append(set(blocks))
-        return refuted(out, leaves, blocks)
+        return refuted(out, leaves, blocks, dtype)
 
     monkeypatch.setattr(capture_file, "refuted", watching)
     return checked

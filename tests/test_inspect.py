@@ -541,9 +541,26 @@ def test_tokens_by_argument_name_and_logits_in_a_dict(files: Path) -> None:
         ),
         (["--start", "a.safetensors", "--end", "b.safetensors", "--samples", "2"], "--samples is at least 4"),
         (["--start", "a.safetensors", "--end", "b.safetensors", "--wrt", "9*"], "wrt '9*' matches no parameter"),
+        (
+            ["--start", "a.safetensors", "--end", "./a.safetensors"],
+            "--start and --end are the same file, a.safetensors",
+        ),
+        (
+            ["--start", "a.safetensors", "--end", "b.safetensors", "--out", "table.npz"],
+            "--out is a folder, and table.npz",
+        ),
+        (
+            ["--start", "a.safetensors", "--end", "b.safetensors", "--out", "table.npz/deeper"],
+            "and table.npz is a file",
+        ),
+        (
+            ["--start", "a.safetensors", "--end", "b.safetensors", "--data", "wide.npz"],
+            "the network cannot take the samples of wide.npz, each (9,) float64 (RuntimeError: mat1 and mat2 shapes cannot",
+        ),
     ],
 )
 def test_refusals_are_one_line_of_words_and_write_nothing(files: Path, arguments: list[str], message: str) -> None:
+    np.savez(files / "wide.npz", x=np.zeros((12, 9)))
     done = inspect("--model", "networks_of_test.py:mlp", "--data", "table.npz", "--out", "run", *arguments)
     assert done.exit_code == 1
     assert message in done.output

@@ -23,6 +23,20 @@ from torch import nn
 
 def make():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+class Several(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+def several():
+    return Several(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+class Images(Several):
+    def forward(self, x):
+        return super().forward(x)[0][:, :, None] * x[:, None]
+
+def images():
+    return Images(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 """
 
 
@@ -50,6 +64,13 @@ def test_the_command_makes_the_store_that_the_call_makes(folder: Path) -> None:
     model, x = network().float(), data(9).float()
     made = at.kernel_to_store(model, x, folder / "call.zarr", tile=4, memory_limit=10**9)
     assert files(folder / "K.zarr") == files(made.path)
+
+
+def test_the_output_of_a_network_that_returns_several_is_the_first_as_for_inspect(folder: Path) -> None:
+    done = kernel("--model", "factory_of_kernels.py:several", "--tile", "4", "--memory-limit", "1GB")
+    assert done.exit_code == 0, done.output
+    made = at.open_kernel(folder / "K.zarr").read()
+    assert torch.equal(made, at.tangent_kernel(network().float(), data(9).float(), outputs="trace", tile=4))
 
 
 def test_options_reach_the_kernel(folder: Path) -> None:
@@ -100,9 +121,22 @@ def test_an_interruption_says_how_to_go_on_and_resume_does(folder: Path, monkeyp
         (("--weights", "gone.pt"), "kernel: there is no checkpoint gone.pt"),
         (("--model", "gone.py:make"), "kernel: there is no file gone.py"),
         (("--device", "abacus"), "kernel: device 'abacus' cannot be used here; use --device cpu"),
+        (
+            ("--data", "wide.npz"),
+            "kernel: the network cannot take the samples of wide.npz, each (9,) float32 (RuntimeError",
+        ),
+        (
+            ("--data2", "wide.npz"),
+            "kernel: the network cannot take the samples of wide.npz, each (9,) float32 (RuntimeError",
+        ),
+        (
+            ("--model", "factory_of_kernels.py:images"),
+            "kernel: the network's output has shape (7, 3, 6), expected (n, c), one row a sample; write a factory",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(folder: Path, options: tuple[str, ...], message: str) -> None:
+    np.savez(folder / "wide.npz", x=np.zeros((4, 9)))
     done = kernel(*options)
     assert done.exit_code == 1
     assert message in done.output

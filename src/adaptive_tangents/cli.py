@@ -35,8 +35,9 @@ from adaptive_tangents.experiments.registry import EXPERIMENTS, LONGEST_FIRST, E
 from adaptive_tangents.experiments.side_by_side import side_by_side
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
+from adaptive_tangents.inspection.outputs import pick
 from adaptive_tangents.inspection_report import findings
-from adaptive_tangents.loading import find_checkpoints, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.loading import check_runs, find_checkpoints, fit_data, load_checkpoint, load_data, load_model
 from adaptive_tangents.memory import parse_bytes
 from adaptive_tangents.overview import NAME as NAME_OF_ALL
 from adaptive_tangents.overview import collect
@@ -102,6 +103,8 @@ def reproduce(
         if jobs is not None and jobs < 1:
             raise TangentError(f"reproduce: --jobs is at least 1, got {jobs}")
         _check_device("reproduce", device)
+        if out is not None:
+            _check_folder("reproduce", out)
         asked = Asked(
             size="quick" if quick else "full" if full else "standard",
             data=data, data_dir=None if data_dir is None else str(data_dir), seed=seed, seeds=seeds, samples=samples,
@@ -192,8 +195,12 @@ def inspect(
         config = InspectConfig(
             samples=samples, seed=seed, outputs=outputs, wrt=tuple(wrt) if wrt else None, nodes=nodes
         )
+        _check_folder("inspect", out)
+        if start is not None and end is not None and start.resolve() == end.resolve():
+            raise TangentError(f"inspect: --start and --end are the same file, {start}; give two")
         loaded = load_data(data)
         network = load_model(model).to(device)
+        check_runs(network, fit_data(loaded, network), data)
         paths = find_checkpoints(checkpoints) if checkpoints is not None else [start, end]
         states = {_title(path, paths): load_checkpoint(path, network) for path in paths if path is not None}
         with _progress() as progress:
@@ -241,11 +248,14 @@ def kernel(
         network = load_model(model, "kernel").to(device)
         if weights is not None:
             network.load_state_dict(load_checkpoint(weights, network, "kernel"))
-        x, x2 = (
-            None if file is None else fit_data(load_data(file, "kernel"), network, "kernel").x for file in (data, data2)
-        )
-        assert x is not None
+        batches = []
+        for file in (data,) if data2 is None else (data, data2):
+            loaded = fit_data(load_data(file, "kernel"), network, "kernel")
+            check_runs(network, loaded, file, "kernel")
+            batches.append(loaded.x)
+        x, x2 = batches[0], None if data2 is None else batches[1]
         arguments: dict[str, Any] = {
+            "output": partial(pick, call="kernel"),
             "outputs": outputs, "wrt": tuple(wrt) if wrt else None, "by_block": by_block, "tile": tile,
             "memory_limit": limit, "dtype": torch.float64 if float64 else None,
             "sketch": None if sketch is None else Sketch(sketch, seed=seed),
@@ -266,6 +276,13 @@ def _title(path: Path | None, paths: list[Path | None] | list[Path]) -> str:
     """A checkpoint's name, with its folder where two have the same."""
     assert path is not None
     return path.stem if len({p.stem for p in paths if p}) == len(paths) else str(path)
+
+
+def _check_folder(call: str, out: Path) -> None:
+    """Before hours are spent: results have a folder to go to."""
+    at = next((place for place in (out, *out.parents) if place.exists()), out)
+    if at.exists() and not at.is_dir():
+        raise TangentError(f"{call}: --out is a folder, and {at} is a file; give another path")
 
 
 def _check_device(call: str, device: str) -> None:

@@ -176,8 +176,13 @@ def check_model(call: str, model: nn.Module) -> None:
 
 
 def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...]:
-    """Names of the parameters that ``wrt`` means, in the model's order: None takes those that require a gradient."""
-    named = dict(model.named_parameters())
+    """Names of the parameters that ``wrt`` means, in the model's order: None takes those that require a gradient.
+
+    A parameter without entries, a layer of width zero's, has no features and is left out.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.numel()}
+    if not named:
+        raise TangentError(f"{call}: the model's parameters have no entries")
     if wrt is None:
         chosen = {name for name, p in named.items() if p.requires_grad}
         if not chosen:
@@ -220,6 +225,15 @@ def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[
             f"{call}: the state dict does not fit the model: {'; '.join(problems)}; "
             "pass a state dict of this architecture"
         )
+    firsts = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    shared = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for alias, tensor in shared:
+        first = firsts[id(tensor)]
+        if alias != first and alias in params and first in params and not torch.equal(params[alias], params[first]):
+            raise TangentError(
+                f"{call}: the state dict holds different values for {first!r} and {alias!r}, which are one tensor of the "
+                "model; use a model in which they are two, or take one of them out"
+            )
     for name, old in {**parameters, **buffers}.items():
         new = params.get(name)
         if new is not None and (new.dtype, new.device) != (old.dtype, old.device):

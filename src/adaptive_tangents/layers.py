@@ -86,7 +86,7 @@ def bias_alone(rule: LayerRule, module: nn.Module, gradient: _Gradients, matrix:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(module.weight, Tensor)
-    return module.weight.shape[0], module.weight.numel() // module.weight.shape[0]
+    return module.weight.shape[0], prod(module.weight.shape[1:])
 
 
 # Linear, any dimensions between samples and units: they are positions.

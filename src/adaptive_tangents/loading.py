@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.inputs import Batch, take, tensors
+from adaptive_tangents.inputs import Batch, plainly, take, tensors
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
@@ -318,6 +318,27 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
     else:
         x = tuple(fitted(value) for value in data.x)
     return Data(x, None if data.y is None else fitted(data.y), data.classes)
+
+
+def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -> None:
+    """Run the network on two samples. Raises TangentError where it cannot take them, with their shapes and its own words."""
+    x = take(take(data.x, slice(0, 2)), None)
+    keywords = dict(x) if isinstance(x, Mapping) else {}
+    arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), plainly(model):
+            model(*arguments, **keywords)
+    except TangentError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
+        named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
+        raise TangentError(
+            f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
+            f"({type(error).__name__}: {text[0] if text else ''}); save them in the shape that it was trained on, channels "
+            "first, (1, 28, 28) for images in gray, or write a factory whose network takes these"
+        ) from error
 
 
 def _listed(names: Iterable[str], most: int = 6) -> str:

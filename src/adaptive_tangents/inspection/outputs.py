@@ -21,7 +21,7 @@ PREFIX = "network."
 _CHUNK = 100
 
 
-def pick(out: Any) -> Tensor:
+def pick(out: Any, call: str = "inspect") -> Tensor:
     """The tensor (n, c) in what a network returns: itself, its `logits`, or the first of several."""
     if isinstance(out, Mapping) and "logits" in out:
         out = out["logits"]
@@ -31,13 +31,13 @@ def pick(out: Any) -> Tensor:
         out = out[0]
     if not isinstance(out, Tensor):
         raise TangentError(
-            f"inspect: the network returned {type(out).__name__}; write a factory whose network returns a tensor (n, c), or "
+            f"{call}: the network returned {type(out).__name__}; write a factory whose network returns a tensor (n, c), or "
             "something with .logits"
         )
     rows: Tensor = out[:, None] if out.ndim == 1 else out
     if rows.ndim != 2:
         raise TangentError(
-            f"inspect: the network's output has shape {tuple(out.shape)}, expected (n, c), one row a sample; write a factory "
+            f"{call}: the network's output has shape {tuple(out.shape)}, expected (n, c), one row a sample; write a factory "
             "whose network returns that, e.g. the output at one position"
         )
     return rows
