@@ -417,12 +417,8 @@ def test_a_state_dict_with_two_values_for_one_shared_parameter_is_refused() -> N
     model, x = by_name["two layers with one weight"].build()
     state = model.state_dict()
     state["b.weight"] = state["b.weight"] + 1
-    refused(
-        "the state dict holds different values for 'a.weight' and 'b.weight', which are one tensor of the model",
-        model,
-        x,
-        params=state,
-    )
+    message = "the state dict holds different values for 'a.weight' and 'b.weight', which are one tensor"
+    refused(message, model, x, params=state)
     del state["b.weight"]
     at.tangent_features(model, x, params=state)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.blocks import Block, ranges, stack_blocks
-from adaptive_tangents.derivatives import materialise, mixed, projections, refuted, saved_copies, tolerance
+from adaptive_tangents.derivatives import materialise, mixed, projections, refuted, saved_copies, spreads, tolerance
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
@@ -60,6 +60,8 @@ def tangent_features(
 # Samples, spread over a batch, from which is learnt what features are made of. A prime: a dimension of the network that is
 # a multiple of it, and could be taken for the samples, is rare.
 _PROBED = 7
+_LEAST_PROBED = 3  # where memory has no room for more
+_PROBE_SHARE = 12  # memory a sample takes in a probe, in units of what autograd keeps of it; twice that of convolutions
 _PASS_BYTES = 1_000_000_000  # more at once buys no speed
 
 
@@ -69,7 +71,8 @@ class Probe:
 
     ``factors`` and ``dense`` are bytes of each block's factors and of its features materialised, per sample; ``pass_bytes``
     what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
-    are made sample by sample; ``form`` the operations, and ``projections`` what their features show of each block.
+    are made sample by sample; ``form`` the operations; ``projections`` what their features show of each block, and
+    ``spreads`` the squares of what rounding of that is relative to.
     """
 
     c: int
@@ -84,7 +87,8 @@ class Probe:
     index: Tensor
     out: Tensor
     form: Form | None
-    projections: Mapping[str, tuple[Tensor, Tensor]]
+    projections: Mapping[str, Tensor]
+    spreads: Mapping[str, Tensor]
 
     @property
     def blocks(self) -> int:
@@ -113,9 +117,9 @@ class Capture:
         self.requested = limit
         self.verify = True
         self.groups = parameter_groups(self.network)
+        self.limit = memory_limit(limit, tensors(x)[0].device)
         self.probe = self._probe(x)
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
-        self.limit = memory_limit(limit, self.probe.device)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -128,7 +132,7 @@ class Capture:
         other = self._probe(x)
         self._probed.append((x, other))
         # A batch of more samples tells more of where they are.
-        choices = self.probe.choices if min(samples(x), _PROBED) <= len(self.probe.index) else other.choices
+        choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
         self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
 
     def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
@@ -172,17 +176,23 @@ class Capture:
 
     def _probe(self, x: Batch) -> Probe:
         n = samples(x)
+        one, saved = take(x, slice(0, 1)), 0
+        with suppress(Exception):  # what is wrong is told of the batch
+            first, saved = self._alone(one)
+        probed = min(_PROBED, max(_LEAST_PROBED, self.limit // (_PROBE_SHARE * max(1, saved))))
         index, some = torch.arange(n), x
-        if n > _PROBED:
+        if n > probed:
             # Out of order between first and last, so that a model which sorts its batch cannot find it sorted.
-            spread = torch.linspace(0, n - 1, _PROBED).long()
+            spread = torch.linspace(0, n - 1, probed).long()
             index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
             some = take(x, index.to(tensors(x)[0].device))
         seen = self._pass(some, {}, frozenset(), combined=True, verify=True)
         if not bool(torch.isfinite(seen.out).all()):
             self.outputs(x, {})  # names the sample by its place in the batch
         out, blocks, choices = seen.out, seen.blocks, dict(seen.choices)
-        self._check_interaction(some, out)
+        if not saved:
+            first, saved = self._alone(one)
+        self._check_interaction(some, out, first)
         for name, source in seen.sources.items():
             allowed = None if source.uses else signatures(source.terms)
             choice = choices.get(name, Choice())
@@ -193,13 +203,13 @@ class Capture:
         factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
             c, out.dtype, out.device, factors, sizes,
-            c * seen.reach // len(out) + self._saved_bytes(take(some, slice(0, 1))),
+            c * seen.reach // len(out) + saved,
             tuple(slot.parameter for group in made for slot in group.slots), choices, seen.refuted, index, out,
-            seen.form, projections(blocks, combined=True),
+            seen.form, projections(blocks), spreads(blocks),
         )  # fmt: skip
 
-    def _saved_bytes(self, x: Batch) -> int:
-        """Memory that autograd keeps of a forward pass."""
+    def _alone(self, x: Batch) -> tuple[Tensor, int]:
+        """The output of one sample by itself, and the memory that autograd keeps of its forward pass."""
         held: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -212,18 +222,18 @@ class Capture:
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with self._quiet(), torch.enable_grad(), hooks:
-            self.network(x, leaves)
-        return sum(size for place, size in held.items() if place not in own)
+            out = self.network(x, leaves).detach()[0]
+        return out, sum(size for place, size in held.items() if place not in own)
 
-    def _check_interaction(self, x: Batch, together: Tensor) -> None:
+    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
         n = samples(x)
         if n == 1:
             return
         # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
         for k in (0, n - 1):
-            alone = self.outputs(take(x, slice(k, k + 1)), {})[0]
+            alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
             gap = self._gap(together[k], alone, together)
-            if gap > self._tolerance(together):
+            if not gap <= self._tolerance(together):
                 raise TangentError(
                     f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
                     f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
@@ -391,12 +401,11 @@ def _confirmed(
     """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
     if not same_form(probe.form, len(probe.index), form, n):
         return frozenset()
-    again = projections({name: block.map(index=probe.index.to(probe.device)) for name, block in blocks.items()})
+    known = {name: block for name, block in blocks.items() if name in probe.projections}
     confirmed, allowed = [], tolerance(dtype, probe.device)
-    for name, (values, size) in again.items():
-        known = probe.projections.get(name)
-        gap = None if known is None else (known[0] - values).norm()
-        if gap is not None and bool(gap <= allowed * size.sqrt()):
+    for name, values in projections(known, probe.index).items():
+        gap = (probe.projections[name] - values).norm()
+        if bool(gap <= allowed * probe.spreads[name].sqrt()):
             confirmed.append(name)
     return frozenset(confirmed)
 

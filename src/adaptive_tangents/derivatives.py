@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
-from adaptive_tangents.projections import paired_rows
+from adaptive_tangents.projections import Row
 from adaptive_tangents.recording import Parents, read_graph
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
 
@@ -21,6 +22,9 @@ _BATCHED = {
     "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
     "Mul", "Permute",
 }  # fmt: skip
+
+
+_COPIED = 30_000  # numbers of a sample, above which gathering samples takes longer than going through them
 
 
 def backward(
@@ -124,21 +128,46 @@ def _reduced(device: torch.device) -> bool:
     return not found <= {"none", "ieee"}
 
 
-def projections(blocks: Mapping[str, Block], *, combined: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """One number a sample of each block, sᵀ(Σ_c a_c Φ_c)r, s and r random signs, and what rounding is relative to.
+def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dict[str, Tensor]:
+    """One number a sample of each block, sᵀ(Σ_c a_c Φ_c)r, s and r random signs, and a the combination of `mixed`.
 
-    ``a`` is the combination that `mixed` makes of the outputs, ``combined`` where it was made of them before.
+    ``index`` takes some of the samples; without it, features are of the combination already.
     """
     found = {}
     for name, block in blocks.items():
         like = tensors_of(block.summands[0])[0]
         wide = torch.promote_types(like.dtype, torch.float32)
-        a = (torch.ones(1, 1) if combined else _mixture(block.outputs)).to(like.device, wide)
-        parts = block.map(dtype=wide).summands
-        sides = paired_rows(("probe",), block.shape, 1)
-        values = sum_tensors([part.coordinates(*sides) for part in parts])[..., 0] @ a
-        w = a.mT.expand(block.samples, -1)
-        found[name] = values[:, 0], sum_tensors([_spread(part, w) for part in parts])
+        a = (torch.ones(1, 1) if index is None else _mixture(block.outputs)).to(like.device, wide)
+        sides = Row(_signs(block.shape[0], 0)), Row(_signs(block.shape[1], 1))
+        values = [
+            sum_tensors([part.coordinates(*sides) for part in some.map(dtype=wide).summands])
+            for some in ([block] if index is None else _taken(block, index))
+        ]
+        found[name] = (torch.cat(values)[..., 0] @ a)[:, 0]
+    return found
+
+
+def _taken(block: Block, index: Tensor) -> list[Block]:
+    """Some of the samples: together, or one by one where a copy of them would take longer."""
+    held = [tensor for part in block.summands for tensor in tensors_of(part)[:1]]
+    if max(tensor[:1].numel() for tensor in held) < _COPIED:
+        return [block.map(index=index.to(held[0].device))]
+    return [block.map(index=slice(k, k + 1)) for k in index.tolist()]
+
+
+@lru_cache(maxsize=256)
+def _signs(size: int, side: int) -> Tensor:
+    return 1.0 - 2.0 * torch.randint(2, (size,), generator=torch.Generator().manual_seed(side))
+
+
+def spreads(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+    """What rounding of the numbers of `projections` is relative to, squared, of features of a combination."""
+    found = {}
+    for name, block in blocks.items():
+        like = tensors_of(block.summands[0])[0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        w = torch.ones(block.samples, 1, dtype=wide, device=like.device)
+        found[name] = sum_tensors([_spread(part, w) for part in block.map(dtype=wide).summands])
     return found
 
 

@@ -27,13 +27,12 @@ class Rows:
 
     def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
         """sᵀx for each of the rows s."""
-        signed = x * self.signs.to(x)
-        size = padded(len(self.signs))
+        size, signs = padded(len(self.signs)), self.signs.to(x)
         height, width = _split(size)
         chosen = self.chosen.to(x.device)
         if len(chosen) <= min(size, _ALONE * (height + width)):
-            return signed @ hadamard(chosen, torch.arange(len(self.signs), device=x.device)).to(x).mT
-        whole = torch.nn.functional.pad(signed, (0, size - len(self.signs))).reshape(-1, height, width)
+            return x @ (hadamard(chosen, torch.arange(len(signs), device=x.device)).to(x) * signs).mT
+        whole = torch.nn.functional.pad(x * signs, (0, size - len(signs))).reshape(-1, height, width)
         left, right = (hadamard(torch.arange(k), torch.arange(k)).to(x) for k in (height, width))
         made: Tensor = (left @ (whole @ right)).reshape(*x.shape[:-1], size)
         return made[..., chosen]
@@ -43,6 +42,21 @@ class Rows:
         used, place = torch.unique(index, return_inverse=True)
         chosen, signs = self.chosen.to(index.device), self.signs.to(index.device)
         return (hadamard(used, chosen).to(signs) * signs[used, None])[place]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One vector of signs (d,), in the place of rows of HD."""
+
+    values: Float[Tensor, " d"]
+
+    def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """sᵀx."""
+        return x @ self.values.to(x)[:, None]
+
+    def of_units(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch 1"]:
+        """sᵀe for unit vectors e."""
+        return self.values.to(index.device)[index][..., None]
 
 
 def paired_rows(key: tuple[int | str, ...], shape: tuple[int, int], count: int) -> tuple[Rows, Rows]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.projections import Rows
+from adaptive_tangents.projections import Row, Rows
 from adaptive_tangents.transforms import LowRank, Scaled, Side
 
 Outputs = Literal["full", "trace", "diagonal"]
@@ -47,7 +47,7 @@ class Outer:
         weighted = torch.einsum("nc,ntco->nto", weights, self.backward)
         return weighted.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return _paired(left.apply(self.backward), right.apply(self.inputs))
 
@@ -105,7 +105,7 @@ class Lookup:
         out = weighted.mT @ self.coefficients.flatten(0, 1) @ self.directions
         return out.index_add_(1, self.index.flatten(), weighted.mT)
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         inputs = right.of_units(self.index).to(self.weights) + self.coefficients @ right.apply(self.directions)
         return _paired(left.apply(self.backward), inputs * self.weights[..., None])
@@ -176,7 +176,7 @@ class Flipped:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return Outer(self.backward, self.inputs).combine(weights).mT
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Outer(self.backward, self.inputs).coordinates(right, left)
 
@@ -209,7 +209,7 @@ class Dense:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("nc,ncoi->oi", weights, self.values)
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         n, _, o, i = self.values.shape
         # Positions are the units of the narrower side, their inputs unit vectors.
@@ -250,7 +250,7 @@ class Shared:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("k,koi->oi", torch.einsum("nc,nck->k", weights, self.coefficients), self.directions)
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return self.coefficients @ Dense(self.directions[None]).coordinates(left, right)[0]
 
@@ -286,7 +286,7 @@ class Weighted:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return self.gains * sum_tensors([part.combine(weights) for part in self.parts])
 
-    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Dense(self.features(slice(None))).coordinates(left, right)
 
