@@ -77,7 +77,7 @@ def test_the_model_and_the_batch_are_left_as_found(case: Case) -> None:
     assert fingerprint(model, x) == before
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
 def test_the_model_is_left_as_found_when_it_raises_midway(fails_at: int) -> None:
     calls = [0]
 

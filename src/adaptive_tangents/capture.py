@@ -177,7 +177,7 @@ class Capture:
     def _probe(self, x: Batch) -> Probe:
         n = samples(x)
         one, saved = take(x, slice(0, 1)), 0
-        with suppress(Exception):  # what is wrong is told of the batch
+        with suppress(TangentError):  # an output of no use is told of the batch
             first, saved = self._alone(one)
         probed = min(_PROBED, max(_LEAST_PROBED, self.limit // (_PROBE_SHARE * max(1, saved))))
         index, some = torch.arange(n), x
