@@ -126,6 +126,11 @@ class Capture:
         """Memory that the features of one sample take."""
         return max(1, self.probe.held_bytes())
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory that one gradient of the selected parameters takes."""
+        return sum(self.network.parameters[name].nbytes for name in self.network.selected)
+
     def check_more(self, x: Batch) -> None:
         """The checks of a second batch."""
         network(self.call, self.network.model, x, None, None, None)

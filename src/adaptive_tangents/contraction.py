@@ -125,11 +125,11 @@ class KernelPlan:
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
-    """The quickest route for one block by counted operations (theory §6) and the speed that each route reaches."""
+    """The quickest route for one block by counted operations (theory §6) and the speed that each reaches, that fits."""
     kind = _common_factors(a, b)
     like = tensors_of(a.summands[0])[0]
     a, b = _narrowed(a, b)
-    (o, i), pairs = a.shape, n * m // 2 if symmetric else n * m
+    (o, i), pairs = a.shape, n * (n + 1) // 2 if symmetric else n * m
     t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
     forms = [(a, n)] if symmetric else [(a, n), (b, m)]
     sums = sum(rows * block.positions * c * o * i for block, rows in forms if kind is not Lookup)
@@ -138,20 +138,18 @@ def plan_block(
         counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
         if outputs == "full" and c > 1 and min(t, s) > 1:
             counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
-    route = min(counted, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
     size = max(depth // c, 1)
-    if route == "materialise":
-        least = 2 * c * i * itemsize
-        whole = max(n, m) * o * least
-    elif route == "nested":
-        least = (t * s + 2 * t * c * o + t * depth) * itemsize
-        whole = n * m * least
-    else:
-        least = 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize
-        whole = n * m * least
+    least = {
+        "materialise": 2 * c * i * itemsize,
+        "nested": (t * s + 2 * t * c * o + t * depth) * itemsize,
+        "gram": 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize,
+    }
+    fitting = [name for name in counted if least[name] <= budget] or [min(counted, key=lambda name: least[name])]
+    route = min(fitting, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
+    whole = least[route] * (max(n, m) * o if route == "materialise" else n * m)
     working = min(budget, whole, _TILE_BYTES if route == "materialise" else _WORKING_BYTES)
     working_in = working_dtype(like.dtype), like.device
-    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least), *working_in)
+    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least[route]), *working_in)
 
 
 @cache

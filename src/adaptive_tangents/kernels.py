@@ -90,7 +90,8 @@ def tangent_kernel(
     require_memory(
         call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
     )
-    room = max(1, (limit - copies * entries * itemsize) // 4)  # two tiles of features, and what it takes to make them
+    # Two tiles of features, and what it takes to make them; each is checked to add up to a gradient.
+    room = max(1, (limit - copies * entries * itemsize - capture.gradient_bytes) // 4)
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)
