@@ -135,3 +135,12 @@ def test_a_refusal_names_the_call_both_sizes_and_the_remedy() -> None:
 )
 def test_bytes_are_written_for_people(count: float, text: str) -> None:
     assert memory.format_bytes(count) == text
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
+def test_no_route_is_planned_that_needs_more_than_there_is_where_another_does_not(outputs: at.features.Outputs) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4096, 10))
+    feats = at.tangent_features(model, torch.randn(1, 2, 32, 32), memory_limit=20_000_000)
+    plan = feats.plan(outputs=outputs)
+    assert max(block.working_bytes for block in plan.blocks) <= plan.limit
+    assert all(block.operations > 0 for block in plan.blocks)
