@@ -139,4 +139,6 @@ def test_every_experiment_has_its_place_among_the_longest_first() -> None:
 
 
 if __name__ == "__main__":
+    # A shell that starts tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     side_by_side({name: partial(_wait, Path(sys.argv[1])) for name in "ab"}, at_once=2, threads=1, progress=_ignore)
