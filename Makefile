@@ -45,11 +45,13 @@ theory: ## write docs/theory.md from docs/theory.in.md, needed after lines of th
 results: $(PACKAGE) ## write docs/results.md from docs/results/; RUNS=folder keeps what reproduce all made there first
 	$(BIN)/python docs/make_results.py $(RUNS)
 
-bench: $(BENCH) ## run the benchmarks one after the other
-	@set -e; for script in benchmarks/bench_*.py; do \
+bench: $(BENCH) ## run the benchmarks one after the other, and put their tables into docs/benchmarks.md
+	@failed=; for script in benchmarks/bench_*.py; do \
 		if [ ! -e "$$script" ]; then echo "there is no benchmarks/bench_*.py"; exit 1; fi; \
-		echo "== $$script"; $(BIN)/python "$$script"; \
-	done
+		echo "== $$script, $$(date +%T)"; $(BIN)/python "$$script" || failed="$$failed $$script"; \
+	done; \
+	$(BIN)/python benchmarks/tables.py; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 bench-neural-tangents: $(BENCH) $(NEURAL)/.installed ## run neural-tangents beside ours; make bench has it too from then on
 	$(BIN)/python benchmarks/bench_kernel.py --matching '(adaptive|neural)-tangents'

@@ -5,7 +5,6 @@ coefficients and the products with features and factor, stands beside it.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,14 +15,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 import adaptive_tangents as at
 from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.drawing import COLOURS, DASHES, Arrays, Results, grid, render
 from adaptive_tangents.experiments.training import relu_network
 from adaptive_tangents.systems import factorise
-from common import OUT, machine
+from common import OUT, drawn, write
 
 PARTS = ("kernel", "Cholesky", "decompositions", "solve and products")
 COUNTED = ("kernel", "Cholesky")
@@ -144,16 +142,15 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = time.process_time if arguments.processor else time.perf_counter
     rows = [measure(n, c, clock) for c in arguments.outputs for n in arguments.samples]
-    table = Table(title="a kernel solve, MLP 784-256-256-c, TwoSided, float64")
-    for heading in ("", *(f"{part} s" for part in PARTS), "solve s", *(f"{part} GFLOP" for part in COUNTED), "GFLOP/s"):
-        table.add_column(heading, justify="right" if heading else "left")
+    title = "a kernel solve, MLP 784-256-256-c, TwoSided, float64"
+    cells = [["", *(f"{part} s" for part in PARTS), "solve s", *(f"{part} GFLOP" for part in COUNTED), "GFLOP/s"]]
     for row in rows:
-        table.add_row(
+        cells.append([
             f"n = {row['n']}, c = {row['c']}", *(f"{row['seconds'][part]:.3g}" for part in PARTS),
             f"{solve_seconds(row):.3g}", *(f"{row['operations'][part] / 1e9:.3g}" for part in COUNTED),
             f"{all_operations(row) / solve_seconds(row) / 1e9:.3g}",
-        )  # fmt: skip
-    Console(width=150).print(table)
+        ])  # fmt: skip
+    Console(width=150).print(drawn(title, cells))
     for c in arguments.outputs:
         group = [row for row in rows if row["c"] == c]
         if len(group) > 1:
@@ -161,13 +158,12 @@ def main() -> None:
                 f"c = {c}: a kernel solve takes time as n to the {exponent(group, solve_seconds):.2f}, "
                 f"its counted operations grow as n to the {exponent(group, all_operations):.2f}"
             )
-    results = {"rows": rows, "clock": "processor" if arguments.processor else "wall", "machine": machine()}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_growth.json").write_text(json.dumps(results, indent=1))
+    results = {"rows": rows, "clock": "processor" if arguments.processor else "wall"}
+    write(arguments.out / "bench_growth.json", title, cells, **results)
     drawing = render(draw, "growth", results, {})
     (arguments.out / "bench_growth.png").write_bytes(drawing.png)
     (arguments.out / "bench_growth.svg").write_text(drawing.svg)
-    print(f"written: {arguments.out}/bench_growth.json, .png, .svg\n")
+    print(f"written: {arguments.out}/bench_growth.png, .svg\n")
 
 
 if __name__ == "__main__":

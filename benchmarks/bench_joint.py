@@ -6,7 +6,6 @@ less than λΣ(σ_j − 1)², and smooth, so that a step of theirs needs no deco
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,14 +15,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import adaptive_tangents as at
 from bench_fit import problem
 from bench_rounds import PROBLEMS
 from bench_rounds import problem as random_problem
-from common import OUT, machine
+from common import OUT, drawn, write
 
 STRENGTH, CLOSE = 1.0, 1e-4
 # Of ρ = 10^k, the one with the least leave-one-out error of the kernel that does not adapt.
@@ -216,34 +214,21 @@ def main() -> None:
     best = min(trials, key=lambda rate: trials[rate]["objective"])
     rows[f"Adam on (J), rate {best:g}"] = told(f"Adam, rate {best:g}", lambda trace: adam(joint, trace, best), limit)
     title = f"min of (J), MLP 784-256-256-10, n = {arguments.samples}, TwoSided(Quadratic({STRENGTH:g})), ρ = {RIDGE:g}"
-    table = Table(title=title)
-    for heading in (
-        "",
-        "seconds",
+    cells = [[
+        "", "seconds", "× ours", "processor s", "× ours", "evaluations", "objective", "excess", f"seconds to {CLOSE:g}",
         "× ours",
-        "processor s",
-        "× ours",
-        "evaluations",
-        "objective",
-        "excess",
-        f"seconds to {CLOSE:g}",
-        "× ours",
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
+    ]]  # fmt: skip
     for name, found_row in rows.items():
-        table.add_row(
+        cells.append([
             name, f"{found_row['seconds']:.1f}", f"{found_row['seconds'] / row['seconds']:.1f}",
             f"{found_row['processor']:.1f}", f"{found_row['processor'] / row['processor']:.1f}",
             str(found_row["evaluations"]), f"{found_row['objective']:.6f}", f"{found_row['excess']:.1e}",
             "not reached" if found_row["within"] is None else f"{found_row['within']:.1f}",
             f"> {found_row['seconds'] / row['within']:.0f}" if found_row["within"] is None
             else f"{found_row['within'] / row['within']:.1f}",
-        )  # fmt: skip
-    Console(width=150).print(table)
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / "bench_joint.json"
-    path.write_text(json.dumps({"title": title, "machine": machine(), "rows": rows, "rates": trials}, indent=1))
-    print(f"written: {path}\n")
+        ])  # fmt: skip
+    Console(width=150).print(drawn(title, cells))
+    write(OUT / "bench_joint.json", title, cells, rows=rows, rates=trials)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ Newton's method beside Anderson's extrapolation and the plain alternation, each 
 
 import argparse
 import itertools
-import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import adaptive_tangents as at
-from common import OUT, machine
+from common import OUT, drawn, write
 
 ALLOWED = 60
 CAP = 3000
+TITLE = f"kernel solves to stationarity 1e-6; given up after {CAP} steps"
 SOLVERS = ("newton", "anderson", "alternation")
 STRENGTHS = (1.0, 0.05, 0.01)
 RIDGES = (0.0, 0.1)
@@ -88,29 +87,22 @@ def cell(row: dict[str, Any]) -> str:
     return f"> {CAP}" if row["steps"] > CAP else f"{row['rounds']}, stuck at {row['stationarity']:.0e}"
 
 
-def report(rows: list[dict[str, Any]], solvers: Sequence[str]) -> None:
-    table = Table(title=f"kernel solves to stationarity 1e-6; given up after {CAP} steps")
-    for heading in (
-        "problem",
-        "structure",
-        "ρ",
-        "λ",
-        *solvers,
-        "newton steps",
-        "products",
-        "objective beside newton's",
-    ):
-        table.add_column(heading, justify="left" if heading in ("problem", "structure") else "right")
+def report(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Print what was found; returns the table's cells."""
+    cells = [["problem", "structure", "ρ", "λ", *SOLVERS, "newton steps", "products", "objective beside newton's"]]
     for row in rows:
         newton = row["newton"]
         # Structures that are not convex have several minima, and solvers may end in different ones.
-        others = {s: row[s]["objective"] / newton["objective"] - 1 for s in solvers[1:] if row[s]["converged"]}
+        others = {
+            s: row[s]["objective"] / newton["objective"] - 1 for s in SOLVERS[1:] if s in row and row[s]["converged"]
+        }
         apart = ", ".join(f"{solver} {excess:+.1%}" for solver, excess in others.items() if abs(excess) > 1e-6)
-        table.add_row(
+        cells.append([
             row["problem"], row["structure"], f"{row['ridge']:g}", f"{row['strength']:g}",
-            *(cell(row[solver]) for solver in solvers), str(newton["steps"]), str(newton["products"]), apart,
-        )  # fmt: skip
-    Console(width=170).print(table)
+            *(cell(row[solver]) if solver in row else "" for solver in SOLVERS), str(newton["steps"]),
+            str(newton["products"]), apart,
+        ])  # fmt: skip
+    Console(width=170).print(drawn(TITLE, cells))
     over = [row for row in rows if not row["newton"]["converged"] or row["newton"]["rounds"] > ALLOWED]
     print(f"newton within {ALLOWED} kernel solves: {len(rows) - len(over)} of {len(rows)} cases")
     for row in over:
@@ -120,6 +112,7 @@ def report(rows: list[dict[str, Any]], solvers: Sequence[str]) -> None:
     if hard:
         most = max(row["newton"]["rounds"] for row in hard)
         print(f"of the {len(hard)} cases where the alternation takes 700 rounds or more, newton takes at most {most}")
+    return cells
 
 
 def main() -> None:
@@ -128,24 +121,22 @@ def main() -> None:
         "--matching", default="", help="only where this regular expression is found in 'problem: structure'"
     )
     parser.add_argument(
-        "--alone", action="store_true", help="newton without the other two, which take most of the time"
-    )
+        "--peers", default=r"n = 8.*TwoSided$", metavar="REGEX",
+        help="where the other two run too, which take most of the time; '' is everywhere (default: %(default)s)",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    solvers = SOLVERS[:1] if arguments.alone else SOLVERS
     made = {size: problem(*shape) for size, shape in PROBLEMS.items()}
     rows = []
     for size, structure, ridge, strength in cases(arguments.matching):
         row: dict[str, Any] = {"problem": size, "structure": structure, "ridge": ridge, "strength": strength}
+        solvers = SOLVERS if re.search(arguments.peers, f"{size}: {structure}") else SOLVERS[:1]
         for solver in solvers:
             row[solver] = solve(*made[size], STRUCTURES[structure](strength), ridge, solver)
         rows.append(row)
         took = ", ".join(f"{solver} {cell(row[solver])}" for solver in solvers)
         print(f"{size}, {structure}, ρ = {ridge:g}, λ = {strength:g}: {took}", flush=True)
-    report(rows, solvers)
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"bench_rounds{'-some' if arguments.matching or arguments.alone else ''}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    print(f"written: {path}\n")
+    cells = report(rows)
+    write(OUT / f"bench_rounds{'-some' if arguments.matching else ''}.json", TITLE, cells, rows=rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 OUT = Path("runs") / "benchmarks"
+PEERS = {"nngeometry": "nngeometry", "curvlinops-for-pytorch": "curvlinops", "asdfghjkl": "asdl", "xrfm": "xrfm"}
 
 
 def contend(
@@ -55,18 +57,16 @@ def contend(
             rows[name] = {"failed": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     compare(rows)
     console = Console(width=160)
-    console.print(table(title, columns, rows))
+    cells = table_of(columns, rows)
+    console.print(drawn(title, cells))
     for name, row in rows.items():
         if "blocks" in row:
-            console.print(
-                table(f"{name}, by block", list(row["blocks"][0])[1:], {b["block"]: b for b in row["blocks"]})
-            )
+            blocks = {block["block"]: block for block in row["blocks"]}
+            console.print(drawn(f"{name}, by block", table_of(list(row["blocks"][0])[1:], blocks)))
     print(json.dumps(machine()))
-    OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / f"{Path(script).stem}{'-some' if arguments.matching else ''}.json"
     kept = {name: {k: v for k, v in row.items() if k != "entries"} for name, row in rows.items()}
-    path.write_text(json.dumps({"title": title, "machine": machine(), "rows": kept}, indent=1))
-    print(f"written: {path}\n")
+    write(path, title, cells, rows=kept)
 
 
 def compare(rows: Mapping[str, dict[str, Any]]) -> None:
@@ -84,13 +84,29 @@ def compare(rows: Mapping[str, dict[str, Any]]) -> None:
             row["difference"] = f"{max(abs(a - b) for a, b in pairs) / max(abs(b) for _, b in pairs):.0e}"
 
 
-def table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def table_of(columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of a table, its headings first; columns that say nothing are left out."""
+    told = {name: next((f"{k}: {row[k]}" for k in ("failed", "skipped") if k in row), "") for name, row in rows.items()}
+    used = [c for c in columns if any(c in row for row in rows.values())]
+    cells = [[name, *([told[name]] if told[name] else [show(row.get(c)) for c in used])] for name, row in rows.items()]
+    return [["", *used], *cells]
+
+
+def write(path: Path, title: str, cells: list[list[str]], **results: Any) -> None:
+    """Keep what a script measured, and the table of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"title": title, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "table": cells} | results
+    path.write_text(json.dumps(kept, indent=1))
+    print(f"written: {path}\n")
+
+
+def drawn(title: str, cells: list[list[str]]) -> Table:
+    """A table of cells, its headings first, for the terminal."""
     made = Table(title=title)
-    for heading in ("", *columns):
+    for heading in cells[0]:
         made.add_column(heading, justify="right" if heading else "left")
-    for name, row in rows.items():
-        word = next((f"{key}: {row[key]}" for key in ("failed", "skipped") if key in row), None)
-        made.add_row(name, *([show(row.get(c)) for c in columns] if word is None else [word]))
+    for row in cells[1:]:
+        made.add_row(*row)
     return made
 
 
@@ -112,13 +128,14 @@ def best_of(function: Callable[[], Any], *, repeats: int = 5, warm: int = 1) -> 
 
 
 def machine() -> dict[str, Any]:
+    """What a table was measured on, and the versions of what took part."""
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
         "torch": metadata.version("torch"),
         "adaptive-tangents": metadata.version("adaptive-tangents"),
-    }
+    } | {name: metadata.version(name) for name in PEERS if find_spec(PEERS[name])}
 
 
 def show(value: Any) -> str:

@@ -24,6 +24,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        # What `memory.empty` takes from NumPy is not made by an operation, but first seen as bytes.
+        taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dtype == torch.uint8]
+        self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in taken)])
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
@@ -37,10 +40,36 @@ def largest(function: Callable[[], Any]) -> int:
     return seen.bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3), (3, 5_000, 1_001)])
+def test_empty_gives_memory_of_its_own_aligned_as_pytorch_aligns(shape, dtype) -> None:
+    like = torch.zeros(2, dtype=dtype)
+    one, two = memory.empty(shape, like), memory.empty(shape, like)
+    assert one.shape == shape
+    assert one.dtype == dtype
+    assert one.is_contiguous()
+    assert not one.requires_grad
+    assert one.data_ptr() % 64 == 0
+    one.fill_(1)
+    two.fill_(2)
+    assert bool((one == 1).all())
+    assert memory.empty(shape, like, torch.float64).dtype == torch.float64
+
+
+def test_a_product_is_that_of_matrices_and_can_be_differentiated() -> None:
+    a, b = normal(7, 300, 40), normal(7, 40, 500)
+    assert torch.equal(memory.product(a, b), a @ b)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(memory.product(a, b).square().sum(), a)
+    (expected,) = torch.autograd.grad((a @ b).square().sum(), a)
+    assert torch.equal(gradient, expected)
+
+
 def test_the_largest_tensor_is_seen() -> None:
     a = torch.ones(100, 100, dtype=torch.float64)
     assert largest(lambda: (a[:50].flatten(), a.mT, a.sum())) == 8
     assert largest(lambda: a @ a) == 80_000
+    assert largest(lambda: memory.empty((1_000, 1_000), a).zero_()) == pytest.approx(8_000_000, abs=100)
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.memory import format_bytes
+from adaptive_tangents.memory import empty, format_bytes, product
 from adaptive_tangents.summands import (
     Dense,
     Factors,
@@ -169,7 +169,7 @@ def empty_kernel(
 ) -> Float[Tensor, "batch N M"]:
     """A kernel of zeros in the layout of this module."""
     shape = {"full": (1, n * c, m * c), "trace": (1, n, m), "diagonal": (c, n, m)}[outputs]
-    return torch.zeros(shape, dtype=kernel_dtype(like.dtype, precision), device=like.device)
+    return empty(shape, like, kernel_dtype(like.dtype, precision)).zero_()
 
 
 def working_dtype(dtype: torch.dtype, precision: Precision = "float32") -> torch.dtype:
@@ -295,9 +295,9 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
                 continue
             left = rows_a[:, p.start * t * group : p.stop * t * group]
             right = rows_b[:, q.start * s * group : q.stop * s * group]
-            product = (left @ right.mT).reshape(batch, height, t, group, width, s, group)
-            product *= _input_gram(a, p, b, q).reshape(1, height, t, 1, width, s, 1)
-            total = product.sum((2, 5)) if t * s > 1 else product
+            signals = product(left, right.mT).reshape(batch, height, t, group, width, s, group)
+            signals *= _input_gram(a, p, b, q).reshape(1, height, t, 1, width, s, 1)
+            total = signals.sum((2, 5)) if t * s > 1 else signals
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             target += total.reshape(batch, height * group, width * group)
 

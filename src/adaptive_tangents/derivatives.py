@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
+from adaptive_tangents.memory import empty
 from adaptive_tangents.projections import Row
 from adaptive_tangents.recording import Parents, read_graph
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
@@ -78,7 +79,7 @@ def backward(
             axis = gradient.ndim - 1 if channels_last[k] else 1
             buffer = buffers[k]
             if buffer is None:
-                buffer = gradient.new_empty((*gradient.shape[:axis], c, *gradient.shape[axis:]))
+                buffer = empty((*gradient.shape[:axis], c, *gradient.shape[axis:]), gradient)
                 buffers[k] = buffer
             buffer.select(axis, j).copy_(gradient)
     return [

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from adaptive_tangents.memory import empty
 from adaptive_tangents.summands import Dense, Lookup, Outer
 
 _Gradients = Float[Tensor, "c n *rest"]
@@ -147,7 +148,7 @@ def _patches(module: Any, x: Tensor, ones: bool) -> Float[Tensor, "n t i"]:
     n, pixels = x.shape[0], 2 + len(module.kernel_size)
     width, t = prod(windows.shape[1:pixels]), prod(windows.shape[pixels:])
     # Pixels innermost in memory, here and in the signals: whole rows of an image move at once.
-    patches = x.new_empty(n, width + ones, t)
+    patches = empty((n, width + ones, t), x)
     patches[:, :width].view(windows.shape).copy_(windows)
     patches[:, width:] = 1
     return patches.mT

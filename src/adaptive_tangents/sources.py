@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.derivatives import backward
+from adaptive_tangents.memory import empty
 from adaptive_tangents.operations import Key, Signature, Term, block_of, keyed, signatures, terms_of
 from adaptive_tangents.recording import Graph, Group, Layout, Use
 from adaptive_tangents.summands import Dense
@@ -175,7 +176,7 @@ def blocks_of(
             held[place] = held.get(place, False) or not source.summed
     found = [group for group in groups if group.name in sources]
     early = [group for group in found if sources[group.name].summed]
-    values = {group.name: out.new_empty(n, c, *group.matrix, dtype=dtype) for group in early}
+    values = {group.name: empty((n, c, *group.matrix), out, dtype) for group in early}
 
     def sum_positions(outputs: slice, gradients: list[Tensor]) -> None:
         there = dict(zip(edges, gradients, strict=True))

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from adaptive_tangents.memory import product
 from adaptive_tangents.projections import Row, Rows
 from adaptive_tangents.transforms import LowRank, Scaled, Side
 
@@ -33,7 +34,7 @@ class Outer:
         """The features of a range of output units, materialised."""
         backward = self.backward[..., rows]
         n, t, c, r = backward.shape
-        return (backward.reshape(n, t, c * r).mT @ self.inputs).reshape(n, c, r, self.inputs.shape[-1])
+        return product(backward.reshape(n, t, c * r).mT, self.inputs).reshape(n, c, r, self.inputs.shape[-1])
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
         """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
