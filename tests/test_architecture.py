@@ -24,6 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors",
     "memory",
+    "products",
     "files",
     "transforms",
     "projections",

@@ -56,15 +56,6 @@ def test_empty_gives_memory_of_its_own_aligned_as_pytorch_aligns(shape, dtype) -
     assert memory.empty(shape, like, torch.float64).dtype == torch.float64
 
 
-def test_a_product_is_that_of_matrices_and_can_be_differentiated() -> None:
-    a, b = normal(7, 300, 40), normal(7, 40, 500)
-    assert torch.equal(memory.product(a, b), a @ b)
-    a.requires_grad_()
-    (gradient,) = torch.autograd.grad(memory.product(a, b).square().sum(), a)
-    (expected,) = torch.autograd.grad((a @ b).square().sum(), a)
-    assert torch.equal(gradient, expected)
-
-
 def test_the_largest_tensor_is_seen() -> None:
     a = torch.ones(100, 100, dtype=torch.float64)
     assert largest(lambda: (a[:50].flatten(), a.mT, a.sum())) == 8

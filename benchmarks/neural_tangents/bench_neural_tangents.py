@@ -27,10 +27,14 @@ IMPLEMENTATIONS = {
 
 
 def mlp(parameters: Parameters, x: Any) -> Any:
-    """Linear layers with ReLU between."""
+    """Linear layers with ReLU between, weights (inputs, outputs).
+
+    So the library's own layers have them; of a weight transposed inside the function it finds no structure, and takes as
+    long as with Jacobians.
+    """
     pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
     for k, (w, b) in enumerate(pairs):
-        x = x @ w.T + b
+        x = x @ w + b
         if k < len(pairs) - 1:
             x = jax.nn.relu(x)
     return x
@@ -62,7 +66,8 @@ def measure(network: Callable[[Parameters, Any], Any], parameters: Parameters, x
 
 def main(name: str, implementation: str, path: str) -> None:
     stored = np.load(path)
-    parameters = [jnp.asarray(stored[f"parameter {k}"]) for k in range(len(stored.files) - 2)]
+    parameters = [stored[f"parameter {k}"] for k in range(len(stored.files) - 2)]
+    parameters = [jnp.asarray(np.ascontiguousarray(p.T) if p.ndim == 2 else p) for p in parameters]
     compiled, seconds, kernel = measure(
         {"MLP": mlp, "CNN": cnn}[name], parameters, jnp.asarray(stored["x"]), IMPLEMENTATIONS[implementation]
     )

@@ -18,6 +18,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import check_finite
 from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.products import times
 from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Matrix, Side, Sides, Transform
 
 Outputs = Literal["full", "trace"]
@@ -214,7 +215,7 @@ class _Projection(Matrix):
     values: Float[Tensor, "k d"]
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        return rows @ self.values.to(rows.dtype).mT
+        return times(rows, self.values.to(rows.dtype).mT)
 
     def matrix(self) -> Float[Tensor, "k d"]:
         return self.values

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.products import joined
 from adaptive_tangents.summands import (
     Dense,
     Factors,
@@ -220,7 +221,7 @@ def _stacked(same: Sequence[Summand]) -> Summand:
         held = zip(*(factors_of(part) for part in same), strict=True)
         return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
     tensors = {
-        name: value if name == "directions" else torch.cat([getattr(part, name) for part in same])
+        name: value if name == "directions" else joined([getattr(part, name) for part in same])
         for name, value in vars(first).items()
     }
     return type(first)(**tensors)
@@ -247,7 +248,9 @@ def _joined(parts: list[_Factors]) -> _Factors | None:
     """Positions of all, one after the other."""
     if len(parts) <= 1:
         return parts[0] if parts else None
-    return type(parts[0])(torch.cat([p.backward for p in parts], 1), torch.cat([p.inputs for p in parts], 1))
+    return type(parts[0])(
+        joined([p.backward for p in parts], positions=True), joined([p.inputs for p in parts], positions=True)
+    )
 
 
 def _joined_lookups(parts: list[Lookup]) -> Lookup | None:

@@ -20,7 +20,7 @@ from adaptive_tangents.derivatives import materialise, mixed, projections, refut
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features import TangentFeatures
 from adaptive_tangents.inputs import Batch, Network, Output, Selection, check_finite, network, samples, take, tensors
-from adaptive_tangents.memory import memory_limit, require_memory
+from adaptive_tangents.memory import keep_freed, memory_limit, require_memory
 from adaptive_tangents.operations import signatures
 from adaptive_tangents.recording import Form, Use, form_of, parameter_groups, read_graph, recorded_calls, same_form
 from adaptive_tangents.sources import Choice, Source, blocks_of, next_choice, source_of
@@ -117,6 +117,7 @@ class Capture:
         self.requested = limit
         self.verify = True
         self.groups = parameter_groups(self.network)
+        keep_freed()
         self.limit = memory_limit(limit, tensors(x)[0].device)
         self.probe = self._probe(x)
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]

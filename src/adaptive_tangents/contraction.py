@@ -19,7 +19,8 @@ from torch import Tensor
 
 from adaptive_tangents.blocks import Block, ranges
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.memory import empty, format_bytes, product
+from adaptive_tangents.memory import empty, format_bytes
+from adaptive_tangents.products import product
 from adaptive_tangents.summands import (
     Dense,
     Factors,

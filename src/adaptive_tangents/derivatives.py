@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.blocks import Block
 from adaptive_tangents.inputs import Batch, Network, samples, take
 from adaptive_tangents.memory import empty
+from adaptive_tangents.products import times
 from adaptive_tangents.projections import Row
 from adaptive_tangents.recording import Parents, read_graph
 from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer, Shared, Summand, Weighted, sum_tensors, tensors_of
@@ -218,7 +219,7 @@ def refuted(
 def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
     """A combination of features, as a matrix, times a direction of the input side."""
     if isinstance(part, Outer):
-        signals = w[:, None, :] * (part.inputs @ direction)[..., None]
+        signals = w[:, None, :] * times(part.inputs, direction[:, None])
         inner = part.backward.permute(0, 2, 3, 1)
         if inner.shape[3] > 1 and inner.is_contiguous():
             return (inner.flatten(0, 1) @ signals.transpose(1, 2).flatten(0, 1)[..., None]).sum(0)[:, 0]

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from adaptive_tangents.products import times
+
 _ALONE = 4  # rows made one by one, rather than all at once, up to this many times the cost of a column of the quick transform
 
 
@@ -31,7 +33,7 @@ class Rows:
         height, width = _split(size)
         chosen = self.chosen.to(x.device)
         if len(chosen) <= min(size, _ALONE * (height + width)):
-            return x @ (hadamard(chosen, torch.arange(len(signs), device=x.device)).to(x) * signs).mT
+            return times(x, (hadamard(chosen, torch.arange(len(signs), device=x.device)).to(x) * signs).mT)
         whole = torch.nn.functional.pad(x * signs, (0, size - len(signs))).reshape(-1, height, width)
         left, right = (hadamard(torch.arange(k), torch.arange(k)).to(x) for k in (height, width))
         made: Tensor = (left @ (whole @ right)).reshape(*x.shape[:-1], size)
@@ -52,7 +54,7 @@ class Row:
 
     def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
         """sᵀx."""
-        return x @ self.values.to(x)[:, None]
+        return times(x, self.values.to(x)[:, None])
 
     def of_units(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch 1"]:
         """sᵀe for unit vectors e."""

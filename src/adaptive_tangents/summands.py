@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.memory import product
+from adaptive_tangents.products import over_positions, product, times, weighted_outer
 from adaptive_tangents.projections import Row, Rows
 from adaptive_tangents.transforms import LowRank, Scaled, Side
 
@@ -38,15 +38,12 @@ class Outer:
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
         """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
-        n, t, _, o = self.backward.shape
-        k = directions.shape[0]
-        projected = (self.inputs @ directions.flatten(0, 1).mT).reshape(n, t, k, o)
-        return (self.backward @ projected.mT).sum(1)
+        projected = times(self.inputs, directions.flatten(0, 1).mT)
+        return over_positions(self.backward, projected.view(*projected.shape[:2], *directions.shape[:2]))
 
     def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
-        weighted = torch.einsum("nc,ntco->nto", weights, self.backward)
-        return weighted.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+        return weighted_outer(weights, self.backward, self.inputs)
 
     def coordinates(self, left: Rows | Row, right: Rows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.products import times
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -26,7 +28,7 @@ class LowRank:
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """M times each row vector of the last dimension."""
         directions = self.directions.to(rows.dtype)
-        return rows + ((rows @ directions) * (self.gains - 1).to(rows.dtype)) @ directions.mT
+        return rows + times(times(rows, directions) * (self.gains - 1).to(rows.dtype), directions.mT)
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M itself."""
@@ -76,7 +78,7 @@ class Matrix:
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """M times each row vector of the last dimension."""
-        return rows @ self.values.to(rows.dtype).mT
+        return times(rows, self.values.to(rows.dtype).mT)
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M itself."""
