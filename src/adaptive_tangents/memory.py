@@ -5,6 +5,7 @@ import os
 import re
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     size = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or size < _HUGE or type(like) is not Tensor:
         return like.new_empty(shape, dtype=dtype)
-    room = torch.from_numpy(np.empty(size + _LINE, np.uint8))
+    try:
+        room = torch.from_numpy(np.empty(size + _LINE, np.uint8))
+    except MemoryError:
+        return like.new_empty(shape, dtype=dtype)  # which says so as PyTorch does
     start = -room.data_ptr() % _LINE
     return room[start : start + size].view(dtype).view(shape)
 
@@ -74,7 +78,8 @@ def keep_freed() -> None:
     glibc keeps twice the largest block of 32 MB or less that it has given back to the system, and networks take and leave
     their tensors over and over: in new memory, a tenth of the time of a kernel.
     """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+    with suppress(RuntimeError):
+        torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def format_bytes(count: float) -> str:

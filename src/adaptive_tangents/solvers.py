@@ -313,6 +313,10 @@ class _Search:
         adapts = bool(system.transforms) or not is_identity(point.solution.transforms)
         products, solved, stale, moved, self.still = 0, False, False, not adapts, 0
         while True:
+            if self.still:
+                # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on
+                # those of the coefficients, and of the step.
+                point = problem.point(point.coefficients, problem.inner(point.coefficients))
             if stale:
                 system = problem.system(point.solution.transforms, point.outputs)
                 solved = True
@@ -336,6 +340,8 @@ class _Search:
             elif stationarity <= _LOOSE or self.still >= _STILL:
                 return point, alpha, system, False, ""
             direction = newton_direction(problem, system, point, reduced, stationarity)
+            if self.still:
+                direction = replace(direction, outputs=problem.inner(direction.step))
             before = point
             point, length = line_search(problem, point, direction, reduced)
             gained = (before.objective - point.objective) / max(abs(before.objective), 1e-300)
