@@ -7,6 +7,7 @@
 Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -43,8 +44,8 @@ _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block
 _TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
 _SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
 _PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
-_PANELS = 4  # of a symmetric kernel, 5/8 of its products
-_PANEL_ROWS = 100  # each has about as many at least, to run at full speed
+_WHOLE = 128  # rows of a symmetric kernel below which its triangle is not worth making by itself
+_EIGHT = 8  # rows that a product does at a time
 
 
 def check_outputs(call: str, outputs: str) -> None:
@@ -254,11 +255,17 @@ def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "
     return features.flatten(1)[None] if outputs == "trace" else features.transpose(0, 1)
 
 
+def _panel(rows: int) -> int:
+    """The rows of a panel of a symmetric kernel: few, so that little is made twice, and enough to run at full speed."""
+    return rows if rows < _WHOLE else _EIGHT * math.ceil(0.4 * math.sqrt(rows))
+
+
 def _panels(total: int, group: int, size: int) -> list[slice]:
     """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
-    if total * group >= 128:
-        size = min(size, -(-total // max(2, min(_PANELS, total * group // _PANEL_ROWS))))
-    return list(ranges(total, size))
+    samples = _panel(total * group) / group
+    step = _EIGHT // math.gcd(_EIGHT, group)
+    samples = step * round(samples / step) if samples > step else max(1, round(samples))
+    return list(ranges(total, min(size, samples)))
 
 
 def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:
@@ -349,12 +356,10 @@ def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *
 
 
 def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, rows: int) -> None:
-    group = target.shape[1] // a.samples
     for units in ranges(a.shape[0], rows):
         left = _rows(a.features(units).flatten(2), outputs)
         right = left if symmetric else _rows(b.features(units).flatten(2), outputs)
-        for p in _panels(a.samples, group, a.samples) if symmetric else [slice(0, a.samples)]:
-            panel = slice(p.start * group, p.stop * group)
+        for panel in ranges(target.shape[1], _panel(target.shape[1]) if symmetric else target.shape[1]):
             first = panel.start if symmetric else 0
             target[:, panel, first:].baddbmm_(left[:, panel], right[:, first:].mT)
 
