@@ -39,9 +39,9 @@ from adaptive_tangents.summands import (
 Route = Literal["gram", "nested", "materialise"]
 Precision = Literal["float32", "mixed", "float64", "bfloat16"]
 
-_CACHED_BYTES = 1_000_000  # what the nested route works on at a time
+_CACHED_BYTES = 4_000_000  # what the nested route works on at a time
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
-_TILE_BYTES = 16_000_000  # features of a range of output units: larger ones are new memory each time
+_TILE_BYTES = 8_000_000  # features of a range of output units; larger ones leave the caches
 _SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
 _PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
 _WHOLE = 128  # rows of a symmetric kernel below which its triangle is not worth making by itself
