@@ -1,5 +1,7 @@
 """What the pages in docs show runs, and what they list is complete."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 import adaptive_tangents as at
 
 DOCS = Path(__file__).parent.parent / "docs"
+BENCHMARKS = DOCS.parent / "benchmarks"
 STRUCTURES = (DOCS / "structures.md").read_text()
 ABSTRACT = {"Structure", "BlockStructure"}
 
@@ -42,3 +45,23 @@ def test_every_structure_is_in_the_table() -> None:
 def test_files_that_a_page_points_to_exist(page: Path) -> None:
     for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_tables_of_benchmarks_go_where_the_page_names_their_scripts(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tables = importlib.import_module("tables")
+    page = (DOCS / "benchmarks.md").read_text()
+    named = [found[1] for found in tables.REGION.finditer(page)]
+    assert len(named) == len(set(named)) > 10
+    assert all((BENCHMARKS / f"{name}.py").exists() for name in named)
+    assert tables.filled(page, tmp_path) == page
+    kept = {"title": "t", "date": "d", "machine": {"cores": 2, "torch": "2"}, "table": [["", "s", "note"], ["x", "1"]]}
+    (tmp_path / "bench_sweep.json").write_text(json.dumps(kept))
+    made = tables.filled(page, tmp_path)
+    assert (
+        "**t** (d; 2 cores, torch 2; `python benchmarks/bench_sweep.py`)\n\n| | s | note |\n|---|---|---|\n| x | 1 | |"
+        in made
+    )
+    assert tables.filled(made, tmp_path) == made
+    rest = re.compile("<!-- bench_sweep -->.*<!-- /bench_sweep -->", re.DOTALL)
+    assert rest.sub("", made) == rest.sub("", page)

@@ -262,10 +262,10 @@ def _panel(rows: int) -> int:
 
 def _panels(total: int, group: int, size: int) -> list[slice]:
     """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
-    samples = _panel(total * group) / group
-    step = _EIGHT // math.gcd(_EIGHT, group)
-    samples = step * round(samples / step) if samples > step else max(1, round(samples))
-    return list(ranges(total, min(size, samples)))
+    if total * group >= _WHOLE:
+        samples, step = _panel(total * group) / group, _EIGHT // math.gcd(_EIGHT, group)
+        size = min(size, step * round(samples / step) if samples > step else max(1, round(samples)))
+    return list(ranges(total, size))
 
 
 def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:

@@ -18,7 +18,7 @@ def pixels_innermost(x: Tensor) -> bool:
 
 
 def times(x: Float[Tensor, "*batch d"], matrix: Float[Tensor, "d k"]) -> Float[Tensor, "*batch k"]:
-    """X · matrix, the result in memory as x is."""
+    """The product x · matrix, in memory as x is."""
     if pixels_innermost(x):
         return (matrix.mT @ x.movedim(1, -1)).movedim(-1, 1)
     return x @ matrix
