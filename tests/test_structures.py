@@ -343,7 +343,7 @@ def test_dual_bounds_the_conjugate(name: str, seed: int, strength: float, scale:
     g = {key: share * 2 * math.sqrt(strength) / largest * matrix for key, matrix in g.items()}
     conjugate = structure.dual(g)
     if name in ("TwoSided", "Modes"):
-        assert conjugate == math.inf or share == 0
+        assert conjugate == math.inf or not flat(g).any()  # the least of shares leaves zeros
     else:
         assert math.isfinite(conjugate)
     reached = float((flat(g) * flat(b)).sum()) - structure.penalty(b)
