@@ -56,6 +56,14 @@ def test_empty_gives_memory_of_its_own_aligned_as_pytorch_aligns(shape, dtype) -
     assert memory.empty(shape, like, torch.float64).dtype == torch.float64
 
 
+def test_where_numpy_has_no_memory_left_pytorch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(memory.np, "empty", refused)
+    assert memory.empty((3, 1_000, 1_000), torch.zeros(2)).shape == (3, 1_000, 1_000)
+
+
 def test_the_largest_tensor_is_seen() -> None:
     a = torch.ones(100, 100, dtype=torch.float64)
     assert largest(lambda: (a[:50].flatten(), a.mT, a.sum())) == 8

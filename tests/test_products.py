@@ -28,8 +28,9 @@ def test_rows_times_a_matrix(layout: str, rest: tuple[int, ...], t: int) -> None
 
 @pytest.mark.parametrize("signals", LAYOUTS)
 @pytest.mark.parametrize("vectors", LAYOUTS)
-def test_sums_over_positions(signals: str, vectors: str) -> None:
-    a, b, h, w = laid(signals, 6, 4, 3, 5), laid(vectors, 6, 4, 2, 5), laid(vectors, 6, 4, 7), normal(6, 3)
+@pytest.mark.parametrize("t", [4, 40])
+def test_sums_over_positions(signals: str, vectors: str, t: int) -> None:
+    a, b, h, w = laid(signals, 6, t, 3, 5), laid(vectors, 6, t, 2, 5), laid(vectors, 6, t, 7), normal(6, 3)
     torch.testing.assert_close(products.over_positions(a, b), torch.einsum("ntco,ntko->nck", a, b))
     expected = torch.einsum("nc,ntco,nti->oi", w, a, h)
     torch.testing.assert_close(products.weighted_outer(w, a, h), expected)

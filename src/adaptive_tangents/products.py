@@ -11,6 +11,8 @@ from torch import Tensor
 
 from adaptive_tangents.memory import empty
 
+_FEW = 32  # positions, below which products of single samples are too small to be quick
+
 
 def pixels_innermost(x: Tensor) -> bool:
     """Whether positions, the second dimension, lie together in memory and what each is made of does not."""
@@ -40,9 +42,9 @@ def weighted_outer(
     if not (pixels_innermost(signals) and pixels_innermost(inputs)):
         return torch.einsum("nc,ntco->nto", weights, signals).flatten(0, 1).mT @ inputs.flatten(0, 1)
     mixed = (weights[:, None] @ signals.permute(0, 2, 3, 1).reshape(n, c, o * t)).reshape(n, o, t)
-    if torch.is_grad_enabled() and (mixed.requires_grad or inputs.requires_grad):
-        return (mixed @ inputs).sum(0)
-    # One sample after the other: features of all, or copies of all positions side by side, would be much memory.
+    if t < _FEW or (torch.is_grad_enabled() and (mixed.requires_grad or inputs.requires_grad)):
+        return mixed.mT.flatten(0, 1).mT @ inputs.flatten(0, 1)
+    # One sample after the other, as that product copies the positions of all side by side.
     total = mixed.new_zeros(o, inputs.shape[2])
     for left, right in zip(mixed, inputs, strict=True):
         total.addmm_(left, right)
