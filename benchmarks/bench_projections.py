@@ -24,7 +24,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-def factors(block: at.Block) -> tuple[Tensor, Tensor]:
+def factors(block: at.features.Block) -> tuple[Tensor, Tensor]:
     """δ (n, t, c, o) and h (n, t, i) of a block, unit vectors where it has none."""
     (part,) = block.summands
     if isinstance(part, Outer):

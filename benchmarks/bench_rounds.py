@@ -31,7 +31,7 @@ PROBLEMS = {
     "n = 30, 10-15-15-2": (30, (10, 15, 15, 2)),
     "n = 100, 20-20-15-1": (100, (20, 20, 15, 1)),
 }
-STRUCTURES: dict[str, Callable[[float], at.Structure]] = {
+STRUCTURES: dict[str, Callable[[float], at.structures.Structure]] = {
     "TwoSided": lambda strength: at.TwoSided(at.Quadratic(strength)),
     "TwoSided, Absolute": lambda strength: at.TwoSided(at.Absolute(strength)),
     "Left": lambda strength: at.Left(at.Quadratic(strength)),
@@ -56,7 +56,7 @@ def problem(n: int, widths: tuple[int, ...]) -> tuple[at.TangentFeatures, torch.
 
 
 def solve(
-    feats: at.TangentFeatures, r: torch.Tensor, structure: at.Structure, ridge: float, solver: Any
+    feats: at.TangentFeatures, r: torch.Tensor, structure: at.structures.Structure, ridge: float, solver: Any
 ) -> dict[str, Any]:
     started = time.perf_counter()
     with warnings.catch_warnings():

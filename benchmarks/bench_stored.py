@@ -33,7 +33,7 @@ def problem() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
         return network, x, (labels % 2 * 2.0 - 1)[:, None].double() - network(x)
 
 
-def store() -> at.KernelStore:
+def store() -> at.storage.KernelStore:
     """The kernels of the blocks on disk, made once."""
     network, x, _ = problem()
     OUT.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def store() -> at.KernelStore:
     return at.kernel_to_store(network, x, path, outputs="full", by_block=True, tile=TILE, resume=path.exists())
 
 
-def row(fit: at.Fit | at.KernelFit, seconds: float) -> dict[str, Any]:
+def row(fit: at.Fit | at.solvers.KernelFit, seconds: float) -> dict[str, Any]:
     assert fit.lower_bound is not None
     assert fit.gap is not None
     steps = sum(entry.products for entry in fit.history)

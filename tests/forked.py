@@ -25,7 +25,7 @@ from stored import LIMIT, data, files, network
 KILLS = 24
 
 
-def make(path: Path, **options: Any) -> at.KernelStore:
+def make(path: Path, **options: Any) -> at.storage.KernelStore:
     given = {"tile": 4, "memory_limit": LIMIT, "resume": True} | options
     return at.kernel_to_store(given.pop("model", network()), given.pop("x", data(40)), path, **given)
 

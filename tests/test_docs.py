@@ -36,7 +36,7 @@ def test_the_page_on_stored_kernels_runs(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
-    structures = {name for name in public if issubclass(getattr(at, name), at.Structure)} - ABSTRACT
+    structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT
     listed = set(re.findall(r"^\| `(\w+)\(", STRUCTURES, re.MULTILINE))
     assert listed == structures
 

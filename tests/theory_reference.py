@@ -22,7 +22,7 @@ from adaptive_tangents.features.summands import Dense, Outer
 Omega = Callable[[np.ndarray], np.ndarray]  # ω as a function of z − 1
 
 # Every structure whose regulariser has a curvature, made from two penalties.
-CURVED: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+CURVED: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure]] = {
     "Fixed": lambda p, q: at.Fixed(),
     "Full": lambda p, q: at.Full(p),
     "LayerScale": lambda p, q: at.LayerScale(p),
@@ -235,7 +235,7 @@ def problem(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     phi: dict[str, Tensor] = {}
-    blocks: dict[str, at.Block] = {}
+    blocks: dict[str, at.features.Block] = {}
     parameters: dict[str, tuple[int, ...]] = {}
     for k, (o, i, t) in enumerate(shapes):
         name = f"block{k}"
@@ -248,7 +248,7 @@ def problem(
         else:
             phi[name] = normal(n, c, o, i)
             parts = {"dense": Dense(phi[name])}
-        blocks[name] = at.Block(name, (o, i), slots, modes=(modes or {}).get(name, ()), **parts)
+        blocks[name] = at.features.Block(name, (o, i), slots, modes=(modes or {}).get(name, ()), **parts)
     return Problem(phi, at.TangentFeatures(n, c, blocks, parameters), scale * normal(n, c))
 
 
@@ -258,7 +258,7 @@ def features_from(phi: Mapping[str, Tensor]) -> at.TangentFeatures:
     blocks, parameters = {}, {}
     for name, values in phi.items():
         o, i = values.shape[2:]
-        blocks[name] = at.Block(name, (o, i), (Slot(name, (o, i), 0, i),), dense=Dense(values))
+        blocks[name] = at.features.Block(name, (o, i), (Slot(name, (o, i), 0, i),), dense=Dense(values))
         parameters[name] = (o, i)
     return at.TangentFeatures(n, c, blocks, parameters)
 

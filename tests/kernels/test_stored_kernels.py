@@ -23,7 +23,7 @@ from adaptive_tangents.kernels import tiles as tiled
 from stored_twin import Twin, twin
 
 N, TILE = 23, 7
-Stores = Mapping[str, at.KernelStore]
+Stores = Mapping[str, at.storage.KernelStore]
 
 
 def network(c: int = 2) -> nn.Module:
@@ -79,7 +79,7 @@ def test_products_with_a_store_are_those_with_its_matrix(stores: Stores, outputs
     store = stores[outputs]
     whole = matrix(store.read())
     ridge = 0.0 if outputs == "others" else 0.3
-    operator = at.kernel_operator(store, ridge=ridge)
+    operator = at.kernels.kernel_operator(store, ridge=ridge)
     assert operator.shape == whole.shape
     x = targets(whole.shape[1], *([columns] if columns else [])).numpy()
     expected = whole @ x + (ridge * x if ridge else 0)
@@ -91,19 +91,19 @@ def test_products_with_a_store_are_those_with_its_matrix(stores: Stores, outputs
 
 def test_scipy_solves_with_the_operator(stores: Stores) -> None:
     store, b = stores["trace"], targets(N).numpy()
-    found, failed = cg(at.kernel_operator(store, ridge=1.0), b, rtol=1e-12)
+    found, failed = cg(at.kernels.kernel_operator(store, ridge=1.0), b, rtol=1e-12)
     assert not failed
     np.testing.assert_allclose(found, np.linalg.solve(matrix(store.read()) + np.eye(N), b), rtol=1e-8)
 
 
 def test_a_block_is_a_kernel_of_its_own_and_blocks_add_up_to_the_whole(stores: Stores) -> None:
     store, x = stores["by block"], targets(2 * N)
-    parts = [at.kernel_operator(at.KernelBlock(store, name)).apply(x) for name in store.blocks]
+    parts = [at.kernels.kernel_operator(at.kernels.KernelBlock(store, name)).apply(x) for name in store.blocks]
     for name, part in zip(store.blocks, parts, strict=True):
         np.testing.assert_allclose(part.numpy(), matrix(store.read(block=name)) @ x.numpy(), rtol=1e-12)
-    whole = at.kernel_operator(store).apply(x)
+    whole = at.kernels.kernel_operator(store).apply(x)
     torch.testing.assert_close(whole, sum(parts), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(whole, at.kernel_operator(stores["full"]).apply(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(whole, at.kernels.kernel_operator(stores["full"]).apply(x), rtol=1e-10, atol=1e-10)
 
 
 def test_tiles_are_read_once_where_memory_allows_and_again_where_it_does_not() -> None:
@@ -111,7 +111,7 @@ def test_tiles_are_read_once_where_memory_allows_and_again_where_it_does_not() -
     tiles = 10  # of the triangle of 4 × 4
     for limit, kept in ((10**6, 10), (3 * 8 * TILE**2, 3)):
         store = twin(kernel, TILE)
-        operator = at.kernel_operator(store, memory_limit=limit)
+        operator = at.kernels.kernel_operator(store, memory_limit=limit)
         for _ in range(3):
             operator.apply(x)
         assert len(store.reads) == tiles + 2 * (tiles - kept)
@@ -122,7 +122,7 @@ def test_columns_diagonal_and_matrix_of_tiles_are_those_of_the_kernel(c: int | N
     kernel = dense("trace" if c is None else "full")
     whole, w = torch.from_numpy(matrix(kernel)), c or 1
     for K in (kernel, twin(kernel, TILE), twin(kernel, TILE, most=TILE)):
-        operator = at.kernel_operator(K)
+        operator = at.kernels.kernel_operator(K)
         chosen = torch.tensor([20, 3, 8])
         wanted = (chosen[:, None] * w + torch.arange(w)).flatten()
         torch.testing.assert_close(operator.columns(chosen), whole[:, wanted])
@@ -354,12 +354,12 @@ def test_a_kernel_that_single_precision_cannot_factorise_is_preconditioned_by_co
     values = torch.linspace(1, 2, 60, dtype=torch.float64)
     values[0] = -1.0  # not a kernel: no multiple of rounding makes it positive
     kernel = (turn * values) @ turn.mT
-    operator = at.kernel_operator(kernel)
+    operator = at.kernels.kernel_operator(kernel)
     near = operators_near(operator)
     assert bool(torch.isfinite(near(targets(60))).all())
 
 
-def operators_near(operator: at.KernelOperator) -> Callable[[Tensor], Tensor]:
+def operators_near(operator: at.kernels.KernelOperator) -> Callable[[Tensor], Tensor]:
     from adaptive_tangents.kernels.regression import preconditioner
 
     return preconditioner(operator, 10**9)
@@ -380,7 +380,7 @@ def test_a_regression_that_stops_short_says_so() -> None:
 # ------------------------------------------------------------------------------------------------------------------ fit
 
 
-STRUCTURES: Mapping[str, at.Structure | Mapping[str, at.Structure]] = {
+STRUCTURES: Mapping[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
     "Fixed": at.Fixed(),
     "Full": at.Full(at.Quadratic(0.3)),
     "LayerScale": at.LayerScale(at.Quadratic(0.1)),
@@ -521,12 +521,12 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt", weights_only=True)
 blocks, x, r = data["blocks"], data["x"], data["r"]
-K = at.SharedKernel(blocks)
+K = at.kernels.SharedKernel(blocks)
 fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
-store = at.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
+store = at.kernels.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
 solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
 torch.save({
-    "product": at.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
+    "product": at.kernels.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
     "alignment": at.alignment(store, r), "centred": at.alignment(store, r, centered=True), "cka": at.cka(store, store.kernel),
     "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
     "eigen": at.kernel_eigen(store, 3).values,
@@ -555,7 +555,9 @@ def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -
     solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
     both = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
     for found in both:
-        torch.testing.assert_close(found["product"], at.kernel_operator(blocks).apply(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found["product"], at.kernels.kernel_operator(blocks).apply(x), rtol=1e-12, atol=1e-12
+        )
         torch.testing.assert_close(found["dual"], fit.dual, rtol=1e-8, atol=1e-8)
         assert found["objective"] == pytest.approx(fit.objective, rel=1e-10)
         torch.testing.assert_close(found["solved"], solved.dual, rtol=1e-8, atol=1e-8)
@@ -571,11 +573,11 @@ def test_tiles_are_shared_only_where_processes_can_meet(monkeypatch: pytest.Monk
     with pytest.raises(
         at.TangentError, match=r"SharedKernel: torch.distributed is not initialised; run under torchrun"
     ):
-        at.SharedKernel(torch.eye(3))
+        at.kernels.SharedKernel(torch.eye(3))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group=None: "nccl")
     with pytest.raises(at.TangentError, match=r"which the nccl backend does not move; make a group .*backend='gloo'"):
-        at.SharedKernel(torch.eye(3))
+        at.kernels.SharedKernel(torch.eye(3))
 
 
 # -------------------------------------------------------------------------------------------------------- what comes in
@@ -614,7 +616,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
             "cka": lambda: at.cka(K, incomplete()),
             "decompose": lambda: at.decompose(incomplete(), K, R),
             "representability": lambda: at.representability(incomplete(), R),
-            "kernel_operator": lambda: at.kernel_operator(incomplete()),
+            "kernel_operator": lambda: at.kernels.kernel_operator(incomplete()),
             "kernel_eigen": lambda: at.kernel_eigen(incomplete(), 2),
             "kernel_regression": lambda: at.kernel_regression(incomplete(), R),
             "fit": lambda: at.fit(incomplete(), R, structure=at.Fixed()),
@@ -641,7 +643,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         }.items()
     },
     "a ridge of a rectangle": (
-        lambda: at.kernel_operator(rectangular(), ridge=1.0),
+        lambda: at.kernels.kernel_operator(rectangular(), ridge=1.0),
         r"kernel_operator: a ridge is for a kernel of samples with themselves, this is of 6 with 4",
     ),
     "a rectangle in memory": (
@@ -649,7 +651,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         r"kernel_regression: a kernel has shape \(n, n\) or \(n, c, n, c\), got \(3, 4\)",
     ),
     "no kernel": (
-        lambda: at.kernel_operator(torch.ones(3)),
+        lambda: at.kernels.kernel_operator(torch.ones(3)),
         r"kernel_operator: a kernel has shape \(n, m\) or \(n, c, m, c\), got \(3,\)",
     ),
     "entries not finite": (lambda: at.alignment(spoilt(), R), r"alignment: the value of sample 4 is not finite; make"),
@@ -687,13 +689,16 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
     ),
     "no eigenvalue": (lambda: at.kernel_eigen(twin(K), 0), r"kernel_eigen: k is from 1 to 6, .* got 0"),
     "too many eigenvalues": (lambda: at.kernel_eigen(twin(K), 7), r"kernel_eigen: k is from 1 to 6, .* got 7"),
-    "a block of no store": (lambda: at.KernelBlock(K, "0"), r"KernelBlock: asks for a store by block, got Tensor"),
+    "a block of no store": (
+        lambda: at.kernels.KernelBlock(K, "0"),
+        r"KernelBlock: asks for a store by block, got Tensor",
+    ),
     "a block that is not there": (
-        lambda: at.KernelBlock(twin({"a": K, "b": K}), "c"),
+        lambda: at.kernels.KernelBlock(twin({"a": K, "b": K}), "c"),
         r"KernelBlock: there is no block 'c'; the blocks are a, b",
     ),
     "a block of a store of the whole": (
-        lambda: at.KernelBlock(twin(K), "a"),
+        lambda: at.kernels.KernelBlock(twin(K), "a"),
         r"KernelBlock: there is no block 'a'; the blocks are none: the store is not by block",
     ),
     "a structure that needs features": (

@@ -18,7 +18,7 @@ from adaptive_tangents.features.transforms import Matrix, Sides
 explanation = sys.modules["adaptive_tangents.measures.explain"]  # the package's function of that name hides the module
 
 SHAPES = ((4, 3, 2), (3, 5, 1), (3, 2, 0))
-STRUCTURES: dict[str, at.Structure] = {
+STRUCTURES: dict[str, at.structures.Structure] = {
     "Fixed": at.Fixed(),
     "LayerScale": at.LayerScale(),
     "Left": at.Left(),
@@ -63,7 +63,7 @@ def shared_out(feats: at.TangentFeatures, weights: tuple[float, ...]) -> at.Tang
             continue
         backward = torch.cat([w * block.outer.backward for w in weights], 1)
         inputs = block.outer.inputs.repeat(1, len(weights), 1)
-        blocks[name] = at.Block(name, block.shape, block.slots, outer=Outer(backward, inputs))
+        blocks[name] = at.features.Block(name, block.shape, block.slots, outer=Outer(backward, inputs))
     return at.TangentFeatures(feats.n, feats.c, blocks, feats.parameters)
 
 
@@ -83,7 +83,7 @@ def dense(feats: at.TangentFeatures, name: str, rows: list[int]) -> np.ndarray:
 
 
 def roles(
-    before: at.TangentFeatures, after: at.TangentFeatures, structure: at.Structure
+    before: at.TangentFeatures, after: at.TangentFeatures, structure: at.structures.Structure
 ) -> tuple[list[int], list[int]]:
     """Which samples are fitted and which reported, found from outside: by what a change of one sample's end changes."""
     usual = at.explain(before, after, structure, strengths=(1e-3,))
@@ -201,7 +201,7 @@ def test_every_form_of_the_same_features_gives_the_same_answer(kind: str, start_
     mixed = at.TangentFeatures(
         30, 2,
         {
-            name: at.Block(
+            name: at.features.Block(
                 name, block.shape, block.slots,
                 outer=None if block.outer is None else Outer(
                     torch.cat([block.outer.backward, 0.3 * after.blocks[name].outer.backward], 1),
@@ -411,7 +411,7 @@ def test_too_few_samples_no_change_and_unknown_structures_are_refused() -> None:
     after = feats.transformed(planted(feats, "Left"))
     assert at.explain(feats, after, at.LayerScale()).samples == (4, 2, 2)
 
-    class Own(at.Structure):
+    class Own(at.structures.Structure):
         def solution(self, coefficients: object) -> object:
             raise NotImplementedError
 
@@ -426,7 +426,7 @@ def test_too_few_samples_no_change_and_unknown_structures_are_refused() -> None:
 
 @pytest.mark.parametrize(("structure", "side"), [(at.Left(), "left"), (at.Right(), "right")])
 def test_a_side_chosen_by_moments_is_the_one_chosen_by_the_errors_themselves(
-    structure: at.Structure, side: str
+    structure: at.structures.Structure, side: str
 ) -> None:
     strengths, seen = (1e-3, 1e-2, 1e-1, 1.0, 10.0), set()
     for seed, noise in enumerate((0.0, 0.5, 1.0, 2.0, 4.0)):

@@ -217,7 +217,7 @@ def test_every_number_of_a_part_is_that_of_its_dense_kernel(kind: str, outputs: 
     target = torch.from_numpy(reference.target_kernel(case.r.numpy(), full=outputs == "full"))
     size = 10 if outputs == "full" else 5
 
-    def check(part: at.KernelPart, kernel: Tensor) -> None:
+    def check(part: at.measures.KernelPart, kernel: Tensor) -> None:
         matrix, own = kernel.reshape(size, size), initial.reshape(size, size)
         assert part.norm == pytest.approx(float(kernel.norm() / initial.norm()), rel=1e-9)
         assert part.growth == pytest.approx(float(matrix.trace() / own.trace()), rel=1e-9, abs=1e-12)
@@ -319,10 +319,10 @@ def test_every_kind_of_summand_is_split_alike(outputs: str) -> None:
         normal(2, n, t, 2), normal(3, 2, i),
     )  # fmt: skip
     blocks = {
-        "outer": at.Block("outer", (o, i), (), outer=Outer(signals, normal(4, n, t, i))),
-        "lookup": at.Block("lookup", (o, i), (), lookup=lookup),
-        "flipped": at.Block("flipped", (o, i), (), flipped=Flipped(normal(5, n, t, c, i), normal(6, n, t, o))),
-        "all": at.Block(
+        "outer": at.features.Block("outer", (o, i), (), outer=Outer(signals, normal(4, n, t, i))),
+        "lookup": at.features.Block("lookup", (o, i), (), lookup=lookup),
+        "flipped": at.features.Block("flipped", (o, i), (), flipped=Flipped(normal(5, n, t, c, i), normal(6, n, t, o))),
+        "all": at.features.Block(
             "all", (o, i), (), outer=Outer(signals, normal(4, n, t, i)), lookup=lookup,
             flipped=Flipped(normal(5, n, t, c, i), normal(6, n, t, o)), dense=Dense(normal(7, n, c, o, i)),
         ),
@@ -359,7 +359,7 @@ def test_a_small_change_loses_nothing_beside_a_large_kernel() -> None:
 # ------------------------------------------------------------------------------------------------ of a fit
 
 
-STRUCTURES: dict[str, at.Structure] = {
+STRUCTURES: dict[str, at.structures.Structure] = {
     "Fixed": at.Fixed(),
     "Full": at.Full(at.Quadratic(0.3)),
     "LayerScale": at.LayerScale(at.Quadratic(0.3)),

@@ -19,7 +19,7 @@ from registry import CASES
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 Q = at.Quadratic(0.3)
-STRUCTURES: dict[str, at.Structure | Mapping[str, at.Structure]] = {
+STRUCTURES: dict[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
     "Fixed": at.Fixed(), "Full": at.Full(Q), "LayerScale": at.LayerScale(Q), "Left": at.Left(Q), "Right": at.Right(Q),
     "TwoSided": at.TwoSided(Q, at.Quadratic(1.0)), "one side of two": at.TwoSided(Q, at.NoAdaptation()), "Rows": at.Rows(Q),
     "Columns": at.Columns(Q), "Diagonal": at.Diagonal(Q), "Modes of a linear layer": at.Modes({"in": Q}),
@@ -401,8 +401,8 @@ def test_an_operation_that_can_be_differentiated_once_only_goes_by_the_features(
 def test_what_cannot_be_trained_is_refused() -> None:
     model, x, r = small()
 
-    class Own(at.Structure):
-        def solution(self, coefficients: Any) -> at.Solution:
+    class Own(at.structures.Structure):
+        def solution(self, coefficients: Any) -> at.structures.Solution:
             raise NotImplementedError
 
         def dual(self, matrices: Any) -> float:

@@ -92,7 +92,11 @@ def test_equal_penalties_share_a_value_evenly(penalty: at.Penalty, sides: int) -
 def test_composition_does_not_depend_on_grouping() -> None:
     a, b, c = at.Quadratic(0.1), at.Absolute(2.0), at.Quadratic(30.0)
     z, v = zs(), torch.logspace(-12, 12, 25, dtype=torch.float64)
-    grouped = [a.compose(b).compose(c), a.compose(b.compose(c)), at.Composition((c, at.Composition((a, b))))]
+    grouped = [
+        a.compose(b).compose(c),
+        a.compose(b.compose(c)),
+        at.penalties.Composition((c, at.penalties.Composition((a, b)))),
+    ]
     for other in grouped[1:]:
         torch.testing.assert_close(other.value(z), grouped[0].value(z), rtol=1e-8, atol=1e-16)
         torch.testing.assert_close(other.induced().value(v), grouped[0].induced().value(v), rtol=1e-11, atol=0.0)
@@ -314,7 +318,10 @@ def test_powers_of_one_and_two_are_absolute_and_quadratic(strength: float, v: fl
 @given(strength=strengths, v=magnitudes, q=st.floats(1.0, 8.0))
 def test_no_adaptation_is_the_identity_of_composition(strength: float, v: float, q: float) -> None:
     one = at.Power(q, strength)
-    for both in (one.compose(at.NoAdaptation()), at.NoAdaptation().compose(one, at.NoAdaptation())):
+    for both in (
+        one.compose(at.NoAdaptation()),
+        at.NoAdaptation().compose(one, at.NoAdaptation()),
+    ):
         for quantity in ("value", "derivative", "minimizer"):
             expected = getattr(one.induced(), quantity)(scalar(v))
             torch.testing.assert_close(getattr(both.induced(), quantity)(scalar(v)), expected, rtol=1e-13, atol=0.0)
@@ -478,7 +485,7 @@ def test_compositions_take_penalties_only_and_flatten() -> None:
         with pytest.raises(at.TangentError, match=r"compose: give one or more penalties, got .*Penalty\(function\)"):
             one.compose(wrong)
     with pytest.raises(at.TangentError, match=r"compose: give one or more penalties$"):
-        at.Composition(())
+        at.penalties.Composition(())
 
 
 @pytest.mark.parametrize("q", [0.5, 0.0, -1.0, math.inf, math.nan])

@@ -359,7 +359,7 @@ def test_a_tangent_kernel_by_a_sketch_says_so() -> None:
     model, x = network()
     sketch = at.Sketch(96, seed=5)
     found = at.tangent_kernel(model, x, x[:2], outputs="trace", sketch=sketch)
-    assert isinstance(found, at.SketchedKernel)
+    assert isinstance(found, at.sketching.SketchedKernel)
     assert (found.kernel.shape, found.standard_error.shape, found.sketch) == ((5, 2), (5, 2), sketch)
     assert "Sketch(dim=96, seed=5, repetitions=8" in repr(found)
     assert "coordinates for" in repr(found.left)
@@ -377,12 +377,12 @@ def test_a_factor_a_block_commutes_with_the_sketch() -> None:
     feats, sketch = at.tangent_features(model, x), at.Sketch(96)
     transforms = {"0": Sides(scale=3.0), "3": Sides(), "5": Sides(scale=0.5)}
     one, two = sketch.apply(feats.transformed(transforms)), sketch.apply(feats).transformed(transforms)
-    assert isinstance(two, at.SketchedFeatures)
+    assert isinstance(two, at.sketching.SketchedFeatures)
     assert torch.allclose(one.dense(), two.dense(), atol=1e-5)
 
 
 @pytest.mark.parametrize("structure", [at.Fixed(), at.LayerScale(at.Quadratic(0.1)), at.Full(at.Quadratic(0.1))])
-def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(structure: at.Structure) -> None:
+def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(structure: at.structures.Structure) -> None:
     model, x = network()
     found = at.sketch_features(model, x, at.Sketch(96))
     y = torch.randn(5, 2)
@@ -396,7 +396,7 @@ def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(struc
         with pytest.raises(at.TangentError, match="kernel_estimate: a joint transform"):
             fit.transform(found).kernel_estimate()
         with pytest.raises(at.TangentError, match="was moved by a joint transform; save the features before it"):
-            at.save_sketch(Path("nowhere"), fit.transform(found))
+            at.sketching.save_sketch(Path("nowhere"), fit.transform(found))
     else:
         adapted = fit.transform(found).kernel_estimate()
         assert torch.allclose(adapted.kernel, fit.transform(found).kernel())
@@ -405,7 +405,7 @@ def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(struc
 @pytest.mark.parametrize(
     "structure", [at.TwoSided(), at.Left(), at.Rows(), at.Diagonal(), at.Modes(), {"0": at.Right(), "*": at.Fixed()}]
 )
-def test_structures_that_act_within_blocks_are_refused(structure: at.Structure) -> None:
+def test_structures_that_act_within_blocks_are_refused(structure: at.structures.Structure) -> None:
     model, x = network()
     found, y = at.sketch_features(model, x, at.Sketch(96)), torch.randn(5, 2)
     words = r": the features are a sketch \(dim 96, .*\), whose coordinates have no output and input units left"
@@ -512,7 +512,7 @@ def test_a_sketch_that_does_not_fit_into_memory_is_refused() -> None:
     ):
         at.sketch_features(model, x, at.Sketch(2000), memory_limit=limit)
     found = at.sketch_features(model, x[:50], at.Sketch(100))
-    limited = at.SketchedFeatures(
+    limited = at.sketching.SketchedFeatures(
         found.n, found.c, found.blocks, found.parameters, 20_000_000, sketch=found.sketch, shapes=found.shapes
     )
     with pytest.raises(at.TangentError, match=r"kernel_estimate: needs .* of memory"):
@@ -534,14 +534,14 @@ def saved(tmp_path: Path) -> tuple[nn.Module, Tensor, at.Sketch, Path]:
     model, x = network()
     sketch = at.Sketch(300, seed=2, repetitions=4)  # the last layer's block exact
     folder = tmp_path / "sketch"
-    at.save_sketch(folder, at.sketch_features(model, x[:2], sketch))
-    at.append_sketch(folder, at.sketch_features(model, x[2:], sketch))
+    at.sketching.save_sketch(folder, at.sketch_features(model, x[:2], sketch))
+    at.sketching.append_sketch(folder, at.sketch_features(model, x[2:], sketch))
     return model, x, sketch, folder
 
 
 def test_what_is_saved_and_appended_is_what_is_loaded(saved) -> None:
     model, x, sketch, folder = saved
-    found, whole = at.load_sketch(folder), at.sketch_features(model, x, sketch)
+    found, whole = at.sketching.load_sketch(folder), at.sketch_features(model, x, sketch)
     assert torch.allclose(found.dense(), whole.dense(), atol=1e-5)
     assert (found.sketch, found.shapes, found.fingerprint, found.parameters, found.sketched) == (
         whole.sketch, dict(whole.shapes), whole.fingerprint, whole.parameters, whole.sketched,
@@ -550,8 +550,8 @@ def test_what_is_saved_and_appended_is_what_is_loaded(saved) -> None:
     # New samples go with them, and exact blocks' parameters are still known by name.
     assert found.kernel(whole[:1]).shape == (5, 2, 1, 2)
     fitted = at.Sketch(300, shares={"0": 1.0, "3": 2.0, "5": 1.0})
-    at.save_sketch(folder / "other", at.sketch_features(model, x, fitted))
-    assert at.load_sketch(folder / "other").sketch == fitted
+    at.sketching.save_sketch(folder / "other", at.sketch_features(model, x, fitted))
+    assert at.sketching.load_sketch(folder / "other").sketch == fitted
 
 
 def changed(model: nn.Module) -> nn.Module:
@@ -576,28 +576,28 @@ def test_features_of_another_model_or_sketch_are_not_appended(saved, make, words
     model, x, sketch, folder = saved
     feats = make(model, x, sketch)
     if words is None:
-        at.append_sketch(folder, feats)
+        at.sketching.append_sketch(folder, feats)
         return
     with pytest.raises(at.TangentError, match=rf"append_sketch: .* holds another sketch: .*{words}"):
-        at.append_sketch(folder, feats)
-    assert at.load_sketch(folder).n == 5
+        at.sketching.append_sketch(folder, feats)
+    assert at.sketching.load_sketch(folder).n == 5
 
 
 def test_features_of_parameters_not_known_are_not_saved(tmp_path: Path) -> None:
     model, x = network()
     feats = at.tangent_features(model, x)
     with pytest.raises(at.TangentError, match="save_sketch: the parameters that these features are of are not known"):
-        at.save_sketch(tmp_path, at.Sketch(96).apply(feats))
-    at.save_sketch(tmp_path, at.Sketch(96).apply(feats, fingerprint="step 3"))
-    assert at.load_sketch(tmp_path).fingerprint == "step 3"
+        at.sketching.save_sketch(tmp_path, at.Sketch(96).apply(feats))
+    at.sketching.save_sketch(tmp_path, at.Sketch(96).apply(feats, fingerprint="step 3"))
+    assert at.sketching.load_sketch(tmp_path).fingerprint == "step 3"
 
 
 def test_folders_that_hold_a_sketch_or_none_are_told_apart(saved, tmp_path: Path) -> None:
     model, x, sketch, folder = saved
     feats = at.sketch_features(model, x, sketch)
     with pytest.raises(at.TangentError, match=r"save_sketch: .* holds a sketch already; use append_sketch"):
-        at.save_sketch(folder, feats)
-    for call, rest in ((at.append_sketch, (feats,)), (at.load_sketch, ())):
+        at.sketching.save_sketch(folder, feats)
+    for call, rest in ((at.sketching.append_sketch, (feats,)), (at.sketching.load_sketch, ())):
         with pytest.raises(
             at.TangentError, match=r"(append|load)_sketch: .* holds no sketch; make one with save_sketch"
         ):
@@ -621,20 +621,20 @@ def test_parts_that_are_missing_broken_or_changed_are_found(saved) -> None:
     with pytest.raises(
         at.TangentError, match=r"load_sketch: .*00001.* cannot be read .* delete it and the parts after it"
     ):
-        at.load_sketch(folder)
+        at.sketching.load_sketch(folder)
     turned = bytearray(kept)
     turned[-1] ^= 1
     second.write_bytes(bytes(turned))
     with pytest.raises(at.TangentError, match=r"load_sketch: .*00001.* is not as it was written"):
-        at.load_sketch(folder)
+        at.sketching.load_sketch(folder)
     second.write_bytes(kept)
     damaged(second, format=2)
     with pytest.raises(at.TangentError, match=r"is of format 2, this version reads 1; update"):
-        at.load_sketch(folder)
+        at.sketching.load_sketch(folder)
     second.write_bytes(kept)
     first.unlink()
     with pytest.raises(at.TangentError, match=r"lacks a part: .*00001.* comes after 2 samples and 0 are there"):
-        at.load_sketch(folder)
+        at.sketching.load_sketch(folder)
 
 
 def test_a_part_that_vanishes_while_it_is_read_is_an_error(saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,7 +645,7 @@ def test_a_part_that_vanishes_while_it_is_read_is_an_error(saved, monkeypatch: p
 
     monkeypatch.setattr(at.sketch_files, "read_tensors", gone)
     with pytest.raises(at.TangentError, match=r"load_sketch: .*00000.* cannot be read \(gone\); put back a copy"):
-        at.load_sketch(folder)
+        at.sketching.load_sketch(folder)
 
 
 def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +655,7 @@ def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pyte
     with pytest.raises(
         at.TangentError, match=r"append_sketch: .* cannot be written .*No space left.*; nothing was added"
     ):
-        at.append_sketch(folder, feats)
+        at.sketching.append_sketch(folder, feats)
     assert len(list(folder.iterdir())) == 2
     monkeypatch.undo()
     # Another process takes the next number between looking and writing.
@@ -664,5 +664,5 @@ def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pyte
     with pytest.raises(
         at.TangentError, match=r"append_sketch: .*00001.* was written by another process in the meantime"
     ):
-        at.append_sketch(folder, feats)
+        at.sketching.append_sketch(folder, feats)
     assert len(list(folder.iterdir())) == 2

@@ -25,7 +25,7 @@ from theory_reference import problem
 few = settings(max_examples=8)
 seeds = st.integers(0, 10_000)
 SHAPES = ((6, 5, 2), (5, 6, 1), (3, 1, 0))
-STRUCTURES: dict[str, at.Structure] = {
+STRUCTURES: dict[str, at.structures.Structure] = {
     "Left": at.Left(at.Quadratic(0.1)),
     "TwoSided": at.TwoSided(at.Quadratic(0.1), at.Quadratic(0.3)),
     "Absolute": at.TwoSided(at.Absolute(0.3)),
@@ -94,7 +94,7 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
     feats = at.tangent_features(torch.nn.Sequential(*layers).double(), torch.randn(8, 6, dtype=torch.float64))
     r = torch.randn(8, 2, dtype=torch.float64)
     r *= 16 / r.norm()
-    cases: list[tuple[at.Structure, float]] = [
+    cases: list[tuple[at.structures.Structure, float]] = [
         (at.TwoSided(at.Quadratic(1.0)), 0.1),
         (at.TwoSided(at.Quadratic(0.01)), 0.0),
     ]

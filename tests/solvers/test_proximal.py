@@ -32,7 +32,7 @@ def matrices(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def cost(structure: at.Structure, b: Mapping[str, Tensor], x: Mapping[str, Tensor], step: float) -> float:
+def cost(structure: at.structures.Structure, b: Mapping[str, Tensor], x: Mapping[str, Tensor], step: float) -> float:
     """‖B − X‖²/(2·step) + Ω̃(B)."""
     return sum(float(((b[name] - x[name]) ** 2).sum()) for name in x) / (2 * step) + structure.penalty(b)
 
@@ -88,7 +88,7 @@ def test_no_point_is_better_than_the_proximal_one_and_it_is_stationary(
 ) -> None:
     x = matrices(seed, scale=10.0 ** ((seed % 5) - 2))
     structure = CURVED[name](kind(one), kind(other))
-    if invariant and isinstance(structure, at.BlockStructure):
+    if invariant and isinstance(structure, at.structures.BlockStructure):
         structure = type(structure)(**{
             **{f: getattr(structure, f) for f in structure.__dataclass_fields__},
             "scale_invariant": True,
@@ -236,7 +236,7 @@ def test_the_objective_never_rises_and_is_never_below_that_of_a_fit_for_convex_s
         assert found.objective == pytest.approx(fitted.objective, rel=1e-5)
 
 
-def _objective(case: Problem, structure: at.Structure, beta: Mapping[str, Tensor], ridge: float) -> float:
+def _objective(case: Problem, structure: at.structures.Structure, beta: Mapping[str, Tensor], ridge: float) -> float:
     missing = case.r.flatten() - case.rows @ case.flatten(beta)
     return structure.penalty(beta) + float(missing @ missing) / ridge
 
@@ -340,11 +340,11 @@ def test_a_structure_without_a_proximal_operator_is_refused_by_name() -> None:
     with pytest.raises(at.TangentError, match=r"proximal: Modes has a proximal operator with one mode only; use fit"):
         at.proximal_gradient(case.feats, case.r, structure=at.Modes(), ridge=1.0)
 
-    class Own(at.BlockStructure):
+    class Own(at.structures.BlockStructure):
         block_solution = at.Fixed.block_solution
         block_dual = at.Fixed.block_dual
 
-    class Whole(at.Structure):
+    class Whole(at.structures.Structure):
         solution = at.Fixed.solution
         dual = at.Fixed.dual
 

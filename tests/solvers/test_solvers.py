@@ -25,7 +25,7 @@ from adaptive_tangents.solvers.losses import SquaredError
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 EXACT = {"tol": 1e-14, "max_rounds": 2000}
-STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure]] = {
     **CURVED,
     "Modes": lambda p, q: at.Modes({"out": p, "in": q}),
 }
@@ -43,7 +43,7 @@ strengths = st.floats(-2, 3).map(lambda x: 10.0**x)
 scales = st.floats(-2, 1.5).map(lambda x: 10.0**x)
 
 
-def structure(name: str, one: float = 0.5, other: float = 2.0) -> at.Structure:
+def structure(name: str, one: float = 0.5, other: float = 2.0) -> at.structures.Structure:
     return EVERY[name](at.Quadratic(one), at.Quadratic(other))
 
 
@@ -283,7 +283,7 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
     assert early.lower_bound <= found.objective * (1 + 1e-11)
 
 
-def _stopped(case: Problem, chosen: at.Structure, ridge: float, *, rounds: int) -> at.Fit:
+def _stopped(case: Problem, chosen: at.structures.Structure, ridge: float, *, rounds: int) -> at.Fit:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", at.TangentWarning)
         found = at.fit(case.feats, case.r, structure=chosen, ridge=ridge, max_rounds=rounds)

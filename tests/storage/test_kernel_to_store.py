@@ -36,7 +36,7 @@ storing = importlib.import_module(
 )  # the function of that name hides the module
 
 
-def store(path: Path, **options: Any) -> at.KernelStore:
+def store(path: Path, **options: Any) -> at.storage.KernelStore:
     given = {"tile": 3, "memory_limit": LIMIT} | options
     return at.kernel_to_store(given.pop("model", network()), given.pop("x", data()), path, **given)
 

@@ -47,18 +47,18 @@ def test_stored_kernels_by_block_are_those_of_their_parameters(outputs: str, tmp
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> at.KernelStore:
+def made(tmp_path_factory: pytest.TempPathFactory) -> at.storage.KernelStore:
     path = tmp_path_factory.mktemp("made") / "K.zarr"
     return at.kernel_to_store(network(), data(), path, outputs="full", tile=4, memory_limit=LIMIT)
 
 
 @pytest.fixture
-def copied(made: at.KernelStore, tmp_path: Path) -> at.KernelStore:
+def copied(made: at.storage.KernelStore, tmp_path: Path) -> at.storage.KernelStore:
     shutil.copytree(made.path, tmp_path / "K.zarr")
     return at.open_kernel(tmp_path / "K.zarr")
 
 
-def chunk(store: at.KernelStore, i: int, j: int) -> Path:
+def chunk(store: at.storage.KernelStore, i: int, j: int) -> Path:
     return store.path / "kernel" / "c" / str(i) / "0" / str(j) / "0"
 
 
@@ -73,7 +73,9 @@ def chunk(store: at.KernelStore, i: int, j: int) -> Path:
     ],
     ids=str,
 )
-def test_any_part_that_is_read_is_that_part_of_the_whole(made: at.KernelStore, rows: object, columns: object) -> None:
+def test_any_part_that_is_read_is_that_part_of_the_whole(
+    made: at.storage.KernelStore, rows: object, columns: object
+) -> None:
     whole = at.tangent_kernel(network(), data(), tile=4)
     expected = whole[slice(None) if rows is None else rows][:, :, slice(None) if columns is None else columns]
     found = made.read(rows, columns)
@@ -81,14 +83,14 @@ def test_any_part_that_is_read_is_that_part_of_the_whole(made: at.KernelStore, r
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_read_is_exactly_symmetric_and_only_the_triangle_is_stored(made: at.KernelStore) -> None:
+def test_what_is_read_is_exactly_symmetric_and_only_the_triangle_is_stored(made: at.storage.KernelStore) -> None:
     whole = made.read()
     assert torch.equal(whole, whole.permute(2, 3, 0, 1))
     assert sum(part.isdigit() for file in files(made.path) for part in file.split("/")[-1:]) == 3 * 4 // 2
     assert made.places == ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
-def test_a_store_is_plain_zarr_that_says_what_it_was_made_from(made: at.KernelStore) -> None:
+def test_a_store_is_plain_zarr_that_says_what_it_was_made_from(made: at.storage.KernelStore) -> None:
     group = zarr.open_group(made.path, mode="r")
     about = group.attrs["adaptive_tangents"]
     assert (about["version"], about["format"], about["outputs"]) == (at.__version__, 1, "full")
@@ -125,14 +127,14 @@ def test_no_samples_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_shows_itself_in_a_line(made: at.KernelStore, copied: at.KernelStore) -> None:
+def test_a_store_shows_itself_in_a_line(made: at.storage.KernelStore, copied: at.storage.KernelStore) -> None:
     assert repr(made) == f"KernelStore({made.path}: 11 × 3 × 11 × 3, full, float64, complete)"
     chunk(copied, 0, 1).unlink()
     cut = copied.marked(complete=False)
     assert repr(cut).endswith("full, float64, 1 of 6 tiles missing)")
 
 
-def test_an_incomplete_store_opens_and_is_not_read(copied: at.KernelStore) -> None:
+def test_an_incomplete_store_opens_and_is_not_read(copied: at.storage.KernelStore) -> None:
     chunk(copied, 1, 2).unlink()
     copied.marked(complete=False)
     store = at.open_kernel(copied.path)
@@ -144,7 +146,7 @@ def test_an_incomplete_store_opens_and_is_not_read(copied: at.KernelStore) -> No
         next(store.tiles())
 
 
-def test_a_chunk_that_went_missing_is_an_error_that_names_the_tile(copied: at.KernelStore) -> None:
+def test_a_chunk_that_went_missing_is_an_error_that_names_the_tile(copied: at.storage.KernelStore) -> None:
     chunk(copied, 0, 2).unlink()
     words = "the tile of rows 0 to 3 and columns 8 to 10 is missing from .*; make it again: .*resume=True"
     with pytest.raises(at.TangentError, match=f"^read: {words}"):
@@ -162,7 +164,9 @@ def flipped(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage", [flipped, lambda c: c[:-7], lambda c: b"", lambda c: c[:2]], ids=["bit", "cut", "empty", "stump"]
 )
-def test_a_damaged_chunk_is_found_and_never_read(damage: Callable[[bytes], bytes], copied: at.KernelStore) -> None:
+def test_a_damaged_chunk_is_found_and_never_read(
+    damage: Callable[[bytes], bytes], copied: at.storage.KernelStore
+) -> None:
     path = chunk(copied, 1, 1)
     path.write_bytes(damage(path.read_bytes()))
     assert copied.verify() == [(1, 1)]
@@ -170,7 +174,7 @@ def test_a_damaged_chunk_is_found_and_never_read(damage: Callable[[bytes], bytes
         copied.read()
 
 
-def test_reading_keeps_to_the_memory_limit(made: at.KernelStore) -> None:
+def test_reading_keeps_to_the_memory_limit(made: at.storage.KernelStore) -> None:
     store = at.open_kernel(made.path, memory_limit=4_000)
     assert store.read(slice(0, 1)).shape == (1, 3, 11, 3)
     message = r"^read: needs 15 kB of memory and the limit is 4 kB; read fewer rows or columns, or go through tiles\(\)"
@@ -185,7 +189,9 @@ def test_reading_keeps_to_the_memory_limit(made: at.KernelStore) -> None:
         ({"block": "0"}, "^read: .* holds one kernel, of all blocks, and block '0' was asked for; name what it holds"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(made: at.KernelStore, options: dict[str, object], message: str) -> None:
+def test_what_is_not_there_is_refused_by_name(
+    made: at.storage.KernelStore, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(at.TangentError, match=message):
         made.read(**options)
 
@@ -197,7 +203,7 @@ def test_of_kernels_by_block_one_must_be_named(tmp_path: Path) -> None:
             store.read(block=block)
 
 
-def test_only_a_store_of_this_format_is_opened(copied: at.KernelStore, tmp_path: Path) -> None:
+def test_only_a_store_of_this_format_is_opened(copied: at.storage.KernelStore, tmp_path: Path) -> None:
     about = copied.path / "zarr.json"
     content = json.loads(about.read_text())
     content["attributes"]["adaptive_tangents"] |= {"format": 7, "version": "9.1"}

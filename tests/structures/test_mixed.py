@@ -20,7 +20,7 @@ EXACT = {"tol": 1e-13, "max_rounds": 2000}
 few = settings(max_examples=8)
 seeds = st.integers(0, 10_000)
 factors = st.floats(-3, 3).map(lambda x: 10.0**x)
-SCALED: dict[str, Callable[..., at.BlockStructure]] = {
+SCALED: dict[str, Callable[..., at.structures.BlockStructure]] = {
     "Fixed": lambda p, **kw: at.Fixed(**kw),
     "LayerScale": at.LayerScale,
     "Left": at.Left,
@@ -110,7 +110,7 @@ def test_a_fit_with_a_structure_and_a_strength_for_each_block_closes_its_gap_and
 def test_patterns_that_do_not_divide_the_blocks_are_refused_with_names() -> None:
     given_case = case(0)
 
-    def refused(structures: Mapping[str, at.Structure], match: str) -> None:
+    def refused(structures: Mapping[str, at.structures.Structure], match: str) -> None:
         with pytest.raises(at.TangentError, match=match):
             at.fit(given_case.feats, given_case.r, structure=structures)
 
@@ -253,7 +253,7 @@ def test_one_strength_moves_large_and_small_layers_alike_exactly_where_asked() -
     matrix = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b = {"small": 100 * matrix, "large": 0.01 * matrix}
 
-    def gains(structure: at.Structure) -> list[float]:
+    def gains(structure: at.structures.Structure) -> list[float]:
         transforms = structure.prepared(feats).update(b)
         return [float(transforms[key].left.gains.max()) if transforms[key].left.gains.numel() else 1.0 for key in b]
 

@@ -36,7 +36,7 @@ SIDED = {
     "Right": lambda p, q: at.Right(p),
     "TwoSided": lambda p, q: at.TwoSided(p, q),
 }
-STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.Structure]] = {
+STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure]] = {
     **reference.CURVED,
     "Modes": lambda p, q: at.Modes({"out": p, "in": q, "spatial": p}, modes=MODES),
 }

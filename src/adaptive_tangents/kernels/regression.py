@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.kernels.operators import KernelOperator
+from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
@@ -66,7 +66,7 @@ class KernelRegression:
                 f"predict: the kernel is of {kernel.n} samples with {kernel.m} others, c = {outputs}; the regression was of "
                 f"n = {len(self.dual)} samples, c = {self.dual.shape[1]}: give the kernel of new samples with those"
             )
-        operator = KernelOperator(kernel)
+        operator = KernelProducts(kernel)
         if outputs == 1:
             return operator.apply(self.dual)
         return operator.apply(self.dual.flatten()).reshape(kernel.n, -1)
@@ -111,7 +111,7 @@ def kernel_regression(
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
     found = []
     for part, right in zip(parts, _columns(kernel, targets), strict=True):
-        operator = KernelOperator(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
+        operator = KernelProducts(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
         solution, steps, jitter = (
             dense_solved(call, part, right, ridge)
             if dense
@@ -197,7 +197,7 @@ def dense_solved(
 
 
 def _by_products(
-    operator: KernelOperator, right: Tensor, room: int, tol: float, most: int, progress: Progress | None
+    operator: KernelProducts, right: Tensor, room: int, tol: float, most: int, progress: Progress | None
 ) -> tuple[Tensor, int, float]:
     found = solved(operator, right, room=room, tol=tol / 10, most=most, progress=progress)
     return found.solution, found.steps, 0.0
@@ -230,7 +230,7 @@ def residual_targets(call: str, r: Shaped[Tensor, "..."], kernel: Tiled) -> Floa
 
 
 def solved(
-    operator: KernelOperator,
+    operator: KernelProducts,
     right: Float[Tensor, "k m"],
     *,
     room: int,
@@ -244,7 +244,7 @@ def solved(
     return iterate(operator.apply, right, near, tol=tol, most=most, start=start, progress=progress)
 
 
-def preconditioner(operator: KernelOperator, room: int) -> Solve:
+def preconditioner(operator: KernelProducts, room: int) -> Solve:
     """Nearly (K + ρI)⁻¹: by a factor in float32, or of as many columns as there is room for."""
     size = operator.kernel.size
     if ROUNDED_COPIES * 4 * size**2 <= room:

@@ -61,7 +61,7 @@ class KernelBlock:
     Raises TangentError where there is no such block.
 
     >>> import torch, adaptive_tangents as at
-    >>> at.KernelBlock("layer", "3")
+    >>> at.kernels.KernelBlock("layer", "3")
     Traceback (most recent call last):
     adaptive_tangents.errors.TangentError: KernelBlock: asks for a store by block, got str
     """
@@ -92,7 +92,7 @@ class SharedKernel:
     Raises TangentError where torch.distributed is not initialised, or its backend moves GPU memory only.
 
     >>> import torch, adaptive_tangents as at
-    >>> at.SharedKernel(torch.eye(3))
+    >>> at.kernels.SharedKernel(torch.eye(3))
     Traceback (most recent call last):
     adaptive_tangents.errors.TangentError: SharedKernel: torch.distributed is not initialised; run under torchrun ...
     """

@@ -17,7 +17,8 @@ from torch import Tensor
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.kernels.derived_kernels import CenteredKernel, OuterKernel, gram
-from adaptive_tangents.kernels.operators import KernelOperator, eigen
+from adaptive_tangents.kernels.eigen import eigen
+from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import solved
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Sum, TensorKernel, Tiled, tiled
 from adaptive_tangents.runtime.memory import memory_limit as limit_of
@@ -217,7 +218,7 @@ def _represented_by_products(
 ) -> Representability:
     """By conjugate gradients and Lanczos: no residuals, which need the inverse's diagonal."""
     held = Cached(kernel, room // 2)
-    operator = KernelOperator(held, ridge=added)
+    operator = KernelProducts(held, ridge=added)
     found = solved(operator, flat[:, None], room=room // 2, tol=_SOLVED)
     alpha = found.solution[:, 0]
     if found.residual > _LOOSELY:
@@ -228,7 +229,7 @@ def _represented_by_products(
             stacklevel=3,
         )
     count = min(kernel.size, _TOP if top is None else top)
-    vectors = eigen("representability", KernelOperator(held), count, tol=_SOLVED, memory_limit=room // 2).vectors
+    vectors = eigen("representability", KernelProducts(held), count, tol=_SOLVED, memory_limit=room // 2).vectors
     energy = ((vectors.mT @ flat) ** 2).cumsum(0) / (flat @ flat)
     return Representability(
         2 * float(flat @ alpha) - float(alpha @ operator.apply(alpha)), energy, None, added, found.residual,

@@ -32,9 +32,9 @@ def save_sketch(path: str | Path, feats: SketchedFeatures) -> None:
     >>> import tempfile, torch, adaptive_tangents as at
     >>> model, sketch = torch.nn.Linear(40, 30), at.Sketch(256)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     at.save_sketch(folder, at.sketch_features(model, torch.randn(5, 40), sketch))
-    ...     at.append_sketch(folder, at.sketch_features(model, torch.randn(3, 40), sketch))
-    ...     at.load_sketch(folder).n
+    ...     at.sketching.save_sketch(folder, at.sketch_features(model, torch.randn(5, 40), sketch))
+    ...     at.sketching.append_sketch(folder, at.sketch_features(model, torch.randn(3, 40), sketch))
+    ...     at.sketching.load_sketch(folder).n
     8
     """
     folder = Path(path)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scipy.optimize import minimize_scalar
+import scipy
 from torch import Tensor
 
 from adaptive_tangents.solvers.losses import Loss, SquaredError
@@ -75,6 +75,8 @@ def lower_bound(
     while infinite - finite > 1e-15 * infinite:
         middle = (finite + infinite) / 2
         finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
-    found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
+    found = scipy.optimize.minimize_scalar(
+        lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12}
+    )
     best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
     return best, "evaluated at the scaled dual coefficients"

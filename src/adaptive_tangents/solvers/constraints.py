@@ -4,10 +4,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.linalg.lapack import dpstrf
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
@@ -34,12 +33,14 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
             factor = kernel.factorised(ridge)
             if factor.jitter == 0:
                 start = np.random.default_rng(0).standard_normal(size)
-                inverse = LinearOperator(
+                inverse = scipy.sparse.linalg.LinearOperator(
                     (size, size),
                     matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel.matrix).flatten()).cpu().numpy(),
                 )
                 # The eigenvalue's error is the square of the vector's.
-                largest = eigsh(inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, return_eigenvectors=False)
+                largest = scipy.sparse.linalg.eigsh(
+                    inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, return_eigenvectors=False
+                )
                 return 1 / float(largest[0]) - ridge
     return float(torch.linalg.eigvalsh(kernel.matrix)[0])
 
@@ -67,6 +68,6 @@ def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, sampl
             "remove them, or use a positive ridge"
         )
     rank = kernel.shape[0] - null.shape[1]
-    _, pivots, _, _ = dpstrf(kernel.cpu().numpy())
+    _, pivots, _, _ = scipy.linalg.lapack.dpstrf(kernel.cpu().numpy())
     kept = torch.as_tensor(pivots[:rank].astype("int64") - 1, device=kernel.device).sort().values
     return Constraints(smallest, kept)

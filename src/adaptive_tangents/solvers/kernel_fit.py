@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptive_tangents.checks import check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.kernels.operators import KernelOperator
+from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import Form, check_solver, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import memory_limit as limit_of
@@ -91,7 +91,7 @@ class KernelFit:
                 f"predict: the kernel is of {whole.n} samples with {whole.m} others, c = {whole.width}; the fit was of "
                 f"n = {len(self.dual)} samples, c = {self.dual.shape[1]}: give the kernel of new samples with those"
             )
-        return KernelOperator(whole).apply(self.dual.flatten()).reshape(whole.n, -1)
+        return KernelProducts(whole).apply(self.dual.flatten()).reshape(whole.n, -1)
 
 
 def fit_kernel(

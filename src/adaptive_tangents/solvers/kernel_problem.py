@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.kernels.operators import KernelOperator
+from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import preconditioner
 from adaptive_tangents.kernels.tiles import Sum, Tiled
 from adaptive_tangents.linalg.conjugate_gradients import Solve, iterate
@@ -127,7 +127,7 @@ class KernelProblem:
 
     def products(self, x: Float[Tensor, " k"]) -> Float[Tensor, "g k"]:
         """Every K_ℓ x."""
-        return torch.stack([KernelOperator(part).apply(x) for part in self.parts.values()])
+        return torch.stack([KernelProducts(part).apply(x) for part in self.parts.values()])
 
     def whole(self, q: Norms) -> Sum:
         """Σ_ℓ q_ℓ K_ℓ."""
@@ -156,7 +156,7 @@ class KernelProblem:
         return solve
 
     def _free(self, q: Norms) -> Callable[[Tensor, float], tuple[Tensor, int]]:
-        operator = KernelOperator(self.whole(q), ridge=self.loss.ridge)
+        operator = KernelProducts(self.whole(q), ridge=self.loss.ridge)
         if self.near is None or float((self.near[0] / q).log().abs().max()) > math.log(_CHANGED):
             self.near = q, preconditioner(operator, self.room)
         near = self.near[1]

@@ -1,0 +1,90 @@
+"""The largest eigenvalues of a kernel, by Lanczos on products tile by tile or from the matrix where it is small."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.kernels.products import KernelProducts, cached
+from adaptive_tangents.kernels.tiles import Kernels, Request, tiled
+from adaptive_tangents.runtime.memory import memory_limit as limit_of
+from adaptive_tangents.runtime.memory import require_memory
+
+_SMALL = 400  # rows of a matrix that is decomposed outright
+_COPIES = 4  # a matrix, its eigenvectors, and what finding them takes
+
+
+@dataclass(frozen=True)
+class KernelEigen:
+    """The largest eigenvalues of a kernel, falling, with unit eigenvectors as columns.
+
+    ``residual`` is the largest ‖Kv − λv‖ over the largest eigenvalue; ``form`` "dense" or "lanczos", ``products`` how many
+    products the latter took; ``trace`` tr K, so that ``values.sum()/trace`` is the share explained.
+    """
+
+    values: Float[Tensor, " k"] = field(repr=False)
+    vectors: Float[Tensor, "N k"] = field(repr=False)
+    residual: float
+    trace: float
+    form: str
+    products: int
+
+
+def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | None = None) -> KernelEigen:
+    r"""The k largest eigenvalues λ of a kernel and their eigenvectors, K v = λ v, by Lanczos on products tile by tile.
+
+    ``vectors`` (n·c, k) are in the order of (n, c). Those of a small kernel, and many of any, are found from the matrix
+    itself where ``memory_limit`` allows it. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang, 1998
+    (ARPACK).
+
+    Raises TangentError for k out of range, a kernel not symmetric, and where memory does not hold what it takes.
+
+    >>> import torch, adaptive_tangents as at
+    >>> at.kernel_eigen(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).values
+    tensor([3., 2.], dtype=torch.float64)
+    """
+    kernel = tiled(Request("kernel_eigen"), K)
+    if not 1 <= k <= kernel.size:
+        raise TangentError(f"kernel_eigen: k is from 1 to {kernel.size}, the rows of the kernel, got {k}")
+    return eigen("kernel_eigen", KernelProducts(cached(kernel, memory_limit)), k, tol=tol, memory_limit=memory_limit)
+
+
+def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: int | None) -> KernelEigen:
+    """``kernel_eigen`` of a kernel by its products."""
+    kernel, size = of.kernel, of.kernel.size
+    products, form = 0, "dense"
+    needed, limit = _COPIES * 8 * size**2, limit_of(memory_limit, kernel.device)
+    if k == size:
+        require_memory(call, needed, limit, remedy="ask for fewer eigenvalues than the kernel has rows")
+    if k == size or ((size <= _SMALL or k > size // 4) and needed <= limit):
+        values, vectors = torch.linalg.eigh(kernel.matrices()[0])
+        values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
+    else:
+        form = "lanczos"
+
+        def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            nonlocal products
+            products += 1
+            return np.asarray(of.apply(torch.tensor(x, dtype=torch.float64)).cpu().numpy())
+
+        counted = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
+        start = np.random.default_rng(0).standard_normal(size)
+        try:
+            found, basis = scipy.sparse.linalg.eigsh(
+                counted, k=k, which="LA", v0=start, tol=tol, ncv=min(size, max(2 * k + 1, 20))
+            )
+        except scipy.sparse.linalg.ArpackNoConvergence as failure:
+            raise TangentError(
+                f"{call}: Lanczos found {len(failure.eigenvalues)} of {k} eigenvalues to {tol:g}; ask for fewer, or raise tol"
+            ) from failure
+        order = np.argsort(-found)
+        values = torch.as_tensor(found[order], device=kernel.device)
+        vectors = torch.as_tensor(basis[:, order], device=kernel.device)
+    left = (of.apply(vectors) - vectors * values).norm(dim=0)
+    residual = float(left.max()) / max(float(values[0].abs()), 1e-300)
+    return KernelEigen(values, vectors, residual, float(of.entries().sum()), form, products)
