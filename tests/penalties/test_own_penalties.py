@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import adaptive_tangents as at
+from adaptive_tangents.penalties import shares
 from adaptive_tangents.penalties.checks import check_function
 from adaptive_tangents.penalties.scalar_search import convex_root, global_minimum, increasing_root
 
@@ -65,8 +66,8 @@ def test_functions_compose_with_closed_forms_as_closed_forms_do(
     torch.testing.assert_close(one.value(z), two.value(z), rtol=1e-8, atol=1e-13)
     torch.testing.assert_close(one.pull(z), two.pull(z), rtol=1e-5, atol=1e-9)
     for found, expected in zip(
-        at.penalties.shares((other, route(function, strength=strength)), v),
-        at.penalties.shares((other, closed), v),
+        shares((other, route(function, strength=strength)), v),
+        shares((other, closed), v),
         strict=True,
     ):
         torch.testing.assert_close(1 + found, 1 + expected, rtol=1e-12, atol=0.0)
@@ -142,7 +143,7 @@ def test_two_odd_penalties_share_a_value_at_the_global_minimum(pair: tuple[str, 
     one, two = map(at.Penalty, functions)
     v = torch.tensor([1.2], dtype=torch.float64)
     value = one.compose(two).induced().value(v)
-    a, b = (1 + excess for excess in at.penalties.shares((one, two), v))
+    a, b = (1 + excess for excess in shares((one, two), v))
     torch.testing.assert_close(one.value(a) + two.value(b) + (v / (a * b)) ** 2, value, rtol=1e-12, atol=0.0)
     for at_v, found in zip(v.tolist(), value.tolist(), strict=True):
         least = brute(functions, at_v, count=4_000_000)
@@ -175,7 +176,7 @@ def test_proximal_point_of_an_odd_penalty_is_the_least_of_all(name: str, step: f
 
 def test_one_of_two_equal_sides_may_take_it_all() -> None:
     root = at.Penalty(lambda z: z.log().sqrt())  # concave in log z: two half transforms cost more than one whole
-    (first, second), v = at.penalties.shares((root, root), torch.tensor([50.0], dtype=torch.float64)), 50.0
+    (first, second), v = shares((root, root), torch.tensor([50.0], dtype=torch.float64)), 50.0
     assert min(float(first), float(second)) == 0
     assert max(float(first), float(second)) > 5
     coefficients = {"w": torch.diag(torch.tensor([v, 0.1], dtype=torch.float64))}

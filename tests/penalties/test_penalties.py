@@ -13,6 +13,7 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from adaptive_tangents.penalties import Composition
 
 CLOSED: dict[str, Callable[[float], at.Penalty]] = {
     "quadratic": at.Quadratic,
@@ -95,7 +96,7 @@ def test_composition_does_not_depend_on_grouping() -> None:
     grouped = [
         a.compose(b).compose(c),
         a.compose(b.compose(c)),
-        at.penalties.Composition((c, at.penalties.Composition((a, b)))),
+        Composition((c, Composition((a, b)))),
     ]
     for other in grouped[1:]:
         torch.testing.assert_close(other.value(z), grouped[0].value(z), rtol=1e-8, atol=1e-16)
@@ -485,7 +486,7 @@ def test_compositions_take_penalties_only_and_flatten() -> None:
         with pytest.raises(at.TangentError, match=r"compose: give one or more penalties, got .*Penalty\(function\)"):
             one.compose(wrong)
     with pytest.raises(at.TangentError, match=r"compose: give one or more penalties$"):
-        at.penalties.Composition(())
+        Composition(())
 
 
 @pytest.mark.parametrize("q", [0.5, 0.0, -1.0, math.inf, math.nan])
