@@ -69,7 +69,7 @@ $(MADE):
 	@touch $@
 
 $(PACKAGE): $(MADE) $(INPUTS)
-	$(PIP) -e .
+	$(PIP) -e '.[report]'
 	@touch $@
 
 # The extras hold the package too: no need to install it by itself afterwards.

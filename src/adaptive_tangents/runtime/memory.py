@@ -1,7 +1,6 @@
 """How much memory there is, how much a call may take, and the refusal when it would take more."""
 
 import math
-import os
 import re
 import resource
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,10 +19,15 @@ _PREFIXES = ("", "k", "m", "g", "t")
 _HUGE = 4 << 20  # from here on NumPy asks for huge pages, where the system has them to give
 _LARGEST_KEPT = (32 << 20) - 8192  # and some bytes of its own
 _LINE = 64  # bytes, as PyTorch aligns its own
+_GROUPS = Path("/sys/fs/cgroup")
+_GROUP_FILES = {  # the limit, what is used, and which part of that is cached files, in both versions of control groups
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated on ``device``, process and container limits included.
+    """Bytes that can still be allocated on ``device``, limits of the process, a container and a Slurm job included.
 
     >>> available_bytes() > 0
     True
@@ -32,7 +37,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + int(reserved)
-    candidates = [_host_bytes(), _container_bytes(), _process_bytes()]
+    candidates = [psutil.virtual_memory().available, _group_bytes(), _process_bytes()]
     return max(0, min(value for value in candidates if value is not None))
 
 
@@ -112,26 +117,28 @@ def parse_bytes(call: str, text: str) -> int:
     return count
 
 
-def _host_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def _group_bytes(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The least that the control groups of this process leave: those of a container, of a Slurm job and of its steps."""
+    left = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            mount = groups / controllers  # version 2 has one tree, version 1 one for each controller
+            folder = mount / path.lstrip("/")
+            inside = [folder, *(parent for parent in folder.parents if parent.is_relative_to(mount))]
+            left += [room for group in inside if (room := _room(group, *_GROUP_FILES[controllers])) is not None]
+    return min(left, default=None)
 
 
-def _container_bytes() -> int | None:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+def _room(group: Path, limit: str, used: str, cached: str) -> int | None:
+    """What a group leaves; the files it has cached would be given up."""
     try:
-        return int(limit.read_text()) - int(used.read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int((group / limit).read_text()) - int((group / used).read_text()) + int(stat.get(cached, 0))
     except (OSError, ValueError):
         return None
 
 
 def _process_bytes() -> int | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    status = Path("/proc/self/statm")
-    if soft == resource.RLIM_INFINITY or not status.exists():
-        return None
-    return soft - int(status.read_text().split()[0]) * resource.getpagesize()
+    return None if soft == resource.RLIM_INFINITY else soft - psutil.Process().memory_info().vms
