@@ -158,6 +158,22 @@ def test_a_wing_says_what_is_in_it_and_hands_on_names_of_its_own(wing: str) -> N
     assert all(wing_of(module) == wing for module in internal(path)), f"{wing} hands on names of another wing"
 
 
+def test_the_map_shows_every_wing_and_every_module_and_names_nothing_else() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    drawing = page.partition("```mermaid")[2].partition("```")[0]
+    assert set(WINGS) <= set(re.findall(r"\w+", drawing)), "a wing is not on the drawing"
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))
+    assert tuple(name for name in rows if name in WINGS) == WINGS, "the table of wings is not in their order"
+    for wing in WINGS:
+        modules = {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"}
+        named = set(re.findall(r"`(\w+)`", rows[wing]))
+        assert named <= modules, f"the map names {named - modules} in {wing}, which are not there"
+        if wing != "experiments":
+            assert modules <= named, f"the map lacks {modules - named} in {wing}"
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page):
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), f"the map names {name}, which is not there"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_heavy_dependency_is_named_only_where_it_belongs(path: Path) -> None:
     for name in imported(path):
