@@ -43,6 +43,7 @@ ORDER = (
     "operations",
     "derivatives",
     "sources",
+    "passes",
     "capture",
     "sketches",
     "sketch_files",
