@@ -1,0 +1,364 @@
+"""Model and inputs to tangent features: hooks where layers factor, one batched backward pass, a fallback for the rest.
+
+Which parameters share a block is read off the model alone, so features of any two batches go together. A block is made
+of calls of layers with a rule where they are every use of its parameters in the autograd graph, else of uses found in that
+graph. It counts only where a random combination of its features is what autograd says, on every batch, or where the same
+operations give the features that stood this check on some of its samples; every other block is
+materialised, sample by sample. Nothing is skipped.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from copy import copy as copy_of
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, samples, take, tensors
+from adaptive_tangents.capture.block_sources import Choice
+from adaptive_tangents.capture.derivatives import materialise, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.graph import Form, form_of, same_form
+from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.network import Network, Output, Selection, network
+from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
+from adaptive_tangents.checks import check_finite
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.blocks import Block, stack_blocks
+from adaptive_tangents.features.summands import Flipped, Lookup, Outer
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.runtime.memory import keep_freed, memory_limit, require_memory
+
+_Made = TypeVar("_Made")
+
+
+def tangent_features(
+    model: nn.Module,
+    x: Batch,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+) -> TangentFeatures:
+    r"""Tangent features φ(x) = ∂f(x;θ)/∂θ of a network, exact, in factors Σ_t δ_t h_tᵀ wherever a layer allows it.
+
+    ``x`` is a tensor, tuple or dict of tensors with n samples first; ``params`` a state dict to evaluate at
+    (default: the model's own); ``wrt`` a name pattern, a parameter, or several (default: those requiring a gradient);
+    ``output`` picks a tensor (n, c) from what the model returns; ``memory_limit`` is in bytes (default: half of what
+    is free). The model is left as found. Source: LeJeune & Alemohammad, CPAL 2024, §2.
+
+    Raises TangentError where samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite,
+    or memory would not suffice.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> feats = at.tangent_features(model, torch.randn(10, 4))
+    >>> {name: block.shape for name, block in feats.blocks.items()}
+    {'0': (8, 5), '2': (2, 9)}
+    >>> feats.kernel(outputs="trace").shape
+    torch.Size([10, 10])
+    """
+    return Capture("tangent_features", model, x, params, wrt, output, memory_limit).features(x)
+
+
+# Samples, spread over a batch, from which is learnt what features are made of. A prime: a dimension of the network that is
+# a multiple of it, and could be taken for the samples, is rare.
+_PROBED = 7
+_LEAST_PROBED = 3  # where memory has no room for more
+_PROBE_SHARE = 12  # memory a sample takes in a probe, in units of what autograd keeps of it; twice that of convolutions
+_PASS_BYTES = 1_000_000_000  # more at once buys no speed
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few samples of a batch tell: outputs, bytes that a sample takes, where the features of each block come from.
+
+    ``factors`` and ``dense`` are bytes of each block's factors and of its features materialised, per sample; ``pass_bytes``
+    what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
+    are made sample by sample; ``form`` the operations; ``projections`` what their features show of each block, and
+    ``spreads`` the squares of what rounding of that is relative to.
+    """
+
+    c: int
+    dtype: torch.dtype
+    device: torch.device
+    factors: Mapping[str, int]
+    dense: Mapping[str, int]
+    pass_bytes: int
+    whole: tuple[str, ...]
+    choices: Mapping[str, Choice]
+    refuted: frozenset[str]
+    index: Tensor
+    out: Tensor
+    form: Form | None
+    projections: Mapping[str, Tensor]
+    spreads: Mapping[str, Tensor]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.dense)
+
+    def held_bytes(self, copies: int = 1) -> int:
+        """Memory that the features of one sample take, positions of ``copies`` passes side by side where that is less."""
+        return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
+
+    @property
+    def whole_bytes(self) -> int:
+        """The part of it that is held materialised whatever is done."""
+        return sum(size for name, size in self.dense.items() if name not in self.factors)
+
+
+class Capture:
+    """A network probed on a few samples: checks done once, the cost of a sample known, features on request."""
+
+    def __init__(
+        self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
+        output: Output | None, limit: int | None,
+    ) -> None:  # fmt: skip
+        self.call = call
+        self.network: Network = network(call, model, x, params, wrt, output)
+        self.requested = limit
+        self.verify = True
+        self.groups = parameter_groups(self.network)
+        keep_freed()
+        self.limit = memory_limit(limit, tensors(x)[0].device)
+        self.probe = self._probe(x)
+        self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Memory that the features of one sample take."""
+        return max(1, self.probe.held_bytes())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory that one gradient of the selected parameters takes."""
+        return sum(self.network.parameters[name].nbytes for name in self.network.selected)
+
+    def check_more(self, x: Batch) -> None:
+        """The checks of a second batch."""
+        network(self.call, self.network.model, x, None, None, None)
+        other = self._probe(x)
+        self._probed.append((x, other))
+        # A batch of more samples tells more of where they are.
+        choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
+        self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
+
+    def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
+        """The features of a batch, after a check that they fit into memory; ``chunk`` samples a pass, if not by memory."""
+        probe, n = self.probe, samples(x)
+        # Features are copied once while they are put together; materialised ones are not.
+        needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
+        if probe.whole:
+            remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
+        else:
+            remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
+        require_memory(self.call, needed, self.limit, remedy=remedy)
+        # A pass is one of several things held: a kernel, another tile's features.
+        room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
+        chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
+        made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+        out = torch.cat([found for found, _ in made])
+        self._check_same(x, out)
+        blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
+        shapes = {name: tuple(self.network.parameters[name].shape) for name in self.network.selected}
+        return TangentFeatures(n, out.shape[1], blocks, shapes, self.requested)
+
+    def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> "Capture":
+        """The same capture at other parameters, and buffers where given, its checks not repeated."""
+        other = copy_of(self)
+        buffers = self.network.buffers if buffers is None else buffers
+        other.network = replace(self.network, parameters=parameters, buffers=buffers)
+        other.verify = False
+        return other
+
+    def _own_probe(self, x: Batch) -> Probe | None:
+        """What was learnt from samples of this very batch."""
+        return next((probe for batch, probe in self._probed if batch is x), None)
+
+    def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """f(x; θ), shape (n, c)."""
+        with self._quiet(), torch.no_grad():
+            out = self.network(x, parameters)
+        check_finite(self.call, "the output", [out])
+        return out
+
+    def _probe(self, x: Batch) -> Probe:
+        n = samples(x)
+        one, saved = take(x, slice(0, 1)), 0
+        with suppress(TangentError):  # an output of no use is told of the batch
+            first, saved = self._alone(one)
+        probed = min(_PROBED, max(_LEAST_PROBED, self.limit // (_PROBE_SHARE * max(1, saved))))
+        index, some = torch.arange(n), x
+        if n > probed:
+            # Out of order between first and last, so that a model which sorts its batch cannot find it sorted.
+            spread = torch.linspace(0, n - 1, probed).long()
+            index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
+            some = take(x, index.to(tensors(x)[0].device))
+        found = self._pass(some, self._search)
+        out, blocks = found.seen.out.detach(), found.blocks
+        if not bool(torch.isfinite(out).all()):
+            self.outputs(x, {})  # names the sample by its place in the batch
+        if not saved:
+            first, saved = self._alone(one)
+        self._check_interaction(some, out, first)
+        # What has no source here could be taken for something else in a batch of another size: it gets no choice.
+        choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
+        c = out.shape[1]
+        made = [group for group in self.groups if group.name not in blocks]
+        sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
+        factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
+        return Probe(
+            c, out.dtype, out.device, factors, sizes,
+            c * found.gradient_bytes // len(out) + saved,
+            tuple(slot.parameter for group in made for slot in group.slots), choices, found.given_up, index, out,
+            form_of(found.seen.graph), projections(blocks), spreads(blocks),
+        )  # fmt: skip
+
+    def _alone(self, x: Batch) -> tuple[Tensor, int]:
+        """The output of one sample by itself, and the memory that autograd keeps of its forward pass."""
+        held: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            # Tensors inside a functional transform have no memory of their own to ask for.
+            with suppress(RuntimeError):
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
+        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with self._quiet(), torch.enable_grad(), hooks:
+            out = self.network(x, leaves).detach()[0]
+        return out, sum(size for place, size in held.items() if place not in own)
+
+    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
+        n = samples(x)
+        if n == 1:
+            return
+        # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
+        for k in (0, n - 1):
+            alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
+            gap = self._gap(together[k], alone, together)
+            if not gap <= self._tolerance(together):
+                raise TangentError(
+                    f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
+                    f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
+                    "outputs are random; take out what mixes the batch, e.g. batch statistics or dropout"
+                )
+
+    def _check_same(self, x: Batch, out: Tensor) -> None:
+        """The probed samples' outputs in the whole batch are those of the probe."""
+        probe = self._own_probe(x)
+        if probe is None or not self.verify or len(out) == len(probe.index):
+            return
+        gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
+        if gap > self._tolerance(out):
+            raise TangentError(
+                f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
+                "output), so samples of a batch influence each other; take out what mixes the batch"
+            )
+
+    @staticmethod
+    def _gap(one: Tensor, two: Tensor, all_outputs: Tensor) -> float:
+        scale = max(float(all_outputs.abs().max()), torch.finfo(all_outputs.dtype).tiny)
+        return float((one - two).abs().max()) / scale
+
+    @staticmethod
+    def _tolerance(out: Tensor) -> float:
+        return float(30 * torch.finfo(out.dtype).eps ** 0.75)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Leave the global random state as it was, whatever the model draws."""
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+            yield
+
+    def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
+        """Outputs and blocks of samples that one pass has room for."""
+        out, made = self._in_one_pass(x)
+        check_finite(self.call, "the output", [out])
+        net, probe = self.network, self.probe
+        rest = [group for group in self.groups if group.name not in made]
+        if rest:
+            names = [slot.parameter for group in rest for slot in group.slots]
+            held = sum(net.parameters[name].nbytes for name in names)
+            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
+            with self._quiet():
+                values = materialise(net, names, x, chunk=fit)
+            dtype = common_dtype(net.parameters[name] for name in net.selected)
+            made |= {group.name: group.materialised(values).map(dtype=dtype) for group in rest}
+        for block in made.values():
+            parts = [tensor for part in block.summands for tensor in vars(part).values()]
+            check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
+        return out, {group.name: made[group.name] for group in self.groups}
+
+    def _search(self, seen: Forward) -> Found:
+        """Features of a random combination of the outputs; a refuted block tries what is next until nothing is left."""
+        found = assemble(seen, mixed(seen.out), self.groups, {})
+        while wrong := refuted(found):
+            found = retry(found, wrong, self.groups)
+        return found
+
+    def _in_one_pass(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
+        """Outputs, and the blocks that need no going through the samples one by one."""
+        probe, own = self.probe, self._own_probe(x)
+        choices = probe.choices if own is None else own.choices
+        groups = [group for group in self.groups if group.name in choices and group.name not in probe.refuted]
+        unseen = self.verify and (own is None or samples(x) > len(own.index))
+
+        def steps(seen: Forward) -> tuple[Tensor, dict[str, Block]]:
+            found = assemble(seen, seen.out, groups, choices)
+            found = replace(found, blocks={name: block.compact() for name, block in found.blocks.items()})
+            sure = found.sources.keys() if not unseen else _confirmed(own, found) if own is not None else frozenset()
+            unsure = {name for name, source in found.sources.items() if source.unsure}
+            found = replace(found, unchecked=(found.blocks.keys() - sure) | unsure)
+            return seen.out.detach(), dict(found.without(refuted(found)).blocks)
+
+        return self._pass(x, steps)
+
+    def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
+        """What ``steps`` make of a forward pass; of copies, where an in-place operation overwrote what they need."""
+        made = self._attempt(x, steps, copy=False)
+        made = self._attempt(x, steps, copy=True) if made is None else made
+        assert made is not None
+        return made
+
+    def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
+        with self._quiet(), torch.enable_grad():
+            seen = forward(self.network, x, copy=copy)
+            try:
+                seen.check_inputs()
+                return steps(seen)
+            except RuntimeError:
+                if copy:
+                    raise
+        return None
+
+
+def _confirmed(probe: Probe, found: Found) -> frozenset[str]:
+    """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
+    graph = found.seen.graph
+    if not same_form(probe.form, len(probe.index), form_of(graph), len(found.target)):
+        return frozenset()
+    known = {name: block for name, block in found.blocks.items() if name in probe.projections}
+    confirmed, allowed = [], tolerance(graph.dtype, probe.device)
+    for name, values in projections(known, probe.index).items():
+        gap = (probe.projections[name] - values).norm()
+        if bool(gap <= allowed * probe.spreads[name].sqrt()):
+            confirmed.append(name)
+    return frozenset(confirmed)
+
+
+def _factor_bytes(block: Block, c: int) -> int:
+    """Memory that one sample's factors take, of c outputs; ``block`` has one."""
+    total = 0
+    for part in block.summands:
+        if isinstance(part, Outer | Lookup | Flipped):
+            total += c * part.backward[0].nbytes
+            total += sum(t[0].nbytes for name, t in vars(part).items() if name not in ("backward", "directions"))
+    return total
