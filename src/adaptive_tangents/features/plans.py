@@ -1,7 +1,6 @@
 """Which route each block takes to a kernel, counted before it runs: multiply-adds, working memory, expected time."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -20,31 +19,37 @@ from adaptive_tangents.features.summands import (
 )
 from adaptive_tangents.runtime.memory import format_bytes
 
-Route = Literal["gram", "nested", "materialise"]
+RouteName = Literal["gram", "nested", "materialise"]
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 8_000_000  # features of a range of output units; larger ones leave the caches
-_SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
-_PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory."""
+    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory.
+
+    ``share`` is that of the speed of a large matrix product which the route is expected to reach.
+    """
 
     name: str
     shape: tuple[int, int]
     positions: int
-    route: Route
+    route: RouteName
     operations: int
     working_bytes: int
     dtype: torch.dtype
     device: torch.device
+    share: float
+
+    @property
+    def effort(self) -> float:
+        """Operations that a large matrix product would make in the same time."""
+        return self.operations / self.share
 
     @property
     def seconds(self) -> float:
         """Seconds expected."""
-        share = _PLAIN if self.route == "gram" and self.positions == 1 else _SHARES[self.route]
-        return self.operations / (matmul_speed(self.dtype, self.device) * share)
+        return self.effort / matmul_speed(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -91,34 +96,123 @@ class KernelPlan:
         return "\n".join(rows)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What the cost of a route depends on: two blocks of n and m samples, (o, i) with t and s positions, and their kernel."""
+
+    a: Block
+    b: Block
+    kind: type[Factors] | None
+    n: int
+    m: int
+    c: int
+    outputs: Outputs
+    symmetric: bool
+    itemsize: int
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        return self.a.positions, self.b.positions
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of samples."""
+        return self.n * (self.n + 1) // 2 if self.symmetric else self.n * self.m
+
+    @property
+    def depth(self) -> int:
+        """Pairs of outputs."""
+        return self.c**2 if self.outputs == "full" else self.c
+
+
+class Gram:
+    """⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed."""
+
+    name: RouteName = "gram"
+
+    def applies(self, pair: Pair) -> bool:
+        return pair.kind is not None
+
+    def operations(self, pair: Pair) -> int:
+        (t, s), (o, i) = pair.positions, pair.a.shape
+        return 2 * pair.pairs * t * s * (i + pair.depth * (o + 1))
+
+    def share(self, pair: Pair) -> float:
+        """Two large products where there are no positions to sum over."""
+        return 0.8 if pair.positions == (1, 1) and min(pair.a.shape) > 1 else 0.4
+
+    def least_bytes(self, pair: Pair) -> int:
+        """Without which it cannot work: what one pair of samples takes."""
+        (t, s), group = pair.positions, pair.c if pair.outputs == "full" else 1
+        return 2 * (pair.c if pair.outputs == "diagonal" else group**2) * t * s * pair.itemsize
+
+    def most_bytes(self, pair: Pair) -> int:
+        """Beyond which more is of no use."""
+        return min(self.least_bytes(pair) * pair.n * pair.m, _WORKING_BYTES)
+
+
+class Nested(Gram):
+    """Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first."""
+
+    name: RouteName = "nested"
+
+    def applies(self, pair: Pair) -> bool:
+        return pair.kind is not None and pair.outputs == "full" and pair.c > 1 and min(pair.positions) > 1
+
+    def operations(self, pair: Pair) -> int:
+        (t, s), (o, i) = pair.positions, pair.a.shape
+        return 2 * pair.pairs * (t * s * (i + pair.c * o) + t * pair.depth * o)
+
+    def least_bytes(self, pair: Pair) -> int:
+        t, s = pair.positions
+        return (t * s + 2 * t * pair.c * pair.a.shape[0] + t * pair.depth) * pair.itemsize
+
+
+class Materialise:
+    """Φ of a range of output units at a time, then one matrix product."""
+
+    name: RouteName = "materialise"
+
+    def applies(self, pair: Pair) -> bool:
+        return True
+
+    def operations(self, pair: Pair) -> int:
+        (o, i), sides = pair.a.shape, [(pair.a, pair.n), (pair.b, pair.m)][: 1 if pair.symmetric else 2]
+        made = sum(rows * side.positions * pair.c * o * i for side, rows in sides if pair.kind is not Lookup)
+        return 2 * made + 2 * pair.pairs * pair.depth * o * i
+
+    def share(self, pair: Pair) -> float:
+        return 0.6
+
+    def least_bytes(self, pair: Pair) -> int:
+        """Both sides of one sample, one output unit."""
+        return 2 * pair.c * pair.a.shape[1] * pair.itemsize
+
+    def most_bytes(self, pair: Pair) -> int:
+        return min(self.least_bytes(pair) * max(pair.n, pair.m) * pair.a.shape[0], _TILE_BYTES)
+
+
+# Shares are those seen in the benchmarks.
+ROUTES = (Gram(), Nested(), Materialise())
+
+
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
     """The quickest route for one block by counted operations (theory §6) and the speed that each reaches, that fits."""
-    kind = common_factors(a, b)
-    like = tensors_of(a.summands[0])[0]
-    a, b = narrowed(a, b)
-    (o, i), pairs = a.shape, n * (n + 1) // 2 if symmetric else n * m
-    t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
-    forms = [(a, n)] if symmetric else [(a, n), (b, m)]
-    sums = sum(rows * block.positions * c * o * i for block, rows in forms if kind is not Lookup)
-    counted: dict[Route, int] = {"materialise": 2 * sums + 2 * pairs * depth * o * i}
-    if kind is not None:
-        counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
-        if outputs == "full" and c > 1 and min(t, s) > 1:
-            counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
-    size = max(depth // c, 1)
-    least = {
-        "materialise": 2 * c * i * itemsize,
-        "nested": (t * s + 2 * t * c * o + t * depth) * itemsize,
-        "gram": 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize,
-    }
-    fitting = [name for name in counted if least[name] <= budget] or [min(counted, key=lambda name: least[name])]
-    route = min(fitting, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
-    whole = least[route] * (max(n, m) * o if route == "materialise" else n * m)
-    working = min(budget, whole, _TILE_BYTES if route == "materialise" else _WORKING_BYTES)
-    working_in = working_dtype(like.dtype), like.device
-    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least[route]), *working_in)
+    kind, like = common_factors(a, b), tensors_of(a.summands[0])[0]
+    pair = Pair(*narrowed(a, b), kind, n, m, c, outputs, symmetric, itemsize)
+    routes = [route for route in ROUTES if route.applies(pair)]
+    fitting = [route for route in routes if route.least_bytes(pair) <= budget]
+    costs = [
+        BlockPlan(
+            a.name, pair.a.shape, pair.a.positions, route.name, route.operations(pair),
+            max(min(budget, route.most_bytes(pair)), route.least_bytes(pair)),
+            working_dtype(like.dtype), like.device, route.share(pair),
+        )
+        for route in fitting or [min(routes, key=lambda route: route.least_bytes(pair))]
+    ]  # fmt: skip
+    return min(costs, key=lambda cost: cost.effort)
 
 
 @cache
