@@ -65,8 +65,9 @@ class Group:
 
 def parameter_groups(net: Network) -> list[Group]:
     """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
-    owners = _owners(net)
-    biases = _pair_biases(net, owners)
+    names = {id(p): name for name, p in net.model.named_parameters()}
+    owners = _owners(net, names)
+    biases = _pair_biases(net, names, owners)
     paired = set(biases.values())
     return [
         _oriented(net, name, owners.get(name, _Owners()), biases.get(name))
@@ -83,18 +84,17 @@ class _Owners:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-def _owners(net: Network) -> dict[str, _Owners]:
-    names = {id(p): name for name, p in net.model.named_parameters()}
+def _owners(net: Network, names: Mapping[int, str]) -> dict[str, _Owners]:
     owners: dict[str, _Owners] = {}
     for path, module in net.model.named_modules():
         for role in ("weight", "bias") if rule_for(module) is not None else ():
             name = names.get(id(module._parameters.get(role)))
-            if name in net.selected:
+            if name is not None and name in net.selected:
                 owners[name] = _Owners(role, {**owners.get(name, _Owners()).modules, path: module})
     return owners
 
 
-def _pair_biases(net: Network, owners: Mapping[str, _Owners]) -> dict[str, str]:
+def _pair_biases(net: Network, names: Mapping[int, str], owners: Mapping[str, _Owners]) -> dict[str, str]:
     """For each weight that shares its block with a bias, that bias: of the same layers, or packed with it."""
     biases: dict[tuple[str, ...], str] = {}
     for name, own in owners.items():
@@ -105,7 +105,6 @@ def _pair_biases(net: Network, owners: Mapping[str, _Owners]) -> dict[str, str]:
         bias = biases.get(tuple(own.modules))
         if own.role == "weight" and bias is not None and all(map(_is_joined, own.modules.values())):
             pairs[name] = bias
-    names = {id(p): name for name, p in net.model.named_parameters()}
     packed = [
         tuple(names.get(id(module._parameters.get(part)), "") for part in pair)
         for module in net.model.modules()

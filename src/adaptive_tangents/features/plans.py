@@ -98,31 +98,25 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class Pair:
-    """What the cost of a route depends on: two blocks of n and m samples, (o, i) with t and s positions, and their kernel."""
+    """What the cost of a route depends on: two blocks (o, i) of n and m samples with t and s positions, and their kernel.
 
-    a: Block
-    b: Block
+    ``pairs`` counts the pairs of samples, ``depth`` those of outputs, ``made`` the entries of features summed over
+    positions, ``kind`` is that of the factors that both have.
+    """
+
     kind: type[Factors] | None
+    outputs: Outputs
     n: int
     m: int
+    t: int
+    s: int
+    o: int
+    i: int
     c: int
-    outputs: Outputs
-    symmetric: bool
+    pairs: int
+    depth: int
+    made: int
     itemsize: int
-
-    @property
-    def positions(self) -> tuple[int, int]:
-        return self.a.positions, self.b.positions
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of samples."""
-        return self.n * (self.n + 1) // 2 if self.symmetric else self.n * self.m
-
-    @property
-    def depth(self) -> int:
-        """Pairs of outputs."""
-        return self.c**2 if self.outputs == "full" else self.c
 
 
 class Gram:
@@ -130,25 +124,23 @@ class Gram:
 
     name: RouteName = "gram"
 
-    def applies(self, pair: Pair) -> bool:
-        return pair.kind is not None
+    def applies(self, p: Pair) -> bool:
+        return p.kind is not None
 
-    def operations(self, pair: Pair) -> int:
-        (t, s), (o, i) = pair.positions, pair.a.shape
-        return 2 * pair.pairs * t * s * (i + pair.depth * (o + 1))
+    def operations(self, p: Pair) -> int:
+        return 2 * p.pairs * p.t * p.s * (p.i + p.depth * (p.o + 1))
 
-    def share(self, pair: Pair) -> float:
-        """Two large products where there are no positions to sum over."""
-        return 0.8 if pair.positions == (1, 1) and min(pair.a.shape) > 1 else 0.4
+    def share(self, p: Pair) -> float:
+        """Where there are no positions to sum over, these are two large products."""
+        return 0.8 if p.t == p.s == 1 and min(p.o, p.i) > 1 else 0.4
 
-    def least_bytes(self, pair: Pair) -> int:
-        """Without which it cannot work: what one pair of samples takes."""
-        (t, s), group = pair.positions, pair.c if pair.outputs == "full" else 1
-        return 2 * (pair.c if pair.outputs == "diagonal" else group**2) * t * s * pair.itemsize
+    def least_bytes(self, p: Pair) -> int:
+        """Without which it cannot work: those of one pair of samples."""
+        return 2 * {"full": p.c**2, "trace": 1, "diagonal": p.c}[p.outputs] * p.t * p.s * p.itemsize
 
-    def most_bytes(self, pair: Pair) -> int:
+    def most_bytes(self, p: Pair) -> int:
         """Beyond which more is of no use."""
-        return min(self.least_bytes(pair) * pair.n * pair.m, _WORKING_BYTES)
+        return min(self.least_bytes(p) * p.n * p.m, _WORKING_BYTES)
 
 
 class Nested(Gram):
@@ -156,16 +148,14 @@ class Nested(Gram):
 
     name: RouteName = "nested"
 
-    def applies(self, pair: Pair) -> bool:
-        return pair.kind is not None and pair.outputs == "full" and pair.c > 1 and min(pair.positions) > 1
+    def applies(self, p: Pair) -> bool:
+        return p.kind is not None and p.outputs == "full" and p.c > 1 and min(p.t, p.s) > 1
 
-    def operations(self, pair: Pair) -> int:
-        (t, s), (o, i) = pair.positions, pair.a.shape
-        return 2 * pair.pairs * (t * s * (i + pair.c * o) + t * pair.depth * o)
+    def operations(self, p: Pair) -> int:
+        return 2 * p.pairs * (p.t * p.s * (p.i + p.c * p.o) + p.t * p.depth * p.o)
 
-    def least_bytes(self, pair: Pair) -> int:
-        t, s = pair.positions
-        return (t * s + 2 * t * pair.c * pair.a.shape[0] + t * pair.depth) * pair.itemsize
+    def least_bytes(self, p: Pair) -> int:
+        return (p.t * p.s + 2 * p.t * p.c * p.o + p.t * p.depth) * p.itemsize
 
 
 class Materialise:
@@ -173,26 +163,24 @@ class Materialise:
 
     name: RouteName = "materialise"
 
-    def applies(self, pair: Pair) -> bool:
+    def applies(self, p: Pair) -> bool:
         return True
 
-    def operations(self, pair: Pair) -> int:
-        (o, i), sides = pair.a.shape, [(pair.a, pair.n), (pair.b, pair.m)][: 1 if pair.symmetric else 2]
-        made = sum(rows * side.positions * pair.c * o * i for side, rows in sides if pair.kind is not Lookup)
-        return 2 * made + 2 * pair.pairs * pair.depth * o * i
+    def operations(self, p: Pair) -> int:
+        return 2 * p.made + 2 * p.pairs * p.depth * p.o * p.i
 
-    def share(self, pair: Pair) -> float:
+    def share(self, p: Pair) -> float:
         return 0.6
 
-    def least_bytes(self, pair: Pair) -> int:
+    def least_bytes(self, p: Pair) -> int:
         """Both sides of one sample, one output unit."""
-        return 2 * pair.c * pair.a.shape[1] * pair.itemsize
+        return 2 * p.c * p.i * p.itemsize
 
-    def most_bytes(self, pair: Pair) -> int:
-        return min(self.least_bytes(pair) * max(pair.n, pair.m) * pair.a.shape[0], _TILE_BYTES)
+    def most_bytes(self, p: Pair) -> int:
+        return min(self.least_bytes(p) * max(p.n, p.m) * p.o, _TILE_BYTES)
 
 
-# Shares are those seen in the benchmarks.
+# Shares of a large product's speed are those seen in the benchmarks.
 ROUTES = (Gram(), Nested(), Materialise())
 
 
@@ -201,12 +189,16 @@ def plan_block(
 ) -> BlockPlan:
     """The quickest route for one block by counted operations (theory §6) and the speed that each reaches, that fits."""
     kind, like = common_factors(a, b), tensors_of(a.summands[0])[0]
-    pair = Pair(*narrowed(a, b), kind, n, m, c, outputs, symmetric, itemsize)
+    a, b = narrowed(a, b)
+    (o, i), t, s = a.shape, a.positions, b.positions
+    pairs, depth = n * (n + 1) // 2 if symmetric else n * m, c * c if outputs == "full" else c
+    summed = 0 if kind is Lookup else n * t if symmetric else n * t + m * s
+    pair = Pair(kind, outputs, n, m, t, s, o, i, c, pairs, depth, summed * c * o * i, itemsize)
     routes = [route for route in ROUTES if route.applies(pair)]
     fitting = [route for route in routes if route.least_bytes(pair) <= budget]
     costs = [
         BlockPlan(
-            a.name, pair.a.shape, pair.a.positions, route.name, route.operations(pair),
+            a.name, a.shape, t, route.name, route.operations(pair),
             max(min(budget, route.most_bytes(pair)), route.least_bytes(pair)),
             working_dtype(like.dtype), like.device, route.share(pair),
         )
