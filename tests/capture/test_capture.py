@@ -650,3 +650,13 @@ def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> No
     model.train()
     assert not Capture("call", model, x, None, None, None, None).probe.refuted
     np.testing.assert_allclose(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder, batch first, pre-norm", "Transformer"])
+def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
+    # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
+    (case,) = (case for case in CASES if case.name == name)
+    model, x = case.build()
+    capture = Capture("call", model, x, None, case.wrt, case.output, None)
+    for chunk in (1, 2):
+        np.testing.assert_allclose(capture.features(x, chunk).dense(), capture.features(x).dense(), atol=1e-10)

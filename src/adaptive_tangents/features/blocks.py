@@ -221,11 +221,19 @@ def _stacked(same: Sequence[Summand]) -> Summand:
     if isinstance(first, Weighted):
         held = zip(*(factors_of(part) for part in same), strict=True)
         return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
+    # Of one sample the graph may show other uses than of several, and so other numbers of positions.
+    positions = max((factors.backward.shape[1] for part in same for factors in factors_of(part)), default=0)
     tensors = {
-        name: value if name == "directions" else joined([getattr(part, name) for part in same])
+        name: value if name == "directions" else joined([_lengthened(getattr(part, name), positions) for part in same])
         for name, value in vars(first).items()
     }
     return type(first)(**tensors)
+
+
+def _lengthened(tensor: Tensor, positions: int) -> Tensor:
+    """The same with zeros for the positions it has not; what has none at all is left alone."""
+    missing = positions - tensor.shape[1] if positions else 0
+    return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, missing)) if missing else tensor
 
 
 def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Flipped | None]:
