@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture import block_sources as sources_file
-from adaptive_tangents.capture import capture as capture_file
 from adaptive_tangents.capture import network as inputs
+from adaptive_tangents.capture import passes as passes_file
 from adaptive_tangents.capture.batches import take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.derivatives import refuted
+from adaptive_tangents.capture.derivatives import disproved
 from adaptive_tangents.capture.graph import same_form
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
@@ -540,7 +540,7 @@ def test_samples_are_gone_through_one_by_one_only_where_neither_layers_nor_the_g
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output, None)
     probe = capture.probe
-    blocks = capture._pass(x, probe.choices, probe.refuted, combined=False, verify=False).blocks
+    _, blocks = capture._in_one_pass(x)
     assert set(probe.dense) - set(blocks) == ONE_BY_ONE.get(case.name, set())
     assert {name for name, block in blocks.items() if block.dense is not None} == MADE_OUTRIGHT.get(case.name, set())
 
@@ -560,9 +560,9 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         out: Tensor, leaves: dict[str, Tensor], blocks: dict[str, Block], dtype: torch.dtype
     ) -> frozenset[str]:
         checked.append(set(blocks))
-        return refuted(out, leaves, blocks, dtype)
+        return disproved(out, leaves, blocks, dtype)
 
-    monkeypatch.setattr(capture_file, "refuted", watching)
+    monkeypatch.setattr(passes_file, "disproved", watching)
     return checked
 
 
@@ -596,7 +596,7 @@ def test_features_that_are_wrong_in_the_whole_batch_only_are_found_out(
         return ({name: spoilt(b) for name, b in blocks.items()} if len(out) == 20 else blocks), reach
 
     checked = _watched(monkeypatch)
-    monkeypatch.setattr(capture_file, "blocks_of", blocks_of)
+    monkeypatch.setattr(passes_file, "blocks_of", blocks_of)
     feats = at.tangent_features(model, x)
     # The norm's bias has the same features for every sample.
     assert checked[1:] == [set(feats.blocks) - ({"4.bias"} if fault == "samples in another order" else set())]
@@ -650,3 +650,13 @@ def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> No
     model.train()
     assert not Capture("call", model, x, None, None, None, None).probe.refuted
     np.testing.assert_allclose(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder, batch first, pre-norm", "Transformer"])
+def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
+    # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
+    (case,) = (case for case in CASES if case.name == name)
+    model, x = case.build()
+    capture = Capture("call", model, x, None, case.wrt, case.output, None)
+    for chunk in (1, 2):
+        np.testing.assert_allclose(capture.features(x, chunk).dense(), capture.features(x).dense(), atol=1e-10)

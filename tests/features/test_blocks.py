@@ -107,6 +107,16 @@ def test_products_are_those_of_the_features_written_out(kind: str) -> None:
     assert (made.samples, made.outputs) == (N, C)
 
 
+@pytest.mark.parametrize("kind", ["outer", "lookup", "flipped", "tied table", "weighted"])
+def test_samples_of_few_positions_and_of_many_join(kind: str) -> None:
+    few, phi = block(kind), features(kind)
+    many = sum_blocks([few, few.map(index=torch.tensor([2, 0, 1, 3]))])
+    assert many.positions > few.positions
+    both = [phi, phi + phi[[2, 0, 1, 3]]]
+    close(stack_blocks([few, many]).features(), np.concatenate(both))
+    close(stack_blocks([many, few]).features(), np.concatenate(both[::-1]))
+
+
 def side(size: int, kind: str) -> Side:
     directions = torch.linalg.qr(draw(size, 2, seed=size)).Q
     if kind == "diagonal":

@@ -81,6 +81,11 @@ class Source:
         known = choice.layouts or {}
         return self.n > 1 and any(known.get(key) not in possible for key, possible in self._possible.items())
 
+    def settled(self, choice: Choice) -> Choice:
+        """The choice that finds in another batch what was found in this one."""
+        allowed = None if self.uses else signatures(self.terms)
+        return replace(choice, calls=bool(self.uses), allowed=allowed, layouts=self.layouts(choice))
+
     @property
     def edges(self) -> list[GradientEdge]:
         """Where in the graph gradients are needed."""

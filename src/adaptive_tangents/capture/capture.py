@@ -7,30 +7,22 @@ operations give the features that stood this check on some of its samples; every
 materialised, sample by sample. Nothing is skipped.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take, tensors
-from adaptive_tangents.capture.block_sources import Choice, Source, blocks_of, next_choice, source_of
-from adaptive_tangents.capture.calls import Use, recorded_calls
-from adaptive_tangents.capture.derivatives import (
-    materialise,
-    mixed,
-    projections,
-    refuted,
-    saved_copies,
-    spreads,
-    tolerance,
-)
-from adaptive_tangents.capture.graph import Form, form_of, read_graph, same_form
-from adaptive_tangents.capture.graph_uses import signatures
+from adaptive_tangents.capture.block_sources import Choice
+from adaptive_tangents.capture.derivatives import materialise, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.graph import Form, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.network import Network, Output, Selection, network
+from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
@@ -38,6 +30,8 @@ from adaptive_tangents.features.summands import Flipped, Lookup, Outer
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import keep_freed, memory_limit, require_memory
+
+_Made = TypeVar("_Made")
 
 
 def tangent_features(
@@ -205,26 +199,24 @@ class Capture:
             spread = torch.linspace(0, n - 1, probed).long()
             index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
             some = take(x, index.to(tensors(x)[0].device))
-        seen = self._pass(some, {}, frozenset(), combined=True, verify=True)
-        if not bool(torch.isfinite(seen.out).all()):
+        found = self._pass(some, self._search)
+        out, blocks = found.seen.out.detach(), found.blocks
+        if not bool(torch.isfinite(out).all()):
             self.outputs(x, {})  # names the sample by its place in the batch
-        out, blocks, choices = seen.out, seen.blocks, dict(seen.choices)
         if not saved:
             first, saved = self._alone(one)
         self._check_interaction(some, out, first)
-        for name, source in seen.sources.items():
-            allowed = None if source.uses else signatures(source.terms)
-            choice = choices.get(name, Choice())
-            choices[name] = replace(choice, calls=bool(source.uses), allowed=allowed, layouts=source.layouts(choice))
+        # What has no source here could be taken for something else in a batch of another size: it gets no choice.
+        choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
         c = out.shape[1]
         made = [group for group in self.groups if group.name not in blocks]
         sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
         factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
             c, out.dtype, out.device, factors, sizes,
-            c * seen.reach // len(out) + saved,
-            tuple(slot.parameter for group in made for slot in group.slots), choices, seen.refuted, index, out,
-            seen.form, projections(blocks), spreads(blocks),
+            c * found.gradient_bytes // len(out) + saved,
+            tuple(slot.parameter for group in made for slot in group.slots), choices, found.given_up, index, out,
+            form_of(found.seen.graph), projections(blocks), spreads(blocks),
         )  # fmt: skip
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
@@ -288,13 +280,9 @@ class Capture:
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of samples that one pass has room for."""
-        net, probe, own = self.network, self.probe, self._own_probe(x)
-        unseen = self.verify and (own is None or samples(x) > len(own.index))
-        choices = probe.choices if own is None else own.choices
-        seen = self._pass(x, choices, probe.refuted, combined=False, verify=unseen, own=own)
-        out = seen.out
+        out, made = self._in_one_pass(x)
         check_finite(self.call, "the output", [out])
-        made = {name: block for name, block in seen.blocks.items() if name not in seen.refuted}
+        net, probe = self.network, self.probe
         rest = [group for group in self.groups if group.name not in made]
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
@@ -302,126 +290,63 @@ class Capture:
             fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
             with self._quiet():
                 values = materialise(net, names, x, chunk=fit)
-            made |= {group.name: group.materialised(values).map(dtype=self._common()) for group in rest}
+            dtype = common_dtype(net.parameters[name] for name in net.selected)
+            made |= {group.name: group.materialised(values).map(dtype=dtype) for group in rest}
         for block in made.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
         return out, {group.name: made[group.name] for group in self.groups}
 
-    def _common(self) -> torch.dtype:
-        """The dtype of the features: what the selected parameters' dtypes promote to."""
-        dtypes = [self.network.parameters[name].dtype for name in self.network.selected]
-        common = dtypes[0]
-        for dtype in dtypes[1:]:
-            common = torch.promote_types(common, dtype)
-        return common
-
-    def _pass(
-        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, combined: bool, verify: bool,
-        own: Probe | None = None,
-    ) -> "_Pass":  # fmt: skip
-        """One pass over a batch; ``combined``: of one random combination of the outputs.
-
-        ``own`` is the probe of these samples: blocks need no other check where it found the same operations and features.
-        """
-        found = self._attempt(x, choices, wrong, copy=False, combined=combined, verify=verify, own=own)
-        if found is None:
-            found = self._attempt(x, choices, wrong, copy=True, combined=combined, verify=verify, own=own)
-        assert found is not None
+    def _search(self, seen: Forward) -> Found:
+        """Features of a random combination of the outputs; a refuted block tries what is next until nothing is left."""
+        found = assemble(seen, mixed(seen.out), self.groups, {})
+        while wrong := refuted(found):
+            found = retry(found, wrong, self.groups)
         return found
 
-    def _attempt(
-        self, x: Batch, choices: Mapping[str, Choice], wrong: Collection[str], *, copy: bool, combined: bool,
-        verify: bool, own: Probe | None,
-    ) -> "_Pass | None":  # fmt: skip
-        """One pass, or None where an in-place operation overwrote what was not copied."""
-        net = self.network
-        leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
-        uses: list[Use] = []
-        with self._quiet(), torch.enable_grad(), saved_copies() if copy else nullcontext():
-            with recorded_calls(net.model, uses, copy=copy):
-                out = net(x, leaves)
-            if not out.requires_grad:
-                raise TangentError(
-                    f"{self.call}: autograd sees no way from the output to the selected parameters; take out no_grad, "
-                    "inference_mode or detach, or select parameters that the output depends on"
-                )
-            if any(use.inputs._version != use.version for use in uses):
-                return None
-            graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
-            uses = [use for use in uses if use.edge.node in graph.parents]
+    def _in_one_pass(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
+        """Outputs, and the blocks that need no going through the samples one by one."""
+        probe, own = self.probe, self._own_probe(x)
+        choices = probe.choices if own is None else own.choices
+        groups = [group for group in self.groups if group.name in choices and group.name not in probe.refuted]
+        unseen = self.verify and (own is None or samples(x) > len(own.index))
+
+        def steps(seen: Forward) -> tuple[Tensor, dict[str, Block]]:
+            found = assemble(seen, seen.out, groups, choices)
+            found = replace(found, blocks={name: block.compact() for name, block in found.blocks.items()})
+            sure = found.sources.keys() if not unseen else _confirmed(own, found) if own is not None else frozenset()
+            unsure = {name for name, source in found.sources.items() if source.unsure}
+            found = replace(found, unchecked=(found.blocks.keys() - sure) | unsure)
+            return seen.out.detach(), dict(found.without(refuted(found)).blocks)
+
+        return self._pass(x, steps)
+
+    def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
+        """What ``steps`` make of a forward pass; of copies, where an in-place operation overwrote what they need."""
+        made = self._attempt(x, steps, copy=False)
+        made = self._attempt(x, steps, copy=True) if made is None else made
+        assert made is not None
+        return made
+
+    def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
+        with self._quiet(), torch.enable_grad():
+            seen = forward(self.network, x, copy=copy)
             try:
-                sources: dict[str, Source] = {}
-                for group in self.groups:
-                    # What the probe found no source for could be taken for something else in a batch of another size.
-                    if group.name not in wrong and (combined or group.name in choices):
-                        choice = choices.get(group.name, Choice())
-                        source = source_of(group, uses, graph, len(out), choice)
-                        sources |= {group.name: source} if source is not None else {}
-                seen = mixed(out) if combined else out
-                blocks, held = blocks_of(self.groups, sources, seen, choices, graph, self._common())
-                if not combined:
-                    blocks = {name: block.compact() for name, block in blocks.items()}
-                form = form_of(graph) if verify else None
-                confirmed = (
-                    _confirmed(own, form, blocks, len(out), graph.dtype) if verify and own is not None else frozenset()
-                )
-                doubted = {
-                    name: block
-                    for name, block in blocks.items()
-                    if (verify and name not in confirmed) or sources[name].unsure
-                }
-                found = refuted(seen, leaves, doubted, graph.dtype)
-                choices, given_up = dict(choices), set(wrong)
-                while combined and found:
-                    # The graph is the same, and so is all that stood the check.
-                    again: dict[str, Source] = {}
-                    for group in (group for group in self.groups if group.name in found):
-                        next_one = next_choice(choices.get(group.name, Choice()), sources.pop(group.name))
-                        del blocks[group.name]
-                        if next_one is None:
-                            given_up.add(group.name)
-                            continue
-                        choices[group.name] = next_one
-                        source = source_of(group, uses, graph, len(out), next_one)
-                        again |= {group.name: source} if source is not None else {}
-                    more, more_held = blocks_of(self.groups, again, seen, choices, graph, self._common())
-                    sources, blocks, held = sources | again, blocks | more, held | more_held
-                    found = refuted(seen, leaves, more, graph.dtype)
+                seen.check_inputs()
+                return steps(seen)
             except RuntimeError:
                 if copy:
                     raise
-                return None
-        places = {(edge.node, edge.output_nr) for source in sources.values() for edge in source.edges}
-        reach = sum(held.get(place, 0) for place in places)
-        return _Pass(out.detach(), blocks, sources, choices, frozenset(given_up) if combined else found, reach, form)
+        return None
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Outputs, the blocks that need no going through the samples one by one, their sources and choices, those ``refuted``.
-
-    A pass of a combination goes on to the next choice of a refuted block until none is left. ``reach`` is the bytes of all
-    gradients, ``form`` the operations.
-    """
-
-    out: Tensor
-    blocks: Mapping[str, Block]
-    sources: Mapping[str, Source]
-    choices: Mapping[str, Choice]
-    refuted: frozenset[str]
-    reach: int
-    form: Form | None
-
-
-def _confirmed(
-    probe: Probe, form: Form | None, blocks: Mapping[str, Block], n: int, dtype: torch.dtype
-) -> frozenset[str]:
+def _confirmed(probe: Probe, found: Found) -> frozenset[str]:
     """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
-    if not same_form(probe.form, len(probe.index), form, n):
+    graph = found.seen.graph
+    if not same_form(probe.form, len(probe.index), form_of(graph), len(found.target)):
         return frozenset()
-    known = {name: block for name, block in blocks.items() if name in probe.projections}
-    confirmed, allowed = [], tolerance(dtype, probe.device)
+    known = {name: block for name, block in found.blocks.items() if name in probe.projections}
+    confirmed, allowed = [], tolerance(graph.dtype, probe.device)
     for name, values in projections(known, probe.index).items():
         gap = (probe.projections[name] - values).norm()
         if bool(gap <= allowed * probe.spreads[name].sqrt()):

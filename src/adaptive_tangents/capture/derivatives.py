@@ -56,47 +56,57 @@ def backward(
     """
     if not edges:
         return []
-    n, c = out.shape
     names = {str(node.name()).rpartition("Backward")[0] for node in parents}
-    if c == 1 or names - {""} <= _BATCHED:
-        selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
-        try:
-            found = torch.autograd.grad(
-                out,
-                edges,
-                selectors,
-                retain_graph=True,
-                is_grads_batched=True,
-                allow_unused=True,
-                materialize_grads=False,
-            )
-            if all(gradient is not None for gradient in found):
-                seen(slice(0, c), list(found))
-                return list(found)
-        except RuntimeError:
-            pass  # refused by some operation; one pass an output always works
-    buffers: list[Tensor | None] = [None] * len(edges)
-    for j in range(c):
-        selector = torch.zeros_like(out)
-        selector[:, j] = 1
-        found = torch.autograd.grad(out, edges, selector, retain_graph=True, allow_unused=True)
-        gradients = [
-            out.new_zeros(_edge_shape(edge)) if gradient is None else gradient
-            for gradient, edge in zip(found, edges, strict=True)
-        ]
+    found = _all_at_once(out, edges) if out.shape[1] == 1 or names - {""} <= _BATCHED else None
+    if found is None:
+        return _one_by_one(out, edges, channels_last, held, seen)
+    seen(slice(0, out.shape[1]), found)
+    return [*found]
+
+
+def _all_at_once(out: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor] | None:
+    """Gradients by one pass of all outputs, or None where some operation refuses it or does not reach an edge."""
+    n, c = out.shape
+    selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
+    with suppress(RuntimeError):
+        found = torch.autograd.grad(
+            out, edges, selectors, retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=False
+        )
+        if all(gradient is not None for gradient in found):
+            return list(found)
+    return None
+
+
+def _one_by_one(
+    out: Tensor,
+    edges: Sequence[GradientEdge],
+    channels_last: Sequence[bool],
+    held: Sequence[bool],
+    seen: Callable[[slice, list[Tensor]], None],
+) -> list[Tensor | None]:
+    """Gradients by one pass an output, those held written side by side."""
+    places = [-2 if last else 1 for last in channels_last]  # of outputs, among a gradient's dimensions
+    kept: dict[int, Tensor] = {}
+    for j in range(out.shape[1]):
+        gradients = _of_output(out, edges, j)
         seen(slice(j, j + 1), [gradient[None] for gradient in gradients])
         for k, gradient in enumerate(gradients):
-            if not held[k]:
-                continue
-            axis = gradient.ndim - 1 if channels_last[k] else 1
-            buffer = buffers[k]
-            if buffer is None:
-                buffer = empty((*gradient.shape[:axis], c, *gradient.shape[axis:]), gradient)
-                buffers[k] = buffer
-            buffer.select(axis, j).copy_(gradient)
+            if held[k]:
+                if k not in kept:
+                    shape = list(gradient.shape)
+                    shape.insert(-1 if channels_last[k] else 1, out.shape[1])
+                    kept[k] = empty(shape, gradient)
+                kept[k].select(places[k], j).copy_(gradient)
+    return [kept[k].movedim(place, 0) if k in kept else None for k, place in enumerate(places)]
+
+
+def _of_output(out: Tensor, edges: Sequence[GradientEdge], j: int) -> list[Tensor]:
+    selector = torch.zeros_like(out)
+    selector[:, j] = 1
+    found = torch.autograd.grad(out, edges, selector, retain_graph=True, allow_unused=True)
     return [
-        None if buffer is None else buffer.movedim(buffer.ndim - 2 if last else 1, 0)
-        for buffer, last in zip(buffers, channels_last, strict=True)
+        out.new_zeros(_edge_shape(edge)) if gradient is None else gradient
+        for gradient, edge in zip(found, edges, strict=True)
     ]
 
 
@@ -184,12 +194,12 @@ def spreads(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
     return found
 
 
-def refuted(
+def disproved(
     out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block], dtype: torch.dtype
 ) -> frozenset[str]:
     """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
 
-    So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
+    This catches what no layer rule can see: samples in another order inside the model, say, or a changed ``Linear``.
     Both sides are compared in a random direction of the input side, which costs less than the whole matrices. ``dtype``
     is the least precise in the graph.
     """

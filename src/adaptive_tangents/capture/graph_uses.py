@@ -7,7 +7,7 @@ Guesses that shapes allow (is this dimension the samples?) are confirmed or refu
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,53 +108,16 @@ def terms_of(
     return found
 
 
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(node._input_metadata[0].shape)
-
-
 def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...], n: int) -> Term | None:
     """What ``node`` does with a parameter on its input ``index``, if samples come in there."""
-    name, shape = operation(node), _shape(node)
-    saved: Any = node
-    kind, factor = None, 1.0
-    if node._input_metadata[0].dtype.is_complex:
+    operand = OPERANDS.get((operation(node), index))
+    if operand is None or node._input_metadata[0].dtype.is_complex:
         return None
-    if (name, index) in (("Addmm", 2), ("Mm", 1)) or ((name, index) == ("Bmm", 1) and shape[0] == 1):
-        if name != "Addmm" or saved._saved_alpha == 1:
-            kind, shape = "product", shape[-2:]
-    elif (name, index) == ("Trilinear", 1):
-        plain = list(saved._saved_expand1) == [1, 3] and list(saved._saved_expand3) == [1, 2]
-        if plain and list(saved._saved_sumdim) == [2, 3] and not list(saved._saved_expand2)[1:]:
-            kind = "bilinear"
-    elif (name, index) in (("Convolution", 1), ("Convolution", 2)):
-        kind = None if saved._saved_transposed and index == 1 else "convolution" if index == 1 else "channels"
-    elif name in ("NativeBatchNorm", "NativeGroupNorm") and index in (1, 2):
-        if name == "NativeGroupNorm" or not saved._saved_training:
-            kind = "normalised" if index == 1 else "channels"
-    elif (name, index) == ("Embedding", 0):
-        known = not saved._saved_scale_grad_by_freq
-        kind, shape = ("lookup" if known else None), tuple(saved._saved_indices.shape)
-    elif _without_samples(tail, shape, n):
-        if name == "NativeLayerNorm" and index in (1, 2):
-            kind = "scale" if index == 1 else "sum"
-        elif (name, index) in (("Add", 0), ("Add", 1), ("Sub", 0), ("Sub", 1), ("Addmm", 0), ("Expand", 0)):
-            kind = "sum"
-            if name == "Addmm":
-                factor = float(saved._saved_beta)
-            elif name in ("Add", "Sub") and index == 1:
-                factor = float(saved._saved_alpha) * (1 if name == "Add" else -1)
-        elif (name, index) == ("PreluKernel", 1) or (
-            name == "Mul" and isinstance(saved._saved_other if index == 0 else saved._saved_self, Tensor)
-        ):
-            kind = "scale"
-    ways = layouts(shape, n)
-    if kind in ("sum", "scale"):
-        ways = tuple(way for way in ways if _free(tail, shape, way))
-    elif kind != "lookup":
-        ways = tuple(way for way in ways if way != "second")
-    if kind is None or not ways:
+    shape = operand.shape(node)
+    ways = tuple(way for way in layouts(shape, n) if operand.fits(tail, shape, way))
+    if not ways or not operand.known(node):
         return None
-    return Term(kind, node, index, tuple(shape), tail, chain, ways, factor)
+    return Term(operand.kind, node, index, shape, tail, chain, ways, operand.factor(node))
 
 
 def operation(node: Node) -> str:
@@ -162,14 +125,77 @@ def operation(node: Node) -> str:
     return str(node.name()).rpartition("Backward")[0]
 
 
-def _without_samples(tail: tuple[int, ...], shape: tuple[int, ...], n: int) -> bool:
-    return any(_free(tail, shape, way) for way in layouts(shape, n))
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node._input_metadata[0].shape)
 
 
 def _free(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
     """Whether a tensor of shape ``tail`` is broadcast over the samples of ``shape``."""
     padded = (1,) * (len(shape) - len(tail)) + tail
     return len(padded) == len(shape) and padded[1 if way == "second" else 0] == 1
+
+
+def _leading(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
+    """Whether samples are in the first dimension of ``shape``, with or without others."""
+    return way != "second"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What an operation does with a parameter on one of its inputs.
+
+    ``fits(tail, shape, way)`` says where samples may be in what the parameter meets, ``known`` whether the operation is set
+    as it has to be, ``shape`` what the parameter meets, ``factor`` a number in front.
+    """
+
+    kind: str
+    fits: Callable[[tuple[int, ...], tuple[int, ...], Layout], bool] = _leading
+    known: Callable[[Node], bool] = lambda node: True
+    shape: Callable[[Node], tuple[int, ...]] = _shape
+    factor: Callable[[Node], float] = lambda node: 1.0
+
+
+def _of_matrix(node: Node) -> tuple[int, ...]:
+    return _shape(node)[-2:]
+
+
+def _is_bilinear(node: Node) -> bool:
+    expanded = [list(node._saved_expand1), list(node._saved_expand2)[1:], list(node._saved_expand3)]
+    return expanded == [[1, 3], [], [1, 2]] and list(node._saved_sumdim) == [2, 3]
+
+
+_SUM = Operand("sum", _free)
+
+# By operation and input.
+OPERANDS: Mapping[tuple[str, int], Operand] = {
+    ("Mm", 1): Operand("product", shape=_of_matrix),
+    ("Addmm", 2): Operand("product", shape=_of_matrix, known=lambda node: node._saved_alpha == 1),
+    ("Bmm", 1): Operand("product", shape=_of_matrix, known=lambda node: _shape(node)[0] == 1),
+    ("Trilinear", 1): Operand("bilinear", known=_is_bilinear),
+    ("Convolution", 1): Operand("convolution", known=lambda node: not node._saved_transposed),
+    ("Convolution", 2): Operand("channels"),
+    ("NativeBatchNorm", 1): Operand("normalised", known=lambda node: not node._saved_training),
+    ("NativeBatchNorm", 2): Operand("channels", known=lambda node: not node._saved_training),
+    ("NativeGroupNorm", 1): Operand("normalised"),
+    ("NativeGroupNorm", 2): Operand("channels"),
+    ("Embedding", 0): Operand(
+        "lookup",
+        fits=lambda tail, shape, way: True,
+        known=lambda node: not node._saved_scale_grad_by_freq,
+        shape=lambda node: tuple(node._saved_indices.shape),
+    ),
+    ("NativeLayerNorm", 1): Operand("scale", _free),
+    ("NativeLayerNorm", 2): _SUM,
+    ("Add", 0): _SUM,
+    ("Add", 1): Operand("sum", _free, factor=lambda node: float(node._saved_alpha)),
+    ("Sub", 0): _SUM,
+    ("Sub", 1): Operand("sum", _free, factor=lambda node: -float(node._saved_alpha)),
+    ("Addmm", 0): Operand("sum", _free, factor=lambda node: float(node._saved_beta)),
+    ("Expand", 0): _SUM,
+    ("PreluKernel", 1): Operand("scale", _free),
+    ("Mul", 0): Operand("scale", _free, known=lambda node: isinstance(node._saved_other, Tensor)),
+    ("Mul", 1): Operand("scale", _free, known=lambda node: isinstance(node._saved_self, Tensor)),
+}
 
 
 # What a term makes of the gradients g (c, *shape) at its output.

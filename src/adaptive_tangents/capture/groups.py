@@ -1,7 +1,8 @@
 """Which parameters share a block: a layer's weight with its bias, tied weights, lone parameters."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -65,54 +66,79 @@ class Group:
 def parameter_groups(net: Network) -> list[Group]:
     """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
     names = {id(p): name for name, p in net.model.named_parameters()}
-    owners: dict[str, list[nn.Module]] = {}
-    roles: dict[str, str] = {}
-    paths: dict[int, str] = {}
-    pairs: list[tuple[str, ...]] = []
+    owners = _owners(net, names)
+    biases = _pair_biases(net, names, owners)
+    paired = set(biases.values())
+    return [
+        _oriented(net, name, owners.get(name, _Owners()), biases.get(name))
+        for name in net.selected
+        if name not in paired
+    ]
+
+
+@dataclass(frozen=True)
+class _Owners:
+    """The layers with a rule that hold a parameter, by path, and as which of theirs."""
+
+    role: str | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+def _owners(net: Network, names: Mapping[int, str]) -> dict[str, _Owners]:
+    owners: dict[str, _Owners] = {}
     for path, module in net.model.named_modules():
-        rule, paths[id(module)] = rule_for(module), path
-        for pair in packed_pairs(module):
-            pairs.append(tuple(names.get(id(module._parameters.get(part)), "") for part in pair))
-        for role in ("weight", "bias") if rule is not None else ():
-            name = names.get(id(module._parameters.get(role)), "")
-            if name in net.selected:
-                roles[name] = role
-                owners.setdefault(name, []).append(module)
-    partners = {
-        name: next((b for b in owners if roles[b] == "bias" and owners[b] == owners[name]), None)
-        for name in owners
-        if roles[name] == "weight" and _joined(owners[name])
-    }
-    once = [name for pair in pairs for name in pair]
-    partners |= {w: b for w, b in pairs if {w, b} <= set(net.selected) and once.count(w) == once.count(b) == 1}
-    groups = []
-    for name in net.selected:
-        if name in partners.values():
-            continue
-        parameter, modules, bias = net.parameters[name], owners.get(name, []), partners.get(name)
-        title: str = name
-        # A table's orientation is the one in which what is looked up stays indices.
-        modules = sorted(modules, key=lambda module: not _is_table(module))
-        rule = rule_for(modules[0]) if roles.get(name) == "weight" else None
-        o = parameter.shape[0] if parameter.ndim else 1
-        i = parameter.numel() // max(o, 1)
-        if rule is not None:
-            o, i = rule.matrix(modules[0])
-            alone = all(module._parameters.get("bias") is None for module in modules)
-            if bias is not None or (alone and (rule.joined or rule.table)):
-                title = paths[id(modules[0])] or name
-        slots = [Slot(name, tuple(parameter.shape), 0, i, transposed=rule is not None and rule.transposed)]
-        if bias is not None:
-            slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
-        width = sum(slot.width for slot in slots)
-        modes = rule.modes(modules[0]) if rule is not None else ()
-        groups.append(Group(title, (o, width), tuple(slots), roles.get(name), bias is not None, tuple(modules), modes))
-    return groups
+        for role in ("weight", "bias") if rule_for(module) is not None else ():
+            name = names.get(id(module._parameters.get(role)))
+            if name is not None and name in net.selected:
+                owners[name] = _Owners(role, {**owners.get(name, _Owners()).modules, path: module})
+    return owners
 
 
-def _joined(modules: list[nn.Module]) -> bool:
-    rules = [rule_for(module) for module in modules]
-    return all(rule is not None and rule.joined for rule in rules)
+def _pair_biases(net: Network, names: Mapping[int, str], owners: Mapping[str, _Owners]) -> dict[str, str]:
+    """For each weight that shares its block with a bias, that bias: of the same layers, or packed with it."""
+    biases: dict[tuple[str, ...], str] = {}
+    for name, own in owners.items():
+        if own.role == "bias":
+            biases.setdefault(tuple(own.modules), name)
+    pairs = {}
+    for name, own in owners.items():
+        bias = biases.get(tuple(own.modules))
+        if own.role == "weight" and bias is not None and all(map(_is_joined, own.modules.values())):
+            pairs[name] = bias
+    packed = [
+        tuple(names.get(id(module._parameters.get(part)), "") for part in pair)
+        for module in net.model.modules()
+        for pair in packed_pairs(module)
+    ]
+    uses = Counter(name for pair in packed for name in pair)
+    return pairs | {w: b for w, b in packed if {w, b} <= set(net.selected) and uses[w] == uses[b] == 1}
+
+
+def _oriented(net: Network, name: str, owners: _Owners, bias: str | None) -> Group:
+    """The group of a parameter, its matrix the way round that its first layer has it."""
+    # A table comes first: the other way round, what is looked up would not stay indices.
+    modules = dict(sorted(owners.modules.items(), key=lambda item: not _is_table(item[1])))
+    path, first = next(iter(modules.items()), (name, None))
+    rule = rule_for(first) if first is not None and owners.role == "weight" else None
+    parameter, title = net.parameters[name], name
+    modes: tuple[tuple[str, int], ...] = ()
+    o = parameter.shape[0] if parameter.ndim else 1
+    i = parameter.numel() // max(o, 1)
+    if rule is not None and first is not None:
+        (o, i), modes = rule.matrix(first), rule.modes(first)
+        alone = all(module._parameters.get("bias") is None for module in modules.values())
+        if bias is not None or (alone and (rule.joined or rule.table)):
+            title = path or name
+    slots = [Slot(name, tuple(parameter.shape), 0, i, transposed=rule is not None and rule.transposed)]
+    if bias is not None:
+        slots.append(Slot(bias, tuple(net.parameters[bias].shape), i, 1))
+    width = sum(slot.width for slot in slots)
+    return Group(title, (o, width), tuple(slots), owners.role, bias is not None, tuple(modules.values()), modes)
+
+
+def _is_joined(module: nn.Module) -> bool:
+    rule = rule_for(module)
+    return rule is not None and rule.joined
 
 
 def _is_table(module: nn.Module) -> bool:

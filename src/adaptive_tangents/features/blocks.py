@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -220,11 +221,19 @@ def _stacked(same: Sequence[Summand]) -> Summand:
     if isinstance(first, Weighted):
         held = zip(*(factors_of(part) for part in same), strict=True)
         return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
+    # Of one sample the graph may show other uses than of several, and so other numbers of positions.
+    positions = max((factors.backward.shape[1] for part in same for factors in factors_of(part)), default=0)
     tensors = {
-        name: value if name == "directions" else joined([getattr(part, name) for part in same])
+        name: value if name == "directions" else joined([_lengthened(getattr(part, name), positions) for part in same])
         for name, value in vars(first).items()
     }
     return type(first)(**tensors)
+
+
+def _lengthened(tensor: Tensor, positions: int) -> Tensor:
+    """The same with zeros for the positions it has not; what has none at all is left alone."""
+    missing = positions - tensor.shape[1] if positions else 0
+    return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, missing)) if missing else tensor
 
 
 def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Flipped | None]:
@@ -254,26 +263,31 @@ def _joined(parts: list[_Factors]) -> _Factors | None:
 
 
 def _joined_lookups(parts: list[Lookup]) -> Lookup | None:
+    """Positions of all, one after the other; of lookups at the same places, at every node of a path say, their sum."""
     if len(parts) <= 1:
         return parts[0] if parts else None
     first = parts[0]
-    if all(
-        p.directions.shape[0] == 0 and torch.equal(p.index, first.index) and torch.equal(p.weights, first.weights)
-        for p in parts
-    ):
-        # The same places looked up, at every node of a path say: their signals add up.
-        return replace(first, backward=sum_tensors([p.backward for p in parts]))
-    backward, index, weights = (
-        torch.cat([getattr(p, name) for p in parts], 1) for name in ("backward", "index", "weights")
+    if all(_at_places_of(first, part) for part in parts):
+        return replace(first, backward=sum_tensors([part.backward for part in parts]))
+    # Directions lie one after the other too, and each position moves by those of its own part.
+    ends = list(accumulate(len(part.directions) for part in parts))
+    coefficients = [
+        torch.nn.functional.pad(part.coefficients, (end - len(part.directions), ends[-1] - end))
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return Lookup(
+        torch.cat([part.backward for part in parts], 1),
+        torch.cat([part.index for part in parts], 1),
+        torch.cat([part.weights for part in parts], 1),
+        torch.cat(coefficients, 1),
+        torch.cat([part.directions for part in parts]),
     )
-    ranks = [p.directions.shape[0] for p in parts]
-    coefficients = index.new_zeros((*index.shape, sum(ranks)), dtype=weights.dtype)
-    position, start = 0, 0
-    for p, rank in zip(parts, ranks, strict=True):
-        t = p.index.shape[1]
-        coefficients[:, position : position + t, start : start + rank] = p.coefficients
-        position, start = position + t, start + rank
-    return Lookup(backward, index, weights, coefficients, torch.cat([p.directions for p in parts]))
+
+
+def _at_places_of(first: Lookup, part: Lookup) -> bool:
+    """Whether both look up the same entries, equally weighted and unmoved."""
+    same = torch.equal(part.index, first.index) and torch.equal(part.weights, first.weights)
+    return same and len(part.directions) == 0
 
 
 def _summed(parts: list[Dense]) -> Dense | None:

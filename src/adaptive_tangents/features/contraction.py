@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.kernel_layout import Outputs, Precision, working_dtype
-from adaptive_tangents.features.plans import KernelPlan, Route, common_factors, narrowed
+from adaptive_tangents.features.plans import KernelPlan, RouteName, common_factors, narrowed
 from adaptive_tangents.features.summands import (
     Dense,
     Factors,
@@ -42,7 +42,7 @@ def accumulate(
     b: Block,
     outputs: Outputs,
     *,
-    route: Route,
+    route: RouteName,
     symmetric: bool,
     budget: int,
 ) -> None:

@@ -1,7 +1,6 @@
 """Which route each block takes to a kernel, counted before it runs: multiply-adds, working memory, expected time."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -20,31 +19,37 @@ from adaptive_tangents.features.summands import (
 )
 from adaptive_tangents.runtime.memory import format_bytes
 
-Route = Literal["gram", "nested", "materialise"]
+RouteName = Literal["gram", "nested", "materialise"]
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 8_000_000  # features of a range of output units; larger ones leave the caches
-_SHARES: Mapping[str, float] = {"gram": 0.4, "nested": 0.4, "materialise": 0.6}  # of that speed, seen in the benchmarks
-_PLAIN = 0.8  # of the gram route where there are no positions to sum over: two large products
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory."""
+    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory.
+
+    ``share`` is that of the speed of a large matrix product which the route is expected to reach.
+    """
 
     name: str
     shape: tuple[int, int]
     positions: int
-    route: Route
+    route: RouteName
     operations: int
     working_bytes: int
     dtype: torch.dtype
     device: torch.device
+    share: float
+
+    @property
+    def effort(self) -> float:
+        """Operations that a large matrix product would make in the same time."""
+        return self.operations / self.share
 
     @property
     def seconds(self) -> float:
         """Seconds expected."""
-        share = _PLAIN if self.route == "gram" and self.positions == 1 else _SHARES[self.route]
-        return self.operations / (matmul_speed(self.dtype, self.device) * share)
+        return self.effort / matmul_speed(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -91,34 +96,115 @@ class KernelPlan:
         return "\n".join(rows)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What the cost of a route depends on: two blocks (o, i) of n and m samples with t and s positions, and their kernel.
+
+    ``pairs`` counts the pairs of samples, ``depth`` those of outputs, ``made`` the entries of features summed over
+    positions, ``kind`` is that of the factors that both have.
+    """
+
+    kind: type[Factors] | None
+    outputs: Outputs
+    n: int
+    m: int
+    t: int
+    s: int
+    o: int
+    i: int
+    c: int
+    pairs: int
+    depth: int
+    made: int
+    itemsize: int
+
+
+class Gram:
+    """⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed."""
+
+    name: RouteName = "gram"
+
+    def applies(self, p: Pair) -> bool:
+        return p.kind is not None
+
+    def operations(self, p: Pair) -> int:
+        return 2 * p.pairs * p.t * p.s * (p.i + p.depth * (p.o + 1))
+
+    def share(self, p: Pair) -> float:
+        """Where there are no positions to sum over, these are two large products."""
+        return 0.8 if p.t == p.s == 1 and min(p.o, p.i) > 1 else 0.4
+
+    def least_bytes(self, p: Pair) -> int:
+        """Without which it cannot work: those of one pair of samples."""
+        return 2 * {"full": p.c**2, "trace": 1, "diagonal": p.c}[p.outputs] * p.t * p.s * p.itemsize
+
+    def most_bytes(self, p: Pair) -> int:
+        """Beyond which more is of no use."""
+        return min(self.least_bytes(p) * p.n * p.m, _WORKING_BYTES)
+
+
+class Nested(Gram):
+    """Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first."""
+
+    name: RouteName = "nested"
+
+    def applies(self, p: Pair) -> bool:
+        return p.kind is not None and p.outputs == "full" and p.c > 1 and min(p.t, p.s) > 1
+
+    def operations(self, p: Pair) -> int:
+        return 2 * p.pairs * (p.t * p.s * (p.i + p.c * p.o) + p.t * p.depth * p.o)
+
+    def least_bytes(self, p: Pair) -> int:
+        return (p.t * p.s + 2 * p.t * p.c * p.o + p.t * p.depth) * p.itemsize
+
+
+class Materialise:
+    """Φ of a range of output units at a time, then one matrix product."""
+
+    name: RouteName = "materialise"
+
+    def applies(self, p: Pair) -> bool:
+        return True
+
+    def operations(self, p: Pair) -> int:
+        return 2 * p.made + 2 * p.pairs * p.depth * p.o * p.i
+
+    def share(self, p: Pair) -> float:
+        return 0.6
+
+    def least_bytes(self, p: Pair) -> int:
+        """Both sides of one sample, one output unit."""
+        return 2 * p.c * p.i * p.itemsize
+
+    def most_bytes(self, p: Pair) -> int:
+        return min(self.least_bytes(p) * max(p.n, p.m) * p.o, _TILE_BYTES)
+
+
+# Shares of a large product's speed are those seen in the benchmarks.
+ROUTES = (Gram(), Nested(), Materialise())
+
+
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
     """The quickest route for one block by counted operations (theory §6) and the speed that each reaches, that fits."""
-    kind = common_factors(a, b)
-    like = tensors_of(a.summands[0])[0]
+    kind, like = common_factors(a, b), tensors_of(a.summands[0])[0]
     a, b = narrowed(a, b)
-    (o, i), pairs = a.shape, n * (n + 1) // 2 if symmetric else n * m
-    t, s, depth = a.positions, b.positions, c * c if outputs == "full" else c
-    forms = [(a, n)] if symmetric else [(a, n), (b, m)]
-    sums = sum(rows * block.positions * c * o * i for block, rows in forms if kind is not Lookup)
-    counted: dict[Route, int] = {"materialise": 2 * sums + 2 * pairs * depth * o * i}
-    if kind is not None:
-        counted["gram"] = 2 * pairs * t * s * (i + depth * (o + 1))
-        if outputs == "full" and c > 1 and min(t, s) > 1:
-            counted["nested"] = 2 * pairs * (t * s * (i + c * o) + t * depth * o)
-    size = max(depth // c, 1)
-    least = {
-        "materialise": 2 * c * i * itemsize,
-        "nested": (t * s + 2 * t * c * o + t * depth) * itemsize,
-        "gram": 2 * (c if outputs == "diagonal" else size) * size * t * s * itemsize,
-    }
-    fitting = [name for name in counted if least[name] <= budget] or [min(counted, key=lambda name: least[name])]
-    route = min(fitting, key=lambda name: (counted[name] / _SHARES[name], name == "materialise"))
-    whole = least[route] * (max(n, m) * o if route == "materialise" else n * m)
-    working = min(budget, whole, _TILE_BYTES if route == "materialise" else _WORKING_BYTES)
-    working_in = working_dtype(like.dtype), like.device
-    return BlockPlan(a.name, a.shape, a.positions, route, counted[route], max(working, least[route]), *working_in)
+    (o, i), t, s = a.shape, a.positions, b.positions
+    pairs, depth = n * (n + 1) // 2 if symmetric else n * m, c * c if outputs == "full" else c
+    summed = 0 if kind is Lookup else n * t if symmetric else n * t + m * s
+    pair = Pair(kind, outputs, n, m, t, s, o, i, c, pairs, depth, summed * c * o * i, itemsize)
+    routes = [route for route in ROUTES if route.applies(pair)]
+    fitting = [route for route in routes if route.least_bytes(pair) <= budget]
+    costs = [
+        BlockPlan(
+            a.name, a.shape, t, route.name, route.operations(pair),
+            max(min(budget, route.most_bytes(pair)), route.least_bytes(pair)),
+            working_dtype(like.dtype), like.device, route.share(pair),
+        )
+        for route in fitting or [min(routes, key=lambda route: route.least_bytes(pair))]
+    ]  # fmt: skip
+    return min(costs, key=lambda cost: cost.effort)
 
 
 @cache

@@ -7,7 +7,7 @@ log z. A part is any penalty; this file knows them by what it needs of them only
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -143,18 +143,26 @@ def _shifted_level(parts: Sequence[Part], v: Tensor, shift: Tensor) -> Tensor:
     limit = limit_elasticity(parts)
     if limit is not None and limit <= HALF:
         return increasing_root(error, low, high).exp()
-    # A stationary point wherever the error changes sign from below: at most a few, the deepest is wanted.
-    grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 257, dtype=v.dtype, device=v.device)
-    positive = error(grid) > 0
-    positive[:, 0], positive[:, -1] = False, True
-    rises = ~positive[:, :-1] & positive[:, 1:]
     best, found = torch.full_like(v, torch.inf), low
-    for k in range(1, int(rises.sum(1).max()) + 1):
-        place = (rises.cumsum(1) >= k).int().argmax(1, keepdim=True)
-        y = increasing_root(error, grid.gather(1, place)[:, 0], grid.gather(1, place + 1)[:, 0])
+    for left, right in _rising_brackets(error, low, high):
+        y = increasing_root(error, left, right)
         value = total_cost(parts, [part.log_gain(y.exp()) for part in parts], v, shift)
         best, found = torch.minimum(best, value), torch.where(value < best, y, found)
     return found.exp()
+
+
+def _rising_brackets(error: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Intervals in which the error changes sign from below, one for every problem: all first ones, all second ones, ...
+
+    Each holds a stationary point: at most a few, of which the deepest is wanted. Where a problem has no more, it gets any.
+    """
+    grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 257, dtype=low.dtype, device=low.device)
+    positive = error(grid) > 0
+    positive[:, 0], positive[:, -1] = False, True
+    rises = ~positive[:, :-1] & positive[:, 1:]
+    for k in range(1, int(rises.sum(1).max()) + 1):
+        place = (rises.cumsum(1) >= k).int().argmax(1, keepdim=True)
+        yield grid.gather(1, place)[:, 0], grid.gather(1, place + 1)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------- compositions of one z

@@ -1,0 +1,118 @@
+"""A batch through the network: forward -> assemble -> retry, until no block's features are refuted.
+
+`forward` runs the model and records what it did; `assemble` makes the features of every block by one backward pass; blocks
+that autograd refutes go back into `retry`, which makes them in the next way there is.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.capture.batches import Batch
+from adaptive_tangents.capture.block_sources import Choice, Source, blocks_of, next_choice, source_of
+from adaptive_tangents.capture.calls import Use, recorded_calls
+from adaptive_tangents.capture.derivatives import disproved, saved_copies
+from adaptive_tangents.capture.graph import Graph, read_graph
+from adaptive_tangents.capture.groups import Group
+from adaptive_tangents.capture.network import Network
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.blocks import Block
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass left: outputs (n, c), the selected parameters, their graph, and the layer calls in it."""
+
+    out: Tensor
+    leaves: Mapping[str, Tensor]
+    graph: Graph
+    uses: list[Use]
+
+    def check_inputs(self) -> None:
+        """Raise RuntimeError, as autograd does of what it saved, where an in-place operation changed a layer's input."""
+        if any(use.inputs._version != use.version for use in self.uses):
+            raise RuntimeError("the input of a layer was modified by an in-place operation")
+
+
+def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
+    """Run the model on a batch, under autograd; ``copy`` what is kept, so that nothing overwrites it."""
+    leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
+    uses: list[Use] = []
+    with saved_copies() if copy else nullcontext(), recorded_calls(net.model, uses, copy=copy):
+        out = net(x, leaves)
+    if not out.requires_grad:
+        raise TangentError(
+            f"{net.call}: autograd sees no way from the output to the selected parameters; take out no_grad, "
+            "inference_mode or detach, or select parameters that the output depends on"
+        )
+    graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
+    return Forward(out, leaves, graph, [use for use in uses if use.edge.node in graph.parents])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The features of ``target``, block by block, where each came from, and the choices taken.
+
+    ``held`` is the bytes of each gradient, ``unchecked`` the names of blocks not yet compared with autograd, ``given_up``
+    those for which there is no other way.
+    """
+
+    seen: Forward
+    target: Tensor
+    blocks: Mapping[str, Block]
+    sources: Mapping[str, Source]
+    choices: Mapping[str, Choice]
+    held: Mapping[tuple[Any, int], int]
+    unchecked: Collection[str]
+    given_up: frozenset[str] = frozenset()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory that all gradients take together."""
+        places = {(edge.node, edge.output_nr) for source in self.sources.values() for edge in source.edges}
+        return sum(self.held.get(place, 0) for place in places)
+
+    def without(self, names: Collection[str]) -> "Found":
+        """The rest, once some blocks have been refuted."""
+        blocks = {name: block for name, block in self.blocks.items() if name not in names}
+        sources = {name: source for name, source in self.sources.items() if name not in names}
+        return replace(self, blocks=blocks, sources=sources)
+
+
+def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice]) -> Found:
+    """Features of the outputs, or of a function ``target`` (n, k) of them, for each group with a known source."""
+    made = ((g.name, source_of(g, seen.uses, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
+    sources = {name: source for name, source in made if source is not None}
+    blocks, held = blocks_of(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
+    return Found(seen, target, blocks, sources, choices, held, frozenset(blocks))
+
+
+def refuted(found: Found) -> frozenset[str]:
+    """The unchecked blocks whose features are not what autograd says."""
+    blocks = {name: block for name, block in found.blocks.items() if name in found.unchecked}
+    return disproved(found.target, found.seen.leaves, blocks, found.seen.graph.dtype)
+
+
+def retry(found: Found, wrong: Collection[str], groups: Sequence[Group]) -> Found:
+    """The same with each refuted block made by its next choice, from the graph that is there."""
+    kept = found.without(wrong)
+    following = {name: next_choice(found.choices.get(name, Choice()), found.sources[name]) for name in wrong}
+    choices = {**found.choices, **{name: choice for name, choice in following.items() if choice is not None}}
+    more = assemble(found.seen, found.target, [g for g in groups if following.get(g.name) is not None], choices)
+    return replace(
+        more,
+        blocks={**kept.blocks, **more.blocks},
+        sources={**kept.sources, **more.sources},
+        held={**kept.held, **more.held},
+        given_up=found.given_up | {name for name, choice in following.items() if choice is None},
+    )
+
+
+def common_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of features: what the selected parameters' dtypes promote to."""
+    return reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
