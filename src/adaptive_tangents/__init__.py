@@ -33,10 +33,9 @@ from adaptive_tangents.choosing import FitPath, fit_path, leave_one_out
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.explain import Explanation, explain
 from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit, Round
+from adaptive_tangents.fits import Fit, KernelFit, Round
 from adaptive_tangents.groups import Columns, Diagonal, LayerScale, Rows
 from adaptive_tangents.induced import Composition, Induced, Penalty, shares
-from adaptive_tangents.kernel_fits import KernelFit
 from adaptive_tangents.kernels import tangent_kernel
 from adaptive_tangents.mixed import Mixed
 from adaptive_tangents.modes import Modes

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -267,6 +269,24 @@ def take(x: Batch, index: Index | None) -> Any:
     if isinstance(x, Mapping):
         return {name: take(tensor, index) for name, tensor in x.items()}
     return tuple(take(tensor, index) for tensor in x)
+
+
+Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
+
+
+def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
+    """A tensor as it is; an array, or a list with its floats in float64, as a tensor on this device."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        if isinstance(values, Sequence) and len(values) and all(isinstance(part, Tensor) for part in values):
+            return torch.stack(list(values))
+        array = np.asarray(values)
+        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array).to(device)
+    except (TypeError, ValueError, RuntimeError) as failure:
+        raise TangentError(
+            f"{call}: give {what} as a tensor, a NumPy array or a list of numbers, got {type(values).__name__}"
+        ) from failure
 
 
 def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:

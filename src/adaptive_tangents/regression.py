@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.inputs import check_finite
+from adaptive_tangents.inputs import Values, as_tensor, check_finite
 from adaptive_tangents.memory import memory_limit as limit_of
 from adaptive_tangents.memory import require_memory
 from adaptive_tangents.operators import KernelOperator
-from adaptive_tangents.systems import DenseKernel, Iterated, RoundedKernel, SketchedKernel, Solve, iterate
+from adaptive_tangents.systems import DenseKernel, Iterated, PivotedKernel, RoundedKernel, Solve, iterate
 from adaptive_tangents.tiled import Cached, Kernels, Request, Tiled, View, tiled
 
 Form = Literal["auto", "dense", "matrix-free"]
@@ -73,7 +73,7 @@ class KernelRegression:
 
 def kernel_regression(
     K: Kernels,
-    r: Shaped[Tensor, "..."],
+    r: Values,
     *,
     ridge: float = 0.0,
     form: Form = "auto",
@@ -212,9 +212,10 @@ def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> N
         raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
 
 
-def residual_targets(call: str, r: Shaped[Tensor, "..."], kernel: Tiled) -> Float[Tensor, "n c"]:
+def residual_targets(call: str, r: Values, kernel: Tiled) -> Float[Tensor, "n c"]:
     """Targets (n, c) of a kernel, in float64, after checking that they fit it."""
     outputs = max(kernel.width, kernel.batch)
+    r = as_tensor(call, "targets", r, kernel.device)
     targets = r[:, None] if r.ndim == 1 else r
     coupled = kernel.full or kernel.batch > 1
     if targets.ndim != 2 or targets.shape[0] != kernel.n or (coupled and targets.shape[1] != outputs):
@@ -251,4 +252,4 @@ def preconditioner(operator: KernelOperator, room: int) -> Solve:
             return RoundedKernel(operator).near_shifted(operator.ridge)
     rank = max(1, min(_MOST_RANK, size // 2, room // (_COLUMN_COPIES * 8 * size)))
     chunk = min(_CHUNK, max(1, rank // (4 * operator.c)))
-    return SketchedKernel(operator, rank, chunk).near_shifted(operator.ridge)
+    return PivotedKernel(operator, rank, chunk).near_shifted(operator.ridge)

@@ -209,7 +209,7 @@ class FreeKernel(Kernel):
         """About x ↦ (I + ½SᵀKS)⁻¹ x."""
 
 
-class SketchedKernel(FreeKernel):
+class PivotedKernel(FreeKernel):
     """Never formed: preconditioned by a partial Cholesky factor.
 
     ``rank`` columns are chosen by random pivoting, of probability the diagonal that is left (Chen, Epperly, Tropp & Webber,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from adaptive_tangents.blocks import ranges
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.inputs import check_finite
+from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.inputs import as_tensor, check_finite
 from adaptive_tangents.memory import memory_limit as limit_of
 from adaptive_tangents.memory import require_memory
 
@@ -375,7 +376,11 @@ def tiled(request: Request, K: Kernels) -> Tiled:
         return Sum(list(parts.values()))
     if isinstance(K, StoredKernel):
         return Stored(request, K)
-    return Held(request, torch.as_tensor(K).detach())
+    if isinstance(K, TangentFeatures):
+        raise TangentError(
+            f"{request.call}: takes a kernel, got features; give feats.kernel(), or tangent_kernel(model, x)"
+        )
+    return Held(request, as_tensor(request.call, "the kernel", K, torch.device("cpu")).detach())
 
 
 def blocks_of(request: Request, K: Kernels) -> dict[str, Tiled]:
