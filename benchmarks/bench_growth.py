@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import adaptive_tangents as at
-from adaptive_tangents.data import load_digits, normalize_digits
+from adaptive_tangents.datasets.images import load_digits, normalize_digits
 from adaptive_tangents.drawing import COLOURS, DASHES, Arrays, Results, grid, render
 from adaptive_tangents.experiments.training import relu_network
-from adaptive_tangents.systems import factorise
+from adaptive_tangents.linalg.cholesky import factorise
 from common import OUT, drawn, write
 
 PARTS = ("kernel", "Cholesky", "decompositions", "solve and products")

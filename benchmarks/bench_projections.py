@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 import adaptive_tangents as at
-from adaptive_tangents.projections import padded, paired_rows
-from adaptive_tangents.summands import Dense, Lookup, Outer
+from adaptive_tangents.features.summands import Dense, Lookup, Outer
+from adaptive_tangents.linalg.hadamard import padded, paired_rows
 from common import contend
 from networks import Gpt, Network, cnn, made, mlp
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import adaptive_tangents as at
-from adaptive_tangents.summands import Outputs
+from adaptive_tangents.features.kernel_layout import Outputs
 from common import OUT, contend, peak_memory
 from counting import counted_operations, peak_rate
 from networks import Network, cnn, made, mlp

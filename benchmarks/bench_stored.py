@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import adaptive_tangents as at
-from adaptive_tangents.data import load_digits, normalize_digits
+from adaptive_tangents.datasets.images import load_digits, normalize_digits
 from adaptive_tangents.experiments.training import relu_network
 from common import OUT, contend
 

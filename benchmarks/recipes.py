@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import adaptive_tangents as at
-from adaptive_tangents import contraction
+from adaptive_tangents.features import contraction, kernel_layout, plans
 from common import OUT, best_of, peak_memory
 from counting import counted_operations, peak_rate
 from networks import Network
@@ -73,9 +73,9 @@ def by_block(feats: at.TangentFeatures, rate: float) -> list[Row]:
     rows = []
     for step in feats.plan().blocks:
         alone = {step.name: feats.blocks[step.name]}
-        plan = contraction.KernelPlan((step,), 0, 0, 0)
+        plan = plans.KernelPlan((step,), 0, 0, 0)
         kernels = {
-            step.name: contraction.empty_kernel(feats.n, feats.n, feats.c, "full", torch.empty(0, dtype=feats.dtype))
+            step.name: kernel_layout.empty_kernel(feats.n, feats.n, feats.c, "full", torch.empty(0, dtype=feats.dtype))
         }
 
         def run(alone: Any = alone, plan: Any = plan, kernels: Any = kernels) -> None:

@@ -101,9 +101,9 @@ def place_of_code(name: str) -> tuple[Path, int]:
 def place_of_test(name: str) -> tuple[Path, int]:
     """File and line of a test named as test_file::test_name."""
     file, _, function = name.partition("::")
-    path = ROOT / "tests" / f"{file}.py"
-    if not path.is_file():
-        raise UnknownName(f"{name}: there is no {path.relative_to(ROOT)}")
+    path = next((ROOT / "tests").rglob(f"{file}.py"), None)
+    if path is None:
+        raise UnknownName(f"{name}: there is no {file}.py in tests/")
     node = member(tree(path).body, function)
     if not isinstance(node, ast.FunctionDef) or not function.startswith("test_"):
         raise UnknownName(f"{name}: {path.relative_to(ROOT)} has no test {function}")

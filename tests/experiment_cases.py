@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptive_tangents import report
-from adaptive_tangents.data import Dataset
+from adaptive_tangents.datasets.images import Dataset
 from adaptive_tangents.drawing import grid
 from adaptive_tangents.experiments.common import Tensors, Units
 
@@ -32,7 +32,7 @@ def made_up_digits(name: str, *, data_dir: str | None = None, classes: Sequence[
 def explained_in_rounds(rounds: int) -> Iterator[None]:
     """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("adaptive_tangents.explain"), "_ROUNDS", rounds)
+        patch.setattr(importlib.import_module("adaptive_tangents.measures.explain"), "_ROUNDS", rounds)
         yield
 
 

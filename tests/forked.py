@@ -19,7 +19,7 @@ import torch.distributed as dist
 import zarr  # noqa: F401  (once here, not in every child)
 
 import adaptive_tangents as at
-from adaptive_tangents.stores import KernelStore, read_meta
+from adaptive_tangents.storage.store import KernelStore, read_meta
 from stored import LIMIT, data, files, network
 
 KILLS = 24

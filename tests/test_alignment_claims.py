@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import alignment_setup
 from adaptive_tangents.experiments.alignment_claims import claims, over_seeds

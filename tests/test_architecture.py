@@ -14,117 +14,61 @@ import pytest
 import torch
 
 import adaptive_tangents as at
-from adaptive_tangents.data import Dataset, normalize_digits
+from adaptive_tangents.datasets.images import Dataset, normalize_digits
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "adaptive_tangents"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Data flows downward: a module imports only from those before it.
-ORDER = (
-    "errors",
-    "memory",
-    "products",
-    "files",
-    "transforms",
-    "projections",
-    "summands",
-    "stores",
-    "locks",
-    "processes",
-    "blocks",
-    "contraction",
+# Data flows downward: a wing imports only from those before it, and within a wing nothing goes in a circle.
+WINGS = (
+    "runtime",
+    "linalg",
     "features",
-    "layers",
-    "inputs",
-    "tiled",
-    "views",
-    "recording",
-    "operations",
-    "derivatives",
-    "sources",
     "capture",
-    "sketches",
-    "sketch_files",
-    "path",
-    "penalty_checks",
-    "search",
-    "sharing",
-    "induced",
     "penalties",
     "structures",
-    "groups",
-    "spectral",
-    "modes",
-    "mixed",
-    "subspaces",
-    "proximal",
-    "losses",
-    "goals",
-    "systems",
-    "constraints",
-    "operators",
-    "regression",
-    "model",
-    "newton",
-    "alternation",
-    "alignment",
-    "adaptation",
-    "fits",
-    "certificates",
-    "kernel_model",
-    "kernel_fits",
-    "solvers",
-    "choosing",
-    "factors",
-    "forward_mode",
-    "modules",
-    "planning",
-    "streams",
-    "tiling",
-    "identities",
+    "sketching",
     "kernels",
-    "storing",
-    "explain",
-    "estimators",
-    "tracking",
-    "data_files",
-    "data",
-    "experiments",
-    "loading",
+    "storage",
+    "measures",
+    "solvers",
+    "nn",
+    "datasets",
+    "runs",
+    "reporting",
     "inspection",
-    "drawing",
-    "pages",
-    "figures",
-    "experiment_pages",
-    "inspection_figures",
-    "inspection_report",
-    "report",
-    "overview",
-    "cli",
-    "__main__",
+    "experiments",
 )
+# Flat modules: those that every wing may use, and those that may use every wing.
+BELOW = ("_version", "errors", "checks")
+ABOVE = ("cli", "__main__")
+MOST_FLAT = 12
 
 # A dependency that only some modules may name; everything else must work without importing it.
 ONLY_IN = {
-    "sklearn": {"estimators", "data"},
-    "mlxtend": {"data"},
-    "matplotlib": {"drawing", "figures", "experiment_pages", "inspection_figures"},
-    "jinja2": {"report"},
+    "sklearn": {"datasets.images"},
+    "mlxtend": {"datasets.images"},
+    "matplotlib": {"reporting", "experiments", "inspection.figures"},
+    "jinja2": {"reporting.report"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "zarr": {"stores"},
+    "zarr": {"storage.store"},
     "xrfm": {"experiments"},
 }
-LAZY_IN = {"data": {"sklearn", "mlxtend"}, "stores": {"zarr"}, "experiments": {"xrfm"}}
+LAZY = {"sklearn", "mlxtend", "zarr", "xrfm"}  # imported by the function that needs them
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")
 
 
-def component(path: Path) -> str:
-    """`path` for path.py, `experiments` for anything in that folder, `__init__` for the map of the package."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(path: Path) -> str:
+    """`features.blocks` for features/blocks.py, `features` for the map of that wing, `` for that of the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def wing_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def dotted(path: Path) -> list[str]:
@@ -161,44 +105,72 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_module_is_listed_in_the_order(path: Path) -> None:
-    place = component(path)
-    assert place in {"__init__", *ORDER}, (
-        f"{name_of(path)} has no place in the order of modules: list {place!r} in ORDER of tests/test_architecture.py, "
-        f"after all it imports and before all that import it, and in docs/architecture.md"
-    )
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if component(p) != "__init__"], ids=name_of)
-def test_a_module_imports_only_from_those_before_it(path: Path) -> None:
-    place = component(path)
-    before = ORDER[: ORDER.index(place)] if place in ORDER else ()
+def internal(path: Path) -> set[str]:
+    """The modules of the package that a file imports from."""
+    known = {module_of(source) for source in SOURCES}
+    found = set()
     for module in imported(path):
-        package, *rest = module.split(".")
-        if package != "adaptive_tangents":
-            continue
-        assert rest, f"{name_of(path)} imports the whole package; import from the module that defines the name"
-        if rest[0] == "__version__":
-            continue
-        # Within a folder such as experiments, files may share helpers.
-        assert rest[0] in {*before, *([place] if path.parent != PACKAGE else [])}, (
-            f"{name_of(path)} imports {module}, which does not come before {place!r} in the order of modules"
+        package, _, rest = module.partition(".")
+        if package == "adaptive_tangents":
+            assert rest, f"{name_of(path)} imports the whole package; import from the module that defines the name"
+            found.add(rest if rest in known else rest.rpartition(".")[0])
+    return found
+
+
+def test_every_file_has_its_place_in_the_house() -> None:
+    flat = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert flat <= {*BELOW, *ABOVE}, f"{flat - {*BELOW, *ABOVE}}: which wing do they belong to?"
+    assert len(flat) < MOST_FLAT
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(WINGS), "list a new wing in WINGS, after all it imports, and in docs/architecture.md"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_wings_import_one_way(path: Path) -> None:
+    order = ("", *BELOW, *WINGS, *ABOVE)
+    place = wing_of(module_of(path))
+    for module in internal(path) if place else ():
+        wing = wing_of(module)
+        assert wing == place or order.index(wing) < order.index(place), (
+            f"{name_of(path)} imports {module}, which does not come before {place!r} in the order of wings"
         )
+
+
+def test_no_wing_imports_in_a_circle() -> None:
+    uses = {module_of(path): internal(path) for path in SOURCES if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"a circle of imports: {' → '.join((*way[way.index(module) :], module))}"
+        if module not in done:
+            for other in uses.get(module, ()):
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in uses:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_says_what_is_in_it_and_hands_on_names_of_its_own(wing: str) -> None:
+    path = PACKAGE / wing / "__init__.py"
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{wing}/__init__.py does not say what is in it"
+    assert all(wing_of(module) == wing for module in internal(path)), f"{wing} hands on names of another wing"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_heavy_dependency_is_named_only_where_it_belongs(path: Path) -> None:
-    for module in imported(path):
-        top = module.partition(".")[0]
-        assert component(path) in ONLY_IN.get(top, {component(path)}), (
-            f"{name_of(path)} imports {top}, which only {' and '.join(sorted(ONLY_IN[top]))} may"
+    for name in imported(path):
+        top, module = name.partition(".")[0], module_of(path)
+        homes = ONLY_IN.get(top, {module})
+        assert any(f"{module}.".startswith(f"{home}.") for home in homes), (
+            f"{name_of(path)} imports {top}, which only {' and '.join(sorted(homes))} may"
         )
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if component(p) in LAZY_IN], ids=name_of)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_dependency_used_in_one_function_is_imported_there(path: Path) -> None:
-    eager = {module.partition(".")[0] for module in imported_at_module_level(path)} & LAZY_IN[component(path)]
+    eager = {module.partition(".")[0] for module in imported_at_module_level(path)} & LAZY
     assert not eager, f"{name_of(path)} imports {sorted(eager)} when it is itself imported; move that into the function"
 
 

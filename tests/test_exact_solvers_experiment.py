@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli, figures, report
-from adaptive_tangents.data import load_digits, normalize_digits
+from adaptive_tangents.datasets.images import load_digits, normalize_digits
 from adaptive_tangents.drawing import render
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import exact_solvers

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive_tangents.alignment import alignment
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import alignment_setup, kernel_alignment, training
 from adaptive_tangents.experiments.checkpoints import StoredUnits, read_checkpoints, write_checkpoint
 from adaptive_tangents.experiments.common import ExperimentResult, Tensors, Units, flatten
 from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig, config_dict, run
 from adaptive_tangents.experiments.training import SGD, relu_network, train
+from adaptive_tangents.measures.alignment import alignment
 from experiment_cases import explained_in_rounds
 
 SMALL = KernelAlignmentConfig(

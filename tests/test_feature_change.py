@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaptive_tangents import report
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiment_pages.feature_change import verdict
 from adaptive_tangents.experiments import feature_change
@@ -22,7 +22,7 @@ from adaptive_tangents.experiments.feature_claims import claims
 from adaptive_tangents.experiments.feature_networks import TRAINING, Training, network
 from adaptive_tangents.experiments.training import train
 from adaptive_tangents.experiments.transform_match import directions, match
-from adaptive_tangents.transforms import Matrix, Sides
+from adaptive_tangents.features.transforms import Matrix, Sides
 
 SMALL = FeatureChangeConfig(
     networks=("mlp", "cnn"), width=8, training={kind: Training("adam", 0.01, 1) for kind in TRAINING}, samples=24,

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli, report
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import alignment_setup, hard_targets
 from adaptive_tangents.experiments.checkpoints import StoredUnits
@@ -30,8 +30,8 @@ from adaptive_tangents.experiments.hard_targets import (
     sizes,
 )
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.explain import explain
-from adaptive_tangents.transforms import LowRank, Matrix, Sides
+from adaptive_tangents.features.transforms import LowRank, Matrix, Sides
+from adaptive_tangents.measures.explain import explain
 from experiment_cases import Remembered, made_up_digits
 
 SMALL = HardTargetsConfig(

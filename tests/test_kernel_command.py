@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
-from adaptive_tangents.memory import parse_bytes
-from adaptive_tangents.stores import KernelStore
+from adaptive_tangents.runtime.memory import parse_bytes
+from adaptive_tangents.storage.store import KernelStore
 from stored import data, files, network
 
 runner = CliRunner()

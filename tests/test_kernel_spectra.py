@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli, report
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import alignment_setup, kernel_spectra
 from adaptive_tangents.experiments.checkpoints import StoredUnits

@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli, report
-from adaptive_tangents.data import Dataset
+from adaptive_tangents.datasets.images import Dataset
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import sample_complexity, subset_training
 from adaptive_tangents.experiments.checkpoints import StoredUnits

@@ -14,15 +14,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli, report
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments import weight_spectra
 from adaptive_tangents.experiments.checkpoints import StoredUnits
 from adaptive_tangents.experiments.common import Asked, ExperimentResult, settings
 from adaptive_tangents.experiments.spectra_claims import weight_claims
 from adaptive_tangents.experiments.weight_spectra import PROTOCOLS, Job, WeightSpectraConfig, run, sgd
-from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.spectral import TwoSided
+from adaptive_tangents.nn.tangent_module import TangentModule
+from adaptive_tangents.structures.spectral import TwoSided
 from experiment_cases import Remembered, made_up_digits
 
 WIDTH = 20

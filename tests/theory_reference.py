@@ -16,8 +16,8 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 import adaptive_tangents as at
-from adaptive_tangents.blocks import Slot
-from adaptive_tangents.summands import Dense, Outer
+from adaptive_tangents.features.blocks import Slot
+from adaptive_tangents.features.summands import Dense, Outer
 
 Omega = Callable[[np.ndarray], np.ndarray]  # ω as a function of z − 1
 

@@ -15,9 +15,19 @@ True
 True
 """
 
-from adaptive_tangents import adaptation, transforms
-from adaptive_tangents.adaptation import KernelChange, KernelPart, kernel_change
-from adaptive_tangents.alignment import (
+from adaptive_tangents._version import __version__ as __version__
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.path_average import AverageFeatures, average_features
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.features import transforms
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.kernels.operators import KernelEigen, KernelOperator, kernel_eigen, kernel_operator
+from adaptive_tangents.kernels.regression import KernelRegression, kernel_regression
+from adaptive_tangents.kernels.tangent_kernel import tangent_kernel
+from adaptive_tangents.kernels.tiles import KernelBlock, SharedKernel
+from adaptive_tangents.measures import kernel_change as adaptation
+from adaptive_tangents.measures.alignment import (
     Decomposition,
     EffectiveRank,
     Representability,
@@ -27,41 +37,30 @@ from adaptive_tangents.alignment import (
     effective_rank,
     representability,
 )
-from adaptive_tangents.blocks import Block
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.choosing import FitPath, fit_path, leave_one_out
-from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.explain import Explanation, explain
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit, KernelFit, Round
-from adaptive_tangents.groups import Columns, Diagonal, LayerScale, Rows
-from adaptive_tangents.induced import Composition, Induced, Penalty, shares
-from adaptive_tangents.kernels import tangent_kernel
-from adaptive_tangents.mixed import Mixed
-from adaptive_tangents.modes import Modes
-from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.operators import KernelEigen, KernelOperator, kernel_eigen, kernel_operator
-from adaptive_tangents.path import AverageFeatures, average_features
-from adaptive_tangents.penalties import Absolute, LogSquared, NoAdaptation, Power, Quadratic
-from adaptive_tangents.proximal import ProximalFit, proximal_gradient
-from adaptive_tangents.regression import KernelRegression, kernel_regression
-from adaptive_tangents.sketch_files import append_sketch, load_sketch, save_sketch
-from adaptive_tangents.sketches import Sketch, SketchedFeatures, SketchedKernel, SketchedMeasure, sketch_features
-from adaptive_tangents.solvers import certify, fit
-from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.stores import KernelStore, open_kernel
-from adaptive_tangents.storing import kernel_to_store, plan_kernel
-from adaptive_tangents.structures import (
-    BlockSolution,
-    BlockStructure,
-    Fixed,
-    Full,
-    Solution,
-    Structure,
+from adaptive_tangents.measures.explain import Explanation, explain
+from adaptive_tangents.measures.kernel_change import KernelChange, KernelPart, kernel_change
+from adaptive_tangents.nn.tangent_module import TangentModule
+from adaptive_tangents.penalties.closed_forms import Absolute, LogSquared, NoAdaptation, Power, Quadratic
+from adaptive_tangents.penalties.penalty import Composition, Induced, Penalty, shares
+from adaptive_tangents.sketching.sketch_files import append_sketch, load_sketch, save_sketch
+from adaptive_tangents.sketching.sketches import (
+    Sketch,
+    SketchedFeatures,
+    SketchedKernel,
+    SketchedMeasure,
+    sketch_features,
 )
-from adaptive_tangents.tiled import KernelBlock, SharedKernel
-
-__version__ = "0.1.0"
+from adaptive_tangents.solvers.fit import certify, fit
+from adaptive_tangents.solvers.model_selection import FitPath, fit_path, leave_one_out
+from adaptive_tangents.solvers.proximal import ProximalFit, proximal_gradient
+from adaptive_tangents.solvers.results import Fit, KernelFit, Round
+from adaptive_tangents.storage.kernel_to_store import kernel_to_store, plan_kernel
+from adaptive_tangents.storage.store import KernelStore, open_kernel
+from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Fixed, Full, Solution, Structure
+from adaptive_tangents.structures.grouped import Columns, Diagonal, LayerScale, Rows
+from adaptive_tangents.structures.mixed import Mixed
+from adaptive_tangents.structures.modes import Modes
+from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 __all__ = [
     "Absolute",

@@ -25,7 +25,6 @@ from rich.progress import (
 from rich.table import Table
 
 from adaptive_tangents import __version__
-from adaptive_tangents.contraction import check_outputs
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiment_pages.overview import counts
 from adaptive_tangents.experiments.checkpoints import StoredUnits
@@ -33,17 +32,18 @@ from adaptive_tangents.experiments.common import Asked, settings
 from adaptive_tangents.experiments.common import Progress as StageProgress
 from adaptive_tangents.experiments.registry import EXPERIMENTS, LONGEST_FIRST, Experiment
 from adaptive_tangents.experiments.side_by_side import side_by_side
+from adaptive_tangents.features.kernel_layout import check_outputs
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection.outputs import pick
 from adaptive_tangents.inspection_report import findings
 from adaptive_tangents.loading import check_runs, find_checkpoints, fit_data, load_checkpoint, load_data, load_model
-from adaptive_tangents.memory import parse_bytes
 from adaptive_tangents.overview import NAME as NAME_OF_ALL
 from adaptive_tangents.overview import collect
 from adaptive_tangents.report import ARRAYS_FILE, RESULTS_FILE, build_report, load_results, summary_table, write_results
-from adaptive_tangents.sketches import Sketch
-from adaptive_tangents.storing import kernel_to_store, plan_kernel
+from adaptive_tangents.runtime.memory import parse_bytes
+from adaptive_tangents.sketching.sketches import Sketch
+from adaptive_tangents.storage.kernel_to_store import kernel_to_store, plan_kernel
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

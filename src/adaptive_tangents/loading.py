@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.network import plainly
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.inputs import Batch, plainly, take, tensors
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import alignment, decompose, representability
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.features import TangentFeatures
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.measures.alignment import alignment, decompose, representability
 
 Checkpoint = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.data import Dataset, load_digits, normalize_digits
+from adaptive_tangents.datasets.images import Dataset, load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_measures import sign
 from adaptive_tangents.experiments.common import Units, settings

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import Tensors, Units
-from adaptive_tangents.files import ReadError, read_metadata, read_tensors, write_tensors
+from adaptive_tangents.runtime.tensor_files import ReadError, read_metadata, read_tensors, write_tensors
 
 FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
 

@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.alignment import effective_rank
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.data import load_digits, normalize_digits
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.datasets.images import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.experiments.common import (
     Asked,
@@ -33,12 +32,13 @@ from adaptive_tangents.experiments.common import (
     settings,
 )
 from adaptive_tangents.experiments.training import relu_network
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import Left, TwoSided
-from adaptive_tangents.structures import Fixed, Structure
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.measures.alignment import effective_rank
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.spectral import Left, TwoSided
 
 NAME = "exact-solvers"
 LAYERS = ("hidden1", "hidden2", "readout")

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import effective_rank
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.data import load_digits, normalize_digits
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.path_average import average_features
+from adaptive_tangents.datasets.images import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_measures import outputs, vector
 from adaptive_tangents.experiments.common import (
@@ -36,16 +36,16 @@ from adaptive_tangents.experiments.feature_claims import claims, over_seeds
 from adaptive_tangents.experiments.feature_networks import TRAINING, Training, network
 from adaptive_tangents.experiments.training import train
 from adaptive_tangents.experiments.transform_match import match
-from adaptive_tangents.explain import explain
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit
-from adaptive_tangents.groups import LayerScale
-from adaptive_tangents.path import average_features
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, Structure
-from adaptive_tangents.transforms import LowRank, Matrix, Sides, Transform
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import LowRank, Matrix, Sides, Transform
+from adaptive_tangents.measures.alignment import effective_rank
+from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Full, Structure
+from adaptive_tangents.structures.grouped import LayerScale
+from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 NAME = "feature-change"
 STRUCTURES: dict[str, Structure] = {

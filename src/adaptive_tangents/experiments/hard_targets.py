@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.alignment import alignment, representability
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.path_average import average_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_measures import Checkpoint, outputs
 from adaptive_tangents.experiments.alignment_setup import Problem, TeacherTask, config_dict, problem, student, trained
@@ -38,12 +38,12 @@ from adaptive_tangents.experiments.common import (
     spread,
 )
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.explain import explain
-from adaptive_tangents.path import average_features
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.transforms import Sides, Transform
+from adaptive_tangents.features.transforms import Sides, Transform
+from adaptive_tangents.measures.alignment import alignment, representability
+from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.structures.spectral import TwoSided
 
 NAME = "hard-targets"
 TOP = 10

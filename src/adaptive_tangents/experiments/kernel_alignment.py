@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import alignment, effective_rank
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.path_average import AverageFeatures, average_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_claims import claims, over_seeds
 from adaptive_tangents.experiments.alignment_measures import (
@@ -41,15 +41,15 @@ from adaptive_tangents.experiments.common import (
     heading,
 )
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.explain import explain
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit
-from adaptive_tangents.groups import LayerScale
-from adaptive_tangents.path import AverageFeatures, average_features
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Full, Structure
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.measures.alignment import alignment, effective_rank
+from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Full, Structure
+from adaptive_tangents.structures.grouped import LayerScale
+from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 NAME = "kernel-alignment"
 TARGETS = ("smooth", "sign")

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.alignment import effective_rank
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.path_average import average_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.alignment_claims import over_seeds
 from adaptive_tangents.experiments.alignment_measures import Checkpoint, outputs
@@ -33,10 +33,10 @@ from adaptive_tangents.experiments.common import (
 )
 from adaptive_tangents.experiments.spectra_claims import kernel_claims
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.path import average_features
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import TwoSided
+from adaptive_tangents.measures.alignment import effective_rank
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.structures.spectral import TwoSided
 
 NAME = "kernel-spectra"
 TARGETS = ("smooth", "sign")

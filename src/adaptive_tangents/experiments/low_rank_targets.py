@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import (
     Asked,
@@ -44,10 +44,10 @@ from adaptive_tangents.experiments.low_rank_peers import (
     relative_error,
     trained_network,
 )
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Structure
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 NAME = "low-rank-targets"
 FORMULAS = {

@@ -23,8 +23,8 @@ from adaptive_tangents.experiments.common import (
     heading,
     settings,
 )
-from adaptive_tangents.induced import Penalty
-from adaptive_tangents.penalties import Absolute, Quadratic
+from adaptive_tangents.penalties.closed_forms import Absolute, Quadratic
+from adaptive_tangents.penalties.penalty import Penalty
 
 NAME = "penalties"
 # The log-log slope far out, 2/(1 + 2e) where log z rises e times as fast as the log of the level; and whether ω̃ is convex.

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.data import load_images
-from adaptive_tangents.data_files import find_cifar10
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.datasets.image_files import find_cifar10
+from adaptive_tangents.datasets.images import load_images
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import (
     Asked,
@@ -45,11 +45,11 @@ from adaptive_tangents.experiments.subset_training import (
     stopped,
     train,
 )
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.structures import Fixed, Structure
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.spectral import TwoSided
 
 NAME = "sample-complexity"
 FOCUS = 1000  # the size that claims are about, measured first

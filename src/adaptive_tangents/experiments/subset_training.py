@@ -17,9 +17,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.modes import Modes
-from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.structures import Fixed
+from adaptive_tangents.nn.tangent_module import TangentModule
+from adaptive_tangents.structures.base import Fixed
+from adaptive_tangents.structures.modes import Modes
 
 Model = Literal["fixed", "adaptive", "network"]
 MODELS: tuple[Model, ...] = ("fixed", "adaptive", "network")

@@ -22,9 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import effective_rank
-from adaptive_tangents.capture import tangent_features
-from adaptive_tangents.data import load_digits
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.datasets.images import load_digits
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import (
     Asked,
@@ -38,11 +37,12 @@ from adaptive_tangents.experiments.common import (
 )
 from adaptive_tangents.experiments.spectra_claims import LEADING, MEASURES, weight_claims
 from adaptive_tangents.experiments.training import relu_network
-from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import TwoSided
-from adaptive_tangents.structures import Fixed, Structure
+from adaptive_tangents.measures.alignment import effective_rank
+from adaptive_tangents.nn.tangent_module import TangentModule
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.spectral import TwoSided
 
 NAME = "weight-spectra"
 CLASSES = 10

@@ -10,17 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.alignment import alignment, cka, decompose, effective_rank
-from adaptive_tangents.blocks import Block
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.explain import explain
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.fits import Fit
-from adaptive_tangents.groups import LayerScale
-from adaptive_tangents.penalties import Quadratic
-from adaptive_tangents.solvers import fit
-from adaptive_tangents.spectral import Left, Right, TwoSided
-from adaptive_tangents.structures import Fixed, Structure
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.measures.alignment import alignment, cka, decompose, effective_rank
+from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.grouped import LayerScale
+from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 Kernels = Mapping[str, Tensor]
 STAGES = ("initial", "average", "final")

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.network import Output
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.inputs import Batch, Output, samples, take
 
 PREFIX = "network."
 _CHUNK = 100

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.alignment import alignment, cka
+from adaptive_tangents.capture.batches import tensors
+from adaptive_tangents.capture.path_average import AverageFeatures
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.common import Clock, Progress, flatten, versions
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.inputs import tensors
+from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.measures import STAGES, Explained, Models, defined, singular_values, spectrum, total
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction, network_outputs, reduce_outputs, targets
 from adaptive_tangents.inspection.tangents import Tangents, fitting_chunk
 from adaptive_tangents.loading import Data, fit_data
-from adaptive_tangents.path import AverageFeatures
+from adaptive_tangents.measures.alignment import alignment, cka
 
 NAME = "inspect"
 _SAMPLES = 128

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.blocks import Block, stack_blocks
-from adaptive_tangents.capture import tangent_features
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.network import Output
+from adaptive_tangents.capture.path_average import AverageFeatures, average_features
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.features import TangentFeatures
-from adaptive_tangents.inputs import Batch, Output, samples, take
-from adaptive_tangents.memory import format_bytes, memory_limit
-from adaptive_tangents.path import AverageFeatures, average_features
+from adaptive_tangents.features.blocks import Block, stack_blocks
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.runtime.memory import format_bytes, memory_limit
 
 Tick = Callable[[float], None]
 _PROBED = 16

@@ -1,0 +1,58 @@
+"""Which layer calls make up the features of which parameters: hooks, uses counted in the autograd graph, blocks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from adaptive_tangents.capture.layers import LayerRule, rule_for
+from adaptive_tangents.capture.sample_layouts import Layout, layouts
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer with a rule: what went in, and where its output enters the graph."""
+
+    module: nn.Module
+    rule: LayerRule
+    inputs: Tensor
+    version: int
+    edge: GradientEdge
+
+    def layouts(self, n: int) -> tuple[Layout, ...]:
+        """Where the samples may be in what went in."""
+        ways = layouts(tuple(self.inputs.shape), n)
+        before_last = self.inputs.ndim > 2 or not self.inputs.is_floating_point()
+        return ways if self.rule.tokens and before_last else tuple(way for way in ways if way != "second")
+
+
+@contextmanager
+def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator[None]:
+    """Record every call of a layer that has a rule; all hooks are gone afterwards."""
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+        rule = rule_for(module)
+        x = arguments[0] if arguments else keywords.get("input")
+        if rule is not None and rule.alone and len(arguments) + len(keywords) > 1:
+            return
+        if rule is None or not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        if not rule.accepts(module, x):
+            return
+        kept = rule.keep(module, x.detach())
+        kept = kept.clone() if copy else kept
+        uses.append(Use(module, rule, kept, kept._version, get_gradient_edge(out)))
+
+    handles = []
+    try:
+        for module in model.modules():
+            if rule_for(module) is not None:
+                # First, so that what the model's own hooks make of the output is seen as downstream of the layer.
+                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,330 @@
+"""Gradients of every output: at the edges of an autograd graph, of random combinations as a check, or sample by sample."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.graph import Parents, read_graph
+from adaptive_tangents.capture.network import Network
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.summands import (
+    Dense,
+    Flipped,
+    Lookup,
+    Outer,
+    Shared,
+    Summand,
+    Weighted,
+    sum_tensors,
+    tensors_of,
+)
+from adaptive_tangents.linalg.factor_products import times
+from adaptive_tangents.linalg.hadamard import Row
+from adaptive_tangents.runtime.memory import empty
+
+# Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
+# what they make costs more than it saves.
+_BATCHED = {
+    "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
+    "Mul", "Permute",
+}  # fmt: skip
+
+
+_COPIED = 30_000  # numbers of a sample, above which gathering samples takes longer than going through them
+
+
+def backward(
+    out: Tensor,
+    edges: Sequence[GradientEdge],
+    *,
+    channels_last: Sequence[bool],
+    held: Sequence[bool],
+    seen: Callable[[slice, list[Tensor]], None],
+    parents: Parents,
+) -> list[Tensor | None]:
+    """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
+
+    ``channels_last``: the last dimension is kept together in memory, else all but the first. ``seen`` is given ranges of
+    outputs with the gradients at all edges, held or not.
+    """
+    if not edges:
+        return []
+    n, c = out.shape
+    names = {str(node.name()).rpartition("Backward")[0] for node in parents}
+    if c == 1 or names - {""} <= _BATCHED:
+        selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
+        try:
+            found = torch.autograd.grad(
+                out,
+                edges,
+                selectors,
+                retain_graph=True,
+                is_grads_batched=True,
+                allow_unused=True,
+                materialize_grads=False,
+            )
+            if all(gradient is not None for gradient in found):
+                seen(slice(0, c), list(found))
+                return list(found)
+        except RuntimeError:
+            pass  # refused by some operation; one pass an output always works
+    buffers: list[Tensor | None] = [None] * len(edges)
+    for j in range(c):
+        selector = torch.zeros_like(out)
+        selector[:, j] = 1
+        found = torch.autograd.grad(out, edges, selector, retain_graph=True, allow_unused=True)
+        gradients = [
+            out.new_zeros(_edge_shape(edge)) if gradient is None else gradient
+            for gradient, edge in zip(found, edges, strict=True)
+        ]
+        seen(slice(j, j + 1), [gradient[None] for gradient in gradients])
+        for k, gradient in enumerate(gradients):
+            if not held[k]:
+                continue
+            axis = gradient.ndim - 1 if channels_last[k] else 1
+            buffer = buffers[k]
+            if buffer is None:
+                buffer = empty((*gradient.shape[:axis], c, *gradient.shape[axis:]), gradient)
+                buffers[k] = buffer
+            buffer.select(axis, j).copy_(gradient)
+    return [
+        None if buffer is None else buffer.movedim(buffer.ndim - 2 if last else 1, 0)
+        for buffer, last in zip(buffers, channels_last, strict=True)
+    ]
+
+
+def _edge_shape(edge: GradientEdge) -> tuple[int, ...]:
+    return tuple(edge.node._input_metadata[edge.output_nr].shape)
+
+
+def mixed(out: Tensor) -> Tensor:
+    """A random combination of the outputs (n, 1)."""
+    return out @ _mixture(out.shape[1]).to(out)
+
+
+def _mixture(c: int) -> Tensor:
+    return torch.randn(c, 1, generator=torch.Generator().manual_seed(1))
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Difference of features, relative, above which they are wrong; what products in reduced precision differ by is below.
+
+    ``dtype`` is the least precise that takes part. Right features of networks of tens of layers differ by 1e-5 at most in
+    float32, wrong ones by little where inputs are far from zero or a use is a small part of all.
+    """
+    if dtype == torch.float64:
+        return 1e-6
+    if dtype == torch.float32 and not _reduced(device):
+        return 3e-4
+    return max(1e-2, 16 * torch.finfo(dtype).eps)
+
+
+def _reduced(device: torch.device) -> bool:
+    """Whether products of float32 numbers may be made in less than float32."""
+    if device.type == "cpu":
+        kinds = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+    elif device.type == "cuda":
+        kinds = ("cuda.matmul", "cudnn.conv", "cudnn.rnn")
+    else:
+        return True
+    try:
+        found = {attrgetter(kind)(torch.backends).fp32_precision for kind in kinds}
+    except AttributeError:  # torch before these settings
+        return device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
+    return not found <= {"none", "ieee"}
+
+
+def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dict[str, Tensor]:
+    """One number a sample of each block, sᵀ(Σ_c a_c Φ_c)r, s and r random signs, and a the combination of `mixed`.
+
+    ``index`` takes some of the samples; without it, features are of the combination already.
+    """
+    found = {}
+    for name, block in blocks.items():
+        like = tensors_of(block.summands[0])[0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        a = (torch.ones(1, 1) if index is None else _mixture(block.outputs)).to(like.device, wide)
+        sides = Row(_signs(block.shape[0], 0)), Row(_signs(block.shape[1], 1))
+        values = [
+            sum_tensors([part.coordinates(*sides) for part in some.map(dtype=wide).summands])
+            for some in ([block] if index is None else _taken(block, index))
+        ]
+        found[name] = (torch.cat(values)[..., 0] @ a)[:, 0]
+    return found
+
+
+def _taken(block: Block, index: Tensor) -> list[Block]:
+    """Some of the samples: together, or one by one where a copy of them would take longer."""
+    held = [tensor for part in block.summands for tensor in tensors_of(part)[:1]]
+    if max(tensor[:1].numel() for tensor in held) < _COPIED:
+        return [block.map(index=index.to(held[0].device))]
+    return [block.map(index=slice(k, k + 1)) for k in index.tolist()]
+
+
+@lru_cache(maxsize=256)
+def _signs(size: int, side: int) -> Tensor:
+    return 1.0 - 2.0 * torch.randint(2, (size,), generator=torch.Generator().manual_seed(side))
+
+
+def spreads(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+    """What rounding of the numbers of `projections` is relative to, squared, of features of a combination."""
+    found = {}
+    for name, block in blocks.items():
+        like = tensors_of(block.summands[0])[0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        w = torch.ones(block.samples, 1, dtype=wide, device=like.device)
+        found[name] = sum_tensors([_spread(part, w) for part in block.map(dtype=wide).summands])
+    return found
+
+
+def refuted(
+    out: Tensor, leaves: Mapping[str, Tensor], blocks: Mapping[str, Block], dtype: torch.dtype
+) -> frozenset[str]:
+    """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
+
+    So shows itself what no layer can tell: samples in another order inside the model, say, or a changed ``Linear``.
+    Both sides are compared in a random direction of the input side, which costs less than the whole matrices. ``dtype``
+    is the least precise in the graph.
+    """
+    if not blocks:
+        return frozenset()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(out.shape, generator=generator).to(out)
+    names = [slot.parameter for block in blocks.values() for slot in block.slots]
+    found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True, allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(leaves[name])
+        if gradient is None
+        else gradient.to_dense()
+        if gradient.is_sparse
+        else gradient
+        for name, gradient in zip(names, found, strict=True)
+    }
+    wide = torch.promote_types(out.dtype, torch.float32)
+    wrong, allowed = [], tolerance(dtype, out.device)
+    for name, block in blocks.items():
+        o, i = block.shape
+        direction = torch.randn(i, generator=generator).to(out).to(wide)
+        along, size = weights.new_zeros(o, dtype=wide), weights.new_zeros((), dtype=wide)
+        w = weights.to(wide)
+        for part in block.map(dtype=wide).summands:
+            along, size = along + _along(part, w, direction), size + _spread(part, w)
+        # Parameter by parameter: matrices side by side would be copies.
+        columns = [
+            slot.place(gradients[slot.parameter], o).to(wide) @ direction[slot.column : slot.column + slot.width]
+            for slot in block.slots
+        ]
+        theirs = sum_tensors(columns)
+        if bool((along - theirs).norm() > allowed * size.sqrt()):
+            wrong.append(name)
+    return frozenset(wrong)
+
+
+def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
+    """A combination of features, as a matrix, times a direction of the input side."""
+    if isinstance(part, Outer):
+        signals = w[:, None, :] * times(part.inputs, direction[:, None])
+        inner = part.backward.permute(0, 2, 3, 1)
+        if inner.shape[3] > 1 and inner.is_contiguous():
+            return (inner.flatten(0, 1) @ signals.transpose(1, 2).flatten(0, 1)[..., None]).sum(0)[:, 0]
+        return signals.flatten() @ part.backward.reshape(-1, part.backward.shape[-1])
+    return part.combine(w) @ direction
+
+
+def _spread(part: Summand, w: Tensor) -> Tensor:
+    """About the Σ of squares of the single terms of a combination, to which rounding is relative."""
+    weights = w.square().mean(1)
+    if isinstance(part, Dense):
+        return (weights * _norms(part.values) ** 2).sum()
+    inputs = part.weights if isinstance(part, Lookup) else part.inputs if isinstance(part, Outer | Flipped) else None
+    assert inputs is not None
+    positions = max(1, inputs.shape[1])
+    assert not isinstance(part, Shared | Weighted)
+    return (weights * _norms(part.backward) ** 2 * _norms(inputs) ** 2).sum() / positions
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    """The norm of each sample's part."""
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
+    return norms
+
+
+def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
+    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one.
+
+    Some operations have a batching rule that is wrong for some sizes (a PReLU with as many samples as outputs), so what
+    vmap gives counts only where it is what autograd says.
+    """
+    chosen = {name: net.parameters[name].detach() for name in names}
+
+    def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
+        return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
+
+    with suppress(RuntimeError):
+        made = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)(chosen, x)
+        values = {name: made[name].detach() for name in names}
+        if _stand(net, x, values):
+            return values
+    return _sample_by_sample(net, chosen, x)
+
+
+def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
+    """Whether features, summed with random weights over samples and outputs, are the gradient of that sum."""
+    leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in values}
+    with torch.enable_grad(), saved_copies():
+        out = net(x, leaves)
+        if not out.requires_grad:
+            return not any(bool(part.any()) for part in values.values())
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        gradients = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
+    allowed, wide = tolerance(read_graph(out, {}).dtype, out.device), torch.promote_types(out.dtype, torch.float32)
+    w = weights.flatten().to(wide)
+    for part, gradient in zip(values.values(), gradients, strict=True):
+        rows = part.flatten(0, 1).flatten(1).to(wide)
+        total, size = w @ rows, (w * torch.linalg.vector_norm(rows, dim=1)).norm()
+        if gradient is not None:
+            total = total - (gradient.to_dense() if gradient.is_sparse else gradient).flatten().to(wide)
+        if not bool(total.norm() <= allowed * size):
+            return False
+    return True
+
+
+@contextmanager
+def saved_copies() -> Iterator[None]:
+    """Keep copies of what autograd saves, so that nothing overwrites it."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        yield
+
+
+def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    for k in range(samples(x)):
+        leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in chosen.items()}
+        with torch.enable_grad():
+            out = net(take(x, slice(k, k + 1)), leaves)[0]
+            per_output = [
+                torch.autograd.grad(
+                    value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                if value.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves.values()]
+                for value in out
+            ]
+        for name, gradients in zip(chosen, zip(*per_output, strict=True), strict=True):
+            rows[name].append(torch.stack([g.to_dense() if g.is_sparse else g for g in gradients]))
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def _map(x: Any, function: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {name: function(tensor) for name, tensor in x.items()}
+    return tuple(function(tensor) for tensor in x)

@@ -1,0 +1,94 @@
+"""The autograd graph of a network's outputs: uses of each leaf counted, who uses what, and when two graphs are alike."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Parents = Mapping[Any, list[tuple[Any, int, int]]]
+"""For each node of a graph: the nodes that use it, on which of their inputs, and which of its outputs."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what.
+
+    ``opaque``: some node (TorchScript's) is none of torch's own, and may use leaves that the graph does not show.
+    ``dtype`` is the least precise that some node made.
+    """
+
+    counts: Mapping[str, int]
+    leaves: Mapping[str, Any]
+    parents: Parents
+    opaque: bool
+    dtype: torch.dtype
+
+
+def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
+    """The graph of ``out``, leaves known by id."""
+    counts = dict.fromkeys(leaves.values(), 0)
+    found: dict[str, Any] = {}
+    parents: dict[Any, list[tuple[Any, int, int]]] = {}
+    stack = [out.grad_fn] if out.grad_fn is not None else []
+    parents.update({node: [] for node in stack})
+    while stack:
+        node = stack.pop()
+        for index, (successor, output) in enumerate(node.next_functions):
+            if successor is None:
+                continue
+            if successor not in parents:
+                parents[successor] = []
+                stack.append(successor)
+            parents[successor].append((node, index, output))
+            name = leaves.get(id(getattr(successor, "variable", None)))
+            if name is not None:
+                counts[name] += 1
+                found[name] = successor
+    made = {made.dtype for node in parents for made in getattr(node, "_input_metadata", ())}
+    least = max((d for d in made | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
+    return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents), least)
+
+
+# Operations that treat every sample of a batch alike, whatever its values are.
+_ALIKE = {
+    "Abs", "AdaptiveAvgPool2D", "Add", "Addmm", "Alias", "AvgPool2D", "AvgPool3D", "Baddbmm", "Bmm", "Cat", "Clone",
+    "ConstantPadNd", "Convolution", "CudnnBatchNorm", "Div", "Elu", "Embedding", "Exp", "Expand", "Gelu",
+    "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "LogSoftmax", "MaxPool2DWithIndices", "Mean", "Mm",
+    "Mul", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm", "Neg", "Permute", "Pow", "PreluKernel", "Relu",
+    "ReshapeAlias", "Rsqrt", "SafeSoftmax", "Select", "Sigmoid", "Silu", "Slice", "Softmax", "Softplus", "Split",
+    "SplitWithSizes", "Sqrt", "Squeeze", "Stack", "Sub", "Sum", "T", "Tanh", "Threshold", "torch::autograd::AccumulateGrad",
+    "Transpose", "Unbind", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D",
+    "View",
+}  # fmt: skip
+
+
+Form = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, int, int], ...]], ...]
+
+
+def form_of(graph: Graph) -> Form | None:
+    """Every operation of a graph: name, shapes it made, its users; None where some may treat samples in different ways."""
+    # Torch's own are numbered; a function of the same name that somebody wrote is not.
+    names = [re.sub(r"Backward\d+$", "", str(node.name())) for node in graph.parents]
+    if not set(names) <= _ALIKE:
+        return None
+    shapes = [tuple(tuple(made.shape) for made in node._input_metadata) for node in graph.parents]
+    place = {node: k for k, node in enumerate(graph.parents)}
+    users = [tuple((place[user], index, output) for user, index, output in uses) for uses in graph.parents.values()]
+    return tuple(zip(names, shapes, users, strict=True))
+
+
+def same_form(one: Form | None, n: int, two: Form | None, m: int) -> bool:
+    """Whether the graphs of n and of m samples are the same but for the number of samples."""
+    if one is None or two is None or len(one) != len(two):
+        return False
+    for (name, shapes, users), (other, others, their_users) in zip(one, two, strict=True):
+        if (name, users, [len(shape) for shape in shapes]) != (other, their_users, [len(shape) for shape in others]):
+            return False
+        sizes = zip((d for shape in shapes for d in shape), (d for shape in others for d in shape), strict=True)
+        if any(a != b and a * m != b * n for a, b in sizes):
+            return False
+    return True

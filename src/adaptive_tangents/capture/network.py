@@ -1,0 +1,275 @@
+"""What users hand in: batches of tensors, models with parameters overlaid, outputs picked; checked before any work."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adaptive_tangents.capture.batches import Batch, check_batch, samples, take
+from adaptive_tangents.checks import listed
+from adaptive_tangents.errors import TangentError
+
+Output = Callable[[Any], Tensor]
+Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with the parameters and buffers to evaluate it at; the model itself is never written to."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    selected: tuple[str, ...]
+    output: Output | None
+    call: str
+
+    def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """f(x; θ), shape (n, c), with some parameters replaced; x is a copy, which the model may overwrite."""
+        x = take(x, None)
+        state = {**self.parameters, **{name: b.clone() for name, b in self.buffers.items()}, **parameters}
+        with plainly(self.model):
+            if isinstance(x, Mapping):
+                out = torch.func.functional_call(self.model, state, (), dict(x))
+            else:
+                out = torch.func.functional_call(self.model, state, (x,) if isinstance(x, Tensor) else x)
+        return self._checked(out if self.output is None else self.output(out), samples(x))
+
+    def _checked(self, out: Any, n: int) -> Tensor:
+        pick = "pass output=, a function of what the model returns that gives a tensor (n, c)"
+        if not isinstance(out, Tensor):
+            raise TangentError(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
+        if out.ndim != 2 or out.shape[0] != n:
+            raise TangentError(
+                f"{self.call}: the output has shape {tuple(out.shape)}, expected ({n}, c), one row a sample; {pick}"
+            )
+        if out.shape[1] == 0:
+            raise TangentError(f"{self.call}: the output has shape {tuple(out.shape)}, no outputs at all; {pick}")
+        if not out.is_floating_point():
+            raise TangentError(f"{self.call}: the output is {out.dtype}, which has no derivative; {pick}")
+        return out
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Run a model as written, every operation one that autograd records, and put back what it sets on itself.
+
+    That is: not compiled, nothing recomputed later (activation checkpointing would do so with the model's own parameters),
+    attention and recurrent layers in their elementary operations.
+    """
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_checkpointing())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_no_fused_encoder())
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            yield
+        finally:
+            for module, attributes in kept:
+                found = vars(module)
+                for name in [name for name in found if name not in attributes]:
+                    del found[name]
+                found.update(attributes)
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    """Transformer layers by their parts where no gradient is asked for too: the fused kernel has no forward mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    """``torch.utils.checkpoint.checkpoint`` as a plain call."""
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    def plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
+        yield
+
+    checkpoint = torch.utils.checkpoint
+    names = {"CheckpointFunction": Plain, "_checkpoint_without_reentrant_generator": plain}
+    before = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
+    for name in before:
+        setattr(checkpoint, name, names[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(checkpoint, name, value)
+
+
+def network(
+    call: str,
+    model: nn.Module,
+    x: Batch,
+    params: Mapping[str, Tensor] | None,
+    wrt: Selection | None,
+    output: Output | None,
+) -> Network:
+    """The model at ``params`` with the parameters selected by ``wrt``, after checking that all of it fits together."""
+    check_model(call, model)
+    # Tensors made under inference_mode take no part in autograd: their copies do.
+    parameters = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() if b.is_inference() else b.detach() for name, b in model.named_buffers()}
+    selected = select(call, model, wrt)
+    for name in selected:
+        if not parameters[name].is_floating_point():
+            raise TangentError(
+                f"{call}: parameter {name!r} is {parameters[name].dtype}, and features are of real floating parameters; "
+                "leave it out with wrt"
+            )
+    if params is not None:
+        parameters, buffers = overlay(call, model, params)
+    check_mode(call, model)
+    check_batch(call, x, parameters)
+    return Network(model, parameters, buffers, selected, output, call)
+
+
+def check_model(call: str, model: nn.Module) -> None:
+    """Raise TangentError for models that cannot be evaluated at other parameters, or hold what has no derivative."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TangentError(f"{call}: the model is wrapped in {type(model).__name__}; pass its .module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TangentError(f"{call}: the model is a TorchScript module; pass the Python module it was made from")
+    named = dict(model.named_parameters())
+    if not named:
+        raise TangentError(f"{call}: the model has no parameters")
+    for name, parameter in [*named.items(), *model.named_buffers()]:
+        if isinstance(parameter, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise TangentError(f"{call}: {name!r} is not initialised yet; run the model on one batch first")
+        if parameter.device.type == "meta":
+            raise TangentError(f"{call}: {name!r} is on the meta device and holds no values; load the weights first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            what = f"{call}: {type(module).__name__} {name!r}"
+            if module.max_norm is not None:
+                raise TangentError(
+                    f"{what} has max_norm, which changes the table whenever it is used; renormalise it once and set "
+                    "max_norm=None"
+                )
+            if module.scale_grad_by_freq:
+                raise TangentError(
+                    f"{what} has scale_grad_by_freq, so what autograd calls its gradient is no derivative; set it to False"
+                )
+
+
+def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...]:
+    """Names of the parameters that ``wrt`` means, in the model's order: None takes those that require a gradient.
+
+    A parameter without entries, a layer of width zero's, has no features and is left out.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.numel()}
+    if not named:
+        raise TangentError(f"{call}: the model's parameters have no entries")
+    if wrt is None:
+        chosen = {name for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise TangentError(f"{call}: no parameter requires a gradient; name the ones you want, e.g. wrt='*'")
+        return tuple(name for name in named if name in chosen)
+    chosen = set()
+    for item in [wrt] if isinstance(wrt, str | Tensor) else wrt:
+        if isinstance(item, str):
+            found = {name for name in named if fnmatchcase(name, item)}
+        else:
+            found = {name for name, p in named.items() if p is item}
+        if not found:
+            what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
+            raise TangentError(f"{call}: wrt {what} matches no parameter; the parameters are {listed(named)}")
+        chosen |= found
+    if not chosen:
+        raise TangentError(f"{call}: wrt is empty; the parameters are {listed(named)}")
+    return tuple(name for name in named if name in chosen)
+
+
+def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers of the model with those of a state dict in their place."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    aliases = set(dict(model.named_parameters(remove_duplicate=False))) | set(model.state_dict(keep_vars=True))
+    unknown = [name for name in params if name not in parameters and name not in buffers and name not in aliases]
+    missing = [name for name in parameters if name not in params]
+    wrong = [
+        f"{name} {tuple(params[name].shape)} for {tuple(old.shape)}"
+        for name, old in {**parameters, **buffers}.items()
+        if name in params and params[name].shape != old.shape
+    ]
+    problems = [
+        f"{what} {listed(names)}"
+        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape:", wrong))
+        if names
+    ]
+    if problems:
+        raise TangentError(
+            f"{call}: the state dict does not fit the model: {'; '.join(problems)}; "
+            "pass a state dict of this architecture"
+        )
+    firsts = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    shared = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for alias, tensor in shared:
+        first = firsts[id(tensor)]
+        if alias != first and alias in params and first in params and not torch.equal(params[alias], params[first]):
+            raise TangentError(
+                f"{call}: the state dict holds different values for {first!r} and {alias!r}, which are one tensor of the "
+                "model; use a model in which they are two, or take one of them out"
+            )
+    for name, old in {**parameters, **buffers}.items():
+        new = params.get(name)
+        if new is not None and (new.dtype, new.device) != (old.dtype, old.device):
+            raise TangentError(
+                f"{call}: the state dict has {name!r} as {new.dtype} on {new.device}, the model as {old.dtype} on "
+                f"{old.device}; convert the state dict or the model"
+            )
+        bad = new is not None and new.is_floating_point() and not bool(torch.isfinite(new).all())
+        if bad:
+            raise TangentError(f"{call}: the state dict holds a non-finite value in {name!r}; use another checkpoint")
+    return (
+        {name: params[name].detach() for name in parameters},
+        {name: params.get(name, old).detach() for name, old in buffers.items()},
+    )
+
+
+def check_mode(call: str, model: nn.Module) -> None:
+    """Raise TangentError for modules in training mode whose outputs are random or depend on the batch."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm and not module.training and module.running_mean is None:
+            raise TangentError(
+                f"{call}: {kind} {name!r} keeps no running statistics, so samples of a batch influence each other in "
+                "evaluation mode too; make it with track_running_stats=True"
+            )
+        if not module.training:
+            continue
+        if norm:
+            raise TangentError(
+                f"{call}: {kind} {name!r} is in training mode, so samples of a batch influence each other; "
+                "call model.eval() first"
+            )
+        rates = [getattr(module, rate, 0.0) for rate in ("p", "dropout")]
+        random = isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention | nn.RNNBase | nn.RReLU)
+        if random and (isinstance(module, nn.RReLU) or any(isinstance(rate, float) and rate > 0 for rate in rates)):
+            raise TangentError(
+                f"{call}: {kind} {name!r} is in training mode, so outputs are random; call model.eval() first"
+            )

@@ -1,0 +1,209 @@
+"""Average tangent features along the straight path between parameters, with the error of the identity they obey."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.network import Output, Selection, overlay
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.features.blocks import Block, sum_blocks
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.runtime.memory import memory_limit as limit_in_force
+from adaptive_tangents.runtime.memory import require_memory
+
+Buffers = Literal["same", "path"]
+
+
+@dataclass(frozen=True, repr=False)
+class AverageFeatures(TangentFeatures):
+    """Average features φ̄ of a path, TangentFeatures again: nodes are positions of a block, or summed where that is smaller.
+
+    ``error`` is ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖, ``nodes`` the number of quadrature nodes, ``change`` f₁ − f₀ (n, c),
+    ``buffer_change`` g (n, c), the share of it that came by the buffers; None where they did not move.
+    """
+
+    error: float = math.nan
+    nodes: int = 0
+    change: Tensor | None = None
+    buffer_change: Tensor | None = None
+
+    @property
+    def error_db(self) -> float:
+        """The identity's signal-to-error ratio in dB, −20·log₁₀(error): larger is better."""
+        return math.inf if self.error == 0 else -20 * math.log10(self.error)
+
+
+def average_features(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    x: Batch,
+    *,
+    tol: float = 1e-3,
+    nodes: int | None = None,
+    max_nodes: int = 256,
+    wrt: Selection | None = None,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+    buffers: Buffers = "same",
+) -> AverageFeatures:
+    r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
+
+    ``start`` and ``end`` are state dicts θ₀ and θ₁. Gauss-Legendre nodes are doubled until the relative residual of the
+    identity is at most ``tol`` (ReLU networks converge slowly: their features jump along the path), or fixed by ``nodes``.
+    A tolerance not met at ``max_nodes`` gives a TangentWarning and the average at that many. Parameters that ``wrt`` leaves
+    out must not change along the path. Source: LeJeune & Alemohammad, CPAL 2024, §4.
+
+    ``buffers="same"`` refuses floating buffers b (a batch norm's running statistics, say) that differ between the ends;
+    "path" moves them along the segment with the parameters. Then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds being
+    the share of the change that the buffers made, ``buffer_change``, by forward mode at each node (by central differences
+    where an operation has no forward mode). Integer buffers stay at the start's.
+
+    Raises TangentError where the state dicts do not fit, nothing changes between them, or memory would not suffice.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> start = {k: v.clone() for k, v in model.state_dict().items()}
+    >>> end = {k: v + 0.1 for k, v in start.items()}
+    >>> av = at.average_features(model, start, end, torch.randn(5, 3))
+    >>> av.error <= 1e-3
+    True
+    """
+    call = "average_features"
+    if not tol > 0:
+        raise TangentError(f"{call}: tol is a positive number, got {tol}")
+    if (nodes is not None and nodes < 1) or max_nodes < 1:
+        raise TangentError(f"{call}: nodes is a positive number, got {max_nodes if nodes is None else nodes}")
+    if buffers not in ("same", "path"):
+        raise TangentError(f"{call}: buffers is 'same' or 'path', got {buffers!r}")
+    first = Capture(call, model, x, start, wrt, output, memory_limit)
+    theta1, buffers1 = overlay(call, model, end)
+    names = first.network.selected
+    moved = [k for k, p in first.network.parameters.items() if k not in names and not torch.equal(p, theta1[k])]
+    if moved:
+        raise TangentError(
+            f"{call}: {', '.join(moved[:4])} change along the path but wrt leaves them out, so the identity cannot hold; "
+            "widen wrt, or give both ends the same values there"
+        )
+    shift = _moved_buffers(call, first.network.buffers, buffers1, refuse=buffers == "same")
+    after = first.at(theta1, {**first.network.buffers, **{k: buffers1[k] for k in shift}})
+    change = (after.outputs(x, {}) - first.outputs(x, {})).double()
+    scale = float(change.norm())
+    if scale == 0:
+        raise TangentError(
+            f"{call}: the network's outputs are the same at start and end; there is no change to average"
+        )
+    delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
+    count = nodes or min(4, max_nodes)
+    while True:
+        made, moved_by = _average(call, first, after, shift, x, count)
+        rest = change - made.matvec(delta).double()
+        error = float((rest if moved_by is None else rest - moved_by).norm()) / scale
+        if nodes is not None or error <= tol or count >= max_nodes:
+            break
+        count = min(2 * count, max_nodes)
+    if nodes is None and error > tol:
+        warnings.warn(
+            f"{call}: the path identity holds to {error:.2e} at {count} nodes, not to tol = {tol:g}; "
+            "raise max_nodes or tol",
+            TangentWarning,
+            stacklevel=2,
+        )
+    return AverageFeatures(
+        made.n, made.c, made.blocks, made.parameters, made.limit,
+        error=error, nodes=count, change=change, buffer_change=moved_by,
+    )  # fmt: skip
+
+
+def _average(
+    call: str, first: Capture, after: Capture, shift: Mapping[str, Tensor], x: Batch, count: int
+) -> tuple[TangentFeatures, Tensor | None]:
+    """Features averaged over the nodes, and the change that the buffers made."""
+    points, weights = np.polynomial.legendre.leggauss(count)
+    limit = limit_in_force(first.requested, first.probe.device)
+    theta0, theta1, buffers0 = first.network.parameters, after.network.parameters, first.network.buffers
+    require_memory(
+        call, 2 * samples(x) * (first.probe.held_bytes(count) + first.probe.whole_bytes), limit,
+        remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
+    )  # fmt: skip
+    collected: dict[str, list[Block]] = {}
+    by_buffers: Tensor | None = None
+    for s, w in zip((points + 1) / 2, weights / 2, strict=True):
+        between = {name: torch.lerp(theta0[name], theta1[name], float(s)) for name in theta0}
+        stats = {**buffers0, **{name: buffers0[name] + float(s) * step for name, step in shift.items()}}
+        node = first.at(between, stats)
+        features = node.features(x)
+        for name, block in features.blocks.items():
+            weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
+            if weighted.dense is not None and kept:
+                # Materialised features add up at once; only factors are kept for every node.
+                weighted = sum_blocks([kept.pop(), weighted])
+            kept.append(weighted)
+        if shift:
+            part = float(w) * _buffer_derivative(node, shift, x)
+            by_buffers = part if by_buffers is None else by_buffers + part
+    blocks = {name: sum_blocks(parts) for name, parts in collected.items()}
+    return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested), by_buffers
+
+
+def _moved_buffers(
+    call: str, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, refuse: bool
+) -> dict[str, Tensor]:
+    """b₁ − b₀ of the floating buffers that move."""
+    moved = {k: end[k] - b for k, b in start.items() if b.is_floating_point() and not torch.equal(b, end[k])}
+    if moved and refuse:
+        raise TangentError(
+            f"{call}: buffer {next(iter(moved))!r} differs between start and end, so the outputs change by more than the "
+            "parameters do; give both ends the same buffers (a batch norm's running statistics, say), or move them along "
+            "the path with buffers='path'"
+        )
+    return moved
+
+
+class _PlainBatchNorm(TorchFunctionMode):
+    """Batch norm in evaluation mode by its formula: torch's own has no derivative by its running statistics, silently."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.batch_norm, nn.functional.instance_norm, torch.instance_norm):
+            raise NotImplementedError(function.__name__)
+        return (_batch_norm if function is nn.functional.batch_norm else function)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+    out = (input - running_mean.view(shape)) * scale.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> Tensor:
+    """∂f/∂b (b₁ − b₀) for every sample (n, c), at a node."""
+    base = {name: node.network.buffers[name] for name in shift}
+
+    def outputs(buffers: Mapping[str, Tensor]) -> Tensor:
+        return replace(node.network, buffers={**node.network.buffers, **buffers})(take(x, None), {})
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        try:
+            with _PlainBatchNorm():
+                derivative: Tensor = torch.func.jvp(outputs, (base,), (dict(shift),))[1]
+                return derivative.detach().double()
+        except (RuntimeError, NotImplementedError):
+            step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
+            sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
+            difference: Tensor = (sides[0] - sides[1]) / (2 * step)
+            return difference

@@ -1,0 +1,42 @@
+"""Where the n samples are in a tensor that a layer saw: first, second, or after other things in the first dimension."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from adaptive_tangents.features.summands import Dense, Lookup, Outer
+
+Layout = Literal["first", "second", "last"]
+"""Where samples are: in the first dimension, alone or before other things; in the second; or in the first after them."""
+
+
+def layouts(shape: tuple[int, ...], n: int) -> tuple[Layout, ...]:
+    """Where the n samples may be in a tensor, likeliest first."""
+    first = bool(shape) and shape[0] > 0 and shape[0] % n == 0
+    second = n > 1 and len(shape) > 1 and shape[1] == n
+    ways: list[Layout] = ["first"] if first and (shape[0] == n or not second) else []
+    ways += ["second"] if second else []
+    ways += ["first"] if first and "first" not in ways else []
+    return (*ways, "last") if first and n > 1 and shape[0] != n else tuple(ways)
+
+
+def arranged(tensor: Tensor, way: Layout, n: int, *, lead: int = 0) -> Tensor:
+    """The same with samples first after ``lead`` dimensions, what goes with each sample following it."""
+    if way == "second":
+        return tensor.transpose(lead, lead + 1)
+    if way == "last":
+        before, rest = tensor.shape[:lead], tensor.shape[lead + 1 :]
+        return tensor.reshape(*before, -1, n, *rest).transpose(lead, lead + 1).reshape(*before, -1, *rest)
+    return tensor
+
+
+def gathered(part: Outer | Lookup | Dense, n: int) -> Outer | Lookup | Dense:
+    """Features of n·k rows as those of n samples: rows of a sample are more positions of it."""
+    if isinstance(part, Dense):
+        return part if len(part.values) == n else Dense(part.values.reshape(n, -1, *part.values.shape[1:]).sum(1))
+    if len(part.backward) == n:
+        return part
+    return type(part)(**{
+        name: tensor if name == "directions" else tensor.reshape(n, len(tensor) // n * tensor.shape[1], *tensor.shape[2:])
+        for name, tensor in vars(part).items()
+    })  # fmt: skip

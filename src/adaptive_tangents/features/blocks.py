@@ -1,0 +1,288 @@
+"""One parameter block's features, Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ: a sum of at most one summand of each kind, and its place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.features.summands import (
+    Dense,
+    Factors,
+    Flipped,
+    Index,
+    Lookup,
+    Outer,
+    SampleMap,
+    Shared,
+    Summand,
+    Weighted,
+    entrywise,
+    factors_of,
+    sum_tensors,
+    tensors_of,
+)
+from adaptive_tangents.features.transforms import Side
+from adaptive_tangents.linalg.factor_products import joined
+
+_Factors = TypeVar("_Factors", Outer, Flipped)
+_WORTH_SUMMING = 4_000_000  # bytes; below, factors stay as they are
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter sits in its block's matrix: columns ``column`` to ``column + width``.
+
+    ``transposed``: the parameter's leading dimensions are the columns, as layers that store their weights inputs first.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    column: int
+    width: int
+    transposed: bool = False
+
+    def place(self, values: Tensor, rows: int) -> Tensor:
+        """The parameter's values (*lead, *shape), whatever dimensions come first, as its columns (*lead, o, width)."""
+        lead = values.shape[: values.ndim - len(self.shape)]
+        if self.transposed:
+            return values.reshape(*lead, self.width, rows).mT
+        return values.reshape(*lead, rows, self.width)
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The parameter's values (*lead, *shape) out of the block's matrix (*lead, o, i)."""
+        columns = matrix[..., self.column : self.column + self.width]
+        return (columns.mT if self.transposed else columns).reshape((*matrix.shape[:-2], *self.shape))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The features of one parameter block, a sum of outer products over positions for every sample and output.
+
+    ``shape`` is (o, i), ``slots`` say which parameters make up the matrix, ``modes`` into which modes (name, size) the
+    input side unfolds, the first slowest ("in" × "spatial" for convolutions; a bias column comes after them), ``positions``
+    is t. ``kind`` is "factored"; "summed" where factors were summed over positions because that takes less room; or
+    "materialised" where there are no factors.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    slots: tuple[Slot, ...]
+    outer: Outer | None = None
+    dense: Dense | None = None
+    shared: Shared | None = None
+    lookup: Lookup | None = None
+    flipped: Flipped | None = None
+    weighted: Weighted | None = None
+    modes: tuple[tuple[str, int], ...] = ()
+    summed: bool = False
+
+    @property
+    def kind(self) -> str:
+        if self.dense is None:
+            return "factored"
+        return "summed" if self.summed else "materialised"
+
+    @property
+    def positions(self) -> int:
+        return sum(factors.backward.shape[1] for part in self.summands for factors in factors_of(part))
+
+    @property
+    def samples(self) -> int:
+        return int(tensors_of(self.summands[0])[0].shape[0])
+
+    @property
+    def outputs(self) -> int:
+        part = self.summands[0]
+        if isinstance(part, Dense | Shared):
+            return tensors_of(part)[0].shape[1]
+        return factors_of(part)[0].backward.shape[2]
+
+    @property
+    def summands(self) -> tuple[Summand, ...]:
+        parts = (self.outer, self.lookup, self.flipped, self.weighted, self.dense, self.shared)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by this block's features."""
+        return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in tensors_of(part))
+
+    def features(self, rows: slice = slice(None)) -> Float[Tensor, "n c r i"]:
+        """Φ of a range of output units, materialised."""
+        return sum_tensors([part.features(rows) for part in self.summands])
+
+    def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        return sum_tensors([part.inner(directions) for part in self.summands])
+
+    def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        return sum_tensors([part.combine(weights) for part in self.summands])
+
+    def transformed(self, left: Side | None, right: Side | None, scale: float = 1.0) -> "Block":
+        """The block of scale · M_L Φ M_Rᵀ, again in factors."""
+        block = self.of([part.transformed(left, right) for part in self.summands])
+        return block if scale == 1.0 else block.scaled(scale)
+
+    def entrywise(self, gains: Float[Tensor, "o i"]) -> "Block":
+        """The block of Z ∘ Φ: factors are kept, with the gains beside them."""
+        return self.of([entrywise(part, gains) for part in self.summands])
+
+    def scaled(self, scale: float) -> "Block":
+        """The block of scale · Φ."""
+        return self.of([part.scaled(scale) for part in self.summands])
+
+    def plus(self, shared: Shared) -> "Block":
+        """The block of Φ plus a shared summand."""
+        return self.of([*self.summands, shared])
+
+    def without_shared(self) -> "Block":
+        """The block of Φ without its shared summand."""
+        return self if self.shared is None else replace(self, shared=None)
+
+    def map(self, *, index: Index | None = None, dtype: torch.dtype | None = None) -> "Block":
+        """The block of some of the samples, or in another dtype."""
+        function = SampleMap(index, dtype)
+        return self.of([part.map(function) for part in self.summands])
+
+    def of(self, parts: Sequence[Summand]) -> "Block":
+        """A block in this one's place whose features are the sum of ``parts``."""
+        weighted = [part for part in parts if isinstance(part, Weighted)]
+        if any(not torch.equal(part.gains, weighted[0].gains) for part in weighted):
+            # Factors under different gains have no common form but the features.
+            made = [Dense(part.features(slice(None))) for part in weighted]
+            return self.of([*(part for part in parts if not isinstance(part, Weighted)), *made])
+        outer, lookup, flipped = _by_kind(parts)
+        return replace(
+            self,
+            outer=outer,
+            lookup=lookup,
+            flipped=flipped,
+            weighted=_joined_weighted(weighted),
+            dense=_summed([part for part in parts if isinstance(part, Dense)]),
+            shared=_joined_shared([part for part in parts if isinstance(part, Shared)]),
+        )
+
+    def compact(self, *, copies: int = 1, least: int | None = None) -> "Block":
+        """The block with positions summed, Σ_t δ_t h_tᵀ once for all, where that saves at least ``least`` bytes.
+
+        ``copies``: the positions of as many blocks like this one would be held side by side.
+        """
+        factors = [part for part in self.summands if isinstance(part, Outer)]
+        if not factors:
+            return self
+        n, _, c, _ = factors[0].backward.shape
+        held = sum(part.backward.nbytes + part.inputs.nbytes for part in factors)
+        size = n * c * self.shape[0] * self.shape[1] * factors[0].backward.element_size()
+        if size > copies * held - (_WORTH_SUMMING if least is None else least):
+            return self
+        rest = [part for part in self.summands if not isinstance(part, Outer)]
+        made = self.of([*rest, *(Dense(part.features(slice(None))) for part in factors)])
+        return replace(made, summed=self.dense is None or self.summed)
+
+    def split(self, matrix: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        """A block matrix as its parameters."""
+        return {slot.parameter: slot.take(matrix) for slot in self.slots}
+
+    def join(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "o i"]:
+        """Parameters as the block matrix."""
+        columns = [slot.place(parameters[slot.parameter], self.shape[0]) for slot in self.slots]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+
+
+def sum_blocks(blocks: list[Block]) -> Block:
+    """The block of Σ_q Φ_q: positions of all the blocks, one after the other."""
+    total = blocks[0].of([part for block in blocks for part in block.summands])
+    return replace(
+        total, summed=all(block.dense is None or block.summed for block in blocks) and total.dense is not None
+    )
+
+
+def stack_blocks(blocks: list[Block]) -> Block:
+    """The block of all the samples of several, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    kinds = {tuple(type(held) for part in block.summands for held in (part, *factors_of(part))) for block in blocks}
+    gains = [block.weighted.gains for block in blocks if block.weighted is not None]
+    if len(kinds) > 1 or any(not torch.equal(gain, gains[0]) for gain in gains):
+        made = blocks[0].of([Dense(torch.cat([block.features() for block in blocks]))])
+        return replace(made, summed=all(block.kind != "materialised" for block in blocks))
+    parts = [_stacked(same) for same in zip(*(block.summands for block in blocks), strict=True)]
+    return replace(blocks[0].of(parts), summed=all(block.summed for block in blocks))
+
+
+def _stacked(same: Sequence[Summand]) -> Summand:
+    """Summands of one kind as one over all their samples."""
+    first = same[0]
+    if isinstance(first, Weighted):
+        held = zip(*(factors_of(part) for part in same), strict=True)
+        return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
+    tensors = {
+        name: value if name == "directions" else joined([getattr(part, name) for part in same])
+        for name, value in vars(first).items()
+    }
+    return type(first)(**tensors)
+
+
+def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Flipped | None]:
+    """At most one summand of each kind of factors."""
+    return (
+        _joined([part for part in parts if isinstance(part, Outer)]),
+        _joined_lookups([part for part in parts if isinstance(part, Lookup)]),
+        _joined([part for part in parts if isinstance(part, Flipped)]),
+    )
+
+
+def _joined_weighted(parts: list[Weighted]) -> Weighted | None:
+    """Factors under the same gains."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    held: list[Factors] = [factors for part in parts for factors in part.parts]
+    return Weighted(parts[0].gains, tuple(part for part in _by_kind(held) if part is not None))
+
+
+def _joined(parts: list[_Factors]) -> _Factors | None:
+    """Positions of all, one after the other."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return type(parts[0])(
+        joined([p.backward for p in parts], positions=True), joined([p.inputs for p in parts], positions=True)
+    )
+
+
+def _joined_lookups(parts: list[Lookup]) -> Lookup | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    first = parts[0]
+    if all(
+        p.directions.shape[0] == 0 and torch.equal(p.index, first.index) and torch.equal(p.weights, first.weights)
+        for p in parts
+    ):
+        # The same places looked up, at every node of a path say: their signals add up.
+        return replace(first, backward=sum_tensors([p.backward for p in parts]))
+    backward, index, weights = (
+        torch.cat([getattr(p, name) for p in parts], 1) for name in ("backward", "index", "weights")
+    )
+    ranks = [p.directions.shape[0] for p in parts]
+    coefficients = index.new_zeros((*index.shape, sum(ranks)), dtype=weights.dtype)
+    position, start = 0, 0
+    for p, rank in zip(parts, ranks, strict=True):
+        t = p.index.shape[1]
+        coefficients[:, position : position + t, start : start + rank] = p.coefficients
+        position, start = position + t, start + rank
+    return Lookup(backward, index, weights, coefficients, torch.cat([p.directions for p in parts]))
+
+
+def _summed(parts: list[Dense]) -> Dense | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Dense(sum_tensors([part.values for part in parts]))
+
+
+def _joined_shared(parts: list[Shared]) -> Shared | None:
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Shared(torch.cat([p.coefficients for p in parts], -1), torch.cat([p.directions for p in parts]))

@@ -1,0 +1,214 @@
+"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes is expected to be quickest for the block.
+
+- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
+- nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
+- materialise: Φ of a range of output units at a time, then one matrix product.
+
+Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.kernel_layout import Outputs, Precision, working_dtype
+from adaptive_tangents.features.plans import KernelPlan, Route, common_factors, narrowed
+from adaptive_tangents.features.summands import (
+    Dense,
+    Factors,
+    Lookup,
+    SampleMap,
+    Shared,
+    Weighted,
+    sum_tensors,
+    tensors_of,
+)
+from adaptive_tangents.linalg.factor_products import product
+from adaptive_tangents.runtime.chunks import ranges
+
+_CACHED_BYTES = 4_000_000  # what the nested route works on at a time
+_WHOLE = 128  # rows of a symmetric kernel below which its triangle is not worth making by itself
+_EIGHT = 8  # rows that a product does at a time
+
+
+def accumulate(
+    kernel: Float[Tensor, "batch N M"],
+    a: Block,
+    b: Block,
+    outputs: Outputs,
+    *,
+    route: Route,
+    symmetric: bool,
+    budget: int,
+) -> None:
+    """Add one block's kernel in place; where symmetric, the upper triangle only (`mirror` makes the rest)."""
+    rest_a, rest_b = narrowed(a.without_shared(), b.without_shared())
+    if route != "materialise" and common_factors(a, b) is not None:
+        factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
+        assert not isinstance(factors_a, Dense | Shared | Weighted)
+        assert not isinstance(factors_b, Dense | Shared | Weighted)
+        walk = _accumulate_gram if route == "gram" else _accumulate_nested
+        # Walks flatten ranges of the inputs over and over, which must not copy.
+        rows_a = _in_rows(factors_a)
+        rows_b = rows_a if factors_b is factors_a else _in_rows(factors_b)
+        walk(kernel, rows_a, rows_b, outputs, symmetric=symmetric, budget=budget)
+    elif rest_a.summands and rest_b.summands:
+        _accumulate_features(kernel, rest_a, rest_b, outputs, symmetric=symmetric, budget=budget)
+    if a.shared is not None or b.shared is not None:
+        _accumulate_shared(kernel, a, b, outputs)
+
+
+def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "batch N Q"]:
+    """Features as rows whose inner products are the kernel's entries."""
+    if outputs == "full":
+        return features.flatten(0, 1)[None]
+    return features.flatten(1)[None] if outputs == "trace" else features.transpose(0, 1)
+
+
+def _panel(rows: int) -> int:
+    """The rows of a panel of a symmetric kernel: few, so that little is made twice, and enough to run at full speed."""
+    return rows if rows < _WHOLE else _EIGHT * math.ceil(0.4 * math.sqrt(rows))
+
+
+def _panels(total: int, group: int, size: int) -> list[slice]:
+    """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
+    if total * group >= _WHOLE:
+        samples, step = _panel(total * group) / group, _EIGHT // math.gcd(_EIGHT, group)
+        size = min(size, step * round(samples / step) if samples > step else max(1, round(samples)))
+    return list(ranges(total, size))
+
+
+def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:
+    """h·h′ for all pairs of positions of ranges of samples."""
+    if isinstance(a, Lookup):
+        assert isinstance(b, Lookup)
+        return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
+    assert not isinstance(b, Lookup)
+    return a.inputs[p].flatten(0, 1) @ b.inputs[q].flatten(0, 1).mT
+
+
+def _in_rows(factors: Factors) -> Factors:
+    """The same with the inputs of one position after the other in memory."""
+    return factors if isinstance(factors, Lookup) else replace(factors, inputs=factors.inputs.contiguous())
+
+
+def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
+    n, t, c, _ = a.backward.shape
+    m, s = b.backward.shape[:2]
+    if t * s == 0:
+        return
+    group, batch = (c, 1) if outputs == "full" else (1, kernel.shape[0])
+    # One sample pair's working memory: gram of δ and of h, and their product where positions are summed.
+    pair = 2 * batch * (t * group) * (s * group) * kernel.element_size()
+    columns = max(1, min(m, budget // pair))
+    rows_a, rows_b = _rows(a.backward.flatten(0, 1), outputs), _rows(b.backward.flatten(0, 1), outputs)
+    for p in (
+        _panels(n, group, max(1, budget // (pair * columns))) if symmetric else ranges(n, budget // (pair * columns))
+    ):
+        for q in ranges(m, columns):
+            if symmetric:
+                q = slice(max(q.start, p.start), q.stop)
+            width, height = q.stop - q.start, p.stop - p.start
+            if width <= 0:
+                continue
+            left = rows_a[:, p.start * t * group : p.stop * t * group]
+            right = rows_b[:, q.start * s * group : q.stop * s * group]
+            signals = product(left, right.mT).reshape(batch, height, t, group, width, s, group)
+            signals *= _input_gram(a, p, b, q).reshape(1, height, t, 1, width, s, 1)
+            total = signals.sum((2, 5)) if t * s > 1 else signals
+            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
+            target += total.reshape(batch, height * group, width * group)
+
+
+def _accumulate_nested(
+    kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *, symmetric: bool, budget: int
+) -> None:
+    n, t, c, o = a.backward.shape
+    m, s = b.backward.shape[:2]
+    blocks = kernel.view(n, c, m, c)
+    # Where positions lie together in memory, as convolutions leave them, sums over them end where they are wanted.
+    inner = all(part.backward.permute(0, 2, 3, 1).is_contiguous() for part in (a, b))
+    width = max(1, min(_CACHED_BYTES, budget) // (t * c * o * kernel.element_size()))
+    for k in range(n):
+        here = slice(k, k + 1)
+        own = a.backward[k].permute(1, 2, 0) if inner else a.backward[k].transpose(0, 1)
+        own = own.reshape(c, o * t)
+        for q in ranges(m, width):
+            q = slice(max(q.start, k), q.stop) if symmetric else q
+            size = q.stop - q.start
+            if size <= 0:
+                continue
+            grams = _input_gram(b, q, a, here).reshape(size, s, t)
+            if inner:
+                signals = b.backward[q].permute(0, 2, 3, 1).reshape(size, c * o, s)
+                summed = (signals @ grams).reshape(size * c, o * t)
+            else:
+                signals = b.backward[q].reshape(size, s, c * o)
+                summed = (grams.mT @ signals).reshape(size, t, c, o).transpose(1, 2).reshape(size * c, t * o)
+            blocks[k, :, q] += (own @ summed.mT).reshape(c, size, c)
+
+
+def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, budget: int) -> None:
+    n, c = a.samples, a.outputs
+    m, group = b.samples, kernel.shape[1] // n
+    unit = max(1, 2 * c * a.shape[1] * kernel.element_size())  # both sides of one sample, one output unit
+    size = max(1, min(max(n, m), budget // unit))
+    for p in ranges(n, size):
+        for q in ranges(m, size):
+            if symmetric and q.start < p.start:
+                continue
+            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
+            tile = (a if n == size else a.map(index=p), b if m == size else b.map(index=q))
+            diagonal = symmetric and p == q
+            # One side is the other there, and leaves its room.
+            rows = max(1, (2 if diagonal else 1) * budget // (unit * size))
+            _accumulate_tile(target, *tile, outputs, symmetric=diagonal, rows=rows)
+
+
+def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, symmetric: bool, rows: int) -> None:
+    for units in ranges(a.shape[0], rows):
+        left = _rows(a.features(units).flatten(2), outputs)
+        right = left if symmetric else _rows(b.features(units).flatten(2), outputs)
+        for panel in ranges(target.shape[1], _panel(target.shape[1]) if symmetric else target.shape[1]):
+            first = panel.start if symmetric else 0
+            target[:, panel, first:].baddbmm_(left[:, panel], right[:, first:].mT)
+
+
+def _accumulate_shared(kernel: Tensor, a: Block, b: Block, outputs: Outputs) -> None:
+    """⟨Φ + sD, Φ′ + s′D′⟩ − ⟨Φ, Φ′⟩, through inner products with the few directions D."""
+
+    def add(left: Tensor, right: Tensor) -> None:
+        kernel.baddbmm_(_rows(left, outputs), _rows(right, outputs).mT)
+
+    rest = a.without_shared().summands
+    if b.shared is not None and rest:
+        add(sum_tensors([part.inner(b.shared.directions) for part in rest]), b.shared.coefficients)
+    if a.shared is not None:
+        add(a.shared.coefficients, b.inner(a.shared.directions))
+
+
+def contract_blocks(
+    a: Mapping[str, Block],
+    b: Mapping[str, Block],
+    plan: KernelPlan,
+    kernels: Mapping[str, Tensor],
+    outputs: Outputs,
+    *,
+    symmetric: bool,
+    precision: Precision = "float32",
+) -> None:
+    """Add every block's kernel to its target in ``kernels`` (one common tensor, or one a block)."""
+    for step in plan.blocks:
+        target = kernels[step.name]
+        dtype = working_dtype(tensors_of(a[step.name].summands[0])[0].dtype, precision)
+        left = a[step.name].map(dtype=dtype)
+        right = left if b is a else b[step.name].map(dtype=dtype)
+        piece = target if target.dtype == dtype else torch.zeros_like(target, dtype=dtype)
+        accumulate(piece, left, right, outputs, route=step.route, symmetric=symmetric, budget=step.working_bytes)
+        if piece is not target:
+            target += piece

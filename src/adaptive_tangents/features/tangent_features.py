@@ -1,0 +1,274 @@
+"""Tangent features of a network on a batch: every block in factors, with products, kernels and adaptation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.contraction import contract_blocks
+from adaptive_tangents.features.kernel_layout import (
+    Outputs,
+    Precision,
+    check_outputs,
+    check_precision,
+    empty_kernel,
+    finish,
+    kernel_dtype,
+    mirror,
+    working_dtype,
+)
+from adaptive_tangents.features.plans import KernelPlan, plan_block
+from adaptive_tangents.features.summands import Index, Shared, sum_tensors, tensors_of
+from adaptive_tangents.features.transforms import Entrywise, Joint, Sides, Transform
+from adaptive_tangents.runtime.memory import memory_limit, require_memory
+
+
+@dataclass(frozen=True)
+class TangentFeatures:
+    r"""Tangent features φ(x) = ∂f/∂θ of n samples with c outputs, held block by block as Σ_t δ_t h_tᵀ.
+
+    ``parameters`` gives names and shapes in the order of ``model.named_parameters()``, which is the order of every vector
+    of p entries. Adapted and averaged features are of this same type.
+
+    >>> import torch, adaptive_tangents as at
+    >>> feats = at.tangent_features(torch.nn.Linear(3, 2), torch.randn(5, 3))
+    >>> feats.n, feats.c, feats.p
+    (5, 2, 8)
+    >>> phi = feats.dense().flatten(0, 1)
+    >>> torch.allclose(feats.kernel().flatten(2).flatten(0, 1), phi @ phi.T, atol=1e-6)
+    True
+    """
+
+    n: int
+    c: int
+    blocks: Mapping[str, Block]
+    parameters: Mapping[str, tuple[int, ...]]
+    limit: int | None = field(default=None, repr=False)
+
+    @property
+    def p(self) -> int:
+        """Number of parameters."""
+        return sum(torch.Size(shape).numel() for shape in self.parameters.values())
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the features."""
+        return sum(block.bytes for block in self.blocks.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The features' dtype."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The features' device."""
+        return self._like.device
+
+    @property
+    def origin(self) -> str:
+        """What the features are where not exact; only those of one origin go together."""
+        return "exact"
+
+    @property
+    def _like(self) -> Tensor:
+        return next(tensor for block in self.blocks.values() for tensor in tensors_of(block.summands[0]))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {b.shape[0]}×{b.shape[1]} {b.kind}" for name, b in self.blocks.items())
+        return f"{type(self).__name__}(n={self.n}, c={self.c}, p={self.p}, {{{shapes}}})"
+
+    def __getitem__(self, index: Index) -> "TangentFeatures":
+        """The features of some of the samples: a slice or a vector of indices."""
+        blocks = {name: block.map(index=index) for name, block in self.blocks.items()}
+        n = torch.empty(self.n, device=self.device)[index].shape[0]
+        return TangentFeatures(n, self.c, blocks, self.parameters, self.limit)
+
+    def to(self, dtype: torch.dtype) -> "TangentFeatures":
+        """The features in another floating dtype."""
+        blocks = {name: block.map(dtype=dtype) for name, block in self.blocks.items()}
+        return TangentFeatures(self.n, self.c, blocks, self.parameters, self.limit)
+
+    def split(self, vector: Float[Tensor, " p"]) -> dict[str, Float[Tensor, "_o _i"]]:
+        """A vector over parameters as one matrix a block."""
+        if vector.shape != (self.p,):
+            raise TangentError(f"split: expected a vector of p = {self.p} entries, got shape {tuple(vector.shape)}")
+        sizes = [torch.Size(shape).numel() for shape in self.parameters.values()]
+        parts = zip(self.parameters.items(), torch.split(vector, sizes), strict=True)
+        named = {name: part.reshape(shape) for (name, shape), part in parts}
+        return {name: block.join(named) for name, block in self.blocks.items()}
+
+    def join(self, matrices: Mapping[str, Float[Tensor, "_o _i"]]) -> Float[Tensor, " p"]:
+        """One matrix a block as a vector over parameters."""
+        named = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
+        return torch.cat([named[name].flatten() for name in self.parameters])
+
+    def dense(self) -> Float[Tensor, "n c p"]:
+        """φ as one array, parameters in the order of ``model.named_parameters()``.
+
+        Raises TangentError where that array would exceed the memory limit.
+        """
+        needed = self.n * self.c * self.p * self._like.element_size()
+        limit = memory_limit(self.limit, self.device)
+        require_memory("dense", 2 * needed, limit, remedy="use kernel, matvec or rmatvec, which never form it")
+        out = self._like.new_zeros(self.n, self.c, self.p)
+        offsets, start = {}, 0
+        for name, shape in self.parameters.items():
+            offsets[name], start = start, start + torch.Size(shape).numel()
+        for block in self.blocks.values():
+            phi = block.features()
+            for slot in block.slots:
+                first, size = offsets[slot.parameter], block.shape[0] * slot.width
+                out[:, :, first : first + size] = slot.take(phi).reshape(self.n, self.c, size)
+        return out
+
+    def matvec(self, v: Float[Tensor, " p"]) -> Float[Tensor, "n c"]:
+        """φ v: the first-order change of every output when the parameters move by v (p,)."""
+        self._check("matvec", v, (self.p,))
+        return self.inner(self.split(v))
+
+    def rmatvec(self, a: Float[Tensor, "n c"]) -> Float[Tensor, " p"]:
+        """φᵀ a = Σ_{k,j} a_{kj} ∂f_j(x_k)/∂θ, a vector over parameters (p,)."""
+        self._check("rmatvec", a, (self.n, self.c))
+        return self.join(self.combine(a))
+
+    def inner(self, matrices: Mapping[str, Float[Tensor, "_o _i"]]) -> Float[Tensor, "n c"]:
+        """φ β for β given as one matrix B a block."""
+        return sum_tensors([block.inner(matrices[name][None])[..., 0] for name, block in self.blocks.items()])
+
+    def combine(self, a: Float[Tensor, "n c"]) -> dict[str, Float[Tensor, "_o _i"]]:
+        """Σ_k α_k Φ_ℓ(x_k) for every block ℓ."""
+        return {name: block.combine(a) for name, block in self.blocks.items()}
+
+    def transformed(self, transforms: Mapping[str, Transform]) -> "TangentFeatures":
+        """Adapted features Mφ, again in factors: δ → M_L δ, h → M_R h; a block without a transform stays as it is."""
+        blocks = dict(self.blocks)
+        for name, transform in transforms.items():
+            if name not in blocks:
+                raise TangentError(f"transformed: there is no block {name!r}; blocks are {', '.join(blocks)}")
+            if isinstance(transform, Sides):
+                blocks[name] = blocks[name].transformed(transform.left, transform.right, transform.scale)
+            elif isinstance(transform, Entrywise):
+                blocks[name] = blocks[name].entrywise(transform.gains.to(self._like))
+        for joint in {id(t): t for t in transforms.values() if isinstance(t, Joint)}.values():
+            direction = {name: matrix.to(self._like) for name, matrix in joint.direction.items()}
+            along = (joint.gain - 1) * sum_tensors(
+                [blocks[name].inner(matrix[None]) for name, matrix in direction.items()]
+            )
+            for name, matrix in direction.items():
+                blocks[name] = blocks[name].plus(Shared(along, matrix[None]))
+        return TangentFeatures(self.n, self.c, blocks, self.parameters, self.limit)
+
+    def plan(self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full") -> KernelPlan:
+        """Route, operations and bytes of ``kernel`` with the same arguments, before anything runs."""
+        return self._plan(other, outputs, kernels=1)
+
+    @overload
+    def kernel(
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[False] = False,
+        precision: Precision = "float32",
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def kernel(
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: Literal[True],
+        precision: Precision = "float32",
+    ) -> dict[str, Tensor]: ...  # fmt: skip
+    def kernel(
+        self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: bool = False,
+        precision: Precision = "float32",
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        """K(x, x′) = φ(x) φ(x′)ᵀ with ``other``, or among these samples, then exactly symmetric.
+
+        ``outputs``: "full" (n, c, m, c), "trace" (n, m) summed over outputs, "diagonal" (n, m, c) each output with itself.
+        ``by_block`` gives one kernel a block; they add up to the whole. ``precision``: "float32" or the features' own dtype
+        where that is better; "mixed", the same with blocks added up in float64; "float64" throughout; "bfloat16", float32 on
+        features rounded to bfloat16. Errors of each in docs/precision.md.
+        Raises TangentError where features do not belong together or memory would exceed the limit.
+        """
+        check_outputs("kernel", outputs)
+        check_precision("kernel", precision)
+        if precision == "bfloat16" and self.dtype != torch.bfloat16:
+            rounded = [None if feats is None else feats.to(torch.bfloat16) for feats in (self, other)]
+            assert rounded[0] is not None
+            return rounded[0].kernel(rounded[1], outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
+        plan = self._plan(other, outputs, kernels=len(self.blocks) if by_block else 1, precision=precision)
+        remedy = "use outputs='trace' or 'diagonal', tangent_kernel, or fewer samples"
+        require_memory("kernel", plan.kernel_bytes, plan.limit, remedy=remedy)
+        partner = self if other is None else other
+        size = (self.n, partner.n, self.c)
+        if by_block:
+            kernels = {name: empty_kernel(*size, outputs, self._like, precision) for name in self.blocks}
+        else:
+            kernels = dict.fromkeys(self.blocks, empty_kernel(*size, outputs, self._like, precision))
+        contract_blocks(
+            self.blocks, partner.blocks, plan, kernels, outputs, symmetric=other is None, precision=precision
+        )
+        for kernel in {id(k): k for k in kernels.values()}.values():
+            if other is None:
+                mirror(kernel)
+        finished = {name: finish(kernel, *size, outputs) for name, kernel in kernels.items()}
+        return finished if by_block else next(iter(finished.values()))
+
+    def _plan(
+        self, other: "TangentFeatures | None", outputs: Outputs, *, kernels: int, precision: Precision = "float32"
+    ) -> KernelPlan:
+        if other is not None:
+            self.check_origin("kernel", other)
+            self._check_partner(other)
+        partner = self if other is None else other
+        itemsize = working_dtype(self.dtype, precision).itemsize
+        result = kernel_dtype(self.dtype, precision).itemsize
+        entries = self.n * partner.n * {"full": self.c**2, "trace": 1, "diagonal": self.c}[outputs]
+        limit = memory_limit(self.limit, self.device)
+        # A block's share is a kernel of its own before it is added to one of another dtype.
+        kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
+        budget = max(limit - kernel_bytes, itemsize)
+        steps = tuple(
+            plan_block(
+                block, partner.blocks[name], self.n, partner.n, self.c, outputs,
+                symmetric=other is None, budget=budget, itemsize=itemsize,
+            )
+            for name, block in self.blocks.items()
+        )  # fmt: skip
+        held = self.bytes + (0 if other is None else other.bytes)
+        if itemsize > self.dtype.itemsize:
+            # One block at a time is converted.
+            pairs = (
+                (block.bytes, 0 if other is None else other.blocks[name].bytes) for name, block in self.blocks.items()
+            )
+            held += max(sum(pair) for pair in pairs) * itemsize // self.dtype.itemsize
+        return KernelPlan(steps, kernel_bytes, held, limit)
+
+    def check_origin(self, call: str, other: "TangentFeatures") -> None:
+        """Raise TangentError where these features and others are not of one origin."""
+        if self.origin != other.origin:
+            raise TangentError(
+                f"{call}: the features are {self.origin} and {other.origin}; make both exact, or both with the same sketch"
+            )
+
+    def _check(self, call: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(value.shape) != shape:
+            raise TangentError(f"{call}: expected shape {shape}, got {tuple(value.shape)}")
+        if value.dtype != self.dtype or value.device != self.device:
+            raise TangentError(
+                f"{call}: features are {self.dtype} on {self.device}, got {value.dtype} on {value.device}; "
+                "convert one of them"
+            )
+
+    def _check_partner(self, other: "TangentFeatures") -> None:
+        mine, theirs = ({name: b.shape for name, b in feats.blocks.items()} for feats in (self, other))
+        if mine != theirs or self.c != other.c:
+            raise TangentError(
+                f"kernel: the two features differ: blocks {mine} with {self.c} outputs and {theirs} with {other.c}; "
+                "make both from the same model, wrt and output"
+            )
+        if (self.dtype, self.device) != (other.dtype, other.device):
+            raise TangentError(
+                f"kernel: features are {self.dtype} on {self.device} and {other.dtype} on {other.device}; "
+                "convert one with .to, or make both with the same model and inputs"
+            )

@@ -1,0 +1,212 @@
+"""Feature transforms M: what the structures return and what features are adapted by (theory: φ → Mφ).
+
+A matrix block is transformed on its sides, Φ → M_L Φ M_Rᵀ, or entry by entry, Φ → Z ∘ Φ; the joint transform of the Full
+structure moves one direction that runs through all blocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.linalg.factor_products import times
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A symmetric side factor kept as identity plus low rank, M = I + U diag(g - 1) Uᵀ.
+
+    ``directions`` U has orthonormal columns (d, k); ``gains`` g (k,) are the singular values of M along them.
+    """
+
+    directions: Float[Tensor, "d k"]
+    gains: Float[Tensor, " k"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        directions = self.directions.to(rows.dtype)
+        return rows + times(times(rows, directions) * (self.gains - 1).to(rows.dtype), directions.mT)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return self.apply(torch.eye(self.directions.shape[0]).to(self.directions))
+
+    def squared(self) -> "LowRank":
+        """MᵀM."""
+        return LowRank(self.directions, self.gains**2)
+
+    def inverse(self) -> "LowRank":
+        """M⁻¹."""
+        return LowRank(self.directions, 1 / self.gains)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A diagonal side factor, M = diag(g): one gain g (d,) a unit.
+
+    >>> Scaled(torch.tensor([1.0, 3.0])).apply(torch.tensor([[5.0, 5.0]]))
+    tensor([[ 5., 15.]])
+    """
+
+    gains: Float[Tensor, " d"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        return rows * self.gains.to(rows.dtype)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return torch.diag(self.gains)
+
+    def squared(self) -> "Scaled":
+        """MᵀM."""
+        return Scaled(self.gains**2)
+
+    def inverse(self) -> "Scaled":
+        """M⁻¹."""
+        return Scaled(1 / self.gains)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A side factor given as any square matrix."""
+
+    values: Float[Tensor, "d d"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        return times(rows, self.values.to(rows.dtype).mT)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Modal:
+    """A side factor that acts on modes of its side, M₁ ⊗ M₂ ⊗ ..., and leaves what comes after them (a bias column).
+
+    ``sizes`` are those of ``Block.modes``, the first slowest ("in" × "spatial" for a convolution's inputs); ``factors`` one
+    side for each, None the identity.
+    """
+
+    sizes: tuple[int, ...]
+    factors: "tuple[LowRank | Scaled | Matrix | None, ...]"
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension."""
+        total = prod(self.sizes)
+        modes = rows[..., :total].reshape(*rows.shape[:-1], *self.sizes)
+        for k, factor in enumerate(self.factors):
+            if factor is not None:
+                axis = k - len(self.sizes)
+                modes = factor.apply(modes.movedim(axis, -1)).movedim(-1, axis)
+        return torch.cat([modes.reshape(*rows.shape[:-1], total), rows[..., total:]], -1)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M on the modes alone, without what comes after them."""
+        parts = [None if factor is None else factor.matrix().contiguous() for factor in self.factors]
+        like = next((part for part in parts if part is not None), torch.empty(0))
+        whole = like.new_ones(1, 1)
+        for size, part in zip(self.sizes, parts, strict=True):
+            whole = torch.kron(whole, torch.eye(size).to(like) if part is None else part)
+        return whole
+
+
+Side = LowRank | Scaled | Matrix | Modal
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The transform Φ → scale · M_L Φ M_Rᵀ of one matrix block; an absent side is the identity."""
+
+    left: Side | None = None
+    right: Side | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Entrywise:
+    """The transform Φ → Z ∘ Φ of one matrix block, one gain Z (o, i) an entry: a diagonal M."""
+
+    gains: Float[Tensor, "o i"] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The transform M = I + (z - 1) b bᵀ over all parameters at once, for a unit vector b given block by block."""
+
+    direction: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
+    gain: float
+
+
+Transform = Sides | Entrywise | Joint
+
+
+def is_identity(transforms: Mapping[str, Transform]) -> bool:
+    """Whether transforms, as structures return them, leave everything as it is."""
+    return all(
+        transform.gain == 1
+        if isinstance(transform, Joint)
+        else bool((transform.gains == 1).all())
+        if isinstance(transform, Entrywise)
+        else transform.scale == 1 and all(does_nothing(side) for side in (transform.left, transform.right))
+        for transform in transforms.values()
+    )
+
+
+def does_nothing(side: Side | None) -> bool:
+    """Whether a side is the identity."""
+    if side is None:
+        return True
+    if isinstance(side, Modal):
+        return all(does_nothing(factor) for factor in side.factors)
+    return isinstance(side, LowRank | Scaled) and bool((side.gains == 1).all())
+
+
+def squared(transforms: Mapping[str, Transform]) -> dict[str, Transform]:
+    """MᵀM of transforms as structures return them, symmetric, in the form quickest to apply to matrices."""
+    joint = {id(t): Joint(t.direction, t.gain**2) for t in transforms.values() if isinstance(t, Joint)}
+    found: dict[str, Transform] = {}
+    for name, transform in transforms.items():
+        if isinstance(transform, Joint):
+            found[name] = joint[id(transform)]
+        elif isinstance(transform, Entrywise):
+            found[name] = Entrywise(transform.gains**2)
+        else:
+            found[name] = Sides(_squared(transform.left), _squared(transform.right), transform.scale**2)
+    return found
+
+
+def _squared(side: Side | None) -> Side | None:
+    if isinstance(side, Modal):
+        return Modal(side.sizes, tuple(None if f is None else _squared_factor(f) for f in side.factors))
+    return None if side is None else _squared_factor(side)
+
+
+def _squared_factor(side: LowRank | Scaled | Matrix) -> LowRank | Scaled | Matrix:
+    if isinstance(side, LowRank) and 2 * side.directions.shape[1] > side.directions.shape[0]:
+        return Matrix(side.squared().matrix())
+    return Matrix(side.values @ side.values) if isinstance(side, Matrix) else side.squared()
+
+
+def transform_matrices(
+    matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
+) -> dict[str, Float[Tensor, "_o _i"]]:
+    """M applied to one matrix a block: B → scale · M_L B M_Rᵀ, Z ∘ B, or the joint transform of all of them."""
+    moved = dict(matrices)
+    for name, transform in transforms.items():
+        if isinstance(transform, Sides):
+            matrix = moved[name] if transform.right is None else transform.right.apply(moved[name])
+            matrix = matrix if transform.left is None else transform.left.apply(matrix.mT).mT
+            moved[name] = transform.scale * matrix
+        elif isinstance(transform, Entrywise):
+            moved[name] = transform.gains.to(moved[name].dtype) * moved[name]
+    for joint in {id(t): t for t in transforms.values() if isinstance(t, Joint)}.values():
+        along = sum(float((matrix * moved[name]).sum()) for name, matrix in joint.direction.items())
+        for name, matrix in joint.direction.items():
+            moved[name] = moved[name] + (joint.gain - 1) * along * matrix
+    return moved

@@ -1,0 +1,256 @@
+"""Kernel ridge regression on a kernel in memory or on disk: by its factor where that fits, else by products tile by tile."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.checks import Values, as_tensor, check_finite
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.kernels.operators import KernelOperator
+from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
+from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
+from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.runtime.memory import memory_limit as limit_of
+from adaptive_tangents.runtime.memory import require_memory
+
+Form = Literal["auto", "dense", "matrix-free"]
+Progress = Callable[[int, float], None]
+
+DENSE_COPIES = 4  # the kernel, shifted, its factor, and what the solves take
+ROUNDED_COPIES = 2  # in float32, for a preconditioner
+_MOST_RANK, _COLUMN_COPIES = 1000, 4
+_CHUNK = 128  # samples chosen at a time: each choice takes a pass over the tiles
+
+
+@dataclass(frozen=True)
+class KernelRegression:
+    """A solution α of (K + ρI)α = r with its certificates; made by ``kernel_regression``.
+
+    ``dual`` α (n, c); ``residual`` ‖(K + ρI)α − r‖/‖r‖ in float64, ``feasibility`` ‖Kα − r‖/‖r‖; ``objective`` rᵀα, which
+    at a solution is ‖β‖² + (1/ρ)‖r − φβ‖², and ‖β‖² where ρ = 0; ``form`` "dense" or "matrix-free" with the ``steps`` of
+    conjugate gradients, 0 if dense; ``jitter`` what was added to the diagonal to factorise it.
+    """
+
+    dual: Float[Tensor, "n c"] = field(repr=False)
+    ridge: float
+    objective: float
+    residual: float
+    feasibility: float
+    converged: bool
+    reason: str
+    form: str
+    steps: int
+    jitter: float
+
+    def predict(self, K: Kernels) -> Float[Tensor, "m c"]:
+        r"""K(x, x_train) α, what the model adds to f(x; θ₀) at other samples.
+
+        ``K`` is the kernel of those samples with the training samples, in this order and with the outputs that the
+        regression's kernel had: ``tangent_kernel(model, x, x_train)``, or a store of it. Raises TangentError for others.
+
+        >>> import torch
+        >>> found = kernel_regression(torch.eye(3), torch.ones(3), ridge=1.0)
+        >>> found.predict(torch.ones(1, 3))
+        tensor([[1.5000]], dtype=torch.float64)
+        """
+        kernel = tiled(Request("predict", rectangular=True, diagonal=True), K)
+        outputs = max(kernel.width, kernel.batch)
+        if kernel.m != len(self.dual) or outputs not in (1, self.dual.shape[1]):
+            raise TangentError(
+                f"predict: the kernel is of {kernel.n} samples with {kernel.m} others, c = {outputs}; the regression was of "
+                f"n = {len(self.dual)} samples, c = {self.dual.shape[1]}: give the kernel of new samples with those"
+            )
+        operator = KernelOperator(kernel)
+        if outputs == 1:
+            return operator.apply(self.dual)
+        return operator.apply(self.dual.flatten()).reshape(kernel.n, -1)
+
+
+def kernel_regression(
+    K: Kernels,
+    r: Values,
+    *,
+    ridge: float = 0.0,
+    form: Form = "auto",
+    tol: float = 1e-10,
+    max_steps: int = 2000,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> KernelRegression:
+    r"""Kernel ridge regression: (K + ρI)α = r, the coefficients β = φᵀα of min ‖β‖² + (1/ρ)Σ‖r_k − φ(x_k)β‖².
+
+    ``K`` is a tensor or a store; ``r`` (n, c), or (n,) where there is one output, holds targets minus f(x;θ₀). A kernel of
+    outputs "full" couples them, one of their "trace" (n, n) is used for each, one of their "diagonal" gives each its own.
+    ρ = 0 interpolates. ``form`` "dense" factorises K + ρI; "matrix-free" runs conjugate gradients on products tile by tile,
+    preconditioned by a factor in float32, or by some of its columns where memory does not allow that; "auto" is dense where
+    ``memory_limit`` (default: half of what is free) allows it.
+
+    Every result tells its residual; one above ``tol`` comes with ``converged=False`` and a TangentWarning. Raises
+    TangentError for targets that do not fit or are not finite, a negative ρ, an incomplete store, or a kernel that memory
+    does not hold. Source: docs/theory.md, §4.
+
+    >>> import torch, adaptive_tangents as at
+    >>> K = at.tangent_kernel(torch.nn.Linear(3, 1), torch.randn(20, 3))
+    >>> found = at.kernel_regression(K, torch.randn(20), ridge=0.1)
+    >>> found.converged, found.residual < 1e-12
+    (True, True)
+    """
+    call = "kernel_regression"
+    kernel = tiled(Request(call, diagonal=True), K)
+    check_solver(call, ridge, form, tol, max_steps)
+    targets = residual_targets(call, r, kernel)
+    room = limit_of(memory_limit, kernel.device)
+    dense = is_dense(call, kernel, form, room)
+    # Outputs that do not meet are solved one by one.
+    parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
+    found = []
+    for part, right in zip(parts, _columns(kernel, targets), strict=True):
+        operator = KernelOperator(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
+        solution, steps, jitter = (
+            dense_solved(call, part, right, ridge)
+            if dense
+            else _by_products(operator, right, room // 2, tol, max_steps, progress)
+        )
+        found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
+    size = float(targets.norm()) or 1.0
+    residual = _norm(part.image - part.right for part in found) / size
+    steps, jitter = sum(part.steps for part in found), max(part.jitter for part in found)
+    reason = f"residual {residual:.1e} (asked: {tol:g}), " + (f"jitter {jitter:.1e}" if dense else f"{steps} products")
+    if residual > tol:
+        reason += "; use a positive ridge or raise " + ("tol" if dense else "max_steps, memory_limit or tol")
+        warnings.warn(f"{call} did not converge: {reason}", TangentWarning, stacklevel=2)
+    return KernelRegression(
+        dual=_samples(kernel, [part.solution for part in found]), ridge=ridge,
+        objective=sum(float((part.solution * part.right).sum()) for part in found), residual=residual,
+        feasibility=_norm(part.image - ridge * part.solution - part.right for part in found) / size,
+        converged=residual <= tol, reason=reason, form="dense" if dense else "matrix-free", steps=steps, jitter=jitter,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A right side with its solution, (K + ρI) times that, and what it took."""
+
+    right: Tensor
+    solution: Tensor
+    image: Tensor
+    steps: int
+    jitter: float
+
+
+class _Output(View):
+    """One output of a kernel of each output by itself."""
+
+    def __init__(self, of: Tiled, output: int) -> None:
+        super().__init__(of)
+        self.output, self.batch = output, 1
+
+    def read(self, rows: slice, columns: slice) -> Tensor:
+        return self.of.read(rows, columns)[self.output, None]
+
+
+def _columns(kernel: Tiled, targets: Float[Tensor, "n c"]) -> list[Float[Tensor, "_k _m"]]:
+    """Right sides for each matrix of a kernel."""
+    if kernel.batch > 1:
+        return list(targets.mT[:, :, None])
+    return [targets.reshape(-1, 1) if kernel.full else targets]
+
+
+def _samples(kernel: Tiled, solutions: list[Tensor]) -> Float[Tensor, "n c"]:
+    """Solutions as (n, c)."""
+    return torch.cat(solutions, 1) if kernel.batch > 1 else solutions[0].reshape(kernel.n, -1)
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    return float(torch.stack([(part**2).sum() for part in parts]).sum().sqrt())
+
+
+def is_dense(call: str, kernel: Tiled, form: str, room: int, *, copies: int = DENSE_COPIES) -> bool:
+    """Whether to factorise the kernel: where that is asked for, or "auto" and there is room; else a TangentError."""
+    needed = copies * 8 * kernel.size**2
+    if form == "dense":
+        require_memory(
+            call, needed, room,
+            remedy=f"use form='matrix-free', or fewer samples (the kernel is {kernel.size} × {kernel.size})",
+        )  # fmt: skip
+    return form == "dense" or (form == "auto" and needed <= room)
+
+
+def dense_solved(
+    call: str, kernel: Tiled, right: Float[Tensor, "k m"], ridge: float
+) -> tuple[Float[Tensor, "k m"], int, float]:
+    """(K + ρI)⁻¹ of right sides by a factor, with no steps and the jitter it took."""
+    dense = DenseKernel(kernel.matrices()[0])
+    try:
+        solve = dense.shifted(ridge)
+    except TangentError as failure:
+        raise TangentError(
+            f"{call}: the kernel is not positive definite even with a jitter of 1e-8 of its diagonal; use a positive ridge"
+        ) from failure
+    return solve(right), 0, dense.jitter
+
+
+def _by_products(
+    operator: KernelOperator, right: Tensor, room: int, tol: float, most: int, progress: Progress | None
+) -> tuple[Tensor, int, float]:
+    found = solved(operator, right, room=room, tol=tol / 10, most=most, progress=progress)
+    return found.solution, found.steps, 0.0
+
+
+def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> None:
+    """Raise TangentError for options out of range."""
+    if not 0 <= ridge < float("inf"):
+        raise TangentError(f"{call}: the ridge ρ is zero (interpolation) or positive, got {ridge}")
+    if form not in get_args(Form):
+        raise TangentError(f"{call}: form is one of {', '.join(get_args(Form))}, got {form!r}")
+    if not tol > 0 or most < 1:
+        raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
+
+
+def residual_targets(call: str, r: Values, kernel: Tiled) -> Float[Tensor, "n c"]:
+    """Targets (n, c) of a kernel, in float64, after checking that they fit it."""
+    outputs = max(kernel.width, kernel.batch)
+    r = as_tensor(call, "targets", r, kernel.device)
+    targets = r[:, None] if r.ndim == 1 else r
+    coupled = kernel.full or kernel.batch > 1
+    if targets.ndim != 2 or targets.shape[0] != kernel.n or (coupled and targets.shape[1] != outputs):
+        raise TangentError(
+            f"{call}: targets have shape {tuple(r.shape)}, the kernel is of n = {kernel.n} samples"
+            + (f", c = {outputs} outputs" if coupled else "")
+        )
+    if not targets.is_floating_point():
+        raise TangentError(f"{call}: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
+    check_finite(call, "the target", [targets])
+    return targets.detach().to(kernel.device, torch.float64)
+
+
+def solved(
+    operator: KernelOperator,
+    right: Float[Tensor, "k m"],
+    *,
+    room: int,
+    tol: float,
+    most: int = 2000,
+    start: Float[Tensor, "k m"] | None = None,
+    progress: Progress | None = None,
+) -> Iterated:
+    """(K + ρI)⁻¹ of right sides by preconditioned conjugate gradients, the preconditioner within so many bytes."""
+    near = preconditioner(operator, room)
+    return iterate(operator.apply, right, near, tol=tol, most=most, start=start, progress=progress)
+
+
+def preconditioner(operator: KernelOperator, room: int) -> Solve:
+    """Nearly (K + ρI)⁻¹: by a factor in float32, or of as many columns as there is room for."""
+    size = operator.kernel.size
+    if ROUNDED_COPIES * 4 * size**2 <= room:
+        with suppress(TangentError):  # not positive definite in single precision
+            return RoundedKernel(operator).near_shifted(operator.ridge)
+    rank = max(1, min(_MOST_RANK, size // 2, room // (_COLUMN_COPIES * 8 * size)))
+    chunk = min(_CHUNK, max(1, rank // (4 * operator.c)))
+    return PivotedKernel(operator, rank, chunk).near_shifted(operator.ridge)

@@ -1,0 +1,137 @@
+"""Kernels larger than their features: tiles of samples, captured and contracted one pair at a time, in memory or on disk."""
+
+from collections.abc import Mapping
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.kernel_layout import (
+    Outputs,
+    Precision,
+    check_outputs,
+    check_precision,
+    column_axis,
+    kernel_dtype,
+    kernel_shape,
+    swapped,
+)
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.kernels.schedule import FeatureCache, Key, ordered
+from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketched_kernel
+
+
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    precision: Precision = "float32",
+) -> Tensor: ...  # fmt: skip
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    precision: Precision = "float32",
+) -> dict[str, Tensor]: ...  # fmt: skip
+@overload
+def tangent_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
+    precision: Precision = "float32",
+) -> SketchedKernel: ...  # fmt: skip
+def tangent_kernel(
+    model: nn.Module,
+    x: Batch,
+    x2: Batch | None = None,
+    outputs: Outputs = "full",
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    by_block: bool = False,
+    *,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+    tile: int | None = None,
+    sketch: Sketch | None = None,
+    precision: Precision = "float32",
+) -> Tensor | dict[str, Tensor] | SketchedKernel:
+    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile so that features of all samples are never held.
+
+    Arguments as for ``tangent_features`` and ``TangentFeatures.kernel``; ``tile`` is the samples a tile holds (default:
+    as many as memory allows); features are kept for the next tiles as far as there is room. With ``x2`` absent the kernel
+    is of x with itself and exactly symmetric. ``sketch`` gives an unbiased estimate from a sketch instead, a
+    ``SketchedKernel`` with the error of every entry.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
+    >>> K = at.tangent_kernel(model, x, tile=3)
+    >>> torch.allclose(K, at.tangent_features(model, x).kernel(), atol=1e-6)
+    True
+    """
+    call = "tangent_kernel"
+    check_outputs(call, outputs)
+    check_precision(call, precision)
+    if sketch is not None:
+        if by_block or tile is not None or precision != "float32":
+            raise TangentError(
+                f"{call}: with sketch, kernels are made whole and in float32; leave by_block, tile and precision, or use "
+                "sketch_features(...).kernel(...)"
+            )
+        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output, memory_limit)
+    if tile is not None and tile < 1:
+        raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
+    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    if x2 is not None:
+        capture.check_more(x2)
+    n, m = samples(x), samples(x if x2 is None else x2)
+    limit, c = capture.limit, capture.probe.c
+    entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
+    copies = capture.probe.blocks if by_block else 1
+    itemsize = kernel_dtype(capture.probe.dtype, precision).itemsize
+    require_memory(
+        call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
+    )
+    # Two tiles of features, and what it takes to make them; each is checked to add up to a gradient.
+    room = max(1, (limit - copies * entries * itemsize - capture.gradient_bytes) // 4)
+    tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
+    if tile >= max(n, m):
+        left, right = capture.features(x), None if x2 is None else capture.features(x2)
+        return left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload, no-any-return]
+    kernels: dict[str, Tensor] = {}
+    rows, columns = list(ranges(n, tile)), list(ranges(m, tile))
+    batches = (x, x if x2 is None else x2)
+    capacity = max(2, 2 * room // (tile * capture.bytes_per_sample))
+    places = [(i, j) for i in range(len(rows)) for j in range(len(columns)) if x2 is not None or i <= j]
+    order = ordered(places, capacity, symmetric=x2 is None)
+
+    def part(key: Key) -> TangentFeatures:
+        return capture.features(take(batches[key[0]], (rows, columns)[key[0]][key[1]]))
+
+    held = FeatureCache(part, order, capacity, symmetric=x2 is None)
+    for place in order:
+        left, other = held.pair(place)
+        right = None if other is left else other
+        piece = (
+            left.kernel(right, outputs=outputs, by_block=True, precision=precision)
+            if by_block
+            else {"": left.kernel(right, outputs=outputs, precision=precision)}
+        )
+        for name, values in piece.items():
+            if name not in kernels:
+                kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))
+            _place(kernels[name], values, rows[place[0]], columns[place[1]], outputs, mirror=x2 is None)
+    return kernels if by_block else kernels[""]
+
+
+def _place(kernel: Tensor, piece: Tensor, rows: slice, columns: slice, outputs: Outputs, *, mirror: bool) -> None:
+    along = (slice(None),) * (column_axis(outputs) - 1)
+    kernel[(rows, *along, columns)] = piece
+    if mirror:
+        kernel[(columns, *along, rows)] = swapped(piece, outputs)

@@ -1,0 +1,93 @@
+"""Cholesky factors of kernels: whole ones with as little jitter as they take, and partial ones by pivots."""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+
+_JITTERS = (0.0, 1e-15, 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8)
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """A Cholesky factor of K + ρI, with the jitter that was added to make it exist."""
+
+    factor: Float[Tensor, "k k"] = field(repr=False)
+    jitter: float
+
+    def solve(self, r: Float[Tensor, "k *m"]) -> Float[Tensor, "k *m"]:
+        """(K + ρI)⁻¹ r, of one right side or of several."""
+        # Two triangular solves: several times faster than cholesky_solve for one right side.
+        half = torch.linalg.solve_triangular(self.factor, r.reshape(len(r), -1), upper=False)
+        found: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        return found.reshape(r.shape)
+
+
+def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
+    """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
+    diagonal = kernel.diagonal().clone()
+    scale = float(diagonal.mean())
+    try:
+        for jitter in _JITTERS:
+            kernel.diagonal().copy_(diagonal + (ridge + jitter * scale))  # a shifted copy would be one more in memory
+            factor, failed = torch.linalg.cholesky_ex(kernel)
+            if not int(failed):
+                return Factorised(factor, jitter * scale)
+    finally:
+        kernel.diagonal().copy_(diagonal)
+    raise TangentError(
+        "fit: the adapted kernel is not positive definite even with a jitter of 1e-8 of its diagonal; "
+        "use a positive ridge, or a stronger penalty"
+    )
+
+
+@runtime_checkable
+class Products(Protocol):
+    """What is asked of a kernel that is never formed in float64: products, and parts of it for a preconditioner."""
+
+    n: int
+    c: int
+
+    def apply(self, x: Float[Tensor, "k *m"]) -> Float[Tensor, "k *m"]:
+        """K x."""
+
+    def rounded(self) -> Float[Tensor, "k k"]:
+        """All of it, in float32."""
+
+    def entries(self) -> Float[Tensor, " k"]:
+        """Its diagonal."""
+
+    def columns(self, chosen: Int[Tensor, " q"]) -> Float[Tensor, "k m"]:
+        """All outputs' columns of these samples."""
+
+
+def partial_cholesky(kernel: Products, rank: int, chunk: int = CHUNK) -> tuple[Float[Tensor, "k m"], float]:
+    """L with LLᵀ close to the kernel, of about ``rank`` columns, and the mean of the diagonal that is left.
+
+    ``chunk`` samples are chosen at a time.
+    """
+    n, c = kernel.n, kernel.c
+    diagonal = kernel.entries()
+    total = float(diagonal.sum())
+    generator = torch.Generator(device=diagonal.device).manual_seed(0)
+    columns = diagonal.new_zeros(n * c, 0)
+    left = diagonal.clone()
+    while columns.shape[1] < rank and float(left.sum()) > 1e-13 * total:
+        weights = left.reshape(n, c).sum(1).clamp_min(0)
+        count = min(chunk, int((weights > 0).sum()))
+        chosen = torch.multinomial(weights, count, generator=generator)
+        rows = (chosen[:, None] * c + torch.arange(c, device=chosen.device)).flatten()
+        block = kernel.columns(chosen) - columns @ columns[rows].mT
+        # Directions of the pivots that others among them already give are left out.
+        values, vectors = torch.linalg.eigh(block[rows])
+        wanted = values > 1e-12 * float(diagonal.max())
+        if not bool(wanted.any()):
+            break
+        columns = torch.cat([columns, (block @ vectors[:, wanted]) / values[wanted].sqrt()], 1)
+        left = (diagonal - (columns**2).sum(1)).clamp_min(0)
+    return columns, max(float(left.mean()), 1e-14 * float(diagonal.mean()))

@@ -1,0 +1,71 @@
+"""Conjugate gradients with a preconditioner, several right sides at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Solve = Callable[[Tensor], Tensor]
+_CG_TOLERANCE = 1e-12
+_CG_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """What conjugate gradients found of A⁻¹B: the largest relative residual of a column, and after how many products."""
+
+    solution: Float[Tensor, "k *m"] = field(repr=False)
+    residual: float
+    steps: int
+
+
+def conjugate_gradients(apply: Solve, b: Float[Tensor, "k *m"], near: Solve) -> Float[Tensor, "k *m"]:
+    """A⁻¹b to a relative residual of 1e-12, or as near as float64 comes; ``near`` is about A⁻¹."""
+    return iterate(apply, b, near).solution
+
+
+def iterate(
+    apply: Solve,
+    b: Float[Tensor, "k *m"],
+    near: Solve,
+    *,
+    tol: float = _CG_TOLERANCE,
+    most: int = _CG_STEPS,
+    start: Float[Tensor, "k *m"] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Iterated:
+    """Conjugate gradients on A x = b, all columns of b at once, each with directions of its own; the best iterate of each."""
+    x = torch.zeros_like(b) if start is None else start.clone()
+    residual = b.clone() if start is None else b - apply(x)
+    size = b.norm(dim=0)
+    direction = moved = near(residual)
+    product = _inner(residual, moved)
+    best, best_size, since, steps = x, residual.norm(dim=0), 0, 0
+    while steps < most and bool((best_size > tol * size).any()) and since <= 100:
+        steps += 1
+        image = apply(direction)
+        length = _ratio(product, _inner(direction, image))
+        before, x, residual = residual, x + length * direction, residual - length * image
+        left = residual.norm(dim=0)
+        better = left < best_size
+        since = 0 if bool(better.any()) else since + 1
+        best, best_size = torch.where(better, x, best), torch.where(better, left, best_size)
+        if progress is not None:
+            progress(steps, float(_ratio(best_size, size).max()))
+        moved = near(residual)
+        # The change alone, as ``near`` may be rounded more than the rest: directions stay conjugate.
+        ratio = _ratio(_inner(residual - before, moved), product)
+        product = _inner(residual, moved)
+        direction = moved + ratio * direction
+    return Iterated(best, float(_ratio(best_size, size).max()), steps)
+
+
+def _inner(x: Float[Tensor, "k *m"], y: Float[Tensor, "k *m"]) -> Float[Tensor, "*m"]:
+    return (x * y).sum(0)
+
+
+def _ratio(a: Float[Tensor, "*m"], b: Float[Tensor, "*m"]) -> Float[Tensor, "*m"]:
+    """a/b, and zero where b is: a column that is solved moves no further."""
+    return torch.where(b != 0, a / b, 0.0)

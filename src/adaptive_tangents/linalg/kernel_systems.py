@@ -1,0 +1,177 @@
+"""The linear systems of a kernel over nc outputs: factorized, by products alone, or preconditioned."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.linalg.cholesky import CHUNK, Factorised, Products, factorise, partial_cholesky
+from adaptive_tangents.linalg.conjugate_gradients import Solve, conjugate_gradients
+
+Root = Float[Tensor, "n c c"]
+_ROUNDING = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5)  # shifts of a single-precision kernel, in units of its own rounding
+
+
+class Kernel(ABC):
+    """An adapted kernel K_M over nc outputs: its products, and the inverses that the losses ask for."""
+
+    jitter = 0.0
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """K x."""
+
+    @abstractmethod
+    def shifted(self, ridge: float) -> Solve:
+        """The map x ↦ (K + ρI)⁻¹ x."""
+
+    @abstractmethod
+    def rooted(self, root: Root) -> Solve:
+        """The map x ↦ (I + ½SᵀKS)⁻¹ x, S block-diagonal with a block a sample."""
+
+
+class DenseKernel(Kernel):
+    """The kernel as a matrix, factorised."""
+
+    def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " m"] | None = None) -> None:
+        self.matrix, self.kept = matrix, kept
+        self._whole: tuple[float, Factorised] | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def factorised(self, ridge: float) -> Factorised:
+        """The whole of K + ρI, factorised once."""
+        if self._whole is None or self._whole[0] != ridge:
+            self._whole = ridge, factorise(self.matrix, ridge)
+        return self._whole[1]
+
+    def shifted(self, ridge: float) -> Solve:
+        kept = self.kept
+        matrix = self.matrix if kept is None else self.matrix[kept][:, kept]
+        factor = self.factorised(ridge) if kept is None else factorise(matrix, ridge)
+        self._whole = None  # as long as the inverse lives, and no longer
+        self.jitter = factor.jitter
+
+        def solve(x: Tensor) -> Tensor:
+            wanted = x if kept is None else x[kept]
+            found = factor.solve(wanted)
+            if ridge == 0 or factor.jitter > 0:
+                # Directions that leave the constraints would add up over many steps: refined once, jitter and all.
+                found = found + factor.solve(wanted - matrix @ found - ridge * found)
+            return found if kept is None else torch.zeros_like(x).index_copy_(0, kept, found)
+
+        return solve
+
+    def rooted(self, root: Root) -> Solve:
+        n, c = root.shape[:2]
+        cube = torch.einsum("kab,kalc->kblc", root, self.matrix.reshape(n, c, n, c))
+        system = torch.einsum("kblc,lcd->kbld", cube, root).reshape(n * c, n * c) / 2
+        system.diagonal().add_(1)
+        return Factorised(torch.linalg.cholesky(system), 0.0).solve
+
+
+class FreeKernel(Kernel):
+    """The kernel by its products in float64, its systems by conjugate gradients with what ``near`` knows of it."""
+
+    def __init__(self, products: Products) -> None:
+        self.products = products
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.products.apply(x)
+
+    def shifted(self, ridge: float) -> Solve:
+        near = self.near_shifted(ridge)
+        return lambda x: conjugate_gradients(lambda p: self.apply(p) + ridge * p, x, near)
+
+    def rooted(self, root: Root) -> Solve:
+        near = self.near_rooted(root)
+
+        def apply(p: Tensor) -> Tensor:
+            moved = rooted_product(root.mT, p[:, None])[:, 0]
+            return p + rooted_product(root, self.apply(moved)[:, None])[:, 0] / 2
+
+        return lambda x: conjugate_gradients(apply, x, near)
+
+    @abstractmethod
+    def near_shifted(self, ridge: float) -> Solve:
+        """About x ↦ (K + ρI)⁻¹ x."""
+
+    @abstractmethod
+    def near_rooted(self, root: Root) -> Solve:
+        """About x ↦ (I + ½SᵀKS)⁻¹ x."""
+
+
+class PivotedKernel(FreeKernel):
+    """Never formed: preconditioned by a partial Cholesky factor.
+
+    ``rank`` columns are chosen by random pivoting, of probability the diagonal that is left (Chen, Epperly, Tropp & Webber,
+    2023), some at a time; the seed is fixed.
+    """
+
+    def __init__(self, products: Products, rank: int, chunk: int = CHUNK) -> None:
+        super().__init__(products)
+        self.columns, self.rest = partial_cholesky(products, rank, chunk)
+
+    def near_shifted(self, ridge: float) -> Solve:
+        return _low_rank_inverse(self.columns, ridge + self.rest)
+
+    def near_rooted(self, root: Root) -> Solve:
+        return _low_rank_inverse(rooted_product(root, self.columns) / 2**0.5, 1.0)
+
+
+class RoundedKernel(FreeKernel):
+    """Formed and factorised in float32, a preconditioner so close that few products in float64 are needed."""
+
+    def near_shifted(self, ridge: float) -> Solve:
+        matrix = self.products.rounded()
+        matrix.diagonal().add_(ridge)
+        return _rounded_inverse(matrix)
+
+    def near_rooted(self, root: Root) -> Solve:
+        n, c = root.shape[:2]
+        matrix, small = self.products.rounded(), root.float()
+        # In place, some samples at a time: copies of the whole would be what memory is short of.
+        rows, columns = matrix.reshape(n, c, n * c), matrix.reshape(n * c, n, c)
+        for k in range(0, n, CHUNK):
+            part = slice(k, k + CHUNK)
+            rows[part] = small[part].mT @ rows[part] / 2
+            columns[:, part] = torch.einsum("rlc,lcd->rld", columns[:, part], small[part])
+        matrix.diagonal().add_(1)
+        return _rounded_inverse(matrix)
+
+
+def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
+    """The map x ↦ A⁻¹x to single precision; A, positive definite up to its rounding, is given up."""
+    rounding = torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
+    added = 0.0
+    for multiple in _ROUNDING:
+        matrix.diagonal().add_(multiple * rounding - added)
+        added = multiple * rounding
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            break
+    else:
+        raise TangentError("fit: the kernel is not positive definite in single precision; use form='dense'")
+    solve = Factorised(factor, added).solve
+
+    def near(x: Tensor) -> Tensor:
+        size = x.norm(dim=0)  # single precision has a narrower range
+        size = torch.where(size > 0, size, 1.0)
+        return solve((x / size).to(factor.dtype)).to(x.dtype) * size
+
+    return near
+
+
+def rooted_product(root: Root, columns: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+    """Sᵀ times columns."""
+    n, c = root.shape[:2]
+    return torch.einsum("kab,kam->kbm", root, columns.reshape(n, c, -1)).reshape(n * c, -1)
+
+
+def _low_rank_inverse(columns: Float[Tensor, "k m"], shift: float) -> Solve:
+    """The map x ↦ (LLᵀ + shift·I)⁻¹ x."""
+    factor = factorise(columns.mT @ columns, shift)
+    return lambda x: (x - columns @ factor.solve(columns.mT @ x)) / shift

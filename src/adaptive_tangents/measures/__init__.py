@@ -1,0 +1,30 @@
+"""Numbers that compare kernels with targets, kernels with kernels, and features with features."""
+
+from adaptive_tangents.measures.alignment import (
+    Decomposition,
+    EffectiveRank,
+    Representability,
+    alignment,
+    cka,
+    decompose,
+    effective_rank,
+    representability,
+)
+from adaptive_tangents.measures.explain import Explanation, explain
+from adaptive_tangents.measures.kernel_change import KernelChange, KernelPart, kernel_change
+
+__all__ = [
+    "Decomposition",
+    "EffectiveRank",
+    "Explanation",
+    "KernelChange",
+    "KernelPart",
+    "Representability",
+    "alignment",
+    "cka",
+    "decompose",
+    "effective_rank",
+    "explain",
+    "kernel_change",
+    "representability",
+]

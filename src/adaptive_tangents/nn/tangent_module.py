@@ -1,0 +1,427 @@
+"""The adaptive tangent model as a module to be trained: f(x;θ₀) + φ(x)Mᵀθ, features never formed.
+
+φ(x)β is a derivative of the network along β, one forward pass in forward mode; φᵀg one backward pass. Both are linear maps
+at the frozen θ₀, each the other's derivative, so training needs no second derivatives of the network.
+"""
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from adaptive_tangents.capture.batches import Batch, tensors
+from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.derivatives import saved_copies
+from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.network import Network, Output, Selection, check_mode, check_model, overlay, select
+from adaptive_tangents.checks import Values
+from adaptive_tangents.errors import TangentError, raised_as
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Transform
+from adaptive_tangents.nn.forward_mode import forward_attention, forward_lookups
+from adaptive_tangents.nn.trained_transforms import factors
+from adaptive_tangents.solvers.fit import certify
+from adaptive_tangents.solvers.losses import LossName
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.mixed import as_structure
+
+_Way = Literal["forward", "backward", "features"]
+
+
+class TangentModule(nn.Module):
+    r"""f(x;θ₀) + φ(x)Mᵀθ as a module: the network linearised at θ₀ with features Mφ that are learnt too.
+
+    ``structure`` says what M may be: ``Fixed`` trains θ = β alone, the linearised network; the others θ and the factors of M,
+    started at θ = 0 and M = I, where the output is the network's and gradients of θ flow. ``rank`` limits M − I of every side
+    that is a matrix to a rank. ``params``, ``wrt`` and ``output`` as in ``tangent_features``; the model is copied, in
+    evaluation mode, and its θ₀ are buffers: they move with ``.to``, are in the state dict, and no optimiser sees them. Takes
+    a batch as ``tangent_features`` does, gives (n, c). Source: LeJeune & Alemohammad, CPAL 2024, §2.
+
+    Raises TangentError for models that ``tangent_features`` refuses and structures whose factors are not known.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+    >>> adaptive = at.TangentModule(model, at.TwoSided(at.Quadratic(0.1)))
+    >>> torch.allclose(adaptive(x), model(x))
+    True
+    >>> optimiser, losses = torch.optim.Adam(adaptive.parameters(), lr=1e-3), []
+    >>> for _ in range(20):
+    ...     optimiser.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(adaptive(x), y)
+    ...     loss.backward()
+    ...     optimiser.step()
+    ...     losses.append(loss.item())
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> "TangentModule":
+        """A module whose ``forward`` stays out of compiled graphs, as derivatives of a network cannot be traced."""
+        _keep_out_of_graphs()
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure | Mapping[str, Structure] | None = None,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        wrt: Selection | None = None,
+        output: Output | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        call = "TangentModule"
+        if rank is not None and rank < 1:
+            raise TangentError(f"{call}: rank is positive, got {rank}")
+        check_model(call, model)
+        check_mode(call, model)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        buffers = {name: b.detach() for name, b in model.named_buffers()}
+        selected = select(call, model, wrt)
+        if params is not None:
+            parameters, buffers = overlay(call, model, params)
+        network = Network(model, parameters, buffers, selected, output, call)
+        groups = parameter_groups(network)
+        self.structure = Fixed() if structure is None else as_structure("TangentModule", structure)
+        self.output, self.selected = output, selected
+        self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
+        self._places = _places(model)
+        self._aliases = frozenset(alias for aliases in self._places.values() for alias in aliases)
+        self.model = _frozen(model, {**parameters, **buffers})
+        dtype = parameters[selected[0]].dtype
+        for name in selected:
+            dtype = torch.promote_types(dtype, parameters[name].dtype)
+        self.inner = nn.ParameterDict({_key(g.name): torch.zeros(g.matrix) for g in groups})
+        shapes, modes = {g.name: g.matrix for g in groups}, {g.name: g.modes for g in groups}
+        self.factors = nn.ModuleList(factors(self.structure, shapes, modes, rank))
+        self.to(parameters[selected[0]].device)
+        self.inner.to(dtype)
+        self.factors.to(dtype)
+        self._way: _Way | None = None
+        self.eval()
+
+    def train(self, mode: bool = True) -> "TangentModule":
+        """As for any module; the frozen network stays in evaluation mode, where its features are defined."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, x: Batch) -> Float[Tensor, "n c"]:
+        """f(x;θ₀) + φ(x)Mᵀθ."""
+        network = self._network()
+        tangents = self._parameters_of(self._coefficients(), network)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+            initial, change = network.along(x, tangents)
+        else:
+            initial, change = _along(network, x, tangents)
+        total: Tensor = initial + change
+        return total
+
+    def initial(self, x: Batch) -> Float[Tensor, "n c"]:
+        """f(x;θ₀), without a gradient."""
+        with torch.no_grad():
+            out: Tensor = self._network()(x, {})
+            return out
+
+    def effective_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
+        """β = Mᵀθ, one matrix a block."""
+        return {name: matrix.detach().clone() for name, matrix in self._coefficients().items()}
+
+    def inner_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
+        """θ, one matrix a block."""
+        return {name: self.inner[_key(name)].detach().clone() for name in self.blocks}
+
+    def transforms(self) -> dict[str, Transform]:
+        """M as it is now, as a transform of features."""
+        inner = self.inner_coefficients()
+        return {name: t for factor in self.factors for name, t in factor.transforms(inner).items()}  # type: ignore[operator]
+
+    def adapted_features(self, x: Batch, *, memory_limit: int | None = None) -> TangentFeatures:
+        """Mφ(x): their kernel is the adapted kernel, their product with θ what the output changes by."""
+        return self.features(x, memory_limit=memory_limit).transformed(self.transforms())
+
+    def features(self, x: Batch, *, memory_limit: int | None = None) -> TangentFeatures:
+        """φ(x) at θ₀."""
+        model = _thawed(self.model, self._places)
+        return tangent_features(model, x, wrt=self.selected, output=self.output, memory_limit=memory_limit)
+
+    def regulariser(self) -> Float[Tensor, ""]:
+        """‖θ‖² + Ω(M): with Σ‖y_k − f(x_k)‖²/ρ beside it, the joint objective (J) whose minimum ``fit`` finds."""
+        size = torch.stack([(matrix**2).sum() for matrix in self.inner.values()]).sum()
+        return size + torch.stack([factor.penalty().to(size) for factor in self.factors]).sum()  # type: ignore[operator]
+
+    def load_fit(self, fit: Fit) -> "TangentModule":
+        """Take over β and M of a fit to features of the same blocks; returns the module itself.
+
+        Raises TangentError where blocks differ, the fit's M is none of this structure, or a side of it moves more directions
+        than ``rank``; nothing is taken over then.
+        """
+        found = {name: tuple(matrix.shape) for name, matrix in fit.coefficients.items()}
+        wanted = {name: block.shape for name, block in self.blocks.items()}
+        if found != wanted:
+            raise TangentError(f"TangentModule: the fit has blocks {found}, this module {wanted}")
+        before = {name: value.clone() for name, value in self.factors.state_dict().items()}
+        inner: dict[str, Tensor] = {}
+        try:
+            for factor in self.factors:
+                inner |= factor.take(fit.transforms, fit.coefficients)  # type: ignore[operator]
+        except TangentError:
+            self.factors.load_state_dict(before)
+            raise
+        with torch.no_grad():
+            for name, matrix in inner.items():
+                self.inner[_key(name)].copy_(matrix)
+        return self
+
+    def as_fit(
+        self,
+        x: Batch,
+        r: Values,
+        *,
+        loss: LossName = "squared",
+        offset: Values | None = None,
+        ridge: float = 0.0,
+    ) -> Fit:
+        """β as a ``Fit`` to a batch, with the best M of the structure for it and certificates: ``certify`` at φ(x).
+
+        ``r`` holds targets minus f(x;θ₀), or labels, as in ``fit``.
+        """
+        with raised_as("as_fit", "certify"):
+            return certify(
+                self.features(x), r, coefficients=self.effective_coefficients(), structure=self.structure, loss=loss,
+                offset=offset, ridge=ridge,
+            )  # fmt: skip
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        inner = {name: self.inner[_key(name)] for name in self.blocks}
+        return {name: m for factor in self.factors for name, m in factor.coefficients(inner).items()}  # type: ignore[operator]
+
+    def _parameters_of(self, matrices: Mapping[str, Tensor], network: "_At") -> tuple[Tensor, ...]:
+        """One matrix a block as the selected parameters, in their order."""
+        split = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
+        return tuple(split[name].to(value.dtype) for name, value in network.selected.items())
+
+    def _network(self) -> "_At":
+        state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
+        parameters = {name: state[name] for name in self._places}
+        rest = {name: value for name, value in state.items() if name not in self._aliases}
+        network = Network(self.model, parameters, rest, self.selected, self.output, "TangentModule")
+        return _At(self, network)
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    # With the first module, not as a decorator: the compiler takes as long to import as the rest of torch.
+    TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
+class _At:
+    """The network at its θ₀, with the two linear maps of its derivative there."""
+
+    def __init__(self, module: TangentModule, network: Network) -> None:
+        self.module, self.network, self.places = module, network, module._places
+        self.selected = {name: network.parameters[name] for name in network.selected}
+
+    def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        state = {**self.network.parameters, **parameters}
+        return self.network(x, {alias: state[name] for name, aliases in self.places.items() for alias in aliases})
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The selected parameters, to be differentiated."""
+        return {name: value.detach().requires_grad_(True) for name, value in self.selected.items()}
+
+    def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """f(x;θ₀) and φ(x)β."""
+        return getattr(self, f"_{self.way(x)}")(x, tangents)  # type: ignore[no-any-return]
+
+    def recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph | None"]:
+        """The same, with the graph of f where it comes with it."""
+        if self.way(x) != "forward":
+            with torch.no_grad():
+                return (*self.along(x, tangents), None)
+        leaves = self.leaves
+        with torch.enable_grad(), forward_attention():
+            outputs, change = self._forward(x, tangents, leaves)
+        return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
+
+    def way(self, x: Batch) -> _Way:
+        """How φβ is found: the way that the first batch showed to be right."""
+        if self.module._way is None:
+            self.module._way = self._first_right(x)
+        return self.module._way
+
+    def _first_right(self, x: Batch) -> _Way:
+        """The first way that is adjoint to ``against``: some operations have no forward mode, or one that ignores padding."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like)
+
+        tangents = tuple(draw(value) for value in self.selected.values())
+        ways: tuple[_Way, ...] = get_args(_Way)
+        for way in ways:
+            with torch.no_grad(), suppress(NotImplementedError):
+                outputs, change = getattr(self, f"_{way}")(x, tangents)
+                signal = draw(outputs)
+                back = self.against(x, signal)
+                found = float((signal * change).double().sum())
+                wanted = sum(float((b * t).double().sum()) for b, t in zip(back, tangents, strict=True))
+                size = float(signal.double().norm() * change.double().norm())
+                if abs(found - wanted) <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
+                    return way
+        return "features"
+
+    def _forward(
+        self, x: Batch, tangents: tuple[Tensor, ...], leaves: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """By forward mode."""
+        with forward_ad.dual_level(), forward_lookups():
+            moved = {
+                name: forward_ad.make_dual(value, tangent.contiguous())  # type: ignore[no-untyped-call]
+                for (name, value), tangent in zip((leaves or self.selected).items(), tangents, strict=True)
+            }
+            outputs, change = forward_ad.unpack_dual(self(x, moved))  # type: ignore[no-untyped-call]
+        return outputs, torch.zeros_like(outputs) if change is None else change
+
+    def _backward(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """As the derivative of ⟨φᵀg, β⟩ in g."""
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = self.leaves
+            out = self(x, leaves)
+            signal = torch.zeros_like(out, requires_grad=True)
+            back = torch.autograd.grad(out, list(leaves.values()), signal, create_graph=True, materialize_grads=True)
+        along = [(b, t) for b, t in zip(back, tangents, strict=True) if b.requires_grad]
+        columns, values = [b for b, _ in along], [t for _, t in along]
+        (change,) = torch.autograd.grad(columns, [signal], values, create_graph=again)
+        return out if again else out.detach(), change
+
+    def _features(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """By the features themselves, which know every network."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+            raise TangentError(
+                "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
+                "derivative by the inputs; detach them"
+            )
+        feats = self.module.features(x)
+        named = dict(zip(self.selected, tangents, strict=True))
+        matrices = {name: block.join(named).to(feats.dtype) for name, block in feats.blocks.items()}
+        outputs = self(x, {})
+        return outputs.detach(), feats.inner(matrices).to(outputs.dtype)
+
+    def against(self, x: Batch, signal: Tensor, graph: "_Graph | None" = None) -> tuple[Tensor, ...]:
+        """φ(x)ᵀg, as the selected parameters."""
+        try:
+            return self._against(x, signal, graph)
+        except RuntimeError:  # something saved was overwritten later
+            with saved_copies():
+                return self._against(x, signal, None)
+
+    def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            if graph is None:
+                leaves = self.leaves
+                graph = self(x, leaves), tuple(leaves.values())
+            return torch.autograd.grad(*graph, signal, materialize_grads=True)
+
+
+_Graph = tuple[Tensor, tuple[Tensor, ...]]
+"""Outputs f and the parameters they were made from, to be gone through backward once."""
+
+
+def _along(network: _At, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The outputs f and φβ, the second with φᵀ as its derivative."""
+    # Made here: forward mode is off within the forward of a function of one's own.
+    still = tuple(tangent.detach() for tangent in tangents)
+    if torch.is_grad_enabled():
+        initial, change, graph = network.recorded(x, still)
+    else:
+        (initial, change), graph = network.along(x, still), None
+    made: Tensor = _Along.apply(network, x, change, graph, *tangents)  # type: ignore[no-untyped-call]
+    return initial, made
+
+
+class _Along(torch.autograd.Function):
+    """β ↦ φβ, given already."""
+
+    @staticmethod
+    def forward(ctx: Any, network: _At, x: Batch, change: Tensor, graph: _Graph | None, *tangents: Tensor) -> Tensor:
+        ctx.network, ctx.x, ctx.graph = network, x, graph
+        return change.view_as(change)
+
+    @staticmethod
+    def backward(ctx: Any, signal: Tensor) -> tuple[Any, ...]:
+        graph, ctx.graph = ctx.graph, None
+        found = _Against.apply(ctx.network, ctx.x, graph, signal)  # type: ignore[no-untyped-call]
+        return (None, None, None, None, *found)
+
+
+class _Against(torch.autograd.Function):
+    """G ↦ φᵀg, with φ as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, network: _At, x: Batch, graph: _Graph | None, signal: Tensor) -> tuple[Tensor, ...]:
+        ctx.network, ctx.x = network, x
+        return network.against(x, signal, graph)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Any, ...]:
+        return None, None, None, _along(ctx.network, ctx.x, tangents)[1]
+
+
+def _key(name: str) -> str:
+    """A block's name as that of a parameter: no points, and none of a dictionary's own."""
+    return "block:" + name.replace(".", "/")
+
+
+def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All the names under which each parameter is found in a model."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(names.values(), ())
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found[names[id(p)]] += (name,)
+    return found
+
+
+def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model in which parameters are buffers, with values from a state."""
+    aliases = {alias: name for name, held in _places(model).items() for alias in held}
+    found = copy.deepcopy(model).eval()
+    made: dict[str, Tensor] = {}
+    for path, module in found.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                first = aliases[f"{path}.{name}" if path else name]
+                made.setdefault(first, state[first].detach().clone())
+                del module._parameters[name]
+                module.register_buffer(name, made[first])
+        for name, buffer in module._buffers.items():
+            whole = f"{path}.{name}" if path else name
+            if buffer is not None and whole in state and whole not in aliases:
+                module._buffers[name] = state[whole].detach().clone()
+    return found
+
+
+def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
+    """A copy of a frozen model with its parameters parameters again."""
+    found = copy.deepcopy(model)
+    for aliases in places.values():
+        parameter = None
+        for alias in aliases:
+            path, _, name = alias.rpartition(".")
+            module = found.get_submodule(path)
+            buffer = module._buffers.pop(name)
+            parameter = nn.Parameter(buffer) if parameter is None else parameter  # type: ignore[arg-type]
+            module.register_parameter(name, parameter)
+    return found

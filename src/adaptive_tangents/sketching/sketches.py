@@ -1,0 +1,411 @@
+"""Sketches: unbiased, seeded projections of tangent features, for networks whose features are too large to keep.
+
+Every block is projected by its factors, y_j = s_jᵀΦr_j = Σ_t (s_j·δ_t)(r_j·h_t), so that p numbers a sample never exist,
+in several independent repetitions, whose spread is the error. A block that is no larger than its sketch stays exact.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.blocks import Block, Slot, stack_blocks
+from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
+from adaptive_tangents.features.summands import Dense, Index, sum_tensors, tensors_of
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Joint, Sides, Transform
+from adaptive_tangents.linalg.hadamard import SignRows, paired_rows
+from adaptive_tangents.runtime import tensor_files as files
+from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.runtime.memory import memory_limit as limit_in_force
+from adaptive_tangents.runtime.memory import require_memory
+
+Shapes = Mapping[str, tuple[int, int]]
+Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
+
+_WORKING_BYTES = 64_000_000  # products of factors before positions are summed
+_CHUNK_BYTES = 256_000_000  # factors held at a time while a sketch is made: more at once buys no speed
+_LEAST_SHARE = 0.01  # of an equal one: what was small in a few samples need not be in all
+
+
+@dataclass(frozen=True)
+class Sketch:
+    r"""How to sketch features: ``dim`` coordinates in all, from ``seed``, in independent ``repetitions``.
+
+    A repetition's coordinates of block ℓ are s_jᵀΦ_ℓr_j/√k_ℓ for k_ℓ pairs of rows of Hadamard matrices with random signs.
+    These follow from seed, block and repetition alone, and E⟨SΦ, SΦ′⟩ = ⟨Φ, Φ′⟩. Every block gets as many coordinates as any
+    other, or its share in ``shares``, which ``fitted`` measures; blocks with no more entries than that stay exact.
+
+    Raises TangentError for dimensions, seeds, repetitions or shares that are none. Derivation in docs/theory.md, §8.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model, x = torch.nn.Linear(40, 30), torch.randn(5, 40)
+    >>> feats = at.Sketch(400, seed=1).apply(at.tangent_features(model, x))
+    >>> feats.p, feats.kernel().shape
+    (400, torch.Size([5, 30, 5, 30]))
+    """
+
+    dim: int
+    seed: int = 0
+    repetitions: int = 8
+    shares: Mapping[str, float] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise TangentError(f"Sketch: dim is a positive number of coordinates, got {self.dim}")
+        if self.repetitions < 2:
+            raise TangentError(f"Sketch: repetitions is at least 2, or no error can be told, got {self.repetitions}")
+        if self.seed < 0:
+            raise TangentError(f"Sketch: seed is a whole number from 0 on, got {self.seed}")
+        for name, share in (self.shares or {}).items():
+            if not (math.isfinite(share) and share > 0):
+                raise TangentError(f"Sketch: shares are positive numbers, got {share} for block {name!r}")
+
+    def fitted(self, feats: TangentFeatures) -> "Sketch":
+        r"""The same sketch with the shares that give the least error on features like these: √(mean of K_ℓ(x, x)²).
+
+        Errors of blocks add up to Σ_ℓ V_ℓ/k_ℓ, least for k_ℓ ∝ √V_ℓ, and V_ℓ grows as the square of the block's kernel. A few
+        samples suffice. The shares are part of the sketch, so use this same one for all data. Raises TangentError for
+        features that are a sketch.
+
+        >>> import torch, adaptive_tangents as at
+        >>> model = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.ReLU(), torch.nn.Linear(50, 50))
+        >>> sketch = at.Sketch(1000).fitted(at.tangent_features(model, torch.randn(4, 50)))
+        >>> sketch.shares["2"] > sketch.shares["0"]
+        True
+        """
+        _refuse_sketch("fitted", feats)
+        kernels = feats.kernel(outputs="diagonal", by_block=True)
+        sizes = {name: float(kernel.diagonal().double().mean()) for name, kernel in kernels.items()}
+        total, least = sum(sizes.values()), _LEAST_SHARE / len(sizes)
+        if total == 0:
+            raise TangentError("fitted: the features are zero, so no block has a share; give other samples")
+        return replace(self, shares={name: max(size / total, least) for name, size in sizes.items()})
+
+    def sizes(self, shapes: Shapes) -> dict[str, int]:
+        """Coordinates of one repetition of every block that is sketched; blocks left out of it stay exact.
+
+        Raises TangentError where dim leaves less than one a block and repetition, or shares are of other blocks.
+        """
+        if self.shares is not None and set(self.shares) != set(shapes):
+            raise TangentError(
+                f"Sketch: shares are of blocks {', '.join(self.shares)} and the features have {', '.join(shapes)}; measure "
+                "them with sketch.fitted on features of this model and wrt"
+            )
+        shares = self.shares or dict.fromkeys(shapes, 1.0)
+        rest, left = dict(shapes), self.dim
+        while rest:
+            unit = left / sum(shares[name] for name in rest)
+            small = [name for name, (o, i) in rest.items() if o * i <= unit * shares[name]]
+            if not small:
+                break
+            left -= sum(o * i for o, i in (rest.pop(name) for name in small))
+        free = left // self.repetitions - len(rest)
+        if rest and free < 0:
+            raise TangentError(
+                f"Sketch: dim = {self.dim} leaves {left} coordinates for {len(rest)} blocks in {self.repetitions} "
+                f"repetitions; take a dim of at least {self.dim - left + len(rest) * self.repetitions}, or fewer blocks"
+            )
+        total = sum(shares[name] for name in rest)
+        return {name: 1 + int(free * shares[name] / total) for name in rest}
+
+    def apply(self, feats: TangentFeatures, *, fingerprint: str | None = None) -> "SketchedFeatures":
+        """The sketch of features, of averages and adapted ones too; ``fingerprint`` says of which parameters they are.
+
+        Raises TangentError for features that are a sketch already, and where ``sizes`` does.
+        """
+        _refuse_sketch("apply", feats)
+        return _sketched(self, feats, _projections(self, _shapes(feats)), fingerprint)
+
+    def describe(self) -> dict[str, object]:
+        """What the sketch is, as JSON can hold it."""
+        return {
+            "method": "pairs of rows of signed Hadamard matrices", "dim": self.dim, "seed": self.seed,
+            "repetitions": self.repetitions, "shares": None if self.shares is None else dict(self.shares),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class SketchedFeatures(TangentFeatures):
+    """A sketch of tangent features, TangentFeatures again: a block's matrix is (repetitions, coordinates of each).
+
+    Kernels are unbiased estimates. A vector over parameters is one over the p coordinates. Only what treats a block as a
+    whole can transform a sketched block: ``Fixed``, ``LayerScale`` and ``Full``. ``shapes`` are those of the blocks before,
+    ``fingerprint`` the hash of the parameters, where known.
+    """
+
+    sketch: Sketch = field(kw_only=True)
+    shapes: Shapes = field(kw_only=True)
+    fingerprint: str | None = field(default=None, kw_only=True)
+
+    @property
+    def sketched(self) -> tuple[str, ...]:
+        """The blocks that are sketched; all others are exact."""
+        return tuple(name for name, block in self.blocks.items() if block.shape != self.shapes[name])
+
+    @property
+    def origin(self) -> str:
+        # Not in the order of the blocks, which says nothing of their features.
+        of = files.fingerprint([sorted(self.shapes.items()), sorted((self.sketch.shares or {}).items())])
+        sketch = self.sketch
+        return f"a sketch (dim {sketch.dim}, seed {sketch.seed}, {sketch.repetitions} repetitions, of blocks {of[:8]})"
+
+    def __repr__(self) -> str:
+        kept = len(self.blocks) - len(self.sketched)
+        whole = sum(o * i for o, i in self.shapes.values())
+        return (
+            f"SketchedFeatures(n={self.n}, c={self.c}, {self.p} coordinates for {whole} parameters, {len(self.sketched)} "
+            f"blocks sketched, {kept} exact, {self.sketch.repetitions} repetitions, seed {self.sketch.seed})"
+        )
+
+    def __getitem__(self, index: Index) -> "SketchedFeatures":
+        return self.of(super().__getitem__(index))
+
+    def to(self, dtype: torch.dtype) -> "SketchedFeatures":
+        return self.of(super().to(dtype))
+
+    def transformed(self, transforms: Mapping[str, Transform]) -> "SketchedFeatures":
+        """Adapted features Mφ; a sketched block by one factor, or by a joint transform found from the same sketch."""
+        for name, transform in transforms.items():
+            if name in self.sketched and not _acts_on(transform, self.blocks[name]):
+                raise TangentError(
+                    f"transformed: block {name!r} is a sketch, on which a {type(transform).__name__} of its sides or entries "
+                    "does not act; transform the features first and sketch them then, sketch.apply(feats.transformed(M))"
+                )
+        return self.of(super().transformed(transforms))
+
+    def kernel_estimate(
+        self, other: "SketchedFeatures | None" = None, *, outputs: Outputs = "full"
+    ) -> "SketchedKernel":
+        r"""The kernel with the standard error of every entry, √(Σ_r(K_r − K̄)²/(R(R − 1))) from the R repetitions K_r.
+
+        Arguments as of ``kernel``. Raises TangentError as it does; three kernels must fit into memory.
+        """
+        if any(block.shared is not None for feats in (self, other or self) for block in feats.blocks.values()):
+            raise TangentError(
+                "kernel_estimate: a joint transform (Full) has moved all repetitions along one direction, so their spread is "
+                "no longer the error; use kernel, or estimate before transforming"
+            )
+        kernel = self.kernel(other, outputs=outputs)
+        remedy = "use outputs='trace' or 'diagonal', or fewer samples"
+        require_memory("kernel_estimate", 3 * kernel.nbytes, limit_in_force(self.limit, self.device), remedy=remedy)
+        spread, count = torch.zeros_like(kernel), self.sketch.repetitions
+        if self.sketched:
+            alone = SketchedKernel(
+                kernel, spread, self.sketch, self._sketched_alone(), other and other._sketched_alone(), outputs
+            )
+            mean = alone.left.kernel(alone.right, outputs=outputs)
+            for r in range(count):
+                spread += (alone.of_repetitions([r]) - mean) ** 2
+        return SketchedKernel(kernel, (spread / (count * (count - 1))).sqrt(), self.sketch, self, other, outputs)
+
+    def only(self, repetitions: list[int]) -> TangentFeatures:
+        """The features of some of the repetitions, an estimate of the same; exact blocks as they are."""
+        blocks = dict(self.blocks)
+        for name in self.sketched:
+            (part,), (total, size) = blocks[name].summands, blocks[name].shape
+            rows = part.features(slice(None))[:, :, repetitions] * math.sqrt(total / len(repetitions))
+            blocks[name] = replace(blocks[name].of([Dense(rows)]), shape=(len(repetitions), size))
+        return TangentFeatures(self.n, self.c, blocks, self.parameters, self.limit)
+
+    def of(self, feats: TangentFeatures) -> "SketchedFeatures":
+        held = (feats.n, feats.c, feats.blocks, feats.parameters, feats.limit)
+        return SketchedFeatures(*held, sketch=self.sketch, shapes=self.shapes, fingerprint=self.fingerprint)
+
+    def _sketched_alone(self) -> "SketchedFeatures":
+        blocks = {name: self.blocks[name] for name in self.sketched}
+        return self.of(replace(self, blocks=blocks))
+
+
+@dataclass(frozen=True)
+class SketchedKernel:
+    """An unbiased estimate of a kernel from a sketch, with the standard error of every entry.
+
+    ``kernel`` and ``standard_error`` are shaped as ``TangentFeatures.kernel`` says for ``outputs``; ``left`` and ``right``
+    are the features it is of (``right`` None: of ``left`` with itself).
+    """
+
+    kernel: Tensor = field(repr=False)
+    standard_error: Tensor = field(repr=False)
+    sketch: Sketch
+    left: SketchedFeatures
+    right: SketchedFeatures | None
+    outputs: Outputs
+
+    @property
+    def relative_error(self) -> float:
+        """√Σ(standard error)²/‖K‖ over all entries."""
+        return float(self.standard_error.double().norm() / self.kernel.double().norm())
+
+    def error_of(self, measure: Callable[[Tensor], float]) -> "SketchedMeasure":
+        r"""Any measure of the kernel with its standard error and bias, by the jackknife over repetitions.
+
+        ``measure`` takes a kernel: with v of all R repetitions and v_r of all but the r-th, the standard error is
+        √((R − 1)/R Σ_r(v_r − v̄)²) and the bias (R − 1)(v̄ − v). Measures that are not linear are biased by a sketch: errors
+        add to the norm that an alignment is divided by. It costs R kernels. Source: Efron & Stein, Ann. Stat. 1981.
+
+        >>> import torch, adaptive_tangents as at
+        >>> model, x, y = torch.nn.Linear(40, 1), torch.randn(12, 40), torch.randn(12)
+        >>> found = at.tangent_kernel(model, x, outputs="trace", sketch=at.Sketch(32))
+        >>> measured = found.error_of(lambda K: at.alignment(K, y))
+        >>> 0 < measured.standard_error < 0.2
+        True
+        """
+        value, count = float(measure(self.kernel)), self.sketch.repetitions
+        if not self.left.sketched:
+            return SketchedMeasure(value, 0.0, 0.0, count)
+        rest = [[k for k in range(count) if k != r] for r in range(count)]
+        others = [float(measure(self.of_repetitions(kept))) for kept in rest]
+        mean = sum(others) / count
+        error = math.sqrt((count - 1) / count * sum((v - mean) ** 2 for v in others))
+        return SketchedMeasure(value, error, (count - 1) * (mean - value), count)
+
+    def of_repetitions(self, repetitions: list[int]) -> Tensor:
+        """The kernel from some of the repetitions alone."""
+        right = None if self.right is None else self.right.only(repetitions)
+        return self.left.only(repetitions).kernel(right, outputs=self.outputs)
+
+
+@dataclass(frozen=True)
+class SketchedMeasure:
+    """A measure of a sketched kernel: its value there, standard error, and bias, from ``repetitions``."""
+
+    value: float
+    standard_error: float
+    bias: float
+    repetitions: int
+
+    @property
+    def corrected(self) -> float:
+        """The value less its bias."""
+        return self.value - self.bias
+
+
+def sketch_features(
+    model: nn.Module,
+    x: Batch,
+    sketch: Sketch,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    output: Output | None = None,
+    memory_limit: int | None = None,
+) -> SketchedFeatures:
+    r"""The sketch of tangent features, made some samples at a time, so that factors of all samples are never held.
+
+    Arguments as of ``tangent_features``. Equal to ``sketch.apply(tangent_features(...))`` up to rounding, however samples are
+    divided. Raises TangentError as those do, and where the sketch itself does not fit into memory.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model, x, sketch = torch.nn.Linear(40, 30), torch.randn(8, 40), at.Sketch(256)
+    >>> feats, more = at.sketch_features(model, x, sketch), at.sketch_features(model, x[:3], sketch)
+    >>> torch.allclose(feats[:3].kernel(), more.kernel(), atol=1e-4)
+    True
+    """
+    call = "sketch_features"
+    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    net, n = capture.network, samples(x)
+    made_from = files.fingerprint([dict(net.parameters), dict(net.buffers), net.selected])
+    chunk = max(1, min(n, min(capture.limit // 8, _CHUNK_BYTES) // capture.bytes_per_sample))
+    made: list[SketchedFeatures] = []
+    projections: Projections | None = None
+    for part in ranges(n, chunk):
+        feats = capture.features(x if chunk >= n else take(x, part))
+        if projections is None:
+            projections = _projections(sketch, _shapes(feats))
+        made.append(_sketched(sketch, feats, projections, made_from))
+        del feats
+        # Twice: parts are copied once while they are put together.
+        needed = 2 * n * made[0].bytes // made[0].n
+        require_memory(call, needed, capture.limit, remedy="take a smaller dim or fewer samples")
+    first = made[0]
+    parts = [dict(feats.blocks) for feats in made]
+    del made
+    blocks = {name: stack_blocks([part.pop(name) for part in parts]) for name in first.blocks}
+    return first.of(TangentFeatures(n, first.c, blocks, first.parameters, memory_limit))
+
+
+def sketched_kernel(
+    model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    wrt: Selection | None, output: Output | None, memory_limit: int | None,
+) -> SketchedKernel:  # fmt: skip
+    """``tangent_kernel`` by a sketch."""
+    left, right = (
+        None if batch is None else
+        sketch_features(model, batch, sketch, params=params, wrt=wrt, output=output, memory_limit=memory_limit)
+        for batch in (x, x2)
+    )  # fmt: skip
+    assert left is not None
+    return left.kernel_estimate(right, outputs=outputs)
+
+
+def _projections(sketch: Sketch, shapes: Shapes) -> Projections:
+    """The rows of every repetition of the blocks that are sketched."""
+    return {
+        name: tuple(paired_rows((sketch.seed, name, r), shapes[name], size) for r in range(sketch.repetitions))
+        for name, size in sketch.sizes(shapes).items()
+    }
+
+
+def _sketched(
+    sketch: Sketch, feats: TangentFeatures, projections: Projections, fingerprint: str | None
+) -> SketchedFeatures:
+    blocks: dict[str, Block] = {}
+    parameters: dict[str, tuple[int, ...]] = {}
+    for name, block in feats.blocks.items():
+        block = block.map(dtype=working_dtype(feats.dtype))
+        if name in projections:
+            blocks[name] = _projected(block, projections[name])
+            parameters[name] = blocks[name].shape
+        else:
+            blocks[name] = block.of([Dense(block.features())])
+            parameters |= {slot.parameter: feats.parameters[slot.parameter] for slot in block.slots}
+    shapes = _shapes(feats)
+    held = (feats.n, feats.c, blocks, parameters, feats.limit)
+    return SketchedFeatures(*held, sketch=sketch, shapes=shapes, fingerprint=fingerprint)
+
+
+def _projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...]) -> Block:
+    size = len(repetitions[0][0].chosen)
+    shape = (len(repetitions), size)
+    made = []
+    for part in ranges(block.samples, _WORKING_BYTES // _bytes_per_sample(block, size)):
+        some = block.map(index=part)
+        # Each of shape (n, c, k); all are wanted as (n, c, r, k).
+        rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]
+        made.append(torch.stack(rows, 2) / math.sqrt(size * len(repetitions)))
+    dense = Dense(made[0] if len(made) == 1 else torch.cat(made))
+    return Block(block.name, shape, (Slot(block.name, shape, 0, size),), dense=dense)
+
+
+def _bytes_per_sample(block: Block, size: int) -> int:
+    """Working memory for one sample: its signals transformed, and their products with the inputs."""
+    factored = block.dense is None and block.weighted is None and block.shared is None
+    positions = max(1, block.positions if factored else min(block.shape))
+    # Only where signals are on the output side is the input side, a table of words say, out of play.
+    width = block.shape[0] if factored and block.flipped is None else max(block.shape)
+    return positions * block.outputs * (2 * size + 2 * width) * tensors_of(block.summands[0])[0].element_size()
+
+
+def _shapes(feats: TangentFeatures) -> dict[str, tuple[int, int]]:
+    return {name: block.shape for name, block in feats.blocks.items()}
+
+
+def _refuse_sketch(call: str, feats: TangentFeatures) -> None:
+    if isinstance(feats, SketchedFeatures):
+        raise TangentError(
+            f"{call}: the features are {feats.origin} already; give exact ones, as tangent_features makes"
+        )
+
+
+def _acts_on(transform: Transform, block: Block) -> bool:
+    """Whether a transform means the same to the coordinates of a block as to the block."""
+    if isinstance(transform, Joint):
+        return tuple(transform.direction[block.name].shape) == block.shape
+    return isinstance(transform, Sides) and transform.left is None and transform.right is None

@@ -1,0 +1,137 @@
+"""The alternation of two closed forms: the best coefficients for a held transform, extrapolated between rounds (Anderson)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.solvers.continuation import Continuation, Course
+from adaptive_tangents.solvers.problem import Point, Problem, System, Vector
+from adaptive_tangents.structures.base import Matrices
+
+_DEPTH = 10
+_NEWTON_STEPS = 50
+
+
+def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tuple[dict[str, Tensor], Tensor, System]:
+    """The β that minimises ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system it was found with.
+
+    β = MᵀMφᵀα: one solve for squared error and constraints; Newton's method in α for any other loss.
+    """
+    alpha = torch.zeros_like(outputs)
+    loss = problem.loss
+    if system.root is None:
+        alpha = system.inverse(problem.targets)
+    else:
+        outputs = torch.zeros_like(outputs)
+        n, c = problem.feats.n, problem.feats.c
+
+        def value(a: Tensor, f: Tensor) -> float:
+            return float(a @ f) + loss.value(f)
+
+        for _ in range(_NEWTON_STEPS):
+            system = problem.inverted(system.transforms, system.kernel, outputs)
+            slope = loss.slope(outputs)
+            assert system.root is not None
+            # β → β − v with gradient 2M⁻¹M⁻ᵀβ gives α → −u/2.
+            right = (system.kernel.apply(slope) / 2 + outputs).reshape(n, c, 1)
+            inside = system.inverse((system.root.mT @ right).flatten()).reshape(n, c, 1)
+            aim = -(slope - (system.root @ inside).flatten()) / 2
+            move = system.kernel.apply(aim) - outputs
+            here, length = value(alpha, outputs), 1.0
+            while length > 1e-4 and value(alpha + length * (aim - alpha), outputs + length * move) > here:
+                length /= 2
+            alpha, outputs = alpha + length * (aim - alpha), outputs + length * move
+            if float(move.norm()) <= 1e-13 * float(outputs.norm()) or length <= 1e-4:
+                break
+    coefficients = system.square(problem.combine(alpha))
+    coefficients, outputs = problem.restored(system, coefficients, problem.inner(coefficients))
+    return coefficients, outputs, system
+
+
+class Alternation(Continuation):
+    """Rounds of the two closed forms, extrapolated where that lowers the objective further."""
+
+    alpha: Vector
+
+    def __init__(self, problem: Problem, course: Course, point: Point, system: System, *, extrapolated: bool) -> None:
+        super().__init__(problem, course)
+        self.problem, self.point, self.system = problem, point, system
+        self.memory, self.accelerated = Extrapolation() if extrapolated else None, False
+        self.start: Matrices | None = None  # the coefficients that the round started from
+
+    def enter(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+    def measure(self) -> tuple[float, float]:
+        problem, point = self.problem, self.point
+        slope = problem.loss.slope(point.outputs)
+        if problem.loss.interpolates:
+            self.alpha = problem.dual(point, problem.reduce(self.system, point.solution.gradient, slope))
+        else:
+            self.alpha = -slope / 2
+        stationarity = problem.stationarity(point, self.alpha)
+        self.course.record(problem, point.objective, stationarity, accelerated=self.accelerated)
+        return self.gained, stationarity
+
+    def step(self) -> float:
+        problem, before, found = self.problem, self.point, None
+        if self.memory is not None and self.start is not None:
+            found = self.memory.better(problem, self.start, before)
+        self.accelerated = found is not None
+        start = before if found is None else found
+        self.start = start.coefficients
+        system = problem.system(dict(start.solution.transforms), before.outputs)
+        beta, outputs, self.system = held_coefficients(problem, system, before.outputs)
+        self.point = problem.point(beta, outputs)
+        return abs(before.objective - self.point.objective) / max(abs(self.point.objective), 1e-300)
+
+
+class Extrapolation:
+    """Anderson extrapolation of a map B → T(B): the combination of past images, weights adding to one, with the least
+    combined residual T(B) − B. Images that meet a linear constraint combine to one that meets it too.
+    """
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+
+    def better(self, problem: Problem, start: Matrices, point: Point) -> Point | None:
+        """The extrapolated point, where its objective is lower than that of the image."""
+        candidate = self._extrapolate(start, point.coefficients)
+        if candidate is None:
+            return None
+        found = problem.point(candidate, problem.inner(candidate))
+        if found.objective < point.objective:
+            return found
+        self._forget()
+        return None
+
+    def _extrapolate(self, start: Matrices, image: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        flat = torch.cat([matrix.flatten() for matrix in image.values()])
+        residual = flat - torch.cat([start[name].flatten() for name in image])
+        self.images = [*self.images, flat][-_DEPTH:]
+        self.residuals = [*self.residuals, residual][-_DEPTH:]
+        if len(self.images) < 2:
+            return None
+        stack = torch.stack(self.residuals)
+        gram = stack @ stack.mT
+        gram.diagonal().add_(1e-14 * float(gram.diagonal().max()))
+        weights, failed = torch.linalg.solve_ex(gram, torch.ones_like(gram[0]))
+        total = float(weights.sum())
+        if int(failed) or not math.isfinite(total) or total == 0:  # residuals of zero: nothing moves
+            self._forget()
+            return None
+        mixed = torch.einsum("k,kp->p", weights / total, torch.stack(self.images))
+        pieces = torch.split(mixed, [matrix.numel() for matrix in image.values()])
+        return {name: piece.reshape(image[name].shape) for name, piece in zip(image, pieces, strict=True)}
+
+    def _forget(self) -> None:
+        """Start again from the latest round."""
+        self.images, self.residuals = self.images[-1:], self.residuals[-1:]

@@ -1,0 +1,90 @@
+"""What a fit says of its solution: how well it meets constraints, how stationary it is, how far below any other could be."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from adaptive_tangents.solvers.continuation import Course, Tempered
+from adaptive_tangents.solvers.losses import Loss, SquaredError
+from adaptive_tangents.solvers.problem import Point, Problem, Vector
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Structure
+
+FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
+_SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
+
+
+def certified(
+    problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
+) -> Fit:
+    """The fit at a point, with all its certificates."""
+    outputs, generators = problem.inner(point.coefficients), problem.combine(alpha)
+    return Fit(
+        coefficients=point.coefficients, transforms=point.solution.transforms, features=problem.feats,
+        objective=point.solution.penalty + problem.loss.value(outputs), stationarity=problem.stationarity(point, alpha),
+        **certificates(problem, course, outputs, alpha, generators, jitter, converged=converged, reason=reason),
+    )  # fmt: skip
+
+
+def certificates(
+    problem: Tempered,
+    course: Course,
+    outputs: Vector,
+    alpha: Vector,
+    generators: Mapping[str, Tensor],
+    jitter: float,
+    *,
+    converged: bool,
+    reason: str,
+) -> dict[str, Any]:
+    """What fits on features and on kernels tell alike; one that misses its constraints has not converged.
+
+    ``generators`` are as in ``lower_bound``.
+    """
+    loss, constraints, n = problem.loss, problem.constraints, problem.n
+    targets = loss.targets if isinstance(loss, SquaredError) else None
+    feasibility = None if targets is None else float((outputs - targets).norm()) / (float(targets.norm()) or 1.0)
+    if converged and loss.interpolates and feasibility is not None and feasibility > FEASIBLE:
+        converged, remedy = False, "" if problem.form == "dense" else "form='dense' or "
+        reason = (
+            f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the {problem.form} "
+            f"form; use {remedy}a positive ridge"
+        )
+    bound, why = lower_bound(problem.structure, loss, generators, alpha)
+    return {
+        "structure": problem.structure, "loss": loss.name, "ridge": loss.ridge, "feasibility": feasibility,
+        "lower_bound": bound, "lower_bound_reason": why, "converged": converged, "reason": reason,
+        "history": tuple(course.history), "smallest_eigenvalue": constraints.smallest_eigenvalue,
+        "jitter": jitter, "dropped": constraints.dropped, "form": problem.form,
+        "dual": alpha.reshape(n, -1), "targets": None if targets is None else targets.reshape(n, -1),
+        "timings": dict(problem.timings),
+    }  # fmt: skip
+
+
+def lower_bound(
+    structure: Structure, loss: Loss, generators: Mapping[str, Tensor], alpha: Tensor
+) -> tuple[float | None, str]:
+    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one.
+
+    ``generators`` are Σ α_kΦ(x_k), one matrix a block, or matrices for which Ω̃* is the same.
+    """
+
+    def value(s: float) -> float:
+        return loss.bound(2 * s * alpha) - structure.dual({name: 2 * s * g for name, g in generators.items()})
+
+    if not bool(alpha.any()):
+        return value(0.0), "the targets are zero"
+    finite, infinite = _SMALLEST_SCALE, 2.0
+    if not math.isfinite(value(finite)):
+        return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"
+    if math.isfinite(value(infinite)):
+        finite = infinite
+    while infinite - finite > 1e-15 * infinite:
+        middle = (finite + infinite) / 2
+        finite, infinite = (middle, infinite) if math.isfinite(value(middle)) else (finite, middle)
+    found = minimize_scalar(lambda s: -value(s), bounds=(0, finite), method="bounded", options={"xatol": 1e-12})
+    best = max(v for s in (0.0, float(found.x), min(1.0, finite)) if math.isfinite(v := value(s)))
+    return best, "evaluated at the scaled dual coefficients"

@@ -1,0 +1,84 @@
+"""Which interpolation constraints are independent, and which contradict each other."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.linalg.lapack import dpstrf
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.linalg.kernel_systems import DenseKernel
+from adaptive_tangents.solvers.losses import Loss, SquaredError
+
+_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: float32 features leave duplicates apart by about 1e-14 of it
+_CONFLICT_TOLERANCE = 1e-6
+_LARGE = 1000
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """The smallest eigenvalue of the kernel, the independent rows (None: all of them), and how many others were left out."""
+
+    smallest_eigenvalue: float = nan
+    kept: Int[Tensor, " k"] | None = None
+    dropped: int = 0
+
+
+def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
+    """What there is to know of K₀ before a fit; from here on the kernel keeps to its independent constraints."""
+    if isinstance(loss, SquaredError) and loss.interpolates:
+        found = independent_constraints(kernel, loss.targets, samples=samples)
+        kernel.kept = found.kept
+        return found
+    return Constraints(smallest_eigenvalue(kernel, ridge=loss.ridge if isinstance(loss, SquaredError) else 0.0))
+
+
+def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
+    """The smallest eigenvalue of K; of a large one by inverse iteration with K + ρI, to six digits of that sum's."""
+    size = kernel.matrix.shape[0]
+    if size > _LARGE:
+        with suppress(TangentError):
+            factor = kernel.factorised(ridge)
+            if factor.jitter == 0:
+                start = np.random.default_rng(0).standard_normal(size)
+                inverse = LinearOperator(
+                    (size, size),
+                    matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel.matrix).flatten()).cpu().numpy(),
+                )
+                # The eigenvalue's error is the square of the vector's.
+                largest = eigsh(inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, return_eigenvectors=False)
+                return 1 / float(largest[0]) - ridge
+    return float(torch.linalg.eigvalsh(kernel.matrix)[0])
+
+
+def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, samples: int) -> Constraints:
+    """Examine K₀ before interpolating; raises TangentError naming samples whose targets contradict each other.
+
+    Rows of φ that depend on others stay dependent under every invertible M, so this is done once, on the initial kernel.
+    """
+    kernel, smallest = whole.matrix, smallest_eigenvalue(whole)
+    if smallest > _RANK_TOLERANCE * float(kernel.diagonal().sum()):  # the trace is above the largest eigenvalue
+        return Constraints(smallest)
+    values, vectors = torch.linalg.eigh(kernel)
+    null = vectors[:, values <= _RANK_TOLERANCE * values[-1]]
+    if null.shape[1] == 0:
+        return Constraints(smallest)
+    conflict = null @ (null.mT @ r)
+    if float(conflict.norm()) > _CONFLICT_TOLERANCE * float(r.norm()):
+        per_sample = conflict.reshape(samples, -1).norm(dim=1)
+        named = (per_sample > 0.1 * per_sample.max()).nonzero().flatten().tolist()
+        listed = ", ".join(map(str, named[:10])) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
+        raise TangentError(
+            f"fit: {null.shape[1]} of {kernel.shape[0]} constraints are linearly dependent and their targets contradict each "
+            f"other, so no β interpolates: samples {listed} (duplicate inputs with different targets?); "
+            "remove them, or use a positive ridge"
+        )
+    rank = kernel.shape[0] - null.shape[1]
+    _, pivots, _, _ = dpstrf(kernel.cpu().numpy())
+    kept = torch.as_tensor(pivots[:rank].astype("int64") - 1, device=kernel.device).sort().values
+    return Constraints(smallest, kept, kernel.shape[0] - rank)

@@ -1,0 +1,53 @@
+"""The linear systems of the fit, in the dual: those of an adapted kernel, dense, through features, or by products alone.
+
+Everything asks for one thing: given w = w₀ + φᵀη, the least of ⟨D v, v⟩/2 + L″(φv)/2 − ⟨w, v⟩ for the metric
+D = 2(MᵀM)⁻¹ of the held transform and the loss's curvature L″, or under the constraint φv = 0. Its solution is
+v = ½MᵀM(w₀ + φᵀu), and u (nc,) solves a system in K_M.
+"""
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.linalg.cholesky import CHUNK, factorise
+from adaptive_tangents.linalg.conjugate_gradients import Solve
+from adaptive_tangents.linalg.kernel_systems import Kernel, Root, rooted_product
+
+
+class PrimalKernel(Kernel):
+    """The kernel as GGᵀ for fewer parameters p than outputs nc: the systems solved are p × p."""
+
+    def __init__(self, adapted: TangentFeatures) -> None:
+        self.rows = torch.cat([block.features().flatten(2) for block in adapted.blocks.values()], 2).flatten(0, 1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.rows @ (self.rows.mT @ x)
+
+    def shifted(self, ridge: float) -> Solve:
+        factor = factorise(self.rows.mT @ self.rows, ridge)
+        return lambda x: (x - self.rows @ factor.solve(self.rows.mT @ x)) / ridge
+
+    def rooted(self, root: Root) -> Solve:
+        rows = rooted_product(root, self.rows)
+        factor = factorise(rows.mT @ rows, 2.0)
+        return lambda x: x - rows @ factor.solve(rows.mT @ x)
+
+
+class FeatureProducts:
+    """The kernel of features by products with them."""
+
+    def __init__(self, adapted: TangentFeatures) -> None:
+        self.adapted, self.n, self.c = adapted, adapted.n, adapted.c
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.adapted.inner(self.adapted.combine(x.reshape(self.n, self.c))).flatten()
+
+    def rounded(self) -> Tensor:
+        return self.adapted.to(torch.float32).kernel().reshape(self.n * self.c, self.n * self.c)
+
+    def entries(self) -> Tensor:
+        parts = (self.adapted[k : k + CHUNK] for k in range(0, self.n, CHUNK))
+        return torch.cat([part.kernel().flatten(2).flatten(0, 1).diagonal() for part in parts])
+
+    def columns(self, chosen: Tensor) -> Tensor:
+        return self.adapted.kernel(self.adapted[chosen]).reshape(self.n * self.c, -1)

@@ -1,0 +1,193 @@
+"""``fit`` on kernels alone, in memory or on disk: the factors q_ℓ of blocks, found by Newton's method and certified.
+
+At the optimum half the slope of ω̃ at ‖B_ℓ‖ is √κ_ℓ, κ_ℓ = αᵀK_ℓα (see ``kernel_problem``). Newton's method is run on these
+equations, where its step lowers the objective; the alternation's, which cannot raise it, is taken otherwise.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from adaptive_tangents.checks import Values, check_choice
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.kernels.regression import Form, check_solver, is_dense, residual_targets
+from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
+from adaptive_tangents.runtime.memory import memory_limit as limit_of
+from adaptive_tangents.solvers.certificates import certificates
+from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course
+from adaptive_tangents.solvers.kernel_problem import KernelProblem, Norms, State, slopes
+from adaptive_tangents.solvers.losses import SquaredError
+from adaptive_tangents.solvers.results import KernelFit
+from adaptive_tangents.structures.base import Structure
+
+Solver = Literal["newton", "alternation"]
+
+_COPIES = 6  # the system in use, matrix and factor, while the next is made
+
+
+def fit_kernel(
+    K: Kernels,
+    r: Values,
+    course: Course,
+    *,
+    structure: Structure,
+    ridge: float,
+    solver: str,
+    form: str,
+    memory_limit: int | None,
+) -> KernelFit:
+    """``fit`` on kernels."""
+    call = "fit"
+    check_choice(call, "solver", solver, get_args(Solver))
+    check_choice(call, "form", form, get_args(Form))
+    check_solver(call, ridge, form, course.tol, course.max_rounds)
+    groups, members = _groups(K, structure)
+    first = next(iter(groups.values()))
+    targets = residual_targets(call, r, first)
+    if not first.full and targets.shape[1] > 1:
+        raise TangentError(
+            f"fit: targets have c = {targets.shape[1]} outputs and the kernel is (n, n); use one made with outputs='full'"
+        )
+    room = limit_of(memory_limit, first.device)
+    dense = is_dense(call, first, form, room, copies=_COPIES)
+    share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
+    held = {name: Cached(part, share) for name, part in groups.items()}
+    means = {name: math.sqrt(float(part.diagonal().mean())) or 1.0 for name, part in held.items()}
+    loss = SquaredError(targets.flatten(), ridge)
+    form = "dense" if dense else "matrix-free"
+    problem = KernelProblem(held, structure.with_scales(means), loss, form, room // 4)
+    search = _Search(problem, course, newton=solver == "newton")
+    converged, reason = search.run()
+    return _certified(problem, course, search.state, members, converged=converged, reason=reason)
+
+
+def _certified(
+    problem: KernelProblem,
+    course: Course,
+    state: State,
+    members: Mapping[str, tuple[str, ...]],
+    *,
+    converged: bool,
+    reason: str,
+) -> KernelFit:
+    """The fit at a state, with all its certificates, and the gain of every block, of those that move together too."""
+    loss = problem.loss
+    # The dual coefficients that the loss itself gives, as α may not solve its system exactly.
+    dual = state.alpha if loss.interpolates else -loss.slope(state.outputs) / 2
+    images = state.images if loss.interpolates else problem.products(dual)
+    sizes = (images @ dual).clamp_min(0).sqrt()
+    ratio = torch.where(state.kappa > 0, state.slopes / state.kappa.sqrt().clamp_min(1e-300), 0.0)
+    # ∇Ω̃(β) − 2φᵀα has the block φ_ℓᵀe_ℓ of norm √(e_ℓᵀK_ℓe_ℓ).
+    errors = ratio[:, None] * state.alpha - 2 * dual
+    gap = float((errors * (ratio[:, None] * state.images - 2 * images)).sum(1).clamp_min(0).sum().sqrt())
+    size = float(2 * sizes.norm())
+    found = certificates(
+        problem,
+        course,
+        state.outputs,
+        dual,
+        problem.matrices(sizes),
+        problem.jitter,
+        converged=converged,
+        reason=reason,
+    )
+    gains = {name: math.sqrt(float(q)) for name, q in zip(problem.parts, state.weights, strict=True)}
+    return KernelFit(**found | {
+        "dual": state.alpha.reshape(problem.n, -1), "objective": state.objective,
+        "stationarity": gap / size if size > 0 else 0.0, "residual": state.residual,
+        "gains": {name: gains[group] for group, names in members.items() for name in names},
+        "norms": {name: float(v) for name, v in zip(problem.parts, state.norms, strict=True)},
+    })  # fmt: skip
+
+
+def _groups(K: Kernels, structure: Structure) -> tuple[dict[str, Tiled], dict[str, tuple[str, ...]]]:
+    """The kernels whose coefficients' norms the structure depends on, and the blocks in each."""
+    request = Request("fit")
+    store = getattr(K, "kernel", K)
+    store = getattr(store, "store", store)
+    if isinstance(store, StoredKernel) and store.outputs == "trace" and store.c > 1:
+        raise TangentError(
+            f"fit: the store holds the trace of the kernel over c = {store.c} outputs, which is not the kernel of the model; "
+            "make it with outputs='full'"
+        )
+    blocks = blocks_of(request, K)
+    found = structure.norms_of(tuple(blocks))
+    if found is None:
+        raise TangentError(
+            f"fit: {structure} transforms features in ways that kernels do not show; fit it to tangent_features(model, x), "
+            "or use Fixed, Full or LayerScale"
+        )
+    if not found:
+        raise TangentError(
+            f"fit: {structure} needs the kernel of every block; make the store with by_block=True, or give a mapping of "
+            "block names to kernels"
+        )
+    if not blocks:
+        return {name: tiled(request, K) for name in found}, dict.fromkeys(found, ("",))
+    return {name: Sum([blocks[block] for block in names]) for name, names in found.items()}, found
+
+
+class _Search(Continuation):
+    """The norms v of blocks from stage to stage."""
+
+    def __init__(self, problem: KernelProblem, course: Course, *, newton: bool) -> None:
+        super().__init__(problem, course)
+        self.problem, self.newton = problem, newton
+        self.state: State
+
+    def run(self) -> tuple[bool, str]:
+        """From where nothing adapts to the optimum of τ = 1; whether it was reached, and why the search stopped."""
+        problem = self.problem
+        if problem.loss.trivial:
+            self.state = problem.nothing()
+            self._record(self.state, solved=False)
+            return True, ZERO_TARGETS
+        problem.temper = math.inf
+        self.state = problem.state(problem.like)
+        self._record(self.state)
+        return self.follow(problem.stages(problem.matrices(self.state.norms)))
+
+    def enter(self) -> None:
+        self.state = self.problem.state(self.state.norms)  # the alternation's step
+
+    def begin(self) -> None:
+        self._record(self.state)
+
+    def refresh(self) -> None:
+        pass
+
+    def measure(self) -> tuple[float, float]:
+        return self.gained, self.state.stationarity
+
+    def step(self) -> float:
+        """Newton's step where it lowers the objective, else the alternation's."""
+        before, slack = self.state, 1e-13 * abs(self.state.objective)
+        moved = self._newton() if self.newton else None
+        tried = [] if moved is None else [before.planned + length * moved for length in (1.0, 0.25)]
+        for planned in (*tried, before.norms):
+            found = self.problem.state(planned.clamp_min(0))
+            self._record(found)
+            if found.objective <= before.objective + slack:
+                self.state = found
+                break
+        return abs(before.objective - self.state.objective) / max(abs(self.state.objective), 1e-300)
+
+    def _newton(self) -> Norms | None:
+        """The step of the norms v that solves ω̃′(v)/2 = √κ to first order."""
+        state = self.state
+        bend = self.problem.bends(state.aim)
+        if bend is None:
+            return None
+        v, q, root = state.planned, state.weights, state.kappa.sqrt()
+        # q = 2v/ω̃′, so that dq/dv = q(2 − qω̃″)/(2v), and dκ_ℓ/dq_j = −2 (K_ℓα)ᵀ(K + ρI)⁻¹(K_jα).
+        gain = torch.where(v > 0, q * (2 - q * bend) / (2 * v), 0.0)
+        across = state.images @ state.solve(state.images.mT)
+        jacobian = torch.diag(bend / 2) + across / root.clamp_min(1e-300)[:, None] * gain
+        step, failed = torch.linalg.solve_ex(jacobian, root - slopes(state.aim) / 2)
+        usable = not int(failed) and bool(torch.isfinite(step).all())
+        return step if usable else None
+
+    def _record(self, state: State, *, solved: bool = True) -> None:
+        self.course.record(self.problem, state.objective, state.stationarity, solved=solved, products=state.steps)

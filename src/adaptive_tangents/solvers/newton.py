@@ -1,0 +1,116 @@
+"""A second-order step for the problem (E): conjugate gradients on the true curvature, in the space the constraints leave.
+
+The preconditioner is the system of the alternation, which is exact for the metric 2(MᵀM)⁻¹ that the held transform gives in
+place of ∇²Ω̃. For squared error, while that transform is the best one for β, the first direction is the alternation's own
+step; each further one corrects it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector, plus, product
+from adaptive_tangents.structures.base import Matrices
+
+_MOST = 200
+_FORCING = 0.1
+_FARTHEST = 1e6
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A step d of β with φd, after how many products; ``path`` are shorter ones that it came by, after 1, 2, 4, ... products.
+
+    ``downhill`` is a direction, with its outputs, in which the model has no minimum; None where the search met none.
+    """
+
+    step: dict[str, Tensor]
+    outputs: Vector
+    products: int
+    path: tuple[tuple[dict[str, Tensor], Vector], ...] = ()
+    downhill: tuple[dict[str, Tensor], Vector] | None = None
+
+
+def newton_direction(
+    problem: Problem, system: System, point: Point, reduced: Reduced, stationarity: float
+) -> Direction:
+    """Minimise the quadratic model at a point as closely as is worth while, up to where it curves downwards."""
+    curvature: Callable[[Matrices], dict[str, Tensor]] | None = point.solution.curvature
+    assert curvature is not None
+    gradient, slope = dict(point.solution.gradient), problem.loss.slope(point.outputs)
+    step = {name: torch.zeros_like(x) for name, x in reduced.step.items()}
+    outputs = torch.zeros_like(reduced.outputs)
+    along, along_outputs, size = reduced.step, reduced.outputs, reduced.size
+    wanted = min(_FORCING, math.sqrt(stationarity)) ** 2 * size
+    here = problem.loss.root(point.outputs)
+    path: list[tuple[dict[str, Tensor], Vector]] = []
+    for count in range(1, _MOST + 1):
+        with problem.timed("curvature"):
+            bent = curvature(along)
+        pushed = _loss_curvature(problem, here, along_outputs)
+        bend = product(along, bent) + float(along_outputs @ pushed)
+        if not bend > 0:
+            downhill = along, along_outputs
+            if path:
+                return Direction(step, outputs, count, tuple(path), downhill)
+            return Direction(along, along_outputs, 1, downhill=downhill)
+        length = size / bend
+        step, outputs = plus(step, length, along), outputs + length * along_outputs
+        if count & (count - 1) == 0:
+            path.append((step, outputs))
+        gradient, slope = plus(gradient, length, bent), slope + length * pushed
+        reduced = problem.reduce(system, gradient, slope)
+        if not reduced.size > wanted:
+            break
+        ratio, size = reduced.size / size, reduced.size
+        along, along_outputs = plus(reduced.step, ratio, along), reduced.outputs + ratio * along_outputs
+    return Direction(step, outputs, count, tuple(path))
+
+
+def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
+    """The loss's Hessian times φd, zero for constraints, which φd = 0 meets."""
+    if problem.loss.interpolates:
+        return torch.zeros_like(x)
+    if root is None:
+        return 2 / problem.loss.ridge * x
+    n, c = root.shape[:2]
+    return (root @ (root.mT @ x.reshape(n, c, 1))).flatten()
+
+
+def line_search(problem: Problem, point: Point, direction: Direction, plain: Reduced) -> tuple[Point, float]:
+    """The first of d, d/2, d/4, ... that lowers the objective, with its length; else what is best of the way there."""
+    # Below this, differences of the objective are rounding.
+    slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
+
+    def moved(step: Matrices, outputs: Vector, length: float = 1.0) -> Point:
+        return problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+
+    length = 1.0
+    while length > 1e-2:
+        candidate = moved(direction.step, direction.outputs, length)
+        if candidate.objective <= point.objective + slack:
+            if direction.downhill is None:
+                return candidate, length
+            return _furthest(problem, candidate, *direction.downhill), length
+        length /= 2
+    # A model that is this wrong about long steps may be right about short ones, and then more so than it knows.
+    tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
+    best, step = min(tried, key=lambda pair: pair[0].objective)
+    length = 2.0
+    while length < _FARTHEST and (further := moved(*step, length)).objective < best.objective:
+        best, length = further, 2 * length
+    return (best, 0.0) if best.objective <= point.objective + slack else (point, 0.0)
+
+
+def _furthest(problem: Problem, point: Point, step: Matrices, outputs: Vector) -> Point:
+    """From a point along a step, twice as far each time while the objective falls."""
+    best, length = point, 1.0
+    while length < _FARTHEST:
+        further = problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+        if not further.objective < best.objective:
+            break
+        best, length = further, 2 * length
+    return best

@@ -1,0 +1,204 @@
+"""The problem (E) that a fit minimises, Ω̃(β) + loss(φβ), at points of its search: what every solver needs of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Transform, squared, transform_matrices
+from adaptive_tangents.linalg.conjugate_gradients import Solve
+from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.solvers.constraints import Constraints, examined
+from adaptive_tangents.solvers.continuation import Tempered
+from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
+from adaptive_tangents.solvers.losses import Loss, SquaredError
+from adaptive_tangents.structures.base import Matrices, Solution, Structure
+
+Vector = Float[Tensor, " k"]
+
+
+def product(x: Matrices, y: Matrices) -> float:
+    """⟨X, Y⟩ over all blocks."""
+    return sum(float((x[name] * y[name]).sum()) for name in x)
+
+
+def plus(x: Matrices, step: float, y: Matrices) -> dict[str, Tensor]:
+    """X + step·Y."""
+    return {name: x[name] + step * y[name] for name in x}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Coefficients β, the outputs φβ (nc,), the inner minimum over M at β, and the objective Ω̃(β) + loss."""
+
+    coefficients: dict[str, Tensor]
+    outputs: Vector
+    solution: Solution
+    objective: float
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The step v that the held transform asks for at a point, from w₀ = ∇Ω̃ and the slope η of the loss.
+
+    ``step`` −v; ``outputs`` −φv; ``gradient`` w₀ + φᵀu; ``size`` ⟨w, v⟩, twice the decrease that v promises.
+    """
+
+    step: dict[str, Tensor]
+    outputs: Vector
+    multipliers: Vector
+    gradient: dict[str, Tensor]
+    size: float
+
+
+@dataclass(frozen=True)
+class System:
+    """A held transform with its kernel K_M and the inverse that the loss asks for."""
+
+    transforms: Mapping[str, Transform]
+    kernel: Kernel
+    root: "Float[Tensor, 'n c c'] | None"
+    inverse: Solve
+
+    @cached_property
+    def _squared(self) -> Mapping[str, Transform]:
+        return squared(self.transforms)
+
+    def square(self, x: Matrices) -> dict[str, Tensor]:
+        """MᵀM X."""
+        return transform_matrices(x, self._squared)
+
+
+@dataclass
+class Problem(Tempered):
+    """Features (in float64), a structure and a loss, and how systems are solved."""
+
+    feats: TangentFeatures
+    structure: Structure
+    loss: Loss
+    form: str
+    rank: int | None
+    temper: float = 1.0
+    constraints: Constraints = field(default_factory=Constraints)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return self.feats.n
+
+    @property
+    def zeros(self) -> dict[str, Tensor]:
+        """β = 0."""
+        like = {"dtype": torch.float64, "device": self.feats.device}
+        return {name: torch.zeros(block.shape, **like) for name, block in self.feats.blocks.items()}  # type: ignore[call-overload]
+
+    def inner(self, x: Matrices) -> Vector:
+        """φX as one vector."""
+        with self.timed("products"):
+            return self.feats.inner(x).flatten()
+
+    def combine(self, a: Vector) -> dict[str, Tensor]:
+        """φᵀa."""
+        with self.timed("products"):
+            return self.feats.combine(a.reshape(self.feats.n, self.feats.c))
+
+    def point(self, coefficients: dict[str, Tensor], outputs: Vector) -> Point:
+        """The point at β with outputs φβ."""
+        with self.timed("decompositions"):
+            solution = self.solution(coefficients)
+        return Point(coefficients, outputs, solution, solution.penalty + self.loss.value(outputs))
+
+    def first_system(self) -> System:
+        """The system of K₀, after looking at which constraints are independent."""
+        with self.timed("kernels"):
+            kernel = self.kernel({})
+        if isinstance(kernel, DenseKernel):
+            with self.timed("constraints"):
+                self.constraints = examined(kernel, self.loss, samples=self.n)
+        return self.inverted(
+            {}, kernel, torch.zeros(self.n * self.feats.c, dtype=torch.float64, device=self.feats.device)
+        )
+
+    def system(self, transforms: Mapping[str, Transform], outputs: Vector) -> System:
+        """Make K_M and its inverse for the loss at these outputs."""
+        with self.timed("kernels"):
+            kernel = self.kernel(transforms)
+        return self.inverted(transforms, kernel, outputs)
+
+    def inverted(self, transforms: Mapping[str, Transform], kernel: Kernel, outputs: Vector) -> System:
+        """A kernel with the inverse for the loss at these outputs."""
+        with self.timed("factorisations"):
+            root = self.loss.root(outputs)
+            inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
+        return System(transforms, kernel, root, inverse)
+
+    def kernel(self, transforms: Mapping[str, Transform]) -> Kernel:
+        """K_M in the form chosen."""
+        adapted = self.feats.transformed(transforms) if transforms else self.feats
+        if self.form == "dense":
+            size = adapted.n * adapted.c
+            return DenseKernel(adapted.kernel().reshape(size, size), self.constraints.kept)
+        if self.form == "primal":
+            return PrimalKernel(adapted)
+        products = FeatureProducts(adapted)
+        return RoundedKernel(products) if self.rank is None else PivotedKernel(products, self.rank)
+
+    def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
+        """The step for w = w₀ + φᵀη: see ``feature_systems``."""
+        pulled = self.inner(system.square(gradient))
+        with self.timed("systems"):
+            if system.root is None:
+                multipliers = system.inverse(self.loss.ridge * slope - pulled)
+                moved = (self.loss.ridge / 2) * (slope - multipliers)
+            else:
+                n, c = self.feats.n, self.feats.c
+                right = (pulled + system.kernel.apply(slope)).reshape(n, c, 1) / 2
+                inside = system.inverse((system.root.mT @ right).flatten()).reshape(n, c, 1)
+                multipliers = slope - (system.root @ inside).flatten()
+                moved = (pulled + system.kernel.apply(multipliers)) / 2
+        whole = plus(gradient, 1.0, self.combine(multipliers))
+        step = {name: -x / 2 for name, x in system.square(whole).items()}
+        # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both of them sums of squares.
+        size = -product(whole, step) + float(moved @ (slope - multipliers))
+        return Reduced(step, -moved, multipliers, whole, size)
+
+    def restored(
+        self, system: System, coefficients: dict[str, Tensor], outputs: Vector
+    ) -> tuple[dict[str, Tensor], Vector]:
+        """The nearest coefficients, in the metric of the held transform, that meet φβ = r; as given where none must."""
+        if not self.loss.interpolates:
+            return coefficients, outputs
+        targets = self.targets
+        outputs = self.inner(coefficients)  # those tracked through the steps do not see their rounding
+        for _ in range(3):
+            missing = targets - outputs
+            if float(missing.norm()) <= 1e-12 * float(targets.norm()):
+                break
+            with self.timed("systems"):
+                alpha = system.inverse(missing)
+            move = system.square(self.combine(alpha))
+            coefficients = plus(coefficients, 1.0, move)
+            outputs = self.inner(coefficients)
+        return coefficients, outputs
+
+    @property
+    def targets(self) -> Vector:
+        """The targets r of squared error and interpolation."""
+        assert isinstance(self.loss, SquaredError)
+        return self.loss.targets
+
+    def dual(self, point: Point, reduced: Reduced) -> Vector:
+        """α, with ∇Ω̃(β) = 2φᵀα at an optimum: of a loss from its slope, of constraints from the system."""
+        return -(reduced.multipliers if self.loss.interpolates else self.loss.slope(point.outputs)) / 2
+
+    def stationarity(self, point: Point, alpha: Vector) -> float:
+        """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖."""
+        generators = {name: 2 * x for name, x in self.combine(alpha).items()}
+        gap = plus(point.solution.gradient, -1.0, generators)
+        size = product(generators, generators)
+        return math.sqrt(product(gap, gap) / size) if size > 0 else 0.0

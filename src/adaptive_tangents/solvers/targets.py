@@ -1,0 +1,92 @@
+"""What users hand to a fit, checked: the features or a kernel, and targets, labels and offsets, as a loss."""
+
+from collections.abc import Callable, Mapping
+from typing import get_args
+
+import numpy as np
+from torch import Tensor
+
+from adaptive_tangents.checks import Values, as_tensor, check_choice, check_finite
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.kernels.tiles import StoredKernel
+from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, SquaredError
+
+Progress = Callable[[int, float], None]  # called with the rounds so far and the objective
+
+
+def check_features(call: str, given: object) -> None:
+    """Raise TangentError for anything but features."""
+    if not isinstance(given, TangentFeatures):
+        raise TangentError(f"{call}: takes features, such as at.tangent_features(model, x), got {_described(given)}")
+
+
+def check_features_or_kernel(call: str, given: object) -> None:
+    """Raise TangentError for anything but features or a kernel, such as the samples themselves."""
+    kernel = isinstance(given, TangentFeatures | Mapping | StoredKernel) or hasattr(given, "opened")
+    if isinstance(given, Tensor | np.ndarray):
+        shape = tuple(given.shape)
+        kernel = (len(shape) == 2 and shape[0] == shape[1]) or (len(shape) == 4 and shape[:2] == shape[2:])
+    if not kernel:
+        raise TangentError(
+            f"{call}: takes features, such as at.tangent_features(model, x), or a kernel: a store, a tensor (n, n) or "
+            f"(n, c, n, c), or a mapping of blocks to tensors; got {_described(given)}"
+        )
+
+
+def _described(given: object) -> str:
+    shape = getattr(given, "shape", None)
+    return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
+
+
+def goal_of(feats: TangentFeatures, r: Values, *, loss: str, offset: Values | None, ridge: float) -> Loss:
+    """The loss on the outputs of these features; raises TangentError for shapes, dtypes or values that do not fit."""
+    check_choice("fit", "loss", loss, get_args(LossName))
+    r = as_tensor("fit", "targets" if loss == "squared" else "labels", r, feats.device)
+    offset = None if offset is None else as_tensor("fit", "offset", offset, feats.device)
+    return (_cross_entropy if loss == "cross-entropy" else _squared)(feats, r, offset, ridge)
+
+
+def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: float) -> SquaredError:
+    if offset is not None:
+        raise TangentError("fit: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
+    given = tuple(r.shape)
+    r = r[:, None] if r.ndim == 1 and feats.c == 1 else r
+    if tuple(r.shape) != (feats.n, feats.c):
+        raise TangentError(
+            f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+        )
+    _check_device(feats, "targets", r)
+    if not r.is_floating_point():
+        raise TangentError(f"fit: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
+    check_finite("fit", "the target", [r])
+    return SquaredError(r.detach().double().flatten(), ridge)
+
+
+def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None, ridge: float) -> CrossEntropy:
+    if offset is None:
+        raise TangentError("fit: cross-entropy needs offset = f(x;θ₀), the outputs of the model itself, (n, c)")
+    if tuple(offset.shape) != (feats.n, feats.c):
+        raise TangentError(
+            f"fit: offset has shape {tuple(offset.shape)}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+        )
+    if tuple(labels.shape) != (feats.n,) or labels.is_floating_point() or labels.is_complex():
+        raise TangentError(
+            f"fit: cross-entropy takes n = {feats.n} integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    for name, tensor in (("labels", labels), ("offset", offset)):
+        _check_device(feats, name, tensor)
+    check_finite("fit", "the offset", [offset])
+    classes = max(feats.c, 2)
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        k = int(wrong[0])
+        raise TangentError(f"fit: labels are 0..{classes - 1}, sample {k} has {int(labels[k])}")
+    return CrossEntropy(labels.long(), offset.detach().double(), ridge)
+
+
+def _check_device(feats: TangentFeatures, name: str, tensor: Tensor) -> None:
+    if tensor.device != feats.device:
+        raise TangentError(
+            f"fit: {name} are on {tensor.device} and features on {feats.device}; move one with .to(device)"
+        )

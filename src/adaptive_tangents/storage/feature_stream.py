@@ -1,0 +1,176 @@
+"""Which kernel is to be made, and what a tile is: features of two ranges of samples contracted, blocks added in float64."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from glob import escape
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.network import Output, Selection, select
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Transform
+from adaptive_tangents.storage.planning import Sizes
+
+_MEASURED = 16  # samples whose features are made to see what one takes
+
+
+@runtime_checkable
+class Sketching(Protocol):
+    """What makes features smaller, and says how."""
+
+    def apply(self, feats: TangentFeatures) -> TangentFeatures:
+        """The features that take their place."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, as they are stored with the kernel."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Features of any range of samples of x and x₂, as the kernel is made of them: adapted, sketched, in their dtype."""
+
+    capture: Capture
+    x: Batch
+    x2: Batch | None
+    outputs: Outputs
+    by_block: bool
+    cast: torch.dtype | None
+    transforms: Mapping[str, Transform] | None
+    sketch: Sketching | None
+
+    @property
+    def n(self) -> int:
+        """Samples of the rows."""
+        return samples(self.x)
+
+    @property
+    def m(self) -> int:
+        """Samples of the columns."""
+        return samples(self.x if self.x2 is None else self.x2)
+
+    @property
+    def c(self) -> int:
+        """Outputs of the network."""
+        return self.capture.probe.c
+
+    def features(self, x: Batch, pass_samples: int | None = None) -> TangentFeatures:
+        """The features of a batch, made ``pass_samples`` samples at a time."""
+        feats = self.capture.features(x, pass_samples)
+        feats = feats if self.transforms is None else feats.transformed(self.transforms)
+        feats = feats if self.sketch is None else self.sketch.apply(feats)
+        return feats if self.cast is None else feats.to(self.cast)
+
+    def part(self, side: int, rows: slice, pass_samples: int) -> TangentFeatures:
+        """The features of some samples of x (side 0) or of x₂ (side 1)."""
+        batch = self.x2 if side else self.x
+        assert batch is not None
+        whole = rows == slice(0, self.m if side else self.n)
+        return self.features(batch if whole else take(batch, rows), pass_samples)
+
+    def probed(self) -> Float[Tensor, " k"]:
+        """The kernel's trace of each of a few samples with itself: nearly the same for the same network anywhere."""
+        index = self.capture.probe.index
+        feats = self.features(take(self.x, index.to(_device(self.x))), len(index))
+        return feats.kernel(outputs="trace").diagonal()
+
+    def some(self) -> TangentFeatures:
+        """The features of a few samples, from which the cost of all of them is known."""
+        most = max(1, self.capture.limit // 4 // self.capture.bytes_per_sample)
+        return self.features(take(self.x, slice(0, min(_MEASURED, self.n, most))))
+
+    def sizes(self, feats: TangentFeatures) -> Sizes:
+        """What a sample takes, from the features of a few."""
+        probe = self.capture.probe
+        entries = {"full": self.c**2, "trace": 1, "diagonal": self.c}[self.outputs]
+        # What all samples share, the directions of a transform say, is there once.
+        held = feats.bytes if feats.n == 1 else -(-(feats.bytes - feats[:1].bytes) // (feats.n - 1))
+        made = 2 * probe.held_bytes() - probe.whole_bytes
+        made += held if self.transforms is not None or self.sketch is not None or self.cast is not None else 0
+        itemsize = torch.empty((), dtype=working_dtype(feats.dtype)).element_size()
+        # Gradients of all parameters, and the largest once more as a block's matrix.
+        gradients = [self.capture.network.parameters[name].nbytes for name in self.capture.network.selected]
+        checking = sum(gradients) + max(gradients)
+        needed = (max(1, held), made, probe.pass_bytes, checking, feats.bytes)
+        return Sizes(self.n, self.m, self.x2 is None, *needed, entries, itemsize)
+
+
+def stream(
+    call: str, model: nn.Module, x: Batch, x2: Batch | None, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    wrt: Selection | None, by_block: bool, output: Output | None, memory_limit: int | None, dtype: torch.dtype | None,
+    transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
+) -> Stream:  # fmt: skip
+    """The features of a kernel, after all checks. ``dtype``: of the network's evaluation, or bfloat16: of its features."""
+    if dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
+        raise TangentError(f"{call}: dtype is torch.float64, torch.float32, torch.bfloat16 or None, got {dtype}")
+    cast = torch.bfloat16 if dtype == torch.bfloat16 else None
+    if dtype in (torch.float64, torch.float32):
+        wrt = tuple(escape(name) for name in select(call, model, wrt))
+        model, params = _module_in(call, model, dtype), _in_dtype(params, dtype)
+        x, x2 = _in_dtype(x, dtype), _in_dtype(x2, dtype)
+    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    if x2 is not None:
+        capture.check_more(x2)
+    return Stream(capture, x, x2, outputs, by_block, cast, transforms, sketch)
+
+
+def contracted(
+    left: TangentFeatures, right: TangentFeatures | None, outputs: Outputs, working_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The kernel of every block, one after the other, within ``working_bytes`` besides each kernel."""
+    m, c = (left if right is None else right).n, left.c
+    entries = left.n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
+    itemsize = torch.empty((), dtype=working_dtype(left.dtype)).element_size()
+    limit = entries * itemsize + working_bytes
+    for name, block in left.blocks.items():
+        one = replace(left, blocks={name: block}, limit=limit)
+        other = None if right is None else replace(right, blocks={name: right.blocks[name]}, limit=limit)
+        yield name, one.kernel(other, outputs=outputs)
+
+
+def summed(kernels: Iterator[tuple[str, Tensor]]) -> Tensor:
+    """Σ of the blocks' kernels, added in float64 and rounded once to what they are in."""
+    _, first = next(kernels)
+    total = first
+    for k, (_, kernel) in enumerate(kernels):
+        total = total.double() if k == 0 else total
+        total += kernel
+    return total.to(first.dtype)
+
+
+def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model in another dtype, or the model itself where it is in that dtype."""
+    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if all(t.dtype == dtype for t in floating):
+        return model
+    try:
+        return deepcopy(model).to(dtype)
+    except (RuntimeError, TypeError) as error:
+        raise TangentError(
+            f"{call}: the model cannot be copied to be evaluated in {dtype} ({error}); pass it in that dtype already"
+        ) from error
+
+
+def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
+    """A batch or a state dict with its floating tensors in another dtype."""
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    if isinstance(values, Mapping):
+        return {name: _in_dtype(value, dtype) for name, value in values.items()}
+    return tuple(_in_dtype(value, dtype) for value in values)
+
+
+def _device(x: Batch) -> torch.device:
+    first = x if isinstance(x, Tensor) else next(iter(x.values() if isinstance(x, Mapping) else x))
+    return first.device

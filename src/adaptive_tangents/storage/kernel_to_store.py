@@ -1,0 +1,363 @@
+"""A kernel to disk: planned, tile by tile, resumed where it was left, by one process or by all that torchrun started."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents._version import __version__
+from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
+from adaptive_tangents.features.plans import KernelPlan, plan_block
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Transform
+from adaptive_tangents.kernels.schedule import FeatureCache, Key, Place, captures, dealt
+from adaptive_tangents.runtime.memory import format_bytes
+from adaptive_tangents.runtime.memory import memory_limit as memory_limit_of
+from adaptive_tangents.runtime.tensor_files import fingerprint
+from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
+from adaptive_tangents.storage.locks import claim, writer_lock
+from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_costs
+from adaptive_tangents.storage.processes import Team, team
+from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
+from adaptive_tangents.storage.store import CLAIMS, LOCK, KernelStore, create_store, open_kernel, read_meta
+
+Progress = Callable[[str, float], None]
+
+_TELLING = 0.2  # seconds of capturing that tell what more of it takes
+_COMPRESSED = 0.7  # of its bytes a kernel takes on disk at least: usually 0.9
+
+
+def kernel_to_store(
+    model: nn.Module,
+    x: Batch,
+    path: str | Path,
+    x2: Batch | None = None,
+    *,
+    outputs: Outputs = "trace",
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    by_block: bool = False,
+    output: Output | None = None,
+    tile: int | None = None,
+    memory_limit: int | None = None,
+    dtype: torch.dtype | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+    sketch: Sketching | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> KernelStore:
+    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, (n, c, m, c), (n, m) or (n, m, c), made tile by tile into a Zarr store.
+
+    Arguments as for ``tangent_kernel``. ``dtype``: float64 or float32 evaluate the network in it, bfloat16 keeps features
+    in it (an entry is then off by at most about 2⁻⁶ of √(K(x,x)K(x₂,x₂))); contraction is in float32 or better, blocks are
+    added in float64. ``transforms`` make it the adapted kernel of a ``Fit``; ``sketch`` contracts sketched features.
+    ``resume`` goes on with a store of the same model, data and settings, and makes missing and damaged tiles only. The
+    result is bit for bit the same however often it was interrupted, in whatever order and by however many processes, for
+    the same tile. Under torchrun the processes share the tiles; ``memory_limit`` is of each of them.
+
+    Raises TangentError where the store is another's, is being written or cannot be written, and as ``tangent_kernel`` does.
+
+    >>> import tempfile, torch, adaptive_tangents as at
+    >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = at.kernel_to_store(model, x, f"{folder}/K.zarr", outputs="full", tile=3)
+    ...     torch.allclose(store.read(), at.tangent_kernel(model, x), atol=1e-6)
+    True
+    """
+    call, path = "kernel_to_store", Path(path)
+    check_outputs(call, outputs)
+    with team() as crew, ExitStack() as stack:
+        made = crew.settled(
+            lambda: stream(
+                call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output=output,
+                memory_limit=_share(memory_limit, x, crew.beside), dtype=dtype, transforms=transforms, sketch=sketch,
+            )
+        )  # fmt: skip
+        some = crew.settled(made.some)
+        asked = crew.settled(lambda: _identity(call, made, some, tile))
+
+        def begin() -> None:
+            stack.enter_context(_worded(call, path))
+            stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
+            _begin(call, path, made, some, asked, resume=resume, progress=progress)
+
+        crew.settled(begin if crew.leads else lambda: None)
+        store = open_kernel(path)
+        crew.settled(lambda: check_same(call, path, store.meta, asked))
+        if not store.complete:
+            crew.settled(lambda: _fill(call, crew, made, some, store, progress))
+            crew.settled(lambda: _finish(call, store) if crew.leads else None)
+    return open_kernel(path)
+
+
+def plan_kernel(
+    model: nn.Module,
+    x: Batch,
+    x2: Batch | None = None,
+    *,
+    outputs: Outputs = "trace",
+    params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None,
+    by_block: bool = False,
+    output: Output | None = None,
+    tile: int | None = None,
+    memory_limit: int | None = None,
+    dtype: torch.dtype | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+    sketch: Sketching | None = None,
+    processes: int = 1,
+) -> StorePlan:
+    """What ``kernel_to_store`` will take: tiles, routes, bytes on disk and in memory, operations and seconds; ``print`` it.
+
+    Arguments as there. Only a few samples' features are made, to see what they take. Raises TangentError where the memory
+    limit does not allow it at all.
+
+    >>> import torch, adaptive_tangents as at
+    >>> plan = at.plan_kernel(torch.nn.Linear(3, 2), torch.randn(1000, 3), outputs="full")
+    >>> plan.layout.tile, plan.tiles, plan.captures
+    (128, 36, 8)
+    """
+    call = "plan_kernel"
+    check_outputs(call, outputs)
+    made = stream(
+        call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output=output,
+        memory_limit=_share(memory_limit, x, processes), dtype=dtype, transforms=transforms, sketch=sketch,
+    )  # fmt: skip
+    some = made.some()
+    layout = lay_out(call, made.sizes(some), made.capture.limit, tile=_checked_tile(call, tile))
+    return _plan(made, some, layout, processes, _seconds_a_sample(made, some.n, layout))
+
+
+def _seconds_a_sample(made: Stream, count: int, layout: Layout) -> float:
+    """What capturing takes: of so many samples, or of more, up to a tile, where those take next to no time."""
+    most = max(count, min(layout.tile, made.n))
+    while True:
+        batch = take(made.x, slice(0, count))
+        started = time.perf_counter()
+        made.features(batch, layout.pass_samples)
+        seconds = time.perf_counter() - started
+        if seconds > _TELLING or count == most:
+            return seconds / count
+        count = min(4 * count, most)
+
+
+def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, each: float) -> StorePlan:
+    """The plan of a layout, where capturing takes ``each`` seconds a sample."""
+    sizes, symmetric = made.sizes(some), made.x2 is None
+    grid = _grid(made, some, layout)
+    costs = tile_costs(grid.places, layout.tile, made.n, made.m, symmetric=symmetric)
+    contraction = _tile_plan(made, some, layout)
+    shares = _shares(made, some, layout, grid.places, processes)
+    count = sum(captures(share, layout.cached, symmetric=symmetric) for share in shares)
+    kernels = len(some.blocks) if made.by_block else 1
+    pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(grid.slices, grid.places))
+    return StorePlan(
+        made.outputs, grid.shape, grid.dtype, kernels, layout, len(costs), sizes.ranges(layout.tile), count, processes,
+        contraction, int(contraction.operations * sum(costs.values())), kernels * pairs * sizes.entries * sizes.itemsize,
+        each * count * min(layout.tile, max(made.n, made.m)), contraction.seconds * sum(costs.values()), made.capture.limit,
+    )  # fmt: skip
+
+
+def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPlan:
+    """How one full tile is contracted."""
+    sizes, tile = made.sizes(some), layout.tile
+    steps = tuple(
+        plan_block(
+            block, block, tile, tile, made.c, made.outputs,
+            symmetric=False, budget=max(layout.working_bytes, sizes.itemsize), itemsize=sizes.itemsize,
+        )
+        for block in some.blocks.values()
+    )  # fmt: skip
+    return KernelPlan(steps, tile * tile * sizes.entries * sizes.itemsize, 2 * tile * sizes.held, made.capture.limit)
+
+
+def _shares(
+    made: Stream, some: TangentFeatures, layout: Layout, places: Sequence[Place], processes: int
+) -> list[list[Place]]:
+    """The tiles of every process, in the order it makes them."""
+    costs = tile_costs(places, layout.tile, made.n, made.m, symmetric=made.x2 is None)
+    # Of one pass forward and one backward for every output, through the products that the blocks' weights are in.
+    pass_operations = sum(2 * max(1, b.positions) * b.shape[0] * b.shape[1] for b in some.blocks.values()) * (
+        1 + made.c
+    )
+    capture = layout.tile * pass_operations / max(1, _tile_plan(made, some, layout).operations)
+    return dealt(places, costs, processes, layout.cached, symmetric=made.x2 is None, capture=capture)
+
+
+def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
+    """The store of a layout, before there is one."""
+    dtype = str(working_dtype(some.dtype)).removeprefix("torch.")
+    blocks = list(some.blocks) if made.by_block else []
+    meta = {"n": made.n, "m": made.m, "c": made.c, "outputs": made.outputs, "dtype": dtype, "blocks": blocks}
+    return KernelStore(Path(), meta | {"symmetric": made.x2 is None, "tile": layout.tile})
+
+
+def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
+    """What the kernel is made from, as it is compared and stored."""
+    net, probe = made.capture.network, made.probed()
+    _check_entries(call, probe)
+    given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
+    return given | {
+        "version": __version__,
+        "n": made.n,
+        "m": made.m,
+        "c": made.c,
+        "outputs": made.outputs,
+        "dtype": str(working_dtype(some.dtype)).removeprefix("torch."),
+        "features": str(some.dtype).removeprefix("torch."),
+        "symmetric": made.x2 is None,
+        "blocks": list(some.blocks) if made.by_block else [],
+        "wrt": list(net.selected),
+        "parameters": fingerprint([dict(net.parameters), dict(net.buffers)]),
+        "data": batch_fingerprint(made.x),
+        "data2": None if made.x2 is None else batch_fingerprint(made.x2),
+        "transforms": None if made.transforms is None else fingerprint(made.transforms),
+        "sketch": None if made.sketch is None else made.sketch.describe(),
+        "probe": probe.tolist(),
+    }
+
+
+def _folder_for(call: str, path: Path) -> Path:
+    """The folder of a store, made where it is not there, and refused where it holds something else."""
+    if path.exists() and not path.is_dir():
+        raise TangentError(f"{call}: {path} is a file; give the path of a folder that is to be made, K.zarr say")
+    if path.is_dir() and read_meta(path) is None and any(path.iterdir()) and not (path / LOCK).exists():
+        raise TangentError(
+            f"{call}: {path} is a folder that holds something else; give a path where there is nothing yet"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _begin(
+    call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
+    *, resume: bool, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Make the store, or see that the one that is there is the same and sound."""
+    if read_meta(path) is None:
+        layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
+        _check_room(call, path, _plan(made, some, layout, 1, 0.0).disk_bytes)
+        working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
+        create_store(path, {**asked, "tile": layout.tile, **working})
+    else:
+        store = open_kernel(path)
+        if not resume:
+            raise TangentError(
+                f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; go on with it "
+                "by resume=True (--resume), give another path, or delete it"
+            )
+        check_same(call, path, store.meta, asked)
+        store.tidy()
+        damaged = store.verify(progress)
+        if store.complete and (damaged or store.missing()):
+            store.marked(complete=False)
+        store.discard(damaged)
+    shutil.rmtree(path / CLAIMS, ignore_errors=True)
+    (path / CLAIMS).mkdir()
+
+
+def _checked_tile(call: str, tile: int | None) -> int | None:
+    if tile is not None and tile < 1:
+        raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
+    return tile
+
+
+def _check_room(call: str, path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < _COMPRESSED * needed:
+        raise TangentError(
+            f"{call}: the kernel takes up to {format_bytes(needed)} and {path} has {format_bytes(free)} of room; free some, "
+            "give a path elsewhere, or store outputs='trace'"
+        )
+
+
+def _fill(
+    call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, progress: Progress | None
+) -> None:
+    """Make the missing tiles: this process its own share, then what is left of the others'."""
+    before = Layout(store.tile, 1, store.meta["pass_samples"], store.meta["working_bytes"], 0)
+    layout = lay_out(call, made.sizes(some), made.capture.limit, fixed=before)
+    missing = store.missing()
+    shares = _shares(made, some, layout, missing, crew.size)
+    others = (shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
+    order = list(chain(shares[crew.rank], *others))
+
+    def part(key: Key) -> TangentFeatures:
+        return made.part(key[0], store.slices((key[1], key[1]))[key[0]], layout.pass_samples)
+
+    held = FeatureCache(part, order, layout.cached, symmetric=store.symmetric)
+    claims, already = store.path / CLAIMS, len(store.places) - len(missing)
+    with _worded(call, store.path):
+        for place in order:
+            if not claim(claims, f"{place[0]}-{place[1]}"):
+                continue
+            store.write(place, _tile(call, made, store, held, place, layout))
+            if progress is not None and crew.leads:
+                # A tile that is claimed is nearly made.
+                progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
+
+
+def _tile(
+    call: str, made: Stream, store: KernelStore, held: FeatureCache[TangentFeatures], place: Place, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """The kernels of one tile, one a block or their sum."""
+    left, other = held.pair(place)
+    right = None if other is left else other
+    blocks = contracted(left, right, made.outputs, layout.working_bytes)
+    for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
+        _check_entries(call, kernel)
+        yield name, kernel
+
+
+def _check_entries(call: str, kernel: Tensor) -> None:
+    if not bool(torch.isfinite(kernel).all()):
+        raise TangentError(
+            f"{call}: the kernel has entries that overflow {kernel.dtype}; use dtype=torch.float64 (--float64)"
+        )
+
+
+def _finish(call: str, store: KernelStore) -> None:
+    """Say that the store is complete, if it is."""
+    left = len(store.missing())
+    if left:
+        raise TangentError(
+            f"{call}: {left} of {len(store.places)} tiles are missing from {store.path}, those of a process that ended "
+            "early; make them with resume=True (--resume)"
+        )
+    shutil.rmtree(store.path / CLAIMS, ignore_errors=True)
+    store.marked(complete=True)
+
+
+def _share(limit: int | None, x: Batch, processes: int) -> int | None:
+    """The memory limit of one of the processes on this machine: by default they share what is free."""
+    device = tensors(x)[0].device
+    return limit if limit is not None or device.type != "cpu" else max(1, memory_limit_of(None, device) // processes)
+
+
+@contextmanager
+def _worded(call: str, path: Path) -> Iterator[None]:
+    """What the system refuses, in words."""
+    try:
+        yield
+    except OSError as error:
+        store = read_meta(path)
+        if error.errno == errno.ENOSPC:
+            raise TangentError(
+                f"{call}: there is no room left for {path}; the tiles that are there stay: free some room and go on with "
+                "resume=True (--resume)"
+            ) from error
+        raise TangentError(
+            f"{call}: {path} cannot be written ({error}); "
+            + ("give another path" if store is None else "mend that and go on with resume=True (--resume)")
+        ) from error

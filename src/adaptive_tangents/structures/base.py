@@ -1,0 +1,364 @@
+"""Structures 𝓜: which transforms of the features are allowed, and the regulariser Ω̃ each induces.
+
+A structure turns coefficients, one matrix B a block, into everything the solver asks for: the best transform, Ω̃(B), its
+gradient and curvature, and the dual Ω̃* for lower bounds. To add one that acts block by block, subclass ``BlockStructure``
+and write ``block_solution`` (all of it comes from one decomposition of B) and ``block_dual``.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from inspect import signature
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.transforms import Joint, Sides, Transform
+from adaptive_tangents.penalties.closed_forms import Composition, Penalty, Quadratic, shares
+from adaptive_tangents.runtime.chunks import ranges
+
+_AT_A_TIME = 16  # samples of which a small kernel is made for its diagonal
+Matrices = Mapping[str, Float[Tensor, "_o _i"]]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The inner minimum over M at given coefficients: the transforms, Ω̃(β), ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ and the curvature.
+
+    ``curvature`` maps X, one matrix a block, to ∇²Ω̃(β)[X], the Hessian of the regulariser applied to X; what it needs is
+    computed when it is first called. None where a structure knows no Hessian.
+    """
+
+    transforms: Mapping[str, Transform]
+    penalty: float
+    gradient: Matrices
+    curvature: Callable[[Matrices], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """The same of one block: its transform, Ω̃(B), ∇Ω̃(B) (o, i) and X ↦ ∇²Ω̃(B)[X] on matrices (o, i)."""
+
+    transform: Transform
+    penalty: float
+    gradient: Float[Tensor, "o i"]
+    curvature: Callable[[Tensor], Tensor] | None = None
+
+
+class Structure(ABC):
+    """A class of transforms; every method takes one matrix a block."""
+
+    def prepared(self, feats: TangentFeatures) -> "Structure":
+        """The structure with what it learns from the features it is to be fitted to; ``fit`` asks for this once."""
+        return self
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether transforms only scale blocks as wholes, or move all of them at once: all that a sketch of them allows."""
+        return False
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        """For every block, whether a rotation of its output side, and of its input side, leaves Ω̃ as it is.
+
+        Where it does, and rows or columns of zeros add nothing, ``fit`` works in the subspace that the features span.
+        """
+        return dict.fromkeys(names, (False, False))
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+        """Groups of blocks, by the first of their names, whose joint norms are all of β that Ω̃ depends on; None if it is not.
+
+        Where it is, kernels are all that a fit needs. Without names there is the whole, ""; {} says that blocks are needed.
+        """
+        return None
+
+    def with_scales(self, scales: Mapping[str, float]) -> "Structure":
+        """What ``prepared`` makes of it, from the root mean square norms of the blocks' features."""
+        return self
+
+    @abstractmethod
+    def solution(self, coefficients: Matrices) -> Solution:
+        """The best transforms for β, with the penalty, its gradient and its curvature."""
+
+    @abstractmethod
+    def dual(self, matrices: Matrices) -> float:
+        """Ω̃*(G) = sup over β of ⟨G, β⟩ − Ω̃(β), an upper bound of it, or infinity."""
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        """The global argmin over β of ‖β − X‖²/(2·step) + Ω̃(β); raises TangentError where no closed form is known."""
+        raise TangentError(f"proximal: {type(self).__name__} has no proximal operator; write proximal, or use fit")
+
+    def update(self, coefficients: Matrices) -> Mapping[str, Transform]:
+        """The transforms M that attain Ω̃(β)."""
+        return self.solution(coefficients).transforms
+
+    def penalty(self, coefficients: Matrices) -> float:
+        """Ω̃(β) = min over M in 𝓜 of ‖M⁻ᵀβ‖² + Ω(M)."""
+        return self.solution(coefficients).penalty
+
+    def gradient(self, coefficients: Matrices) -> Matrices:
+        """∇Ω̃(β), one matrix a block."""
+        return self.solution(coefficients).gradient
+
+
+def check_structure(call: str, given: object, argument: str = "structure=") -> Structure:
+    """The structure given; raises TangentError for a class, a name or anything else, with what to pass."""
+    if isinstance(given, Structure):
+        return given
+    wanted = "at.TwoSided()"
+    for kind in _kinds(Structure):  # type: ignore[type-abstract]
+        if given is kind or (isinstance(given, str) and _bare(given) == _bare(kind.__name__)):
+            asks = any(p.default is p.empty for p in signature(kind).parameters.values())
+            ours = kind.__module__.startswith("adaptive_tangents.")
+            wanted = f"{'at.' if ours else ''}{kind.__name__}({'...' if asks else ''})"
+    got = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+    raise TangentError(f"{call}: the structure is {got}; pass an object, such as {argument}{wanted}")
+
+
+def _kinds(of: type[Structure]) -> list[type[Structure]]:
+    """All structures that are defined."""
+    return [kind for sub in of.__subclasses__() for kind in (sub, *_kinds(sub))]
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
+
+
+def check_sketch(call: str, structure: Structure, feats: TangentFeatures) -> None:
+    """Raise TangentError where features are a sketch and transforms of the structure would act within its blocks."""
+    if feats.origin != "exact" and not structure.whole_blocks:
+        raise TangentError(
+            f"{call}: the features are {feats.origin}, whose coordinates have no output and input units left for "
+            f"{type(structure).__name__} to act on; use Fixed, LayerScale or Full, or exact features"
+        )
+
+
+@dataclass(frozen=True)
+class BlockStructure(Structure):
+    """A structure that treats every block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ).
+
+    With ``scale_invariant`` a block's coefficients are measured in units of its kernel's mean diagonal s_ℓ², over samples and
+    outputs: Ω̃_ℓ(B) = Ω̃(s_ℓB)/s_ℓ², so that one strength suits layers whose features differ in size. It is still ‖B‖² for
+    small B, and for a penalty proportional to λ it is the strength λ/s_ℓ². ``scales`` s are learnt by ``prepared``.
+    """
+
+    scale_invariant: bool = field(default=False, kw_only=True)
+    scales: Mapping[str, float] | None = field(default=None, kw_only=True, repr=False, hash=False)
+
+    def __init_subclass__(cls) -> None:
+        # A dataclass makes no __repr__ where the class has one, and its own would name what is not set first of all.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = BlockStructure.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr and f.name != "scale_invariant"]
+        shown += ["scale_invariant=True"] if self.scale_invariant else []
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @abstractmethod
+    def block_solution(self, matrix: Float[Tensor, "o i"]) -> BlockSolution:
+        """Transform, Ω̃(B), ∇Ω̃(B) and curvature of one block."""
+
+    @abstractmethod
+    def block_dual(self, matrix: Float[Tensor, "o i"]) -> float:
+        """Ω̃* of one block."""
+
+    def block_proximal(self, matrix: Float[Tensor, "o i"], step: float) -> Float[Tensor, "o i"]:
+        """The global argmin over B of ‖B − X‖²/(2·step) + Ω̃(B) of one block; raises TangentError where it is not known."""
+        raise TangentError(
+            f"proximal: {type(self).__name__} has no proximal operator; write block_proximal, or use fit"
+        )
+
+    def for_block(self, name: str) -> "BlockStructure":
+        """The structure of one block, where blocks differ."""
+        return self
+
+    def prepared(self, feats: TangentFeatures) -> "BlockStructure":
+        return self.with_scales(kernel_scales(feats)) if self.scale_invariant else self
+
+    def with_scales(self, scales: Mapping[str, float]) -> "BlockStructure":
+        return replace(self, scales=dict(scales)) if self.scale_invariant else self
+
+    def solution(self, coefficients: Matrices) -> Solution:
+        return joined_solution([self._of_block(name, matrix) for name, matrix in coefficients.items()])
+
+    def dual(self, matrices: Matrices) -> float:
+        scales = {name: self._scale(name) for name in matrices}
+        # sup over B of ⟨G, B⟩ − Ω̃(sB)/s² is that of ⟨sG, C⟩ − Ω̃(C) over C = sB, over s².
+        return sum(self.for_block(name).block_dual(s * matrices[name]) / s**2 for name, s in scales.items())
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        scales = {name: self._scale(name) for name in coefficients}
+        # At B = C/s both terms are those of C and sX, over s².
+        return {n: self.for_block(n).block_proximal(s * coefficients[n], step) / s for n, s in scales.items()}
+
+    def _of_block(self, name: str, matrix: Tensor) -> Solution:
+        s = self._scale(name)
+        found = self.for_block(name).block_solution(s * matrix)
+        # Twice the chain rule's s is what the curvature is divided by.
+        curvature = None if found.curvature is None else _OfBlock(name, found.curvature)
+        return Solution({name: found.transform}, found.penalty / s**2, {name: found.gradient / s}, curvature)
+
+    def _scale(self, name: str) -> float:
+        if not self.scale_invariant:
+            return 1.0
+        if self.scales is None or name not in self.scales:
+            raise TangentError(
+                f"{type(self).__name__}: the scale of block {name!r} is not known; use structure.prepared(feats), as fit does"
+            )
+        return self.scales[name]
+
+
+def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
+    """s_ℓ = √(trace K_ℓ/(nc)), the root mean square norm of each block's features; 1 where they are zero."""
+    traces = dict.fromkeys(feats.blocks, 0.0)
+    for part in ranges(feats.n, _AT_A_TIME):
+        for name, kernel in feats[part].kernel(outputs="trace", by_block=True).items():
+            traces[name] += float(kernel.diagonal().sum())
+    return {name: math.sqrt(trace / (feats.n * feats.c)) or 1.0 for name, trace in traces.items()}
+
+
+def joined_solution(parts: list[Solution]) -> Solution:
+    """The solution of a sum of regularisers, each of blocks of its own."""
+    curvatures = [part.curvature for part in parts if part.curvature is not None]
+
+    def curvature(x: Matrices) -> dict[str, Tensor]:
+        return {name: matrix for function in curvatures for name, matrix in function(x).items()}
+
+    return Solution(
+        {name: transform for part in parts for name, transform in part.transforms.items()},
+        sum(part.penalty for part in parts),
+        {name: matrix for part in parts for name, matrix in part.gradient.items()},
+        curvature if len(curvatures) == len(parts) else None,
+    )
+
+
+@dataclass(frozen=True)
+class _OfBlock:
+    """The curvature of one block, in terms of all of them."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Matrices) -> dict[str, Tensor]:
+        return {self.name: self.function(x[self.name])}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The scalar inner minimum ω̃(v) = min over z_j ≥ 1 of Σ_j ω_j(z_j) + v²/Π z_j² at many v, solved once, when asked for."""
+
+    penalties: tuple[Penalty, ...]
+    values: Float[Tensor, "*s"]
+
+    @cached_property
+    def excess(self) -> tuple[Float[Tensor, "*s"], ...]:
+        """The excess z_j − 1 of each penalty."""
+        return shares(self.penalties, self.values)
+
+    @cached_property
+    def gains(self) -> Float[Tensor, "*s"]:
+        """The product z = Π z_j."""
+        return torch.stack([1 + excess for excess in self.excess]).prod(0)
+
+    @property
+    def spent(self) -> float:
+        """Σ ω_j(z_j)."""
+        pairs = zip(self.penalties, self.excess, strict=True)
+        return sum(float(penalty.value(1 + excess).sum()) for penalty, excess in pairs)
+
+    @property
+    def total(self) -> float:
+        """Σ ω̃(v)."""
+        return float(((self.values / self.gains) ** 2).sum()) + self.spent
+
+    @cached_property
+    def slope(self) -> Float[Tensor, "*s"]:
+        """ω̃′(v)/v = 2/z², smooth through zero."""
+        return 2 / self.gains**2
+
+    @cached_property
+    def bend(self) -> Float[Tensor, "*s"]:
+        """ω̃″(v)."""
+        return Composition(self.penalties).induced().second_derivative(self.values)
+
+
+@dataclass(frozen=True)
+class Fixed(BlockStructure):
+    """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖²."""
+
+    whole_blocks = True
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return _together(names)
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (True, True))
+
+    def block_solution(self, matrix: Tensor) -> BlockSolution:
+        return BlockSolution(Sides(), float((matrix**2).sum()), 2 * matrix, lambda x: 2 * x)
+
+    def block_dual(self, matrix: Tensor) -> float:
+        return float((matrix**2).sum()) / 4
+
+    def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
+        if not 0 < step < math.inf:
+            raise TangentError(f"proximal: the step is positive and finite, got {step}")
+        return matrix / (1 + 2 * step)
+
+
+@dataclass(frozen=True)
+class Full(Structure):
+    """Any p × p matrix: Ω̃(β) = ω̃(‖β‖), so interpolation gives the fit of Fixed and only the kernel changes.
+
+    With a ridge ρ the fit is that of Fixed with ridge ρ/z², z the one singular value that moved.
+    """
+
+    penalty_on_transform: Penalty = field(default_factory=Quadratic)
+    whole_blocks = True
+
+    def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return _together(names)
+
+    def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+        return dict.fromkeys(names, (True, True))
+
+    def solution(self, coefficients: Matrices) -> Solution:
+        norm = _norm(coefficients)
+        inner = Inner((self.penalty_on_transform,), norm)
+        unit = {name: matrix / norm if norm > 0 else matrix for name, matrix in coefficients.items()}
+
+        def curvature(x: Matrices) -> dict[str, Tensor]:
+            along = (inner.bend - inner.slope) * torch.stack([(unit[name] * x[name]).sum() for name in unit]).sum()
+            return {name: inner.slope * x[name] + along * unit[name] for name in unit}
+
+        gradient = {name: inner.slope * matrix for name, matrix in coefficients.items()}
+        joint = dict.fromkeys(coefficients, Joint(unit, float(inner.gains)))
+        return Solution(joint, inner.total, gradient, curvature)
+
+    def dual(self, matrices: Matrices) -> float:
+        return float(self.penalty_on_transform.induced().dual(_norm(matrices)))
+
+    def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
+        factor = shrinkage(self.penalty_on_transform, _norm(coefficients), step)
+        return {name: factor * matrix for name, matrix in coefficients.items()}
+
+
+def shrinkage(penalty: Penalty, norms: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
+    """What the proximal operator of ω̃ multiplies these norms by."""
+    return torch.where(norms > 0, penalty.induced().proximal(norms, step) / norms, 0.0)
+
+
+def _together(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """All blocks as one."""
+    return {names[0] if names else "": tuple(names)}
+
+
+def _norm(matrices: Matrices) -> Float[Tensor, " 1"]:
+    """‖β‖."""
+    return torch.sqrt(torch.stack([(matrix**2).sum() for matrix in matrices.values()]).sum())[None]
