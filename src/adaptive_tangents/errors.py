@@ -18,7 +18,7 @@ def raised_as(call: str, *inner: str) -> Iterator[None]:
     try:
         yield
     except TangentError as error:
-        name, _, rest = str(error).partition(": ")
-        if name in inner:
+        name, colon, rest = str(error).partition(": ")
+        if colon and name in inner:
             error.args = (f"{call}: {rest}",)
         raise

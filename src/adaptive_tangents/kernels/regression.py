@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.checks import Values, as_tensor, check_finite
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.kernels.operators import KernelOperator
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
@@ -110,14 +110,15 @@ def kernel_regression(
     # Outputs that do not meet are solved one by one.
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
     found = []
-    for part, right in zip(parts, _columns(kernel, targets), strict=True):
-        operator = KernelOperator(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
-        solution, steps, jitter = (
-            dense_solved(call, part, right, ridge)
-            if dense
-            else _by_products(operator, right, room // 2, tol, max_steps, progress)
-        )
-        found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
+    with raised_as(call, "fit"):
+        for part, right in zip(parts, _columns(kernel, targets), strict=True):
+            operator = KernelOperator(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
+            solution, steps, jitter = (
+                dense_solved(call, part, right, ridge)
+                if dense
+                else _by_products(operator, right, room // 2, tol, max_steps, progress)
+            )
+            found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
     size = float(targets.norm()) or 1.0
     residual = _norm(part.image - part.right for part in found) / size
     steps, jitter = sum(part.steps for part in found), max(part.jitter for part in found)

@@ -365,7 +365,7 @@ def check_store(request: Request, store: StoredKernel) -> None:
         )
 
 
-def tiled(request: Request, K: Kernels) -> Tiled:
+def tiled(request: Request, K: object) -> Tiled:
     """A kernel by tiles, whatever it comes as; of several blocks their sum."""
     opened = getattr(K, "opened", None)
     if opened is not None:
@@ -383,7 +383,7 @@ def tiled(request: Request, K: Kernels) -> Tiled:
     return TensorKernel(request, as_tensor(request.call, "the kernel", K, torch.device("cpu")).detach())
 
 
-def blocks_of(request: Request, K: Kernels) -> dict[str, Tiled]:
+def blocks_of(request: Request, K: object) -> dict[str, Tiled]:
     """The kernels of a store by block, or of a mapping of blocks to tensors; none where there is only the whole."""
     if isinstance(K, SharedKernel):
         group = K.group or torch.distributed.group.WORLD

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.solvers.constraints import Constraints
 from adaptive_tangents.solvers.losses import Loss
 from adaptive_tangents.solvers.results import Round
@@ -84,6 +85,10 @@ class Course:
     progress: Progress | None = None
     history: list[Round] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if not self.tol > 0 or self.max_rounds < 1:
+            raise TangentError(f"fit: tol and max_rounds are positive, got {self.tol} and {self.max_rounds}")
 
     @property
     def wanted(self) -> float:

@@ -95,8 +95,6 @@ def fit(
     check_features_or_kernel("fit", feats)
     structure = as_structure("fit", structure)
     check_choice("fit", "loss", loss, get_args(LossName))
-    if not tol > 0 or max_rounds < 1:
-        raise TangentError(f"fit: tol and max_rounds are positive, got {tol} and {max_rounds}")
     course = Course(tol, max_rounds, progress)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):

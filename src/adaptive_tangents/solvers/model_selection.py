@@ -53,7 +53,7 @@ def fit_path(
     feats: TangentFeatures,
     r: Values,
     *,
-    structures: Sequence[Structure | Mapping[str, Structure]] = (TWO_SIDED,),
+    structures: Structure | Mapping[str, Structure] | Sequence[Structure | Mapping[str, Structure]] = TWO_SIDED,
     ridges: Sequence[float] = (0.0,),
     folds: int | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from inspect import signature
+from inspect import isabstract, signature
 
 import torch
 from jaxtyping import Float
@@ -117,12 +117,12 @@ def check_structure(call: str, given: object, argument: str = "structure=") -> S
             ours = kind.__module__.startswith("adaptive_tangents.")
             wanted = f"{'at.' if ours else ''}{kind.__name__}({'...' if asks else ''})"
     got = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
-    raise TangentError(f"{call}: the structure is {got}; pass an object, such as {argument}{wanted}")
+    raise TangentError(f"{call}: {got} is no structure; pass one, such as {argument}{wanted}")
 
 
 def _kinds(of: type[Structure]) -> list[type[Structure]]:
-    """All structures that are defined."""
-    return [kind for sub in of.__subclasses__() for kind in (sub, *_kinds(sub))]
+    """All kinds of structures that can be made."""
+    return [kind for sub in of.__subclasses__() for kind in (sub, *_kinds(sub)) if not isabstract(kind)]
 
 
 def _bare(name: str) -> str:
