@@ -7,9 +7,9 @@ from typing import Any
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from adaptive_tangents.solvers.continuation import Course, Tempered
+from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.losses import Loss, SquaredError
-from adaptive_tangents.solvers.problem import Point, Problem, Vector
+from adaptive_tangents.solvers.problem import Point, Problem, Tempered, Vector
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 

@@ -7,16 +7,13 @@ is the order of these, when a stage or the whole fit ends, and the record of the
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.solvers.constraints import Constraints
-from adaptive_tangents.solvers.losses import Loss
+from adaptive_tangents.solvers.problem import Tempered
 from adaptive_tangents.solvers.results import Round
 from adaptive_tangents.solvers.targets import Progress
-from adaptive_tangents.structures.base import Fixed, Matrices, Solution, Structure
+from adaptive_tangents.structures.base import Matrices
 
 ZERO_TARGETS = "the targets are zero, and so is the model"
 _STAGE = 3.0  # the factor by which τ falls
@@ -24,56 +21,6 @@ _LOOSE = 0.02  # the stationarity at which a stage gives way to the next
 _MOST_STAGES = 34
 _WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
 _STILL, _NO_CHANGE = 10, 1e-14  # so many steps with a relative change below this leave the objective as it is
-
-
-class Tempered(ABC):
-    """A problem of n samples whose structure pays τΩ for its transforms, ``temper`` τ ≥ 1.
-
-    min over M of ‖M⁻ᵀβ‖² + τΩ(M) is τΩ̃(β/√τ), so that every structure can be tempered; at τ = ∞ nothing adapts.
-    """
-
-    structure: Structure
-    loss: Loss
-    form: str  # how systems are solved
-    temper: float
-    constraints: Constraints  # what a dense form finds of K₀ before anything else
-    timings: dict[str, float]  # seconds by kind of work
-
-    @property
-    @abstractmethod
-    def n(self) -> int:
-        """How many samples there are."""
-
-    def solution(self, coefficients: Matrices) -> Solution:
-        """The inner minimum over M of the tempered penalty."""
-        if math.isinf(self.temper):
-            return Fixed().solution(coefficients)
-        if self.temper == 1:
-            return self.structure.solution(coefficients)
-        root = math.sqrt(self.temper)
-        found = self.structure.solution({name: matrix / root for name, matrix in coefficients.items()})
-        gradient = {name: root * matrix for name, matrix in found.gradient.items()}
-        return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
-
-    def stages(self, coefficients: Matrices) -> list[float]:
-        """τ = …, 9, 3, 1, from one at which little adapts at these coefficients."""
-        whole = sum(float((matrix**2).sum()) for matrix in coefficients.values())
-        found = [1.0]
-        while len(found) < _MOST_STAGES:
-            self.temper = found[0]
-            if self.solution(coefficients).penalty >= _WEAK * whole:
-                break
-            found.insert(0, found[0] * _STAGE)
-        return found
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Count the seconds of what is done within."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass
@@ -116,19 +63,19 @@ class Continuation(ABC):
     """A search from stage to stage. Subclasses hold its state and say how it is refreshed, measured and moved."""
 
     def __init__(self, problem: Tempered, course: Course) -> None:
-        self._tempered, self.course = problem, course
+        self._problem, self.course = problem, course
         self.gained, self.still = math.inf, 0  # by the last step, relative; steps in a row that gained nothing
 
-    def follow(self, stages: list[float]) -> tuple[bool, str]:
+    def follow(self, tempers: list[float]) -> tuple[bool, str]:
         """All stages, to the optimum of τ = 1: whether it was reached, and why the search stopped."""
-        for temper in stages:
-            self._tempered.temper = temper
+        for temper in tempers:
+            self._problem.temper = temper
             self.enter()
             converged, reason = self.descend(last=temper == 1.0)
             if reason:
                 break
-        if self._tempered.temper != 1.0:  # out of rounds before all of the adaptation had set in
-            self._tempered.temper = 1.0
+        if self._problem.temper != 1.0:  # out of rounds before all of the adaptation had set in
+            self._problem.temper = 1.0
             self.enter()
         return converged, reason
 
@@ -184,3 +131,15 @@ class Continuation(ABC):
                 "use a stronger penalty, or a positive ridge"
             )
         return None
+
+
+def stages(problem: Tempered, coefficients: Matrices) -> list[float]:
+    """τ = …, 9, 3, 1, from one at which little adapts at these coefficients."""
+    whole = sum(float((matrix**2).sum()) for matrix in coefficients.values())
+    found = [1.0]
+    while len(found) < _MOST_STAGES:
+        problem.temper = found[0]
+        if problem.solution(coefficients).penalty >= _WEAK * whole:
+            break
+        found.insert(0, found[0] * _STAGE)
+    return found

@@ -16,7 +16,7 @@ from adaptive_tangents.kernels.regression import Form, check_solver, is_dense, r
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import memory_limit as limit_of
 from adaptive_tangents.solvers.certificates import certificates
-from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course
+from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
 from adaptive_tangents.solvers.kernel_problem import KernelProblem, Norms, State, slopes
 from adaptive_tangents.solvers.losses import SquaredError
 from adaptive_tangents.solvers.results import KernelFit
@@ -147,7 +147,7 @@ class _Search(Continuation):
         problem.temper = math.inf
         self.state = problem.state(problem.like)
         self._record(self.state)
-        return self.follow(problem.stages(problem.matrices(self.state.norms)))
+        return self.follow(stages(problem, problem.matrices(self.state.norms)))
 
     def enter(self) -> None:
         self.state = self.problem.state(self.state.norms)  # the alternation's step

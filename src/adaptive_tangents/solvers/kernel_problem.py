@@ -18,8 +18,8 @@ from adaptive_tangents.kernels.tiles import Sum, Tiled
 from adaptive_tangents.linalg.conjugate_gradients import Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
-from adaptive_tangents.solvers.continuation import Tempered
 from adaptive_tangents.solvers.losses import SquaredError
+from adaptive_tangents.solvers.problem import Tempered
 from adaptive_tangents.structures.base import Solution, Structure
 
 Norms = Float[Tensor, " g"]

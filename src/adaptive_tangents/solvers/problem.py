@@ -1,7 +1,10 @@
 """The problem (E) that a fit minimises, Ω̃(β) + loss(φβ), at points of its search: what every solver needs of it."""
 
 import math
-from collections.abc import Mapping
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,10 +17,9 @@ from adaptive_tangents.features.transforms import Transform, squared, transform_
 from adaptive_tangents.linalg.conjugate_gradients import Solve
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
-from adaptive_tangents.solvers.continuation import Tempered
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
 from adaptive_tangents.solvers.losses import Loss, SquaredError
-from adaptive_tangents.structures.base import Matrices, Solution, Structure
+from adaptive_tangents.structures.base import Fixed, Matrices, Solution, Structure
 
 Vector = Float[Tensor, " k"]
 
@@ -72,6 +74,45 @@ class System:
     def square(self, x: Matrices) -> dict[str, Tensor]:
         """MᵀM X."""
         return transform_matrices(x, self._squared)
+
+
+class Tempered(ABC):
+    """A problem of n samples whose structure pays τΩ for its transforms, ``temper`` τ ≥ 1.
+
+    min over M of ‖M⁻ᵀβ‖² + τΩ(M) is τΩ̃(β/√τ), so that every structure can be tempered; at τ = ∞ nothing adapts.
+    """
+
+    structure: Structure
+    loss: Loss
+    form: str  # how systems are solved
+    temper: float
+    constraints: Constraints  # what a dense form finds of K₀ before anything else
+    timings: dict[str, float]  # seconds by kind of work
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """How many samples there are."""
+
+    def solution(self, coefficients: Matrices) -> Solution:
+        """The inner minimum over M of the tempered penalty."""
+        if math.isinf(self.temper):
+            return Fixed().solution(coefficients)
+        if self.temper == 1:
+            return self.structure.solution(coefficients)
+        root = math.sqrt(self.temper)
+        found = self.structure.solution({name: matrix / root for name, matrix in coefficients.items()})
+        gradient = {name: root * matrix for name, matrix in found.gradient.items()}
+        return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the seconds of what is done within."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptive_tangents.features.transforms import is_identity
 from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
 from adaptive_tangents.solvers.certificates import certified
-from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course
+from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
 from adaptive_tangents.solvers.newton import line_search, newton_direction
 from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector
 from adaptive_tangents.solvers.results import Fit
@@ -45,16 +45,16 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     else:
         beta, outputs = problem.restored(system, beta, outputs)
     point = problem.point(beta, outputs)
-    stages = [1.0]
+    tempers = [1.0]
     search: Newton | Alternation
     if solver == "newton" and point.solution.curvature is not None:
         problem.temper = math.inf
         course.record(problem, problem.point(beta, outputs).objective, 0.0 if start is None else math.nan)
-        stages = problem.stages(beta) if start is None else stages
+        tempers = stages(problem, beta) if start is None else tempers
         search = Newton(problem, course, point, system)
     else:
         search = Alternation(problem, course, point, system, extrapolated=solver != "alternation")
-    converged, reason = search.follow(stages)
+    converged, reason = search.follow(tempers)
     jitter = search.system.kernel.jitter
     return certified(problem, course, search.point, search.alpha, jitter, converged=converged, reason=reason)
 
