@@ -1,11 +1,31 @@
 """Checks of arguments that every wing shares."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+
+Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
+
+
+def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
+    """A tensor as it is; an array, or a list with its floats in float64, as a tensor on this device."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        if isinstance(values, Sequence) and len(values) and all(isinstance(part, Tensor) for part in values):
+            return torch.stack(list(values))
+        array = np.asarray(values)
+        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array).to(device)
+    except (TypeError, ValueError, RuntimeError) as failure:
+        raise TangentError(
+            f"{call}: give {what} as a tensor, a NumPy array or a list of numbers, got {type(values).__name__}"
+        ) from failure
 
 
 def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
@@ -21,10 +41,10 @@ def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
                 )
 
 
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(call: str, name: str, value: object, known: tuple[str, ...]) -> None:
     """Raise TangentError for an option that is none of those known."""
     if value not in known:
-        raise TangentError(f"fit: {name} is one of {', '.join(known)}, got {value!r}")
+        raise TangentError(f"{call}: {name} is one of {', '.join(known)}, got {value!r}")
 
 
 def listed(names: Iterable[str], *, most: int = 8) -> str:

@@ -424,7 +424,7 @@ def test_a_fit_to_kernels_is_the_fit_to_features(
         assert found.gap == pytest.approx(0, abs=1e-8)
     # The certificates are those of the coefficients themselves.
     coefficients = {k: found.gains[k] ** 2 * x for k, x in feats.combine(found.dual).items()}
-    certified = at.certify(feats, r, coefficients, structure=structure, ridge=ridge)
+    certified = at.certify(feats, r, coefficients=coefficients, structure=structure, ridge=ridge)
     assert certified.objective == pytest.approx(found.objective, rel=1e-9)
     assert certified.stationarity == pytest.approx(found.stationarity, abs=1e-6)
     others = at.tangent_features(network(), inputs(9, 5))
@@ -518,6 +518,7 @@ def test_a_fit_holds_tiles_of_a_store_only() -> None:
 
 WORKER = """
 import sys, torch, adaptive_tangents as at
+from adaptive_tangents.kernels import tiles as tiled
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt", weights_only=True)

@@ -446,17 +446,17 @@ def test_coefficients_from_elsewhere_are_certified_with_the_best_transforms_for_
     feats = at.tangent_features(model, x)
     structure = at.TwoSided(Q)
     best = at.fit(feats, r, structure=structure, ridge=ridge, tol=1e-12)
-    again = at.certify(feats, r, best.coefficients, structure=structure, ridge=ridge)
+    again = at.certify(feats, r, coefficients=best.coefficients, structure=structure, ridge=ridge)
     assert again.converged
     assert again.objective == pytest.approx(best.objective, rel=1e-9)
     assert again.feasibility == pytest.approx(best.feasibility, abs=1e-9)
     fixed = at.fit(feats, r, structure=at.Fixed(), ridge=ridge)
-    other = at.certify(feats, r, fixed.coefficients, structure=structure, ridge=ridge)
+    other = at.certify(feats, r, coefficients=fixed.coefficients, structure=structure, ridge=ridge)
     assert not other.converged
     assert other.objective == pytest.approx(structure.penalty(fixed.coefficients) + (fixed.objective - _size(fixed)))
     assert best.objective < other.objective < fixed.objective
-    with pytest.raises(at.TangentError, match="fit: the coefficients are of blocks"):
-        at.certify(feats, r, {"0": torch.zeros(1, 1)}, structure=structure, ridge=ridge)
+    with pytest.raises(at.TangentError, match="certify: the coefficients are of blocks"):
+        at.certify(feats, r, coefficients={"0": torch.zeros(1, 1)}, structure=structure, ridge=ridge)
 
 
 def test_cross_entropy_is_certified_too() -> None:

@@ -29,7 +29,7 @@ def test_leave_one_out_residuals_are_those_of_fits_without_each_sample_the_trans
 def test_a_path_gives_the_fits_made_one_by_one_and_the_best_of_them() -> None:
     case = problem(11, n=8, c=2, shapes=SHAPES, scale=4.0)
     structures = [at.Left(at.Quadratic(strength)) for strength in (10.0, 1.0, 0.1)]
-    path = at.fit_path(case.feats, case.r, structures, ridges=(0.1, 1.0), tol=1e-12)
+    path = at.fit_path(case.feats, case.r, structures=structures, ridges=(0.1, 1.0), tol=1e-12)
     grid = [(structure, ridge) for ridge in (0.1, 1.0) for structure in structures]
     assert [(found.structure, found.ridge) for found in path.fits] == grid
     for found, (structure, ridge), error in zip(path.fits, grid, path.errors, strict=True):
@@ -45,14 +45,14 @@ def test_a_path_gives_the_fits_made_one_by_one_and_the_best_of_them() -> None:
 @pytest.mark.parametrize("c", [1, 3])
 def test_as_many_folds_as_samples_leave_one_out(c: int) -> None:
     case = problem(5, n=5, c=c, shapes=((4, 3, 1),), scale=2.0)
-    path = at.fit_path(case.feats, case.r, [at.Fixed()], ridges=(0.3,), folds=5)
-    exact = at.fit_path(case.feats, case.r, [at.Fixed()], ridges=(0.3,))
+    path = at.fit_path(case.feats, case.r, structures=[at.Fixed()], ridges=(0.3,), folds=5)
+    exact = at.fit_path(case.feats, case.r, structures=[at.Fixed()], ridges=(0.3,))
     assert path.errors[0] == pytest.approx(exact.errors[0], rel=1e-9)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, max(c, 2), (5,), generator=generator)
     offset = torch.zeros(5, c, dtype=torch.float64)
     entropies = at.fit_path(
-        case.feats, labels, [at.Fixed(), at.Left()], ridges=(0.1, 1e6), loss="cross-entropy", offset=offset
+        case.feats, labels, structures=[at.Fixed(), at.Left()], ridges=(0.1, 1e6), loss="cross-entropy", offset=offset
     )
     assert entropies.criterion == "5-fold cross-entropy"
     # A ridge without end predicts nothing: log of the number of classes.
@@ -62,10 +62,10 @@ def test_as_many_folds_as_samples_leave_one_out(c: int) -> None:
 def test_grids_and_folds_that_cannot_be_are_refused() -> None:
     case = problem(1, n=4)
     with pytest.raises(at.TangentError, match="fit_path: give one or more structures, and one or more ridges"):
-        at.fit_path(case.feats, case.r, [])
+        at.fit_path(case.feats, case.r, structures=[])
     for folds in (1, 5):
         with pytest.raises(at.TangentError, match=rf"fit_path: folds are 2\.\.n = 4, got {folds}"):
-            at.fit_path(case.feats, case.r, [at.Fixed()], folds=folds)
+            at.fit_path(case.feats, case.r, structures=[at.Fixed()], folds=folds)
     entropy = at.fit(case.feats, torch.tensor([0, 1, 0, 1]), loss="cross-entropy", offset=torch.zeros(4, 1), ridge=1.0)
     with pytest.raises(at.TangentError, match="the closed form is of squared error"):
         leave_one_out(entropy)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import adaptive_tangents as at
+from adaptive_tangents.checks import check_choice
 from adaptive_tangents.linalg.cholesky import partial_cholesky
 from adaptive_tangents.linalg.conjugate_gradients import conjugate_gradients
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers import certificates
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
-from adaptive_tangents.solvers.fit import check_choice
 from adaptive_tangents.solvers.losses import CrossEntropy, SquaredError
 from adaptive_tangents.solvers.problem import Problem
 from theory_reference import Problem as Case
@@ -290,7 +290,7 @@ def test_cross_entropy_refuses_what_it_cannot_fit() -> None:
     with pytest.raises(at.TangentError, match="offset is for cross-entropy"):
         at.fit(case.feats, case.r, offset=offset)
     with pytest.raises(at.TangentError, match=r"fit: solver is one of newton, anderson, got 'none'"):
-        check_choice("solver", "none", ("newton", "anderson"))
+        check_choice("fit", "solver", "none", ("newton", "anderson"))
     with pytest.raises(at.TangentError, match="the primal form needs a ridge"):
         at.fit(case.feats, case.r, form="primal")
     with pytest.raises(at.TangentError, match="fit: start was fitted to blocks"):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import check_finite
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.checks import Values, as_tensor, check_finite
+from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
@@ -74,7 +74,7 @@ class KernelRegression:
 
 def kernel_regression(
     K: Kernels,
-    r: Shaped[Tensor, "..."],
+    r: Values,
     *,
     ridge: float = 0.0,
     form: Form = "auto",
@@ -110,14 +110,15 @@ def kernel_regression(
     # Outputs that do not meet are solved one by one.
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
     found = []
-    for part, right in zip(parts, _columns(kernel, targets), strict=True):
-        operator = KernelProducts(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
-        solution, steps, jitter = (
-            dense_solved(call, part, right, ridge)
-            if dense
-            else _by_products(operator, right, room // 2, tol, max_steps, progress)
-        )
-        found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
+    with raised_as(call, "fit"):
+        for part, right in zip(parts, _columns(kernel, targets), strict=True):
+            operator = KernelProducts(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
+            solution, steps, jitter = (
+                dense_solved(call, part, right, ridge)
+                if dense
+                else _by_products(operator, right, room // 2, tol, max_steps, progress)
+            )
+            found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
     size = float(targets.norm()) or 1.0
     residual = _norm(part.image - part.right for part in found) / size
     steps, jitter = sum(part.steps for part in found), max(part.jitter for part in found)
@@ -213,9 +214,10 @@ def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> N
         raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
 
 
-def residual_targets(call: str, r: Shaped[Tensor, "..."], kernel: Tiled) -> Float[Tensor, "n c"]:
+def residual_targets(call: str, r: Values, kernel: Tiled) -> Float[Tensor, "n c"]:
     """Targets (n, c) of a kernel, in float64, after checking that they fit it."""
     outputs = max(kernel.width, kernel.batch)
+    r = as_tensor(call, "targets", r, kernel.device)
     targets = r[:, None] if r.ndim == 1 else r
     coupled = kernel.full or kernel.batch > 1
     if targets.ndim != 2 or targets.shape[0] != kernel.n or (coupled and targets.shape[1] != outputs):

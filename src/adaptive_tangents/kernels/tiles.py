@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import check_finite
+from adaptive_tangents.checks import as_tensor, check_finite
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import memory_limit as limit_of
 from adaptive_tangents.runtime.memory import require_memory
@@ -364,7 +365,7 @@ def check_store(request: Request, store: StoredKernel) -> None:
         )
 
 
-def tiled(request: Request, K: Kernels) -> Tiled:
+def tiled(request: Request, K: object) -> Tiled:
     """A kernel by tiles, whatever it comes as; of several blocks their sum."""
     opened = getattr(K, "opened", None)
     if opened is not None:
@@ -375,10 +376,14 @@ def tiled(request: Request, K: Kernels) -> Tiled:
         return Sum(list(parts.values()))
     if isinstance(K, StoredKernel):
         return Stored(request, K)
-    return TensorKernel(request, torch.as_tensor(K).detach())
+    if isinstance(K, TangentFeatures):
+        raise TangentError(
+            f"{request.call}: takes a kernel, got features; give feats.kernel(), or tangent_kernel(model, x)"
+        )
+    return TensorKernel(request, as_tensor(request.call, "the kernel", K, torch.device("cpu")).detach())
 
 
-def blocks_of(request: Request, K: Kernels) -> dict[str, Tiled]:
+def blocks_of(request: Request, K: object) -> dict[str, Tiled]:
     """The kernels of a store by block, or of a mapping of blocks to tensors; none where there is only the whole."""
     if isinstance(K, SharedKernel):
         group = K.group or torch.distributed.group.WORLD

@@ -73,7 +73,7 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
-    structure = as_structure(structure)
+    structure = as_structure("explain", structure)
     start_feats.check_origin("explain", end_feats)
     check_sketch("explain", structure, start_feats)
     _check(start_feats, end_feats)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -20,15 +20,16 @@ from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.derivatives import saved_copies
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.network import Network, Output, Selection, check_mode, check_model, overlay, select
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.checks import Values
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.nn.forward_mode import forward_attention, forward_lookups
 from adaptive_tangents.nn.trained_transforms import factors
 from adaptive_tangents.solvers.fit import certify
+from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
-from adaptive_tangents.solvers.targets import LossName
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.mixed import as_structure
 
@@ -91,7 +92,7 @@ class TangentModule(nn.Module):
             parameters, buffers = overlay(call, model, params)
         network = Network(model, parameters, buffers, selected, output, call)
         groups = parameter_groups(network)
-        self.structure = Fixed() if structure is None else as_structure(structure)
+        self.structure = Fixed() if structure is None else as_structure("TangentModule", structure)
         self.output, self.selected = output, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
         self._places = _places(model)
@@ -185,25 +186,21 @@ class TangentModule(nn.Module):
     def as_fit(
         self,
         x: Batch,
-        r: Shaped[Tensor, "..."],
+        r: Values,
         *,
         loss: LossName = "squared",
-        offset: Shaped[Tensor, "n c"] | None = None,
+        offset: Values | None = None,
         ridge: float = 0.0,
     ) -> Fit:
         """β as a ``Fit`` to a batch, with the best M of the structure for it and certificates: ``certify`` at φ(x).
 
         ``r`` holds targets minus f(x;θ₀), or labels, as in ``fit``.
         """
-        return certify(
-            self.features(x),
-            r,
-            self.effective_coefficients(),
-            structure=self.structure,
-            loss=loss,
-            offset=offset,
-            ridge=ridge,
-        )
+        with raised_as("as_fit", "certify"):
+            return certify(
+                self.features(x), r, coefficients=self.effective_coefficients(), structure=self.structure, loss=loss,
+                offset=offset, ridge=ridge,
+            )  # fmt: skip
 
     def _coefficients(self) -> dict[str, Tensor]:
         inner = {name: self.inner[_key(name)] for name in self.blocks}

@@ -38,7 +38,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + int(reserved)
     candidates = [psutil.virtual_memory().available, _group_bytes(), _process_bytes()]
-    return max(0, min(value for value in candidates if value is not None))
+    return max(0, min(int(value) for value in candidates if value is not None))
 
 
 def memory_limit(requested: int | None, device: torch.device | str = "cpu") -> int:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from adaptive_tangents.solvers.problem import Point, Problem, System
+from adaptive_tangents.solvers.continuation import Continuation, Course
+from adaptive_tangents.solvers.problem import Point, Problem, System, Vector
 from adaptive_tangents.structures.base import Matrices
 
 _DEPTH = 10
@@ -46,6 +47,50 @@ def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tupl
     coefficients = system.square(problem.combine(alpha))
     coefficients, outputs = problem.restored(system, coefficients, problem.inner(coefficients))
     return coefficients, outputs, system
+
+
+class Alternation(Continuation):
+    """Rounds of the two closed forms, extrapolated where that lowers the objective further."""
+
+    alpha: Vector
+
+    def __init__(self, problem: Problem, course: Course, point: Point, system: System, *, extrapolated: bool) -> None:
+        super().__init__(problem, course)
+        self.problem, self.point, self.system = problem, point, system
+        self.memory, self.accelerated = Extrapolation() if extrapolated else None, False
+        self.start: Matrices | None = None  # the coefficients that the round started from
+
+    def enter(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+    def measure(self) -> tuple[float, float]:
+        problem, point = self.problem, self.point
+        slope = problem.loss.slope(point.outputs)
+        if problem.loss.interpolates:
+            self.alpha = problem.dual(point, problem.reduce(self.system, point.solution.gradient, slope))
+        else:
+            self.alpha = -slope / 2
+        stationarity = problem.stationarity(point, self.alpha)
+        self.course.record(problem, point.objective, stationarity, accelerated=self.accelerated)
+        return self.gained, stationarity
+
+    def step(self) -> float:
+        problem, before, found = self.problem, self.point, None
+        if self.memory is not None and self.start is not None:
+            found = self.memory.better(problem, self.start, before)
+        self.accelerated = found is not None
+        start = before if found is None else found
+        self.start = start.coefficients
+        system = problem.system(dict(start.solution.transforms), before.outputs)
+        beta, outputs, self.system = held_coefficients(problem, system, before.outputs)
+        self.point = problem.point(beta, outputs)
+        return abs(before.objective - self.point.objective) / max(abs(self.point.objective), 1e-300)
 
 
 class Extrapolation:

@@ -2,56 +2,66 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import scipy
 from torch import Tensor
 
+from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.losses import Loss, SquaredError
-from adaptive_tangents.solvers.problem import Point, Problem, Vector
-from adaptive_tangents.solvers.results import Fit, Round
+from adaptive_tangents.solvers.problem import Point, Problem, Tempered, Vector
+from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 
 FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
 _SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known of a search besides where it ended."""
-
-    history: tuple[Round, ...]
-    smallest_eigenvalue: float
-    jitter: float
-    dropped: int
-
-
-def certified(problem: Problem, point: Point, alpha: Vector, record: Record, *, converged: bool, reason: str) -> Fit:
-    """The fit at a point, with all its certificates; one that misses its constraints has not converged."""
-    loss, structure = problem.loss, problem.structure
-    n, c = problem.feats.n, problem.feats.c
-    squared = isinstance(loss, SquaredError)
-    outputs = problem.inner(point.coefficients)
-    feasibility = None
-    if squared:
-        size = float(problem.targets.norm())
-        feasibility = float((outputs - problem.targets).norm()) / size if size > 0 else 0.0
-    if converged and loss.interpolates and feasibility is not None and feasibility > FEASIBLE:
-        converged = False
-        reason = (
-            f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the "
-            f"{problem.form} form; use form='dense' or a positive ridge"
-        )
-    bound, why = lower_bound(structure, loss, problem.combine(alpha), alpha)
+def certified(
+    problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
+) -> Fit:
+    """The fit at a point, with all its certificates."""
+    outputs, generators = problem.inner(point.coefficients), problem.combine(alpha)
     return Fit(
-        coefficients=point.coefficients, transforms=point.solution.transforms, dual=alpha.reshape(n, c),
-        structure=structure, loss="squared error" if squared else "cross-entropy", ridge=loss.ridge,
-        objective=point.solution.penalty + loss.value(outputs), feasibility=feasibility,
-        stationarity=problem.stationarity(point, alpha), lower_bound=bound, lower_bound_reason=why,
-        converged=converged, reason=reason, history=record.history, smallest_eigenvalue=record.smallest_eigenvalue,
-        jitter=record.jitter, dropped=record.dropped, form=problem.form, timings=dict(problem.timings),
-        features=problem.feats, targets=problem.targets.reshape(n, c) if squared else None,
+        coefficients=point.coefficients, transforms=point.solution.transforms, features=problem.feats,
+        objective=point.solution.penalty + problem.loss.value(outputs), stationarity=problem.stationarity(point, alpha),
+        **certificates(problem, course, outputs, alpha, generators, jitter, converged=converged, reason=reason),
     )  # fmt: skip
+
+
+def certificates(
+    problem: Tempered,
+    course: Course,
+    outputs: Vector,
+    alpha: Vector,
+    generators: Mapping[str, Tensor],
+    jitter: float,
+    *,
+    converged: bool,
+    reason: str,
+) -> dict[str, Any]:
+    """What fits on features and on kernels tell alike; one that misses its constraints has not converged.
+
+    ``generators`` are as in ``lower_bound``.
+    """
+    loss, constraints, n = problem.loss, problem.constraints, problem.n
+    targets = loss.targets if isinstance(loss, SquaredError) else None
+    feasibility = None if targets is None else float((outputs - targets).norm()) / (float(targets.norm()) or 1.0)
+    if converged and loss.interpolates and feasibility is not None and feasibility > FEASIBLE:
+        converged, remedy = False, "" if problem.form == "dense" else "form='dense' or "
+        reason = (
+            f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the {problem.form} "
+            f"form; use {remedy}a positive ridge"
+        )
+    bound, why = lower_bound(problem.structure, loss, generators, alpha)
+    return {
+        "structure": problem.structure, "loss": loss.name, "ridge": loss.ridge, "feasibility": feasibility,
+        "lower_bound": bound, "lower_bound_reason": why, "converged": converged, "reason": reason,
+        "history": tuple(course.history), "smallest_eigenvalue": constraints.smallest_eigenvalue,
+        "jitter": jitter, "dropped": constraints.dropped, "form": problem.form,
+        "dual": alpha.reshape(n, -1), "targets": None if targets is None else targets.reshape(n, -1),
+        "timings": dict(problem.timings),
+    }  # fmt: skip
 
 
 def lower_bound(

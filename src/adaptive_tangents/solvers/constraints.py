@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 import scipy
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
+from adaptive_tangents.solvers.losses import Loss, SquaredError
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: float32 features leave duplicates apart by about 1e-14 of it
 _CONFLICT_TOLERANCE = 1e-6
@@ -19,10 +21,20 @@ _LARGE = 1000
 
 @dataclass(frozen=True)
 class Constraints:
-    """The smallest eigenvalue of the kernel, and the independent rows (None: all of them)."""
+    """The smallest eigenvalue of the kernel, the independent rows (None: all of them), and how many others were left out."""
 
-    smallest_eigenvalue: float
-    kept: Int[Tensor, " k"] | None
+    smallest_eigenvalue: float = nan
+    kept: Int[Tensor, " k"] | None = None
+    dropped: int = 0
+
+
+def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
+    """What there is to know of K₀ before a fit; from here on the kernel keeps to its independent constraints."""
+    if isinstance(loss, SquaredError) and loss.interpolates:
+        found = independent_constraints(kernel, loss.targets, samples=samples)
+        kernel.kept = found.kept
+        return found
+    return Constraints(smallest_eigenvalue(kernel, ridge=loss.ridge if isinstance(loss, SquaredError) else 0.0))
 
 
 def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
@@ -52,11 +64,11 @@ def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, sampl
     """
     kernel, smallest = whole.matrix, smallest_eigenvalue(whole)
     if smallest > _RANK_TOLERANCE * float(kernel.diagonal().sum()):  # the trace is above the largest eigenvalue
-        return Constraints(smallest, None)
+        return Constraints(smallest)
     values, vectors = torch.linalg.eigh(kernel)
     null = vectors[:, values <= _RANK_TOLERANCE * values[-1]]
     if null.shape[1] == 0:
-        return Constraints(smallest, None)
+        return Constraints(smallest)
     conflict = null @ (null.mT @ r)
     if float(conflict.norm()) > _CONFLICT_TOLERANCE * float(r.norm()):
         per_sample = conflict.reshape(samples, -1).norm(dim=1)
@@ -70,4 +82,4 @@ def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, sampl
     rank = kernel.shape[0] - null.shape[1]
     _, pivots, _, _ = scipy.linalg.lapack.dpstrf(kernel.cpu().numpy())
     kept = torch.as_tensor(pivots[:rank].astype("int64") - 1, device=kernel.device).sort().values
-    return Constraints(smallest, kept)
+    return Constraints(smallest, kept, kernel.shape[0] - rank)

@@ -17,8 +17,9 @@ from adaptive_tangents.kernels.regression import preconditioner
 from adaptive_tangents.kernels.tiles import Sum, Tiled
 from adaptive_tangents.linalg.conjugate_gradients import Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
-from adaptive_tangents.solvers.constraints import independent_constraints, smallest_eigenvalue
+from adaptive_tangents.solvers.constraints import Constraints, examined
 from adaptive_tangents.solvers.losses import SquaredError
+from adaptive_tangents.solvers.problem import Tempered
 from adaptive_tangents.structures.base import Solution, Structure
 
 Norms = Float[Tensor, " g"]
@@ -75,29 +76,28 @@ def slopes(solution: Solution) -> Norms:
     return torch.stack([x.flatten()[0] for x in solution.gradient.values()])
 
 
-class KernelProblem:
+class KernelProblem(Tempered):
     """Kernels with a structure and a loss: what a fit needs of q."""
 
+    loss: SquaredError
+
     def __init__(
-        self, parts: Mapping[str, Tiled], structure: Structure, loss: SquaredError, dense: bool, room: int
+        self, parts: Mapping[str, Tiled], structure: Structure, loss: SquaredError, form: str, room: int
     ) -> None:
-        self.parts, self.structure, self.loss, self.dense, self.room = parts, structure, loss, dense, room
+        self.parts, self.structure, self.loss, self.form, self.room = parts, structure, loss, form, room
         self.like = next(iter(parts.values())).zeros(len(parts))
-        self.temper, self.smallest, self.jitter, self.dropped = 1.0, math.nan, 0.0, 0
-        self.kept: Tensor | None = None
+        self.temper, self.constraints, self.jitter = 1.0, Constraints(), 0.0
+        self.timings: dict[str, float] = {}
         self.near: tuple[Norms, Solve] | None = None
         self.before: Tensor | None = None
 
-    def solution(self, norms: Norms) -> Solution:
-        """The inner minimum over M of the tempered penalty where blocks have these norms: see ``model.Problem.solution``."""
-        if math.isinf(self.temper):
-            matrices = {name: v.reshape(1, 1) for name, v in zip(self.parts, norms, strict=True)}
-            return Solution({}, float((norms**2).sum()), {name: 2 * x for name, x in matrices.items()})
-        root = math.sqrt(self.temper)
-        matrices = {name: v.reshape(1, 1) / root for name, v in zip(self.parts, norms, strict=True)}
-        found = self.structure.solution(matrices)
-        gradient = {name: root * x for name, x in found.gradient.items()}
-        return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
+    @property
+    def n(self) -> int:
+        return next(iter(self.parts.values())).n
+
+    def matrices(self, norms: Norms) -> dict[str, Tensor]:
+        """One 1 × 1 matrix a block, of the block's norm: all that the structure asks of β."""
+        return {name: v.reshape(1, 1) for name, v in zip(self.parts, norms, strict=True)}
 
     def bends(self, solution: Solution) -> Norms | None:
         """ω̃″ of every norm by itself."""
@@ -108,43 +108,49 @@ class KernelProblem:
 
     def state(self, planned: Norms) -> State:
         """The α for q = z² at these norms, 2v/ω̃′(v)."""
-        aim = self.solution(planned)
+        aim = self.solution(self.matrices(planned))
         found = slopes(aim)
         q = torch.where(planned > 0, 2 * planned / torch.where(found > 0, found, 1.0), 1.0)
-        solve = self._dense(q) if self.dense else self._free(q)
+        solve = self._dense(q) if self.form == "dense" else self._free(q)
         targets = self.loss.targets
-        alpha, steps = solve(targets, EXACT)
+        with self.timed("systems"):
+            alpha, steps = solve(targets, EXACT)
         images = self.products(alpha)
         outputs = q @ images
         residual = float((outputs + self.loss.ridge * alpha - targets).norm() / targets.norm())
         self.before = alpha
         norms = q * (images @ alpha).clamp_min(0).sqrt()
-        solution = self.solution(norms)
+        solution = self.solution(self.matrices(norms))
         objective = solution.penalty + self.loss.value(outputs)
         return State(
             planned, aim, q, alpha, images, lambda x: solve(x, _ROUGH)[0], residual, steps, solution, objective
         )
 
+    def nothing(self) -> State:
+        """The state of targets that are zero."""
+        zeros, alpha = torch.zeros_like(self.like), torch.zeros_like(self.loss.targets)
+        aim = self.solution(self.matrices(zeros))
+        images = alpha.expand(len(zeros), -1)
+        return State(zeros, aim, zeros + 1, alpha, images, lambda x: x, 0.0, 0, aim, 0.0)
+
     def products(self, x: Float[Tensor, " k"]) -> Float[Tensor, "g k"]:
         """Every K_ℓ x."""
-        return torch.stack([KernelProducts(part).apply(x) for part in self.parts.values()])
+        with self.timed("products"):
+            return torch.stack([KernelProducts(part).apply(x) for part in self.parts.values()])
 
     def whole(self, q: Norms) -> Sum:
         """Σ_ℓ q_ℓ K_ℓ."""
         return Sum(list(self.parts.values()), q.tolist())
 
     def _dense(self, q: Norms) -> Callable[[Tensor, float], tuple[Tensor, int]]:
-        kernel = DenseKernel(self.whole(q).matrices()[0], self.kept)
-        if math.isnan(self.smallest):
-            if self.loss.interpolates:
-                samples = next(iter(self.parts.values())).n
-                found = independent_constraints(kernel, self.loss.targets, samples=samples)
-                self.smallest, self.kept = found.smallest_eigenvalue, found.kept
-                kernel.kept = self.kept
-                self.dropped = 0 if found.kept is None else len(kernel.matrix) - len(found.kept)
-            else:
-                self.smallest = smallest_eigenvalue(kernel, ridge=self.loss.ridge)
-        once, ridge = kernel.shifted(self.loss.ridge), self.loss.ridge
+        with self.timed("kernels"):
+            kernel = DenseKernel(self.whole(q).matrices()[0], self.constraints.kept)
+        if math.isnan(self.constraints.smallest_eigenvalue):
+            with self.timed("constraints"):
+                self.constraints = examined(kernel, self.loss, samples=self.n)
+        ridge = self.loss.ridge
+        with self.timed("factorisations"):
+            once = kernel.shifted(ridge)
         self.jitter = kernel.jitter
 
         def solve(x: Tensor, tol: float) -> tuple[Tensor, int]:
@@ -158,7 +164,8 @@ class KernelProblem:
     def _free(self, q: Norms) -> Callable[[Tensor, float], tuple[Tensor, int]]:
         operator = KernelProducts(self.whole(q), ridge=self.loss.ridge)
         if self.near is None or float((self.near[0] / q).log().abs().max()) > math.log(_CHANGED):
-            self.near = q, preconditioner(operator, self.room)
+            with self.timed("preconditioners"):
+                self.near = q, preconditioner(operator, self.room)
         near = self.near[1]
 
         def solve(x: Tensor, tol: float) -> tuple[Tensor, int]:

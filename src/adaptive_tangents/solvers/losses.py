@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,17 +12,25 @@ from torch.nn import functional
 
 from adaptive_tangents.errors import TangentError
 
+LossName = Literal["squared", "cross-entropy"]
+
 _SIMPLEX_TOLERANCE = 1e-12
 
 
 class Loss(ABC):
     """A convex function of the outputs φβ, one vector (nc,) of all samples, divided by the ridge ρ."""
 
+    name: ClassVar[LossName]
     ridge: float
 
     @property
     def interpolates(self) -> bool:
         """Whether the loss is the constraint φβ = r."""
+        return False
+
+    @property
+    def trivial(self) -> bool:
+        """Whether β = 0 is the solution whatever the features are."""
         return False
 
     @abstractmethod
@@ -48,6 +57,7 @@ class SquaredError(Loss):
     Raises TangentError for a negative or non-finite ρ.
     """
 
+    name = "squared"
     targets: Float[Tensor, " k"] = field(repr=False)
     ridge: float = 0.0
 
@@ -58,6 +68,10 @@ class SquaredError(Loss):
     @property
     def interpolates(self) -> bool:
         return self.ridge == 0
+
+    @property
+    def trivial(self) -> bool:
+        return not bool(self.targets.any())
 
     def value(self, outputs: Tensor) -> float:
         return 0.0 if self.interpolates else float(((self.targets - outputs) ** 2).sum()) / self.ridge
@@ -80,6 +94,7 @@ class CrossEntropy(Loss):
     Raises TangentError unless ρ is positive and finite: without a ridge, data that can be separated have no optimum.
     """
 
+    name = "cross-entropy"
     labels: Int[Tensor, " n"] = field(repr=False)
     offset: Float[Tensor, "n c"] = field(repr=False)
     ridge: float = 1.0

@@ -1,20 +1,23 @@
 """Paths of fits over structures and ridges, each from where the last one ended, and the choice by held-out error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.checks import Values, as_tensor
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import memory_limit, require_memory
-from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.fit import TWO_SIDED, fit
 from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
+from adaptive_tangents.structures.mixed import as_structure
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class FitPath:
 
 def fit_path(
     feats: TangentFeatures,
-    r: Shaped[Tensor, "..."],
-    structures: Sequence[Structure],
+    r: Values,
     *,
+    structures: Structure | Mapping[str, Structure] | Sequence[Structure | Mapping[str, Structure]] = TWO_SIDED,
     ridges: Sequence[float] = (0.0,),
     folds: int | None = None,
     seed: int = 0,
@@ -66,29 +69,35 @@ def fit_path(
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
-    >>> path = at.fit_path(
-    ...     at.tangent_features(model, x), y, [at.TwoSided(at.Quadratic(s)) for s in (10.0, 1.0)], ridges=(0.1, 1.0)
-    ... )
+    >>> structures = [at.TwoSided(at.Quadratic(strength)) for strength in (10.0, 1.0)]
+    >>> path = at.fit_path(at.tangent_features(model, x), y, structures=structures, ridges=(0.1, 1.0))
     >>> len(path.fits), len(path.errors)
     (4, 4)
     """
-    if not structures or not ridges:
+    check_features("fit_path", feats)
+    given = structures if isinstance(structures, Sequence) and not isinstance(structures, str) else [structures]
+    chosen = [as_structure("fit_path", structure) for structure in given]
+    if not chosen or not ridges:
         raise TangentError("fit_path: give one or more structures, and one or more ridges")
     entropy = options.get("loss") == "cross-entropy"
     folds = 5 if folds is None and entropy else folds
     if folds is not None and not 2 <= folds <= feats.n:
         raise TangentError(f"fit_path: folds are 2..n = {feats.n}, got {folds}")
+    r = as_tensor("fit_path", "labels" if entropy else "targets", r, feats.device)
+    if options.get("offset") is not None:
+        options["offset"] = as_tensor("fit_path", "offset", options["offset"], feats.device)
     fits: list[Fit] = []
     errors: list[float] = []
-    for ridge in ridges:
-        start: Fit | None = None
-        for structure in structures:
-            start = fit(feats, r, structure=structure, ridge=ridge, start=start, **options)
-            fits.append(start)
-            if folds is None:
-                errors.append(float((leave_one_out(start) ** 2).sum(1).mean()))
-            else:
-                errors.append(_folded(feats, r, structure, ridge, folds, seed, options))
+    with raised_as("fit_path", "fit", "leave_one_out"):
+        for ridge in ridges:
+            start: Fit | None = None
+            for structure in chosen:
+                start = fit(feats, r, structure=structure, ridge=ridge, start=start, **options)
+                fits.append(start)
+                if folds is None:
+                    errors.append(float((leave_one_out(start) ** 2).sum(1).mean()))
+                else:
+                    errors.append(_folded(feats, r, structure, ridge, folds, seed, options))
     what = "leave-one-out" if folds is None else f"{folds}-fold"
     return FitPath(tuple(fits), tuple(errors), f"{what} {'cross-entropy' if entropy else 'squared error'}")
 
@@ -104,6 +113,8 @@ def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
     >>> leave_one_out(at.fit(feats, torch.randn(6, 1), ridge=0.1)).shape
     torch.Size([6, 1])
     """
+    if not isinstance(found, Fit):
+        raise TangentError(f"leave_one_out: takes a fit on features, got {type(found).__name__}")
     if found.targets is None:
         raise TangentError("leave_one_out: the closed form is of squared error; use fit_path(..., folds=5)")
     if found.dropped:

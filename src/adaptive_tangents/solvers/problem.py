@@ -2,18 +2,21 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform, squared, transform_matrices
 from adaptive_tangents.linalg.conjugate_gradients import Solve
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.solvers.constraints import Constraints, examined
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
 from adaptive_tangents.solvers.losses import Loss, SquaredError
 from adaptive_tangents.structures.base import Fixed, Matrices, Solution, Structure
@@ -73,21 +76,34 @@ class System:
         return transform_matrices(x, self._squared)
 
 
-@dataclass
-class Problem:
-    """Features (in float64), a structure and a loss; ``temper`` τ ≥ 1 stands for the penalty τΩ on transforms.
+class Tempered(ABC):
+    """A problem of n samples whose structure pays τΩ for its transforms, ``temper`` τ ≥ 1.
 
     min over M of ‖M⁻ᵀβ‖² + τΩ(M) is τΩ̃(β/√τ), so that every structure can be tempered; at τ = ∞ nothing adapts.
     """
 
-    feats: TangentFeatures
     structure: Structure
     loss: Loss
-    form: str
-    rank: int | None
-    kept: Int[Tensor, " k"] | None = None
-    temper: float = 1.0
-    timings: dict[str, float] = field(default_factory=dict)
+    form: str  # how systems are solved
+    temper: float
+    constraints: Constraints  # what a dense form finds of K₀ before anything else
+    timings: dict[str, float]  # seconds by kind of work
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """How many samples there are."""
+
+    def solution(self, coefficients: Matrices) -> Solution:
+        """The inner minimum over M of the tempered penalty."""
+        if math.isinf(self.temper):
+            return Fixed().solution(coefficients)
+        if self.temper == 1:
+            return self.structure.solution(coefficients)
+        root = math.sqrt(self.temper)
+        found = self.structure.solution({name: matrix / root for name, matrix in coefficients.items()})
+        gradient = {name: root * matrix for name, matrix in found.gradient.items()}
+        return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -97,6 +113,30 @@ class Problem:
             yield
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Problem(Tempered):
+    """Features (in float64), a structure and a loss, and how systems are solved."""
+
+    feats: TangentFeatures
+    structure: Structure
+    loss: Loss
+    form: str
+    rank: int | None
+    temper: float = 1.0
+    constraints: Constraints = field(default_factory=Constraints)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return self.feats.n
+
+    @property
+    def zeros(self) -> dict[str, Tensor]:
+        """β = 0."""
+        like = {"dtype": torch.float64, "device": self.feats.device}
+        return {name: torch.zeros(block.shape, **like) for name, block in self.feats.blocks.items()}  # type: ignore[call-overload]
 
     def inner(self, x: Matrices) -> Vector:
         """φX as one vector."""
@@ -114,16 +154,16 @@ class Problem:
             solution = self.solution(coefficients)
         return Point(coefficients, outputs, solution, solution.penalty + self.loss.value(outputs))
 
-    def solution(self, coefficients: dict[str, Tensor]) -> Solution:
-        """The inner minimum over M of the tempered penalty."""
-        if math.isinf(self.temper):
-            return Fixed().solution(coefficients)
-        if self.temper == 1:
-            return self.structure.solution(coefficients)
-        root = math.sqrt(self.temper)
-        found = self.structure.solution({name: matrix / root for name, matrix in coefficients.items()})
-        gradient = {name: root * matrix for name, matrix in found.gradient.items()}
-        return Solution(found.transforms, self.temper * found.penalty, gradient, found.curvature)
+    def first_system(self) -> System:
+        """The system of K₀, after looking at which constraints are independent."""
+        with self.timed("kernels"):
+            kernel = self.kernel({})
+        if isinstance(kernel, DenseKernel):
+            with self.timed("constraints"):
+                self.constraints = examined(kernel, self.loss, samples=self.n)
+        return self.inverted(
+            {}, kernel, torch.zeros(self.n * self.feats.c, dtype=torch.float64, device=self.feats.device)
+        )
 
     def system(self, transforms: Mapping[str, Transform], outputs: Vector) -> System:
         """Make K_M and its inverse for the loss at these outputs."""
@@ -143,14 +183,14 @@ class Problem:
         adapted = self.feats.transformed(transforms) if transforms else self.feats
         if self.form == "dense":
             size = adapted.n * adapted.c
-            return DenseKernel(adapted.kernel().reshape(size, size), self.kept)
+            return DenseKernel(adapted.kernel().reshape(size, size), self.constraints.kept)
         if self.form == "primal":
             return PrimalKernel(adapted)
         products = FeatureProducts(adapted)
         return RoundedKernel(products) if self.rank is None else PivotedKernel(products, self.rank)
 
     def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
-        """The step for w = w₀ + φᵀη: see ``systems``."""
+        """The step for w = w₀ + φᵀη: see ``feature_systems``."""
         pulled = self.inner(system.square(gradient))
         with self.timed("systems"):
             if system.root is None:

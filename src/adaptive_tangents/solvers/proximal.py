@@ -8,21 +8,19 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive_tangents.checks import check_finite
+from adaptive_tangents.checks import Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.solvers.losses import LossName
+from adaptive_tangents.solvers.targets import Progress, check_features
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
-
-Progress = Callable[[int, float], None]
-LossName = Literal["squared", "cross-entropy"]
 
 _PRODUCTS = 50  # of the power iteration, which ends earlier once the eigenvalue moves by less than a thousandth
 _SETTLED = 1e-3
@@ -60,12 +58,12 @@ class ProximalFit:
 
 def proximal_gradient(
     feats: TangentFeatures,
-    r: Shaped[Tensor, "..."],
+    r: Values,
     *,
     ridge: float,
     structure: Structure | Mapping[str, Structure],
     loss: LossName = "squared",
-    offset: Shaped[Tensor, "n c"] | None = None,
+    offset: Values | None = None,
     tol: float = 1e-8,
     max_steps: int = 20_000,
     start: Matrices | None = None,
@@ -97,8 +95,10 @@ def proximal_gradient(
         )
     if not tol > 0 or max_steps < 1:
         raise TangentError(f"proximal_gradient: tol and max_steps are positive, got {tol} and {max_steps}")
-    structure = as_structure(structure)
-    check_sketch("proximal_gradient", structure, feats)
+    call = "proximal_gradient"
+    check_features(call, feats)
+    structure = as_structure(call, structure)
+    check_sketch(call, structure, feats)
     doubled = feats.to(torch.float64)
     descent = _Descent(doubled, structure.prepared(doubled), _smooth(feats, r, loss, offset, ridge))
     point = descent.point(_start(doubled, start))
@@ -125,9 +125,11 @@ class _Smooth:
         return slope
 
 
-def _smooth(feats: TangentFeatures, r: Tensor, loss: str, offset: Tensor | None, ridge: float) -> _Smooth:
+def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None, ridge: float) -> _Smooth:
     """The loss that is asked for, after checking what it is of."""
     call, size = "proximal_gradient", (feats.n, feats.c)
+    r = as_tensor(call, "targets" if loss == "squared" else "labels", r, feats.device)
+    offset = None if offset is None else as_tensor(call, "offset", offset, feats.device)
     if loss == "squared":
         goal = r[:, None] if r.ndim == 1 and feats.c == 1 else r
         if tuple(goal.shape) != size or not goal.is_floating_point() or goal.device != feats.device:

@@ -1,23 +1,49 @@
-"""From what users hand in to the loss a fit minimises: targets, labels and offsets checked against the features."""
+"""What users hand to a fit, checked: the features or a kernel, and targets, labels and offsets, as a loss."""
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import get_args
 
-from jaxtyping import Shaped
+import numpy as np
 from torch import Tensor
 
-from adaptive_tangents.checks import check_choice, check_finite
+from adaptive_tangents.checks import Values, as_tensor, check_choice, check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.solvers.losses import CrossEntropy, Loss, SquaredError
+from adaptive_tangents.kernels.tiles import StoredKernel
+from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, SquaredError
 
-LossName = Literal["squared", "cross-entropy"]
+Progress = Callable[[int, float], None]  # called with the rounds so far and the objective
 
 
-def goal_of(
-    feats: TangentFeatures, r: Shaped[Tensor, "..."], *, loss: str, offset: Tensor | None, ridge: float
-) -> Loss:
+def check_features(call: str, given: object) -> None:
+    """Raise TangentError for anything but features."""
+    if not isinstance(given, TangentFeatures):
+        raise TangentError(f"{call}: takes features, such as at.tangent_features(model, x), got {_described(given)}")
+
+
+def check_features_or_kernel(call: str, given: object) -> None:
+    """Raise TangentError for anything but features or a kernel, such as the samples themselves."""
+    kernel = isinstance(given, TangentFeatures | Mapping | StoredKernel) or hasattr(given, "opened")
+    if isinstance(given, Tensor | np.ndarray):
+        shape = tuple(given.shape)
+        kernel = (len(shape) == 2 and shape[0] == shape[1]) or (len(shape) == 4 and shape[:2] == shape[2:])
+    if not kernel:
+        raise TangentError(
+            f"{call}: takes features, such as at.tangent_features(model, x), or a kernel: a store, a tensor (n, n) or "
+            f"(n, c, n, c), or a mapping of blocks to tensors; got {_described(given)}"
+        )
+
+
+def _described(given: object) -> str:
+    shape = getattr(given, "shape", None)
+    return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
+
+
+def goal_of(feats: TangentFeatures, r: Values, *, loss: str, offset: Values | None, ridge: float) -> Loss:
     """The loss on the outputs of these features; raises TangentError for shapes, dtypes or values that do not fit."""
-    check_choice("loss", loss, get_args(LossName))
+    check_choice("fit", "loss", loss, get_args(LossName))
+    r = as_tensor("fit", "targets" if loss == "squared" else "labels", r, feats.device)
+    offset = None if offset is None else as_tensor("fit", "offset", offset, feats.device)
     return (_cross_entropy if loss == "cross-entropy" else _squared)(feats, r, offset, ridge)
 
 

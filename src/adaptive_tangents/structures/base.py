@@ -6,10 +6,12 @@ and write ``block_solution`` (all of it comes from one decomposition of B) and `
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from inspect import isabstract, signature
 
 import torch
 from jaxtyping import Float
@@ -102,6 +104,29 @@ class Structure(ABC):
     def gradient(self, coefficients: Matrices) -> Matrices:
         """∇Ω̃(β), one matrix a block."""
         return self.solution(coefficients).gradient
+
+
+def check_structure(call: str, given: object, argument: str = "structure=") -> Structure:
+    """The structure given; raises TangentError for a class, a name or anything else, with what to pass."""
+    if isinstance(given, Structure):
+        return given
+    wanted = "at.TwoSided()"
+    for kind in _kinds(Structure):  # type: ignore[type-abstract]
+        if given is kind or (isinstance(given, str) and _bare(given) == _bare(kind.__name__)):
+            asks = any(p.default is p.empty for p in signature(kind).parameters.values())
+            ours = kind.__module__.startswith("adaptive_tangents.")
+            wanted = f"{'at.' if ours else ''}{kind.__name__}({'...' if asks else ''})"
+    got = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+    raise TangentError(f"{call}: {got} is no structure; pass one, such as {argument}{wanted}")
+
+
+def _kinds(of: type[Structure]) -> list[type[Structure]]:
+    """All kinds of structures that can be made."""
+    return [kind for sub in of.__subclasses__() for kind in (sub, *_kinds(sub)) if not isabstract(kind)]
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
 
 
 def check_sketch(call: str, structure: Structure, feats: TangentFeatures) -> None:

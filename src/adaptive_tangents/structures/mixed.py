@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.structures.base import Matrices, Solution, Structure, joined_solution
+from adaptive_tangents.structures.base import Matrices, Solution, Structure, check_structure, joined_solution
 
 _REST = "*"
 
@@ -116,9 +116,11 @@ class Mixed(Structure):
         return {name: matrix for part in parts for name, matrix in part.items()}
 
 
-def as_structure(given: Structure | Mapping[str, Structure]) -> Structure:
-    """A structure, from one or from a mapping of patterns to structures."""
-    return given if isinstance(given, Structure) else Mixed(given)
+def as_structure(call: str, given: object) -> Structure:
+    """A structure, from one or from a mapping of patterns to structures; raises TangentError for anything else."""
+    if not isinstance(given, Mapping):
+        return check_structure(call, given)
+    return Mixed({pattern: check_structure(call, value, f"{pattern!r}: ") for pattern, value in given.items()})
 
 
 def _only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:

@@ -1,0 +1,145 @@
+"""The continuation that every fit follows: the penalty τΩ on transforms, τ falling to 1, each stage from the last one's end.
+
+At τ = ∞ nothing adapts, and the fit is kernel regression. A solver says how its state is refreshed, measured and moved; here
+is the order of these, when a stage or the whole fit ends, and the record of the rounds.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.solvers.problem import Tempered
+from adaptive_tangents.solvers.results import Round
+from adaptive_tangents.solvers.targets import Progress
+from adaptive_tangents.structures.base import Matrices
+
+ZERO_TARGETS = "the targets are zero, and so is the model"
+_STAGE = 3.0  # the factor by which τ falls
+_LOOSE = 0.02  # the stationarity at which a stage gives way to the next
+_MOST_STAGES = 34
+_WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
+_STILL, _NO_CHANGE = 10, 1e-14  # so many steps with a relative change below this leave the objective as it is
+
+
+@dataclass
+class Course:
+    """How far a search may go, and its rounds so far."""
+
+    tol: float
+    max_rounds: int
+    progress: Progress | None = None
+    history: list[Round] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if not self.tol > 0 or self.max_rounds < 1:
+            raise TangentError(f"fit: tol and max_rounds are positive, got {self.tol} and {self.max_rounds}")
+
+    @property
+    def wanted(self) -> float:
+        """The stationarity of a solution."""
+        return math.sqrt(self.tol)
+
+    def record(
+        self,
+        problem: Tempered,
+        objective: float,
+        stationarity: float,
+        *,
+        solved: bool = True,
+        products: int = 0,
+        accelerated: bool = False,
+    ) -> None:
+        """Add a round."""
+        seconds = time.perf_counter() - self.started
+        self.history.append(Round(objective, stationarity, seconds, problem.temper, solved, products, accelerated))
+        if self.progress is not None:
+            self.progress(len(self.history), objective)
+
+
+class Continuation(ABC):
+    """A search from stage to stage. Subclasses hold its state and say how it is refreshed, measured and moved."""
+
+    def __init__(self, problem: Tempered, course: Course) -> None:
+        self._problem, self.course = problem, course
+        self.gained, self.still = math.inf, 0  # by the last step, relative; steps in a row that gained nothing
+
+    def follow(self, tempers: list[float]) -> tuple[bool, str]:
+        """All stages, to the optimum of τ = 1: whether it was reached, and why the search stopped."""
+        for temper in tempers:
+            self._problem.temper = temper
+            self.enter()
+            converged, reason = self.descend(last=temper == 1.0)
+            if reason:
+                break
+        if self._problem.temper != 1.0:  # out of rounds before all of the adaptation had set in
+            self._problem.temper = 1.0
+            self.enter()
+        return converged, reason
+
+    def descend(self, *, last: bool) -> tuple[bool, str]:
+        """To the optimum of this stage, or near it; the reason to stop is empty where the next stage is to go on."""
+        self.gained, self.still = math.inf, 0
+        self.begin()
+        while True:
+            self.refresh()
+            change, stationarity = self.measure()
+            stopped = self._stopped(change, stationarity, last=last)
+            if stopped is not None:
+                return stopped
+            self.gained = self.step()
+            self.still = self.still + 1 if self.gained <= _NO_CHANGE else 0
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Move the state to the problem's τ."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Prepare a stage."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring up to date what the steps so far have made stale."""
+
+    @abstractmethod
+    def measure(self) -> tuple[float, float]:
+        """The relative change of the objective, of the last step or to expect of the next one, and the stationarity."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """Move the state; returns the relative decrease of the objective."""
+
+    def _stopped(self, change: float, stationarity: float, *, last: bool) -> tuple[bool, str] | None:
+        """Whether to stop: with success, and why."""
+        course, asked = self.course, self.course.wanted
+        if last and change <= course.tol and stationarity <= asked:
+            return True, f"objective changing by {change:.1e} relative, stationarity {stationarity:.1e}"
+        if len(course.history) > course.max_rounds:
+            return False, (
+                f"stopped after {course.max_rounds} rounds with the objective changing by {change:.1e} relative (asked: "
+                f"{course.tol:g}) and stationarity {stationarity:.1e} (asked: {asked:.1e}); raise max_rounds or tol"
+            )
+        if not last:
+            return (False, "") if stationarity <= _LOOSE or self.still >= _STILL else None
+        if self.still >= _STILL:
+            return False, (
+                f"the objective no longer changes in float64 but stationarity is {stationarity:.1e} (asked: "
+                f"{asked:.1e}): adaptation this strong moves too slowly, or the kernel is ill-conditioned; raise tol, "
+                "use a stronger penalty, or a positive ridge"
+            )
+        return None
+
+
+def stages(problem: Tempered, coefficients: Matrices) -> list[float]:
+    """τ = …, 9, 3, 1, from one at which little adapts at these coefficients."""
+    whole = sum(float((matrix**2).sum()) for matrix in coefficients.values())
+    found = [1.0]
+    while len(found) < _MOST_STAGES:
+        problem.temper = found[0]
+        if problem.solution(coefficients).penalty >= _WEAK * whole:
+            break
+        found.insert(0, found[0] * _STAGE)
+    return found

@@ -1,0 +1,129 @@
+"""The search of a fit on features: second-order steps or the alternation, along the continuation, and certified.
+
+With the transforms M held, the least-norm coefficients are those of kernel regression with the adapted kernel K_M; with the
+coefficients held, the best transforms come from one decomposition a block. The alternation repeats these two; Newton's
+method uses the system in K_M to precondition conjugate gradients on the true curvature instead.
+"""
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.features.transforms import is_identity
+from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
+from adaptive_tangents.solvers.certificates import certified
+from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
+from adaptive_tangents.solvers.newton import line_search, newton_direction
+from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Matrices
+
+Solver = Literal["newton", "anderson", "alternation"]
+
+_PATIENCE = 20  # products with the curvature a system may cost a step before it is made anew,
+_SIZE_OF_ONE = 100  # or one for so many rows of a dense one: making it grows as their cube, a product as their square
+
+
+def searched(problem: Problem, course: Course, solver: Solver, start: Matrices | None) -> Fit:
+    """From where nothing adapts, or a start, to the optimum of τ = 1."""
+    system = problem.first_system()
+    beta = problem.zeros
+    if start is not None:
+        beta = {name: start[name].to(zeros) for name, zeros in beta.items()}
+    outputs = problem.inner(beta)
+    if problem.loss.trivial:
+        alpha = torch.zeros_like(outputs)
+        point = problem.point(problem.zeros, alpha)
+        course.record(problem, point.objective, 0.0)
+        jitter = system.kernel.jitter
+        return certified(problem, course, point, alpha, jitter, converged=True, reason=ZERO_TARGETS)
+    if start is None:
+        beta, outputs, system = held_coefficients(problem, system, outputs)
+    else:
+        beta, outputs = problem.restored(system, beta, outputs)
+    point = problem.point(beta, outputs)
+    tempers = [1.0]
+    search: Newton | Alternation
+    if solver == "newton" and point.solution.curvature is not None:
+        problem.temper = math.inf
+        course.record(problem, problem.point(beta, outputs).objective, 0.0 if start is None else math.nan)
+        tempers = stages(problem, beta) if start is None else tempers
+        search = Newton(problem, course, point, system)
+    else:
+        search = Alternation(problem, course, point, system, extrapolated=solver != "alternation")
+    converged, reason = search.follow(tempers)
+    jitter = search.system.kernel.jitter
+    return certified(problem, course, search.point, search.alpha, jitter, converged=converged, reason=reason)
+
+
+def examined(problem: Problem, course: Course, coefficients: dict[str, Tensor]) -> Fit:
+    """The fit at given coefficients, with the best transforms for them."""
+    problem.first_system()
+    point = problem.point(coefficients, problem.inner(coefficients))
+    search = Newton(problem, course, point, problem.system(point.solution.transforms, point.outputs))
+    _, stationarity = search.measure()
+    reason = f"coefficients as given, stationarity {stationarity:.1e} (asked: {course.wanted:.1e})"
+    jitter, met = search.system.kernel.jitter, stationarity <= course.wanted
+    return certified(problem, course, point, search.alpha, jitter, converged=met, reason=reason)
+
+
+class Newton(Continuation):
+    """Second-order steps: a point, the system that preconditions its steps, and how that has served."""
+
+    reduced: Reduced  # the step that the system asks for at the point
+    alpha: Vector
+    stationarity: float
+
+    def __init__(self, problem: Problem, course: Course, point: Point, system: System) -> None:
+        super().__init__(problem, course)
+        self.problem, self.point, self.system = problem, point, system
+        self.products, self.stale, self.moved = 0, True, True
+        rows = problem.n * problem.feats.c if problem.form == "dense" else 0
+        self.patience = max(_PATIENCE, rows // _SIZE_OF_ONE)
+
+    def enter(self) -> None:
+        self.point = self.problem.point(self.point.coefficients, self.point.outputs)
+
+    def begin(self) -> None:
+        # Reuse the previous stage's system; the iteration count of conjugate gradients shows when it is stale.
+        adapts = bool(self.system.transforms) or not is_identity(self.point.solution.transforms)
+        self.products, self.stale = 0, False
+        self.moved = (
+            not adapts
+        )  # take one step at least where anything adapts: its error is the square of what it finds
+
+    def refresh(self) -> None:
+        problem, point = self.problem, self.point
+        if self.still:
+            # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on
+            # those of the coefficients, and of the step.
+            point = problem.point(point.coefficients, problem.inner(point.coefficients))
+        if self.stale:
+            self.system = problem.system(point.solution.transforms, point.outputs)
+        elif self.system.root is not None:
+            self.system = problem.inverted(self.system.transforms, self.system.kernel, point.outputs)
+        beta, outputs = problem.restored(self.system, point.coefficients, point.outputs)
+        self.point = point if beta is point.coefficients else problem.point(beta, outputs)
+
+    def measure(self) -> tuple[float, float]:
+        problem, point = self.problem, self.point
+        self.reduced = problem.reduce(self.system, point.solution.gradient, problem.loss.slope(point.outputs))
+        self.alpha = problem.dual(point, self.reduced)
+        self.stationarity = problem.stationarity(point, self.alpha)
+        self.course.record(problem, point.objective, self.stationarity, solved=self.stale, products=self.products)
+        change = self.reduced.size / 2 / max(abs(point.objective), 1e-300)
+        return change if self.moved or problem.temper != 1.0 else math.inf, self.stationarity
+
+    def step(self) -> float:
+        before = self.point
+        direction = newton_direction(self.problem, self.system, before, self.reduced, self.stationarity)
+        if self.still:
+            direction = replace(direction, outputs=self.problem.inner(direction.step))
+        self.point, length = line_search(self.problem, before, direction, self.reduced)
+        self.products, self.moved = direction.products, True
+        # Where the model was wrong, that is seldom the system's fault: only where no part of its step would do.
+        self.stale = length == 0 or self.products > self.patience
+        return (before.objective - self.point.objective) / max(abs(before.objective), 1e-300)
