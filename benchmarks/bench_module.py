@@ -56,7 +56,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MLP 784-128×4-10": mlp, "MLP 784-1024×2-10": wide, "CNN": convolutions, "transformer": transformer,
 }  # fmt: skip
 MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "linearised (Fixed)": lambda model: at.TangentModule(model),
+    "linearised (Fixed)": lambda model: at.TangentModule(model, at.Fixed()),
     "adaptive (TwoSided)": lambda model: at.TangentModule(model, at.TwoSided()),
     "adaptive (TwoSided, rank 8)": lambda model: at.TangentModule(model, at.TwoSided(), rank=8),
 }

@@ -32,7 +32,7 @@ class Case:
     name: str
     make: Callable[[], tuple[nn.Module, Batch]]
     factored: tuple[str, ...] = ()
-    output: Callable[[Any], Tensor] | None = None
+    output_fn: Callable[[Any], Tensor] | None = None
     wrt: str | tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
     twin: Callable[[], nn.Module] | None = None
@@ -325,7 +325,7 @@ CASES = (
     Case("a dict of inputs and an output picked", lambda: (Forward(
         lambda m, x, mask: {"logits": m.out(m.a(x).tanh() * mask), "other": x}, a=nn.Linear(4, 5),
         out=nn.Linear(5, 2)), {"x": normal(5, 4), "mask": torch.randint(2, (5, 5))}), ("a", "out"),
-        output=lambda out: out["logits"]),
+        output_fn=lambda out: out["logits"]),
     Case("an input overwritten after a layer saw it", lambda: (Forward(overwritten, fc=nn.Linear(4, 5),
         out=nn.Linear(5, 2)), normal(5, 4)), ("fc", "out"),
         twin=lambda: Forward(not_overwritten, fc=nn.Linear(4, 5), out=nn.Linear(5, 2))),

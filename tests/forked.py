@@ -26,7 +26,7 @@ KILLS = 24
 
 
 def make(path: Path, **options: Any) -> at.storage.KernelStore:
-    given = {"tile": 4, "memory_limit": LIMIT, "resume": True} | options
+    given = {"outputs": "trace", "tile": 4, "memory_limit": LIMIT, "resume": True} | options
     return at.kernel_to_store(given.pop("model", network()), given.pop("x", data(40)), path, **given)
 
 

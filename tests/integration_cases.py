@@ -98,7 +98,7 @@ CASES = (
     Case("timm ViT", timm_vit, may_be_whole=("cls_token", "pos_embed"), requires="timm"),
     Case("timm ViT, pooled", lambda: timm_vit(class_token=False, global_pool="avg"), may_be_whole=("pos_embed",),
         requires="timm"),
-    Case("transformers GPT-2", gpt2, may_be_whole=("*wpe.weight",), output=logits, requires="transformers"),
-    Case("transformers BERT", bert, may_be_whole=("*position_embeddings*", "*token_type*"), output=logits,
+    Case("transformers GPT-2", gpt2, may_be_whole=("*wpe.weight",), output_fn=logits, requires="transformers"),
+    Case("transformers BERT", bert, may_be_whole=("*position_embeddings*", "*token_type*"), output_fn=logits,
         requires="transformers"),
 )  # fmt: skip

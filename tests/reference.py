@@ -31,13 +31,13 @@ def size(x: Any) -> int:
     return len(x) if isinstance(x, Tensor) else len(next(iter(x.values())) if isinstance(x, Mapping) else x[0])
 
 
-def evaluate(model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None = None) -> Tensor:
+def evaluate(model: nn.Module, x: Any, output_fn: Callable[[Any], Tensor] | None = None) -> Tensor:
     """f(x) sample by sample, (n, c)."""
     rows = []
     for k in range(size(x)):
         one = sample(x, k)
         out = model(**one) if isinstance(one, Mapping) else model(*(one if isinstance(one, tuple) else (one,)))
-        rows.append((out if output is None else output(out))[0])
+        rows.append((out if output_fn is None else output_fn(out))[0])
     return torch.stack(rows)
 
 
@@ -45,7 +45,7 @@ def jacobian(
     model: nn.Module,
     x: Any,
     *,
-    output: Callable[[Any], Tensor] | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
     names: Sequence[str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Array:
@@ -58,7 +58,7 @@ def jacobian(
     for name, p in named.items():
         p.requires_grad_(name in chosen)
     rows = []
-    for values in evaluate(model, x, output):
+    for values in evaluate(model, x, output_fn):
         for value in values:
             found = [None] * len(chosen)
             if value.requires_grad:

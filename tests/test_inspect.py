@@ -103,11 +103,11 @@ def direct(name: str) -> tuple[dict[str, at.TangentFeatures], Tensor, Any]:
         direction = torch.linalg.svd(centred).Vh[0]
         direction = direction * direction[direction.abs().argmax()].sign()
         change, pick = change @ direction[:, None], lambda out: out @ direction[:, None]
-    average = at.average_features(model, start, end, data.x, nodes=6, output=pick, buffers="path")
+    average = at.average_features(model, start, end, data.x, nodes=6, output_fn=pick, buffers="path")
     feats = {
-        "initial": at.tangent_features(model, data.x, params=start, output=pick),
+        "initial": at.tangent_features(model, data.x, params=start, output_fn=pick),
         "average": average,
-        "final": at.tangent_features(model, data.x, params=end, output=pick),
+        "final": at.tangent_features(model, data.x, params=end, output_fn=pick),
     }
     return feats, change, average
 
@@ -269,7 +269,7 @@ def test_features_keep_the_smaller_form_and_are_the_same() -> None:
 def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _, data = problem("mlp")
     tangents = Tangents(model, data.x, lambda out: out, None)
-    limit = "adaptive_tangents.inspection.tangents.memory_limit"
+    limit = "adaptive_tangents.inspection.tangents.limit_for"
     monkeypatch.setattr(limit, lambda *_: 10_000)
     assert fitting_chunk(tangents, Cost(1, 100, 350), 50)[1] < 50
     with pytest.raises(at.TangentError, match=r"features of one sample take .* too little for 8 samples; narrow --wrt"):
@@ -279,7 +279,7 @@ def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: 
 def test_chunks_shrink_where_memory_has_become_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     model, start, _, data = problem("mlp")
     free = iter([9, 9, 3, 0] + [9] * 20)
-    monkeypatch.setattr("adaptive_tangents.inspection.tangents.memory_limit", lambda *_: 100 * next(free))
+    monkeypatch.setattr("adaptive_tangents.inspection.tangents.limit_for", lambda *_: 100 * next(free))
     tangents = Tangents(model, data.x, lambda out: out, None, chunk=6, making=100)
     assert [len(part) for part, _ in tangents._parts()] == [6, 6, 3, 1, 4]
     assert tangents.at(start).n == 20

@@ -59,7 +59,7 @@ def kernel(*options: str, out: str = "K.zarr") -> Result:
 def test_the_command_makes_the_store_that_the_call_makes(folder: Path) -> None:
     done = kernel("--tile", "4", "--memory-limit", "1GB")
     assert done.exit_code == 0, done.output
-    assert "kernel 9 × 9 (trace, float32)" in done.output
+    assert "kernel 9 × 3 × 9 × 3 (full, float32)" in done.output
     assert f"Kernel: {folder / 'K.zarr'}" in done.output
     model, x = network().float(), data(9).float()
     made = at.kernel_to_store(model, x, folder / "call.zarr", tile=4, memory_limit=10**9)
@@ -70,7 +70,7 @@ def test_the_output_of_a_network_that_returns_several_is_the_first_as_for_inspec
     done = kernel("--model", "factory_of_kernels.py:several", "--tile", "4", "--memory-limit", "1GB")
     assert done.exit_code == 0, done.output
     made = at.open_kernel(folder / "K.zarr").read()
-    assert torch.equal(made, at.tangent_kernel(network().float(), data(9).float(), outputs="trace", tile=4))
+    assert torch.equal(made, at.tangent_kernel(network().float(), data(9).float(), tile=4))
 
 
 def test_options_reach_the_kernel(folder: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_sketch_is_what_sketched_features_give(folder: Path) -> None:
     store, sketch = at.open_kernel(folder / "K.zarr"), at.Sketch(40, seed=3)
     assert store.meta["sketch"] == sketch.describe()
     made = sketch.apply(at.tangent_features(network().float(), data(9).float()))
-    torch.testing.assert_close(store.read(), made.kernel(outputs="trace"))
+    torch.testing.assert_close(store.read(), made.kernel())
 
 
 def test_a_sketch_of_too_few_coordinates_is_refused(folder: Path) -> None:

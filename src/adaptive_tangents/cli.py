@@ -222,7 +222,7 @@ def kernel(
         Path | None, typer.Option(help="Its parameters, .pt or .safetensors; else as it is made.")
     ] = None,
     data2: Annotated[Path | None, typer.Option(help="Samples of the columns, .npz; else those of the rows.")] = None,
-    outputs: Annotated[str, typer.Option(help="trace (summed over outputs), full or diagonal.")] = "trace",
+    outputs: Annotated[str, typer.Option(help="full, trace (summed over outputs) or diagonal.")] = "full",
     wrt: Annotated[
         list[str] | None, typer.Option(help="Only parameters whose name matches this pattern; may be repeated.")
     ] = None,
@@ -255,19 +255,19 @@ def kernel(
             batches.append(loaded.x)
         x, x2 = batches[0], None if data2 is None else batches[1]
         arguments: dict[str, Any] = {
-            "output": partial(pick, call="kernel"),
+            "output_fn": partial(pick, call="kernel"),
             "outputs": outputs, "wrt": tuple(wrt) if wrt else None, "by_block": by_block, "tile": tile,
             "memory_limit": limit, "dtype": torch.float64 if float64 else None,
             "sketch": None if sketch is None else Sketch(sketch, seed=seed),
         }  # fmt: skip
         if rank == 0:
             console.print(
-                str(plan_kernel(network, x, x2, **arguments, processes=processes)), highlight=False, soft_wrap=True
+                str(plan_kernel(network, x, x2=x2, **arguments, processes=processes)), highlight=False, soft_wrap=True
             )
         if plan:
             return
         with _progress() if rank == 0 else nullcontext() as progress:
-            store = kernel_to_store(network, x, out, x2, **arguments, resume=resume, progress=progress)
+            store = kernel_to_store(network, x, out, x2=x2, **arguments, resume=resume, progress=progress)
         if rank == 0:
             console.print(f"Kernel: {store.path.resolve()}", soft_wrap=True, highlight=False)
 

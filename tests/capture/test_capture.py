@@ -72,8 +72,8 @@ def test_the_model_and_the_batch_are_left_as_found(case: Case) -> None:
         parameter.grad = torch.full_like(parameter, k)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = fingerprint(model, x)
-    at.tangent_features(model, x, params=state, wrt=case.wrt, output=case.output).kernel()
-    at.tangent_kernel(model, x, wrt=case.wrt, output=case.output, tile=2)
+    at.tangent_features(model, x, params=state, wrt=case.wrt, output_fn=case.output_fn).kernel()
+    at.tangent_kernel(model, x, wrt=case.wrt, output_fn=case.output_fn, tile=2)
     assert fingerprint(model, x) == before
 
 
@@ -107,10 +107,10 @@ def test_buffers_that_a_forward_pass_updates_stay_as_they_were() -> None:
 @every_case
 def test_features_hold_no_graph_and_repeat_to_the_bit_also_where_gradients_are_switched_off(case: Case) -> None:
     model, x = case.build()
-    one = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+    one = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
     for context in (nullcontext, torch.no_grad, torch.inference_mode):
         with context():
-            two = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+            two = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
             assert torch.equal(one.dense(), two.dense())
         for name, block in one.blocks.items():
             for part, again in zip(block.summands, two.blocks[name].summands, strict=True):
@@ -338,7 +338,7 @@ def test_models_with_nothing_to_differentiate_are_refused() -> None:
     refused(r"no parameter requires a gradient; name the ones you want, e.g. wrt='\*'", model, normal(3, 4))
 
 
-PICK = r"pass output=, a function of what the model returns that gives a tensor \(n, c\)"
+PICK = r"pass output_fn=, a function of what the model returns that gives a tensor \(n, c\)"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_outputs_that_are_not_one_row_a_sample_are_refused(function: Callable[..
 
 def test_an_output_function_is_held_to_the_same() -> None:
     model, x = by_name["Tanh"].build()
-    refused(r"the output has shape \(6,\), expected \(6, c\)", model, x, output=lambda out: out.sum(1))
+    refused(r"the output has shape \(6,\), expected \(6, c\)", model, x, output_fn=lambda out: out.sum(1))
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
@@ -538,7 +538,7 @@ MADE_OUTRIGHT = {
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_samples_are_gone_through_one_by_one_only_where_neither_layers_nor_the_graph_can_tell(case: Case) -> None:
     model, x = case.build()
-    capture = Capture("call", model, x, None, case.wrt, case.output, None)
+    capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)
     probe = capture.probe
     _, blocks = capture._in_one_pass(x)
     assert set(probe.dense) - set(blocks) == ONE_BY_ONE.get(case.name, set())
@@ -657,6 +657,6 @@ def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
     # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
     (case,) = (case for case in CASES if case.name == name)
     model, x = case.build()
-    capture = Capture("call", model, x, None, case.wrt, case.output, None)
+    capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)
     for chunk in (1, 2):
         np.testing.assert_allclose(capture.features(x, chunk).dense(), capture.features(x).dense(), atol=1e-10)

@@ -41,9 +41,11 @@ def moved(model: nn.Module, step: float) -> tuple[dict[str, Tensor], dict[str, T
 def test_averages_along_a_path_are_exact_and_obey_the_identity(case: Case) -> None:
     model, x = case.build()
     start, end = moved(model, 1e-4)  # so short that kinks and order of tokens stay where they are
-    average = at.average_features(model, start, end, x, nodes=2, output=case.output)
+    average = at.average_features(model, start, end, x, nodes=2, output_fn=case.output_fn)
     phis = [
-        reference.jacobian(model, x, output=case.output, state=reference.between(start, end, (1 + sign / 3**0.5) / 2))
+        reference.jacobian(
+            model, x, output_fn=case.output_fn, state=reference.between(start, end, (1 + sign / 3**0.5) / 2)
+        )
         for sign in (-1, 1)
     ]
     phi = (phis[0] + phis[1]) / 2
@@ -124,7 +126,7 @@ def test_losses_of_samples_are_an_output_whose_kernel_is_that_of_gradients() -> 
         value = losses(model(**reference.sample(x, k))).sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))]))
     phi = torch.stack(gradients)
-    made = at.tangent_kernel(model, x, output=losses, outputs="trace")
+    made = at.tangent_kernel(model, x, output_fn=losses, outputs="trace")
     torch.testing.assert_close(made, phi @ phi.mT, rtol=1e-9, atol=1e-12)
 
 
@@ -166,9 +168,9 @@ def test_a_gpt_trained_a_little_obeys_the_path_identity() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(ids)[:, -1, :3], target).backward()
         optimizer.step()
-    average = at.average_features(model, start, model.state_dict(), ids, output=lambda out: out[:, -1, :3], tol=1e-6)
+    average = at.average_features(model, start, model.state_dict(), ids, output_fn=lambda out: out[:, -1, :3], tol=1e-6)
     assert average.error <= 1e-6
-    initial = at.tangent_features(model, ids, params=start, output=lambda out: out[:, -1, :3])
+    initial = at.tangent_features(model, ids, params=start, output_fn=lambda out: out[:, -1, :3])
     assert set(at.explain(initial, average, at.TwoSided()).r2) == set(initial.blocks)
 
 
@@ -176,5 +178,5 @@ def test_a_model_in_single_precision_gives_the_loss_of_one_sample_as_autograd_do
     model, x = mlp(nn.SiLU).float(), normal(3, 4).float()
     out = model(x).logsumexp(1)[1]
     found = torch.cat([g.flatten() for g in torch.autograd.grad(out, list(model.parameters()))])
-    made = at.tangent_features(model, x, output=lambda out: out.logsumexp(1)[:, None]).dense()[1, 0]
+    made = at.tangent_features(model, x, output_fn=lambda out: out.logsumexp(1)[:, None]).dense()[1, 0]
     torch.testing.assert_close(made, found, rtol=1e-4, atol=1e-6)

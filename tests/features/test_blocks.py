@@ -238,9 +238,9 @@ def test_summing_positions_where_that_takes_less_room_changes_no_number(
 ) -> None:
     case = by_name[name] if name in by_name else next(c for key, c in by_name.items() if "resnet" in key.lower())
     model, x = case.build()
-    feats = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+    feats = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
     monkeypatch.setattr(blocks, "_WORTH_SUMMING", 1)
-    small = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+    small = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
     assert small.bytes <= feats.bytes
     if name != "a layer called twice":
         assert any(block.kind == "summed" for block in small.blocks.values())

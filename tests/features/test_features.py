@@ -54,8 +54,8 @@ def prepare(case: Case) -> Prepared:
     _, other_x = case.build(seed=1)
     other_x = take(other_x, slice(0, 2))
     ready = case.reference_model(model)
-    phi, other_phi = (reference.jacobian(ready, z, output=case.output, names=case.names) for z in (x, other_x))
-    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output=case.output) for z in (x, other_x))
+    phi, other_phi = (reference.jacobian(ready, z, output_fn=case.output_fn, names=case.names) for z in (x, other_x))
+    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output_fn=case.output_fn) for z in (x, other_x))
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
     return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance)
 
@@ -83,7 +83,7 @@ def test_features_in_single_precision_are_those_in_double(case: Case) -> None:
     p = prepare(case)
     model, x = case.build()
     model, x = model.float(), convert(x)
-    feats = at.tangent_features(model, x, wrt=case.wrt, output=case.output)
+    feats = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
     assert feats.dtype == torch.float32
     p = replace(p, tolerance=1e-4)
     assert p.agrees(feats.dense(), p.phi)
@@ -190,7 +190,7 @@ def test_kernel_equals_that_of_the_dense_features(case: Case, outputs: str) -> N
 @every_case
 def test_features_of_one_sample_go_with_features_of_many(case: Case) -> None:
     p = prepare(case)
-    alone = at.tangent_features(p.model, take(p.x, slice(0, 1)), wrt=case.wrt, output=case.output)
+    alone = at.tangent_features(p.model, take(p.x, slice(0, 1)), wrt=case.wrt, output_fn=case.output_fn)
     assert p.agrees(alone.kernel(p.feats), reference.kernel(p.phi[:1], p.phi))
 
 

@@ -19,7 +19,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @every_case
 def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None:
     p = prepare(case)
-    keywords = {"wrt": case.wrt, "output": case.output}
+    keywords = {"wrt": case.wrt, "output_fn": case.output_fn}
     for tile, outputs in zip((2, None, 1), OUTPUTS, strict=True):
         if tile != 1:
             made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)

@@ -55,7 +55,7 @@ def stores(folder: Path) -> Stores:
         for outputs in ("full", "trace", "diagonal")
     }
     made["by block"] = at.kernel_to_store(model, x, folder / "blocks", outputs="full", by_block=True, tile=TILE)
-    made["others"] = at.kernel_to_store(model, inputs(9, 5), folder / "others", x, outputs="full", tile=TILE)
+    made["others"] = at.kernel_to_store(model, inputs(9, 5), folder / "others", x2=x, outputs="full", tile=TILE)
     made["float32"] = at.kernel_to_store(model, x, folder / "float32", outputs="trace", tile=TILE, dtype=torch.float32)
     return made
 

@@ -63,7 +63,7 @@ def joint_objective(adaptive: at.TangentModule, x: Any, r: Tensor, ridge: float)
 @every_case
 def test_the_output_is_the_network_plus_adapted_features_times_inner_coefficients(case: Case) -> None:
     model, x = case.build()
-    adaptive = wander(at.TangentModule(model, at.TwoSided(), wrt=case.wrt, output=case.output))
+    adaptive = wander(at.TangentModule(model, at.TwoSided(), wrt=case.wrt, output_fn=case.output_fn))
     feats = adaptive.adapted_features(x)
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
     change = feats.inner(adaptive.inner_coefficients())
@@ -246,7 +246,7 @@ def test_optimisers_see_the_inner_coefficients_and_factors_alone() -> None:
 def test_the_model_given_is_left_as_it_was_and_later_changes_to_it_do_not_matter() -> None:
     model, x, _ = small()
     before = copy.deepcopy(model.state_dict())
-    adaptive = at.TangentModule(model)
+    adaptive = at.TangentModule(model, at.Fixed())
     out = adaptive(x)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -308,7 +308,7 @@ import sys, torch, adaptive_tangents as at
 model = torch.nn.Linear(3, 2)
 at.tangent_features(model, torch.randn(4, 3)).kernel()
 print("torch._dynamo" in sys.modules, hasattr(at.TangentModule.forward, "_torchdynamo_disable"))
-at.TangentModule(model)
+at.TangentModule(model, at.Fixed())
 print(at.TangentModule.forward._torchdynamo_disable)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -317,7 +317,7 @@ print(at.TangentModule.forward._torchdynamo_disable)
 
 def test_training_mode_leaves_the_frozen_network_in_evaluation_mode() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).double().eval()
-    adaptive, x = at.TangentModule(model), normal(6, 4)
+    adaptive, x = at.TangentModule(model, at.Fixed()), normal(6, 4)
     out = adaptive.eval()(x)
     assert adaptive.train().training
     assert torch.equal(adaptive(x), out)
@@ -418,7 +418,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         at.TangentModule(model, {"9": at.Fixed(), "*": at.Fixed()})
     fit = at.fit(at.tangent_features(nn.Sequential(nn.Linear(5, 2)).double(), x), r, structure=at.Fixed())
     with pytest.raises(at.TangentError, match=r"TangentModule: the fit has blocks \{'0': \(2, 6\)\}, this module"):
-        at.TangentModule(model).load_fit(fit)
+        at.TangentModule(model, at.Fixed()).load_fit(fit)
     unknown = at.TangentModule(model, at.LayerScale(scale_invariant=True))
     with pytest.raises(
         at.TangentError, match=r"a scale_invariant structure measures .* give structure.prepared\(feats\)"

@@ -128,8 +128,8 @@ def test_a_plan_tells_what_a_kernel_will_take_before_it_runs() -> None:
 def test_memory_that_is_free_is_no_more_than_the_machine_has() -> None:
     free = memory.available_bytes()
     assert 0 < free <= psutil.virtual_memory().total
-    assert memory.memory_limit(None) == pytest.approx(free / 2, rel=0.2)
-    assert memory.memory_limit(12345) == 12345
+    assert memory.limit_for(None) == pytest.approx(free / 2, rel=0.2)
+    assert memory.limit_for(12345) == 12345
 
 
 def test_limits_of_the_container_and_the_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_a_limit_on_the_address_space_leaves_what_is_not_yet_used(monkeypatch: p
 @pytest.mark.parametrize("requested", [0, -5])
 def test_a_limit_is_a_positive_number_of_bytes(requested: int) -> None:
     with pytest.raises(at.TangentError, match=f"memory_limit: expected a positive number of bytes, got {requested}"):
-        memory.memory_limit(requested)
+        memory.limit_for(requested)
 
 
 def test_a_refusal_names_the_call_both_sizes_and_the_remedy() -> None:

@@ -567,7 +567,7 @@ def changed(model: nn.Module) -> nn.Module:
         (lambda model, x, s: at.sketch_features(model, x, at.Sketch(300, 3, 4)), "sketch .*\"seed\": 2.* there"),
         (lambda model, x, s: at.sketch_features(model, x, at.Sketch(301, 2, 4)), "sketch .*\"dim\": 300"),
         (lambda model, x, s: at.sketch_features(model, x, s, wrt=["0.*", "3.*"]), "shapes of blocks"),
-        (lambda model, x, s: at.sketch_features(model, x, s, output=lambda out: out[:, :1]), "outputs 2 there and 1 here"),
+        (lambda model, x, s: at.sketch_features(model, x, s, output_fn=lambda out: out[:, :1]), "outputs 2 there and 1 here"),
         (lambda model, x, s: at.sketch_features(model.double(), x.double(), s), "dtype"),
         (lambda model, x, s: at.sketch_features(model, x, s, wrt="*"), None),
     ],

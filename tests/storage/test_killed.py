@@ -48,10 +48,10 @@ def test_under_torchrun_a_killed_process_is_made_good(restarts: int, tmp_path: P
         left = at.open_kernel(path)
         assert (left.complete, left.verify()) == (False, [])
         assert 3 <= len(left.places) - len(left.missing()) < len(left.places)
-        at.kernel_to_store(network(), data(40), path, memory_limit=LIMIT, resume=True)
+        at.kernel_to_store(network(), data(40), path, outputs="trace", memory_limit=LIMIT, resume=True)
     else:
         assert done.returncode == 0, done.stderr
-    at.kernel_to_store(network(), data(40), tmp_path / "expected.zarr", tile=4, memory_limit=LIMIT)
+    at.kernel_to_store(network(), data(40), tmp_path / "expected.zarr", outputs="trace", tile=4, memory_limit=LIMIT)
     assert files(path) == files(tmp_path / "expected.zarr")
 
 

@@ -22,7 +22,7 @@ from stored import LIMIT, data, files, network
 def test_a_stored_kernel_is_that_of_the_dense_features(name: str, outputs: str, tmp_path: Path) -> None:
     p = prepare(by_name[name])
     for x2, phi2 in ((None, p.phi), (p.other_x, p.other_phi)):
-        store = at.kernel_to_store(p.model, p.x, tmp_path / f"{x2 is None}.zarr", x2, outputs=outputs, tile=2)
+        store = at.kernel_to_store(p.model, p.x, tmp_path / f"{x2 is None}.zarr", x2=x2, outputs=outputs, tile=2)
         assert p.agrees(store.read(), reference.kernel(p.phi, phi2, outputs))
         assert (store.n, store.m, store.c, store.outputs) == (p.feats.n, len(phi2), p.feats.c, outputs)
         assert (store.symmetric, store.complete, store.missing(), store.verify()) == (x2 is None, True, [], [])
@@ -106,7 +106,7 @@ def test_a_store_is_plain_zarr_that_says_what_it_was_made_from(made: at.storage.
 def test_a_tile_of_zeros_is_a_tile(tmp_path: Path) -> None:
     model = network()
     torch.nn.init.zeros_(model[-1].weight)
-    store = at.kernel_to_store(model, data(), tmp_path / "K.zarr", by_block=True, tile=4)
+    store = at.kernel_to_store(model, data(), tmp_path / "K.zarr", outputs="trace", by_block=True, tile=4)
     assert store.missing() == []
     assert float(store.read(block="0").abs().max()) == 0
 
@@ -123,7 +123,7 @@ def test_no_samples_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(at.TangentError, match=r"^kernel_to_store: x holds no samples$"):
         at.kernel_to_store(network(), data(0), tmp_path / "K.zarr")
     with pytest.raises(at.TangentError, match=r"^kernel_to_store: x holds no samples$"):
-        at.kernel_to_store(network(), data(), tmp_path / "K.zarr", data(0))
+        at.kernel_to_store(network(), data(), tmp_path / "K.zarr", x2=data(0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +197,7 @@ def test_what_is_not_there_is_refused_by_name(
 
 
 def test_of_kernels_by_block_one_must_be_named(tmp_path: Path) -> None:
-    store = at.kernel_to_store(network(), data(), tmp_path / "K.zarr", by_block=True)
+    store = at.kernel_to_store(network(), data(), tmp_path / "K.zarr", outputs="trace", by_block=True)
     for block, asked in ((None, "no block was named"), ("1", "block '1' was asked for")):
         with pytest.raises(at.TangentError, match=f"^read: .* holds kernels of the blocks 0, 2, and {asked}; name"):
             store.read(block=block)

@@ -21,7 +21,7 @@ from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialise, mixed, projections, spreads, tolerance
 from adaptive_tangents.capture.graph import Form, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.network import Network, Output, Selection, network
+from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
@@ -29,7 +29,7 @@ from adaptive_tangents.features.blocks import Block, stack_blocks
 from adaptive_tangents.features.summands import Flipped, Lookup, Outer
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
-from adaptive_tangents.runtime.memory import keep_freed, memory_limit, require_memory
+from adaptive_tangents.runtime.memory import keep_freed, limit_for, require_memory
 
 _Made = TypeVar("_Made")
 
@@ -40,14 +40,14 @@ def tangent_features(
     *,
     params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
 ) -> TangentFeatures:
     r"""Tangent features φ(x) = ∂f(x;θ)/∂θ of a network, exact, in factors Σ_t δ_t h_tᵀ wherever a layer allows it.
 
     ``x`` is a tensor, tuple or dict of tensors with n samples first; ``params`` a state dict to evaluate at
     (default: the model's own); ``wrt`` a name pattern, a parameter, or several (default: those requiring a gradient);
-    ``output`` picks a tensor (n, c) from what the model returns; ``memory_limit`` is in bytes (default: half of what
+    ``output_fn`` picks a tensor (n, c) from what the model returns; ``memory_limit`` is in bytes (default: half of what
     is free). The model is left as found. Source: LeJeune & Alemohammad, CPAL 2024, §2.
 
     Raises TangentError where samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite,
@@ -61,7 +61,7 @@ def tangent_features(
     >>> feats.kernel(outputs="trace").shape
     torch.Size([10, 10])
     """
-    return Capture("tangent_features", model, x, params, wrt, output, memory_limit).features(x)
+    return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit).features(x)
 
 
 # Samples, spread over a batch, from which is learnt what features are made of. A prime: a dimension of the network that is
@@ -117,15 +117,15 @@ class Capture:
 
     def __init__(
         self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
-        output: Output | None, limit: int | None,
+        output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call = call
-        self.network: Network = network(call, model, x, params, wrt, output)
+        self.network: Network = network(call, model, x, params, wrt, output_fn)
         self.requested = limit
         self.verify = True
         self.groups = parameter_groups(self.network)
         keep_freed()
-        self.limit = memory_limit(limit, tensors(x)[0].device)
+        self.limit = limit_for(limit, tensors(x)[0].device)
         self.probe = self._probe(x)
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 

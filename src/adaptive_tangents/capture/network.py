@@ -16,7 +16,7 @@ from adaptive_tangents.capture.batches import Batch, check_batch, samples, take
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError
 
-Output = Callable[[Any], Tensor]
+OutputFn = Callable[[Any], Tensor]
 Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
 
 
@@ -28,7 +28,7 @@ class Network:
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     selected: tuple[str, ...]
-    output: Output | None
+    output_fn: OutputFn | None
     call: str
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -40,10 +40,10 @@ class Network:
                 out = torch.func.functional_call(self.model, state, (), dict(x))
             else:
                 out = torch.func.functional_call(self.model, state, (x,) if isinstance(x, Tensor) else x)
-        return self._checked(out if self.output is None else self.output(out), samples(x))
+        return self._checked(out if self.output_fn is None else self.output_fn(out), samples(x))
 
     def _checked(self, out: Any, n: int) -> Tensor:
-        pick = "pass output=, a function of what the model returns that gives a tensor (n, c)"
+        pick = "pass output_fn=, a function of what the model returns that gives a tensor (n, c)"
         if not isinstance(out, Tensor):
             raise TangentError(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
         if out.ndim != 2 or out.shape[0] != n:
@@ -126,7 +126,7 @@ def network(
     x: Batch,
     params: Mapping[str, Tensor] | None,
     wrt: Selection | None,
-    output: Output | None,
+    output_fn: OutputFn | None,
 ) -> Network:
     """The model at ``params`` with the parameters selected by ``wrt``, after checking that all of it fits together."""
     check_model(call, model)
@@ -144,7 +144,7 @@ def network(
         parameters, buffers = overlay(call, model, params)
     check_mode(call, model)
     check_batch(call, x, parameters)
-    return Network(model, parameters, buffers, selected, output, call)
+    return Network(model, parameters, buffers, selected, output_fn, call)
 
 
 def check_model(call: str, model: nn.Module) -> None:

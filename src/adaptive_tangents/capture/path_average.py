@@ -13,12 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.network import Output, Selection, overlay
+from adaptive_tangents.capture.network import OutputFn, Selection, overlay
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.runtime.memory import memory_limit as limit_in_force
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Buffers = Literal["same", "path"]
 
@@ -52,7 +51,7 @@ def average_features(
     nodes: int | None = None,
     max_nodes: int = 256,
     wrt: Selection | None = None,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
     buffers: Buffers = "same",
 ) -> AverageFeatures:
@@ -85,7 +84,7 @@ def average_features(
         raise TangentError(f"{call}: nodes is a positive number, got {max_nodes if nodes is None else nodes}")
     if buffers not in ("same", "path"):
         raise TangentError(f"{call}: buffers is 'same' or 'path', got {buffers!r}")
-    first = Capture(call, model, x, start, wrt, output, memory_limit)
+    first = Capture(call, model, x, start, wrt, output_fn, memory_limit)
     theta1, buffers1 = overlay(call, model, end)
     names = first.network.selected
     moved = [k for k, p in first.network.parameters.items() if k not in names and not torch.equal(p, theta1[k])]
@@ -129,7 +128,7 @@ def _average(
 ) -> tuple[TangentFeatures, Tensor | None]:
     """Features averaged over the nodes, and the change that the buffers made."""
     points, weights = np.polynomial.legendre.leggauss(count)
-    limit = limit_in_force(first.requested, first.probe.device)
+    limit = limit_for(first.requested, first.probe.device)
     theta0, theta1, buffers0 = first.network.parameters, after.network.parameters, first.network.buffers
     require_memory(
         call, 2 * samples(x) * (first.probe.held_bytes(count) + first.probe.whole_bytes), limit,

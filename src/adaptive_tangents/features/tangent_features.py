@@ -25,7 +25,7 @@ from adaptive_tangents.features.kernel_layout import (
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.summands import Index, Shared, sum_tensors, tensors_of
 from adaptive_tangents.features.transforms import Entrywise, Joint, Sides, Transform
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TangentFeatures:
         Raises TangentError where that array would exceed the memory limit.
         """
         needed = self.n * self.c * self.p * self._like.element_size()
-        limit = memory_limit(self.limit, self.device)
+        limit = limit_for(self.limit, self.device)
         require_memory("dense", 2 * needed, limit, remedy="use kernel, matvec or rmatvec, which never form it")
         out = self._like.new_zeros(self.n, self.c, self.p)
         offsets, start = {}, 0
@@ -224,7 +224,7 @@ class TangentFeatures:
         itemsize = working_dtype(self.dtype, precision).itemsize
         result = kernel_dtype(self.dtype, precision).itemsize
         entries = self.n * partner.n * {"full": self.c**2, "trace": 1, "diagonal": self.c}[outputs]
-        limit = memory_limit(self.limit, self.device)
+        limit = limit_for(self.limit, self.device)
         # A block's share is a kernel of its own before it is added to one of another dtype.
         kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
         budget = max(limit - kernel_bytes, itemsize)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
-from adaptive_tangents.capture.network import Output
+from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.errors import TangentError
 
 PREFIX = "network."
@@ -89,8 +89,8 @@ class Reduction:
             return (outputs * self.weights.to(outputs)).sum(1, keepdim=True)
         return outputs @ self.weights.to(outputs)
 
-    def arrange(self, model: nn.Module, x: Batch) -> tuple[nn.Module, Batch, Output]:
-        """Model, batch and `output=` that give these outputs' features."""
+    def arrange(self, model: nn.Module, x: Batch) -> tuple[nn.Module, Batch, OutputFn]:
+        """Model, batch and `output_fn=` that give these outputs' features."""
         if self.kind != "margin":
             weights = self.weights
             return model, x, lambda out: pick(out) @ weights.to(pick(out))

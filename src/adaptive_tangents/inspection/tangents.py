@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import tangent_features
-from adaptive_tangents.capture.network import Output
+from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.capture.path_average import AverageFeatures, average_features
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, stack_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.runtime.memory import format_bytes, memory_limit
+from adaptive_tangents.runtime.memory import format_bytes, limit_for
 
 Tick = Callable[[float], None]
 _PROBED = 16
@@ -40,7 +40,7 @@ class Tangents:
 
     model: nn.Module
     x: Batch
-    output: Output
+    output_fn: OutputFn
     wrt: tuple[str, ...] | None
     chunk: int = _PROBED
     making: int = 1
@@ -49,7 +49,7 @@ class Tangents:
         """Features of all samples."""
         parts = []
         for part, done in self._parts():
-            made = tangent_features(self.model, part, params=state, wrt=self.wrt, output=self.output)
+            made = tangent_features(self.model, part, params=state, wrt=self.wrt, output_fn=self.output_fn)
             parts.append(collapsed(made))
             tick(done)
         return together(parts)
@@ -81,7 +81,9 @@ class Tangents:
 
     def cost(self, state: Mapping[str, Tensor], nodes: int) -> Cost:
         """What one sample takes, from the features of a single one."""
-        one = tangent_features(self.model, take(self.x, slice(0, 1)), params=state, wrt=self.wrt, output=self.output)
+        one = tangent_features(
+            self.model, take(self.x, slice(0, 1)), params=state, wrt=self.wrt, output_fn=self.output_fn
+        )
         size = torch.finfo(one.dtype).bits // 8
         kept = sum(min(_entries(b), _dense_entries(b)) for b in one.blocks.values())
         average = sum(min(nodes * _entries(b), _dense_entries(b)) for b in one.blocks.values())
@@ -95,7 +97,7 @@ class Tangents:
         tol: float = 1e-3, max_nodes: int = 256,
     ) -> AverageFeatures:  # fmt: skip
         return average_features(
-            self.model, start, end, part, nodes=nodes, tol=tol, max_nodes=max_nodes, wrt=self.wrt, output=self.output,
+            self.model, start, end, part, nodes=nodes, tol=tol, max_nodes=max_nodes, wrt=self.wrt, output_fn=self.output_fn,
             buffers="path",
         )  # fmt: skip
 
@@ -103,7 +105,7 @@ class Tangents:
         """The batch in chunks, smaller ones where less memory is free than when they were planned."""
         n, first = samples(self.x), 0
         while first < n:
-            room = memory_limit(None, next(self.model.parameters()).device) // self.making
+            room = limit_for(None, next(self.model.parameters()).device) // self.making
             last = min(n, first + max(1, min(self.chunk, room)))
             yield take(self.x, slice(first, last)), last / n
             first = last
@@ -114,7 +116,7 @@ def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents
 
     Raises TangentError where not even eight do.
     """
-    limit = memory_limit(None, next(tangents.model.parameters()).device)
+    limit = limit_for(None, next(tangents.model.parameters()).device)
     chunk = max(1, min(_PROBED, wanted, limit // 3 // cost.making))
     n = min(wanted, cost.samples(limit, chunk))
     if n < min(8, wanted):

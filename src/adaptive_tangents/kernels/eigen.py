@@ -12,8 +12,7 @@ from torch import Tensor
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.kernels.products import KernelProducts, cached
 from adaptive_tangents.kernels.tiles import Kernels, Request, tiled
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 _SMALL = 400  # rows of a matrix that is decomposed outright
 _COPIES = 4  # a matrix, its eigenvectors, and what finding them takes
@@ -58,7 +57,7 @@ def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: in
     """``kernel_eigen`` of a kernel by its products."""
     kernel, size = of.kernel, of.kernel.size
     products, form = 0, "dense"
-    needed, limit = _COPIES * 8 * size**2, limit_of(memory_limit, kernel.device)
+    needed, limit = _COPIES * 8 * size**2, limit_for(memory_limit, kernel.device)
     if k == size:
         require_memory(call, needed, limit, remedy="ask for fewer eigenvalues than the kernel has rows")
     if k == size or ((size <= _SMALL or k > size // 4) and needed <= limit):

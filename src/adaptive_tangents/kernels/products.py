@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.kernels.tiles import Cached, Tiled, share
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
+from adaptive_tangents.runtime.memory import limit_for
 
 
 class KernelProducts:
@@ -62,4 +62,4 @@ class KernelProducts:
 
 def cached(kernel: Tiled, memory_limit: int | None) -> Tiled:
     """The kernel with tiles kept within the limit."""
-    return Cached(kernel, limit_of(memory_limit, kernel.device))
+    return Cached(kernel, limit_for(memory_limit, kernel.device))

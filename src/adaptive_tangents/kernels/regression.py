@@ -16,8 +16,7 @@ from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Form = Literal["auto", "dense", "matrix-free"]
 Progress = Callable[[int, float], None]
@@ -105,7 +104,7 @@ def kernel_regression(
     kernel = tiled(Request(call, diagonal=True), K)
     check_solver(call, ridge, form, tol, max_steps)
     targets = residual_targets(call, r, kernel)
-    room = limit_of(memory_limit, kernel.device)
+    room = limit_for(memory_limit, kernel.device)
     dense = is_dense(call, kernel, form, room)
     # Outputs that do not meet are solved one by one.
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]

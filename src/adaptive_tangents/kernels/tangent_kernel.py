@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import (
     Outputs,
@@ -30,21 +30,21 @@ from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketche
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
-    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
-    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32",
 ) -> dict[str, Tensor]: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
-    *, output: Output | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
+    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
     precision: Precision = "float32",
 ) -> SketchedKernel: ...  # fmt: skip
 def tangent_kernel(
@@ -56,7 +56,7 @@ def tangent_kernel(
     wrt: Selection | None = None,
     by_block: bool = False,
     *,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
     tile: int | None = None,
     sketch: Sketch | None = None,
@@ -84,10 +84,10 @@ def tangent_kernel(
                 f"{call}: with sketch, kernels are made whole and in float32; leave by_block, tile and precision, or use "
                 "sketch_features(...).kernel(...)"
             )
-        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output, memory_limit)
+        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output_fn, memory_limit)
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
-    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     if x2 is not None:
         capture.check_more(x2)
     n, m = samples(x), samples(x if x2 is None else x2)

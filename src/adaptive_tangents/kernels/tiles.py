@@ -19,8 +19,7 @@ from adaptive_tangents.checks import as_tensor, check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 _HELD_TILE = 1024  # rows of a matrix in memory that are worked on at a time
 
@@ -206,7 +205,7 @@ class Tiled(ABC):
     def dense(self, *, memory_limit: int | None = None) -> Tensor:
         """All of it in memory as ``tangent_kernel`` lays it out, in float64; raises TangentError above the limit."""
         require_memory(
-            "dense", 8 * self.batch * self.size * self.m * self.width, limit_of(memory_limit, self.device),
+            "dense", 8 * self.batch * self.size * self.m * self.width, limit_for(memory_limit, self.device),
             remedy="read some samples at a time, or ask for tiles()",
         )  # fmt: skip
         found = self.matrices()

@@ -21,8 +21,7 @@ from adaptive_tangents.kernels.eigen import eigen
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import solved
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Sum, TensorKernel, Tiled, tiled
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Values = Tensor | np.ndarray
 
@@ -192,7 +191,7 @@ def representability(
     if not bool(target.any()):
         raise TangentError("representability: the targets are zero, which every kernel represents")
     added = jitter * float(kernel.diagonal().mean())
-    room = limit_of(memory_limit, kernel.device)
+    room = limit_for(memory_limit, kernel.device)
     dense = _COPIES * 8 * kernel.size**2 <= room if form == "auto" else form == "dense"
     if dense:
         require_memory("representability", _COPIES * 8 * kernel.size**2, room, remedy="use form='matrix-free'")

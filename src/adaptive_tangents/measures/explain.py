@@ -18,11 +18,11 @@ from adaptive_tangents.features.summands import Index, SampleMap
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Entrywise, Matrix, Sides, Transform
 from adaptive_tangents.runtime.chunks import ranges
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
 from adaptive_tangents.structures.grouped import Grouped, LayerScale
 from adaptive_tangents.structures.mixed import Mixed, as_structure
-from adaptive_tangents.structures.spectral import Left, Right, TwoSided
+from adaptive_tangents.structures.spectral import TWO_SIDED, Left, Right, TwoSided
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _ROUNDS = 30
@@ -50,7 +50,7 @@ class Explanation:
 def explain(
     start_feats: TangentFeatures,
     end_feats: TangentFeatures,
-    structure: Structure | Mapping[str, Structure],
+    structure: Structure | Mapping[str, Structure] = TWO_SIDED,
     *,
     strengths: Sequence[float] = _STRENGTHS,
     generator: torch.Generator | None = None,
@@ -251,7 +251,7 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
         return total
     size = a.shape[0 if side == "left" else 1]
     require_memory(
-        "explain", 4 * 8 * size**2, memory_limit(None), remedy=f"leave block {a.name!r} out with wrt, or use a structure "
+        "explain", 4 * 8 * size**2, limit_for(None), remedy=f"leave block {a.name!r} out with wrt, or use a structure "
         f"without its {side} side, of {size} units",
     )  # fmt: skip
     spec = "kor,kpr->op" if side == "left" else "koi,koj->ij"

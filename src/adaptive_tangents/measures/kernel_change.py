@@ -19,7 +19,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Matrix, Side, Sides, Transform
 from adaptive_tangents.linalg.factor_products import times
 from adaptive_tangents.measures.alignment import alignment
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Outputs = Literal["full", "trace"]
 
@@ -113,7 +113,7 @@ def kernel_change(
     size = torch.Size(shape).numel()
     kept = 4 * len(feats.blocks) if keep else 0
     require_memory(
-        "kernel_change", (_KERNELS + kept) * 8 * size**2, memory_limit(feats.limit, feats.device),
+        "kernel_change", (_KERNELS + kept) * 8 * size**2, limit_for(feats.limit, feats.device),
         remedy="use outputs='trace', keep=False, or fewer samples",
     )  # fmt: skip
     along = None if joint is None else _along(feats, joint)

@@ -19,7 +19,7 @@ from adaptive_tangents.capture.batches import Batch, tensors
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.derivatives import saved_copies
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.network import Network, Output, Selection, check_mode, check_model, overlay, select
+from adaptive_tangents.capture.network import Network, OutputFn, Selection, check_mode, check_model, overlay, select
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -30,8 +30,9 @@ from adaptive_tangents.nn.trained_transforms import factors
 from adaptive_tangents.solvers.fit import certify
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
-from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.base import Structure
 from adaptive_tangents.structures.mixed import as_structure
+from adaptive_tangents.structures.spectral import TWO_SIDED
 
 _Way = Literal["forward", "backward", "features"]
 
@@ -41,7 +42,7 @@ class TangentModule(nn.Module):
 
     ``structure`` says what M may be: ``Fixed`` trains θ = β alone, the linearised network; the others θ and the factors of M,
     started at θ = 0 and M = I, where the output is the network's and gradients of θ flow. ``rank`` limits M − I of every side
-    that is a matrix to a rank. ``params``, ``wrt`` and ``output`` as in ``tangent_features``; the model is copied, in
+    that is a matrix to a rank. ``params``, ``wrt`` and ``output_fn`` as in ``tangent_features``; the model is copied, in
     evaluation mode, and its θ₀ are buffers: they move with ``.to``, are in the state dict, and no optimiser sees them. Takes
     a batch as ``tangent_features`` does, gives (n, c). Source: LeJeune & Alemohammad, CPAL 2024, §2.
 
@@ -72,11 +73,11 @@ class TangentModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        structure: Structure | Mapping[str, Structure] | None = None,
+        structure: Structure | Mapping[str, Structure] = TWO_SIDED,
         *,
         params: Mapping[str, Tensor] | None = None,
         wrt: Selection | None = None,
-        output: Output | None = None,
+        output_fn: OutputFn | None = None,
         rank: int | None = None,
     ) -> None:
         super().__init__()
@@ -90,10 +91,10 @@ class TangentModule(nn.Module):
         selected = select(call, model, wrt)
         if params is not None:
             parameters, buffers = overlay(call, model, params)
-        network = Network(model, parameters, buffers, selected, output, call)
+        network = Network(model, parameters, buffers, selected, output_fn, call)
         groups = parameter_groups(network)
-        self.structure = Fixed() if structure is None else as_structure("TangentModule", structure)
-        self.output, self.selected = output, selected
+        self.structure = as_structure("TangentModule", structure)
+        self.output_fn, self.selected = output_fn, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
         self._places = _places(model)
         self._aliases = frozenset(alias for aliases in self._places.values() for alias in aliases)
@@ -153,7 +154,7 @@ class TangentModule(nn.Module):
     def features(self, x: Batch, *, memory_limit: int | None = None) -> TangentFeatures:
         """φ(x) at θ₀."""
         model = _thawed(self.model, self._places)
-        return tangent_features(model, x, wrt=self.selected, output=self.output, memory_limit=memory_limit)
+        return tangent_features(model, x, wrt=self.selected, output_fn=self.output_fn, memory_limit=memory_limit)
 
     def regulariser(self) -> Float[Tensor, ""]:
         """‖θ‖² + Ω(M): with Σ‖y_k − f(x_k)‖²/ρ beside it, the joint objective (J) whose minimum ``fit`` finds."""
@@ -215,7 +216,7 @@ class TangentModule(nn.Module):
         state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
         parameters = {name: state[name] for name in self._places}
         rest = {name: value for name, value in state.items() if name not in self._aliases}
-        network = Network(self.model, parameters, rest, self.selected, self.output, "TangentModule")
+        network = Network(self.model, parameters, rest, self.selected, self.output_fn, "TangentModule")
         return _At(self, network)
 
 

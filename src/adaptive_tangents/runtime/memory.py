@@ -41,7 +41,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     return max(0, min(int(value) for value in candidates if value is not None))
 
 
-def memory_limit(requested: int | None, device: torch.device | str = "cpu") -> int:
+def limit_for(requested: int | None, device: torch.device | str = "cpu") -> int:
     """The limit in force: what was asked for, else half of what is free on ``device``."""
     if requested is None:
         return available_bytes(device) // 2

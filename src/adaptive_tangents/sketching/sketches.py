@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, Slot, stack_blocks
 from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
@@ -23,8 +23,7 @@ from adaptive_tangents.features.transforms import Joint, Sides, Transform
 from adaptive_tangents.linalg.hadamard import SignRows, paired_rows
 from adaptive_tangents.runtime import tensor_files as files
 from adaptive_tangents.runtime.chunks import ranges
-from adaptive_tangents.runtime.memory import memory_limit as limit_in_force
-from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
@@ -194,7 +193,7 @@ class SketchedFeatures(TangentFeatures):
             )
         kernel = self.kernel(other, outputs=outputs)
         remedy = "use outputs='trace' or 'diagonal', or fewer samples"
-        require_memory("kernel_estimate", 3 * kernel.nbytes, limit_in_force(self.limit, self.device), remedy=remedy)
+        require_memory("kernel_estimate", 3 * kernel.nbytes, limit_for(self.limit, self.device), remedy=remedy)
         spread, count = torch.zeros_like(kernel), self.sketch.repetitions
         if self.sketched:
             alone = SketchedKernel(
@@ -294,7 +293,7 @@ def sketch_features(
     *,
     params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
 ) -> SketchedFeatures:
     r"""The sketch of tangent features, made some samples at a time, so that factors of all samples are never held.
@@ -309,7 +308,7 @@ def sketch_features(
     True
     """
     call = "sketch_features"
-    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     net, n = capture.network, samples(x)
     made_from = files.fingerprint([dict(net.parameters), dict(net.buffers), net.selected])
     chunk = max(1, min(n, min(capture.limit // 8, _CHUNK_BYTES) // capture.bytes_per_sample))
@@ -333,12 +332,12 @@ def sketch_features(
 
 def sketched_kernel(
     model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Mapping[str, Tensor] | None,
-    wrt: Selection | None, output: Output | None, memory_limit: int | None,
+    wrt: Selection | None, output_fn: OutputFn | None, memory_limit: int | None,
 ) -> SketchedKernel:  # fmt: skip
     """``tangent_kernel`` by a sketch."""
     left, right = (
         None if batch is None else
-        sketch_features(model, batch, sketch, params=params, wrt=wrt, output=output, memory_limit=memory_limit)
+        sketch_features(model, batch, sketch, params=params, wrt=wrt, output_fn=output_fn, memory_limit=memory_limit)
         for batch in (x, x2)
     )  # fmt: skip
     assert left is not None

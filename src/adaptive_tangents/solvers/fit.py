@@ -12,7 +12,7 @@ from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import Kernels
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.kernel_fit import fit_kernel
 from adaptive_tangents.solvers.losses import Loss, LossName
@@ -23,11 +23,10 @@ from adaptive_tangents.solvers.subspaces import compressed
 from adaptive_tangents.solvers.targets import Progress, check_features, check_features_or_kernel, goal_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
-from adaptive_tangents.structures.spectral import TwoSided
+from adaptive_tangents.structures.spectral import TWO_SIDED
 
 Form = Literal["auto", "dense", "primal", "matrix-free"]
 
-TWO_SIDED = TwoSided()
 _DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
 _ROUNDED_COPIES = 3  # the factor in use, while the next is made
 
@@ -196,7 +195,7 @@ def _check_for_kernels(loss: str, offset: Values | None, start: Fit | None) -> N
 
 def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
     """How to solve the systems, and the columns that a preconditioner may have; None is all of them, in float32."""
-    size, limit = feats.n * feats.c, memory_limit(feats.limit, feats.device)
+    size, limit = feats.n * feats.c, limit_for(feats.limit, feats.device)
     p = sum(block.shape[0] * block.shape[1] for block in feats.blocks.values())
     dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * p * max(p, size)
     rank = (

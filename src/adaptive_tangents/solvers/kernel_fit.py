@@ -14,7 +14,7 @@ from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.kernels.regression import Form, check_solver, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
-from adaptive_tangents.runtime.memory import memory_limit as limit_of
+from adaptive_tangents.runtime.memory import limit_for
 from adaptive_tangents.solvers.certificates import certificates
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
 from adaptive_tangents.solvers.kernel_problem import KernelProblem, Norms, State, slopes
@@ -50,7 +50,7 @@ def fit_kernel(
         raise TangentError(
             f"fit: targets have c = {targets.shape[1]} outputs and the kernel is (n, n); use one made with outputs='full'"
         )
-    room = limit_of(memory_limit, first.device)
+    room = limit_for(memory_limit, first.device)
     dense = is_dense(call, first, form, room, copies=_COPIES)
     share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
     held = {name: Cached(part, share) for name, part in groups.items()}

@@ -12,12 +12,13 @@ from torch.nn import functional
 from adaptive_tangents.checks import Values, as_tensor
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
-from adaptive_tangents.solvers.fit import TWO_SIDED, fit
+from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
 from adaptive_tangents.structures.mixed import as_structure
+from adaptive_tangents.structures.spectral import TWO_SIDED
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
         raise TangentError("leave_one_out: some constraints follow from others; use a positive ridge, or folds")
     feats = found.features.to(torch.float64)
     size = feats.n * feats.c
-    require_memory("leave_one_out", 4 * 8 * size**2, memory_limit(feats.limit, feats.device), remedy="use folds")
+    require_memory("leave_one_out", 4 * 8 * size**2, limit_for(feats.limit, feats.device), remedy="use folds")
     kernel = found.transform(feats).kernel().reshape(size, size)
     kernel.diagonal().add_(found.ridge + found.jitter)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).reshape(feats.n, feats.c, feats.n, feats.c)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.network import Output, Selection, select
+from adaptive_tangents.capture.network import OutputFn, Selection, select
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -106,7 +106,7 @@ class Stream:
 
 def stream(
     call: str, model: nn.Module, x: Batch, x2: Batch | None, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
-    wrt: Selection | None, by_block: bool, output: Output | None, memory_limit: int | None, dtype: torch.dtype | None,
+    wrt: Selection | None, by_block: bool, output_fn: OutputFn | None, memory_limit: int | None, dtype: torch.dtype | None,
     transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
 ) -> Stream:  # fmt: skip
     """The features of a kernel, after all checks. ``dtype``: of the network's evaluation, or bfloat16: of its features."""
@@ -117,7 +117,7 @@ def stream(
         wrt = tuple(escape(name) for name in select(call, model, wrt))
         model, params = _module_in(call, model, dtype), _in_dtype(params, dtype)
         x, x2 = _in_dtype(x, dtype), _in_dtype(x2, dtype)
-    capture = Capture(call, model, x, params, wrt, output, memory_limit)
+    capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     if x2 is not None:
         capture.check_more(x2)
     return Stream(capture, x, x2, outputs, by_block, cast, transforms, sketch)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ from torch import Tensor, nn
 
 from adaptive_tangents._version import __version__
 from adaptive_tangents.capture.batches import Batch, take, tensors
-from adaptive_tangents.capture.network import Output, Selection
+from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.schedule import FeatureCache, Key, Place, captures, dealt
-from adaptive_tangents.runtime.memory import format_bytes
-from adaptive_tangents.runtime.memory import memory_limit as memory_limit_of
+from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
 from adaptive_tangents.storage.locks import claim, writer_lock
@@ -42,13 +42,13 @@ def kernel_to_store(
     model: nn.Module,
     x: Batch,
     path: str | Path,
-    x2: Batch | None = None,
     *,
-    outputs: Outputs = "trace",
+    x2: Batch | None = None,
+    outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     tile: int | None = None,
     memory_limit: int | None = None,
     dtype: torch.dtype | None = None,
@@ -80,7 +80,7 @@ def kernel_to_store(
     with team() as crew, ExitStack() as stack:
         made = crew.settled(
             lambda: stream(
-                call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output=output,
+                call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output_fn=output_fn,
                 memory_limit=_share(memory_limit, x, crew.beside), dtype=dtype, transforms=transforms, sketch=sketch,
             )
         )  # fmt: skip
@@ -104,13 +104,13 @@ def kernel_to_store(
 def plan_kernel(
     model: nn.Module,
     x: Batch,
-    x2: Batch | None = None,
     *,
-    outputs: Outputs = "trace",
+    x2: Batch | None = None,
+    outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
-    output: Output | None = None,
+    output_fn: OutputFn | None = None,
     tile: int | None = None,
     memory_limit: int | None = None,
     dtype: torch.dtype | None = None,
@@ -131,7 +131,7 @@ def plan_kernel(
     call = "plan_kernel"
     check_outputs(call, outputs)
     made = stream(
-        call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output=output,
+        call, model, x, x2, outputs=outputs, params=params, wrt=wrt, by_block=by_block, output_fn=output_fn,
         memory_limit=_share(memory_limit, x, processes), dtype=dtype, transforms=transforms, sketch=sketch,
     )  # fmt: skip
     some = made.some()
@@ -247,7 +247,7 @@ def _begin(
     """Make the store, or see that the one that is there is the same and sound."""
     if read_meta(path) is None:
         layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
-        _check_room(call, path, _plan(made, some, layout, 1, 0.0).disk_bytes)
+        _check_room(call, path, _plan(made, some, layout, 1, 0.0))
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
         create_store(path, {**asked, "tile": layout.tile, **working})
     else:
@@ -273,12 +273,14 @@ def _checked_tile(call: str, tile: int | None) -> int | None:
     return tile
 
 
-def _check_room(call: str, path: Path, needed: int) -> None:
+def _check_room(call: str, path: Path, plan: StorePlan) -> None:
     free = shutil.disk_usage(path).free
-    if free < _COMPRESSED * needed:
+    if free < _COMPRESSED * plan.disk_bytes:
+        pairs = plan.shape[0] * plan.shape[1 if len(plan.shape) < 4 else 2]
+        less = format_bytes(plan.disk_bytes * pairs // prod(plan.shape))
         raise TangentError(
-            f"{call}: the kernel takes up to {format_bytes(needed)} and {path} has {format_bytes(free)} of room; free some, "
-            "give a path elsewhere, or store outputs='trace'"
+            f"{call}: the kernel takes up to {format_bytes(plan.disk_bytes)} and {path} has {format_bytes(free)} of room; "
+            f"free some, give a path elsewhere, or store outputs='trace', which takes up to {less}"
         )
 
 
@@ -342,7 +344,7 @@ def _finish(call: str, store: KernelStore) -> None:
 def _share(limit: int | None, x: Batch, processes: int) -> int | None:
     """The memory limit of one of the processes on this machine: by default they share what is free."""
     device = tensors(x)[0].device
-    return limit if limit is not None or device.type != "cpu" else max(1, memory_limit_of(None, device) // processes)
+    return limit if limit is not None or device.type != "cpu" else max(1, limit_for(None, device) // processes)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, column_axis, kernel_shape, swapped
 from adaptive_tangents.features.summands import Index
 from adaptive_tangents.kernels.schedule import Place
-from adaptive_tangents.runtime.memory import memory_limit, require_memory
+from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 FORMAT = 1
 LOCK, CLAIMS = ".lock", ".claims"  # there only while a store is written
@@ -162,7 +162,7 @@ class KernelStore:
         band = kernel_shape(self.outputs, min(self.tile, len(r)), len(q), self.c)
         needed = (torch.Size(shape).numel() + 2 * torch.Size(band).numel()) * itemsize
         remedy = "read fewer rows or columns, or go through tiles()"
-        require_memory("read", needed, memory_limit(self.limit), remedy=remedy)
+        require_memory("read", needed, limit_for(self.limit), remedy=remedy)
         out = torch.empty(shape, dtype=self.dtype)
         groups = [(int(j), (q // self.tile == j).nonzero()[:, 0]) for j in torch.unique(q // self.tile)]
         order = torch.argsort(torch.cat([where for _, where in groups])) if groups else q

@@ -141,3 +141,7 @@ class TwoSided(Spectral):
     @property
     def sides(self) -> Mapping[str, Penalty]:
         return {"left": self.left, "right": self.right or self.left}
+
+
+TWO_SIDED = TwoSided()
+"""What ``structure`` is where none is given: what a network's layer can do."""
