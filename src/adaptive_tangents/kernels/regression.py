@@ -1,7 +1,7 @@
 """Kernel ridge regression on a kernel in memory or on disk: by its factor where that fits, else by products tile by tile."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -14,12 +14,11 @@ from adaptive_tangents.checks import Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
-from adaptive_tangents.linalg.conjugate_gradients import Iterated, Solve, iterate
+from adaptive_tangents.linalg.conjugate_gradients import Iterated, Progress, Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
-Form = Literal["auto", "dense", "matrix-free"]
-Progress = Callable[[int, float], None]
+KernelForm = Literal["auto", "dense", "matrix-free"]
 
 DENSE_COPIES = 4  # the kernel, shifted, its factor, and what the solves take
 ROUNDED_COPIES = 2  # in float32, for a preconditioner
@@ -76,7 +75,7 @@ def kernel_regression(
     r: Values,
     *,
     ridge: float = 0.0,
-    form: Form = "auto",
+    form: KernelForm = "auto",
     tol: float = 1e-10,
     max_steps: int = 2000,
     memory_limit: int | None = None,
@@ -207,8 +206,8 @@ def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> N
     """Raise TangentError for options out of range."""
     if not 0 <= ridge < float("inf"):
         raise TangentError(f"{call}: the ridge ρ is zero (interpolation) or positive, got {ridge}")
-    if form not in get_args(Form):
-        raise TangentError(f"{call}: form is one of {', '.join(get_args(Form))}, got {form!r}")
+    if form not in get_args(KernelForm):
+        raise TangentError(f"{call}: form is one of {', '.join(get_args(KernelForm))}, got {form!r}")
     if not tol > 0 or most < 1:
         raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Solve = Callable[[Tensor], Tensor]
+Progress = Callable[[int, float], None]  # called with the steps so far, and the residual or objective there
 _CG_TOLERANCE = 1e-12
 _CG_STEPS = 2000
 
@@ -34,7 +35,7 @@ def iterate(
     tol: float = _CG_TOLERANCE,
     most: int = _CG_STEPS,
     start: Float[Tensor, "k *m"] | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterated:
     """Conjugate gradients on A x = b, all columns of b at once, each with directions of its own; the best iterate of each."""
     x = torch.zeros_like(b) if start is None else start.clone()

@@ -60,15 +60,6 @@ class Alternation(Continuation):
         self.memory, self.accelerated = Extrapolation() if extrapolated else None, False
         self.start: Matrices | None = None  # the coefficients that the round started from
 
-    def enter(self) -> None:
-        pass
-
-    def begin(self) -> None:
-        pass
-
-    def refresh(self) -> None:
-        pass
-
     def measure(self) -> tuple[float, float]:
         problem, point = self.problem, self.point
         slope = problem.loss.slope(point.outputs)

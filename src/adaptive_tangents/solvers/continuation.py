@@ -8,11 +8,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.solvers.problem import Tempered
 from adaptive_tangents.solvers.results import Round
-from adaptive_tangents.solvers.targets import Progress
 from adaptive_tangents.structures.base import Matrices
 
 ZERO_TARGETS = "the targets are zero, and so is the model"
@@ -42,19 +43,10 @@ class Course:
         """The stationarity of a solution."""
         return math.sqrt(self.tol)
 
-    def record(
-        self,
-        problem: Tempered,
-        objective: float,
-        stationarity: float,
-        *,
-        solved: bool = True,
-        products: int = 0,
-        accelerated: bool = False,
-    ) -> None:
-        """Add a round."""
+    def record(self, problem: Tempered, objective: float, stationarity: float, **how: Any) -> None:
+        """Add a round, with how it was reached: the last fields of a ``Round``."""
         seconds = time.perf_counter() - self.started
-        self.history.append(Round(objective, stationarity, seconds, problem.temper, solved, products, accelerated))
+        self.history.append(Round(objective, stationarity, seconds, problem.temper, **how))
         if self.progress is not None:
             self.progress(len(self.history), objective)
 
@@ -92,16 +84,13 @@ class Continuation(ABC):
             self.gained = self.step()
             self.still = self.still + 1 if self.gained <= _NO_CHANGE else 0
 
-    @abstractmethod
-    def enter(self) -> None:
+    def enter(self) -> None:  # noqa: B027
         """Move the state to the problem's τ."""
 
-    @abstractmethod
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027
         """Prepare a stage."""
 
-    @abstractmethod
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027
         """Bring up to date what the steps so far have made stale."""
 
     @abstractmethod

@@ -12,6 +12,7 @@ from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import Kernels
+from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.kernel_fit import fit_kernel
@@ -20,7 +21,7 @@ from adaptive_tangents.solvers.problem import Problem
 from adaptive_tangents.solvers.results import Fit, KernelFit
 from adaptive_tangents.solvers.search import Solver, examined, searched
 from adaptive_tangents.solvers.subspaces import compressed
-from adaptive_tangents.solvers.targets import Progress, check_features, check_features_or_kernel, goal_of
+from adaptive_tangents.solvers.targets import check_features, check_features_or_kernel, goal_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED

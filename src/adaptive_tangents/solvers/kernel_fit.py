@@ -12,7 +12,7 @@ import torch
 
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.kernels.regression import Form, check_solver, is_dense, residual_targets
+from adaptive_tangents.kernels.regression import KernelForm, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import limit_for
 from adaptive_tangents.solvers.certificates import certificates
@@ -22,7 +22,7 @@ from adaptive_tangents.solvers.losses import SquaredError
 from adaptive_tangents.solvers.results import KernelFit
 from adaptive_tangents.structures.base import Structure
 
-Solver = Literal["newton", "alternation"]
+KernelSolver = Literal["newton", "alternation"]
 
 _COPIES = 6  # the system in use, matrix and factor, while the next is made
 
@@ -40,12 +40,12 @@ def fit_kernel(
 ) -> KernelFit:
     """``fit`` on kernels."""
     call = "fit"
-    check_choice(call, "solver", solver, get_args(Solver))
-    check_choice(call, "form", form, get_args(Form))
-    check_solver(call, ridge, form, course.tol, course.max_rounds)
+    check_choice(call, "solver", solver, get_args(KernelSolver))
+    check_choice(call, "form", form, get_args(KernelForm))
     groups, members = _groups(K, structure)
     first = next(iter(groups.values()))
     targets = residual_targets(call, r, first)
+    loss = SquaredError(targets.flatten(), ridge)
     if not first.full and targets.shape[1] > 1:
         raise TangentError(
             f"fit: targets have c = {targets.shape[1]} outputs and the kernel is (n, n); use one made with outputs='full'"
@@ -55,7 +55,6 @@ def fit_kernel(
     share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
     held = {name: Cached(part, share) for name, part in groups.items()}
     means = {name: math.sqrt(float(part.diagonal().mean())) or 1.0 for name, part in held.items()}
-    loss = SquaredError(targets.flatten(), ridge)
     form = "dense" if dense else "matrix-free"
     problem = KernelProblem(held, structure.with_scales(means), loss, form, room // 4)
     search = _Search(problem, course, newton=solver == "newton")
@@ -154,9 +153,6 @@ class _Search(Continuation):
 
     def begin(self) -> None:
         self._record(self.state)
-
-    def refresh(self) -> None:
-        pass
 
     def measure(self) -> tuple[float, float]:
         return self.gained, self.state.stationarity

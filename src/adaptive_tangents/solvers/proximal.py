@@ -17,8 +17,9 @@ from torch.nn import functional
 from adaptive_tangents.checks import Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.targets import Progress, check_features
+from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 

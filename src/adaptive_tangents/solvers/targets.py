@@ -1,6 +1,6 @@
 """What users hand to a fit, checked: the features or a kernel, and targets, labels and offsets, as a loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -11,8 +11,6 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import StoredKernel
 from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, SquaredError
-
-Progress = Callable[[int, float], None]  # called with the rounds so far and the objective
 
 
 def check_features(call: str, given: object) -> None:
