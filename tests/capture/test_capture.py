@@ -264,7 +264,7 @@ MIXING = {
     "cumulative sum": lambda m, x: m.fc(x).cumsum(0),
     "cumulative sum from the end": lambda m, x: m.fc(x).flip(0).cumsum(0).flip(0),
     "divided by the norm of the batch": lambda m, x: m.fc(x) / m.fc(x).norm(),
-    "neighbours": lambda m, x: m.fc(x) + x.roll(1, 0)[:, :2],
+    "neighbors": lambda m, x: m.fc(x) + x.roll(1, 0)[:, :2],
     "random": lambda m, x: m.fc(x) + torch.rand_like(m.fc(x)),
 }
 
@@ -510,8 +510,8 @@ MADE_OUTRIGHT = {
     "a learned query": {"query", "to_query"},
     "a learned query and one sample": {"query"},
     "two learned queries and two samples": {"query", "to_query"},
-    "a weight penalised in the output": {"fc"},
-    "a weight penalised a little in the output": {"fc"},
+    "a weight penalized in the output": {"fc"},
+    "a weight penalized a little in the output": {"fc"},
     "a lone scale": {"free"},
     "a lone vector": {"free"},
     "an unused parameter": {"free"},

@@ -224,7 +224,7 @@ def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, outputs: s
     p = prepare(case)
     feats, other = (f.to(kernel_layout.working_dtype(f.dtype)) for f in (p.feats, p.other))
     n, m, c = p.feats.n, p.other.n, p.feats.c
-    for route in ("gram", "materialise", "nested")[: 3 if outputs == "full" else 2]:
+    for route in ("gram", "materialize", "nested")[: 3 if outputs == "full" else 2]:
         square = kernel_layout.empty_kernel(n, n, c, outputs, feats._like)
         wide, tall = (kernel_layout.empty_kernel(*shape, c, outputs, feats._like) for shape in ((n, m), (m, n)))
         for name, a in feats.blocks.items():
@@ -243,7 +243,7 @@ def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, outputs: s
 
 
 @every_outputs
-@pytest.mark.parametrize("route", ["gram", "nested", "materialise"])
+@pytest.mark.parametrize("route", ["gram", "nested", "materialize"])
 @pytest.mark.parametrize("positions", [1, 3])
 def test_large_symmetric_kernels_are_made_in_panels_without_a_gap(outputs: str, route: str, positions: int) -> None:
     if route == "nested" and outputs != "full":
@@ -275,7 +275,7 @@ def test_the_plan_takes_the_route_with_fewer_operations() -> None:
         for width, tokens in ((50, 1), (1, 12))
     )
     assert [step.route for step in wide.plan().blocks] == ["gram"]
-    assert [step.route for step in deep.plan().blocks] == ["materialise"]
+    assert [step.route for step in deep.plan().blocks] == ["materialize"]
     printed = str(wide.plan(outputs="trace"))
     assert "gram" in printed
     assert "kernel 288 bytes" in printed  # 6 · 6 entries of 8 bytes

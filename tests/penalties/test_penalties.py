@@ -1,4 +1,4 @@
-"""Penalties against numeric minimisation of their definitions (theory §2)."""
+"""Penalties against numeric minimization of their definitions (theory §2)."""
 
 import math
 from collections.abc import Callable
@@ -104,7 +104,7 @@ def test_composition_does_not_depend_on_grouping() -> None:
 
 
 @given(strength=strengths, v=magnitudes)
-def test_quadratic_minimiser_solves_its_quartic(strength: float, v: float) -> None:
+def test_quadratic_minimizer_solves_its_quartic(strength: float, v: float) -> None:
     z = at.Quadratic(strength).induced().minimizer(scalar(v))
     assert float(z) >= 1
     # z − 1 rounds at z = 1: compare v²/z³ with λ(z − 1) to the accuracy that z has.
@@ -119,7 +119,7 @@ def test_quadratic_with_itself_has_the_square_of_the_root_of_its_sextic(strength
 
 
 @given(strength=strengths, v=magnitudes)
-def test_absolute_minimisers_are_the_stated_powers(strength: float, v: float) -> None:
+def test_absolute_minimizers_are_the_stated_powers(strength: float, v: float) -> None:
     one = at.Absolute(strength)
     ratio = 2 * v**2 / strength
     assert float(one.induced().minimizer(scalar(v))) == pytest.approx(max(1.0, ratio ** (1 / 3)), rel=1e-12)
@@ -289,7 +289,7 @@ FAMILY: dict[str, tuple[at.Penalty, tuple[reference.PrecisePart, ...]]] = {
 
 @pytest.mark.parametrize("v", [1e-12, 1e-4, 0.5, 3.0, 1e3, 1e12])
 @pytest.mark.parametrize("name", FAMILY)
-def test_value_and_minimiser_agree_with_forty_digits_at_every_scale(name: str, v: float) -> None:
+def test_value_and_minimizer_agree_with_forty_digits_at_every_scale(name: str, v: float) -> None:
     penalty, parts = FAMILY[name]
     value, excess = reference.precise_induced(parts, v)
     induced = penalty.induced()

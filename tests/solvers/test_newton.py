@@ -216,17 +216,17 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
             total = total + (theta**2).sum() + strength * moved
         return total + entropy(logits, labels) / ridge
 
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         free, max_iter=4000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = value()
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert float(value().detach()) == pytest.approx(found.objective, rel=1e-7)
 
 

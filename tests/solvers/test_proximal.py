@@ -59,7 +59,7 @@ def test_the_proximal_point_is_the_minimum_over_coefficients_and_dense_transform
     structure = CURVED[name](at.Quadratic(0.5), at.Quadratic(2.0))
     found = cost(structure, structure.proximal(x, step), x, step)
     joint = JointProblem(identity_features(x), name, [torch_quadratic(0.5), torch_quadratic(2.0)], 2 * step)
-    assert min(joint.minimise(starts=1 if name in CONVEX else 4)) == pytest.approx(found, rel=1e-8)
+    assert min(joint.minimize(starts=1 if name in CONVEX else 4)) == pytest.approx(found, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", ["LayerScale", "Right", "Columns"])
@@ -68,7 +68,7 @@ def test_the_proximal_point_is_the_global_minimum_where_the_penalty_is_not_conve
     structure = CURVED[name](at.Absolute(2.0), at.Absolute(2.0))
     found = cost(structure, structure.proximal(x, step), x, step)
     joint = JointProblem(identity_features(x), name, [torch_absolute(2.0)], 2 * step, symmetric=True)
-    reached = min(joint.minimise(starts=4))
+    reached = min(joint.minimize(starts=4))
     assert found <= reached * (1 + 1e-10)
     assert reached == pytest.approx(found, rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""The curvature of every regulariser against differences of its gradient and of itself, where it is hardest to get right."""
+"""The curvature of every regularizer against differences of its gradient and of itself, where it is hardest to get right."""
 
 from collections.abc import Callable
 

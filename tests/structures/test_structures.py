@@ -1,4 +1,4 @@
-"""The regulariser each structure induces, its gradient, its best transform and its dual, against their definitions."""
+"""The regularizer each structure induces, its gradient, its best transform and its dual, against their definitions."""
 
 import itertools
 import math
@@ -270,7 +270,7 @@ def test_penalty_does_not_change_under_rotations_of_either_side(name: str, seed:
 def test_best_factors_are_identity_plus_gains_along_the_singular_vectors(
     seed: int, one: float, other: float, scale: float
 ) -> None:
-    """M_L = I + U diag(a − 1)Uᵀ, M_R = I + V diag(b − 1)Vᵀ; (a, b) minimise ω_L(a) + ω_R(b) + σ²/(ab)²."""
+    """M_L = I + U diag(a − 1)Uᵀ, M_R = I + V diag(b − 1)Vᵀ; (a, b) minimize ω_L(a) + ω_R(b) + σ²/(ab)²."""
     matrix = coefficients(seed, scale)["tall"]
     sides = at.TwoSided(at.Quadratic(one), at.Quadratic(other)).update({"tall": matrix})["tall"]
     assert isinstance(sides, Sides)
