@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,10 +25,11 @@ from adaptive_tangents.systems import (
     conjugate_gradients,
     partial_cholesky,
 )
+from draws import examples
 from theory_reference import Problem as Case
 from theory_reference import problem
 
-few = settings(max_examples=8)
+few = examples(8)
 seeds = st.integers(0, 10_000)
 SHAPES = ((6, 5, 2), (5, 6, 1), (3, 1, 0))
 STRUCTURES: dict[str, at.Structure] = {
