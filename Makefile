@@ -29,10 +29,10 @@ demo: $(PACKAGE) ## reproduce the kernel alignment figures into runs/kernel-alig
 	$(BIN)/adaptive-tangents reproduce kernel-alignment --out runs/kernel-alignment
 
 test: lint ## lint, then run every test on all cores
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 explore: $(DEV) ## draw new examples for the tests of properties, ten times as many
-	$(BIN)/python -m pytest -n auto -m hypothesis --timeout 3000
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m hypothesis --timeout 3000
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .

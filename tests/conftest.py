@@ -21,8 +21,9 @@ from jaxtyping import install_import_hook
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking takes longer than many of the smallest functions do, which are called a million times. So every function is
-# checked whenever the form of its arguments or of its result is new: types, dtypes, shapes, short strings. Which calls are
-# checked does not depend on how the tests are spread over processes. A check is compiled at the first of them.
+# checked where the form of its arguments or of its result is new: their types and, for a function that says shapes, dtypes,
+# shapes and words too. Which calls are checked does not depend on how the tests are spread over processes. A check is
+# compiled at the first of them.
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -37,7 +38,7 @@ _calls = _Calls()
 
 
 class _Check:
-    """The compiled check of one function, and the forms it has seen."""
+    """The compiled check of one function, and the forms of results it has seen for each form of arguments."""
 
     def __init__(self, made: Any, options: dict[str, Any]) -> None:
         calls = _calls
@@ -50,7 +51,8 @@ class _Check:
         self._checked = _jaxtyped(functools.update_wrapper(run, made), **options)
         del run.__wrapped__  # what a function within another closes over is not kept alive
         self.code = made.__code__
-        self.seen: set[Any] = set()
+        self.form = _form if any("jaxtyping" in repr(kind) for kind in made.__annotations__.values()) else type
+        self.seen: dict[Any, set[Any]] = {}
 
     def __call__(self, call: Any, arguments: Any, keywords: Any) -> Any:
         """What ``call`` gives, checked: the arguments before, the result after."""
@@ -67,15 +69,15 @@ _checks: dict[int, _Check] = {}  # by code: a function within another is made an
 
 def _form(value: Any) -> Any:
     kind = type(value)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
+    if kind in _ARRAYS:
         return kind, value.dtype, value.shape
-    if kind is str:
-        return value[:20]
+    if kind in _WORDS:
+        return value
     if kind is tuple or kind is list:
         return kind, len(value), *map(_form, value[:3])
     if kind is dict:
         return (kind, *map(_form, next(iter(value.items())))) if value else kind
-    return value if kind is bool else (kind, value.dtype, value.shape) if kind is np.ndarray else kind
+    return kind
 
 
 def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
@@ -88,20 +90,27 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
         return made
     if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
         return _jaxtyped(made, **options)
+    check = _checks.get(id(made.__code__))
 
     @functools.wraps(made)
     def sampled(*arguments: Any, **keywords: Any) -> Any:
-        check = _checks.get(id(made.__code__))
+        nonlocal check
         if check is None:
             check = _checks[id(made.__code__)] = _Check(made, options)
-        form = (*map(_form, arguments), *keywords, *map(_form, keywords.values()))
-        new = form not in check.seen
-        result = check(made, arguments, keywords) if new else made(*arguments, **keywords)
-        both = form, _form(result)
-        if both not in check.seen:
-            check.seen.update((form, both))
-            if not new:
-                check(lambda *_, **__: result, arguments, keywords)
+        form = check.form
+        given = tuple(map(form, arguments))
+        if keywords:
+            given += (*keywords, *map(form, keywords.values()))
+        results = check.seen.get(given)
+        if results is None:
+            result = check(made, arguments, keywords)
+            check.seen.setdefault(given, set()).add(form(result))
+            return result
+        result = made(*arguments, **keywords)
+        found = form(result)
+        if found not in results:
+            check(lambda *_, **__: result, arguments, keywords)
+            results.add(found)
         return result
 
     return sampled
@@ -109,9 +118,13 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
 
 jaxtyping.jaxtyped = _checked_where_new
 # An int is a float, as the type checker reads it too.
-install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+if not os.environ.get("NOHOOK"):
+    install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import torch  # noqa: E402  (after the hook, lest anything it starts import the package)
+
+_ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
+_WORDS = frozenset({str, bool})
 
 # The same examples in every run, and as many as show a theorem; `make explore` draws new ones, ten times as many.
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)

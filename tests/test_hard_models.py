@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import adaptive_tangents as at
 import reference
 from cases import Forward, mlp, normal
-from test_capture import fingerprint
+from prepared import fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*use_reentrant", "ignore:None of the"

@@ -12,9 +12,9 @@ import zarr
 
 import adaptive_tangents as at
 import reference
+from prepared import OUTPUTS, prepare, slots
 from registry import by_name
 from stored import LIMIT, data, files, network
-from test_features import OUTPUTS, prepare, slots
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
