@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import adaptive_tangents as at
 import reference
 from cases import Forward, mlp, normal
+from prepared import fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*use_reentrant", "ignore:None of the"

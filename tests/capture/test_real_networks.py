@@ -14,6 +14,7 @@ import adaptive_tangents as at
 import reference
 from cases import Case, Forward, mlp, normal
 from integration_cases import CASES as INTEGRATIONS
+from prepared import fingerprint
 from real_cases import CASES as REAL
 from real_cases import gpt, losses
 from rearranged_cases import CASES as REARRANGED

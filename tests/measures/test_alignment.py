@@ -6,14 +6,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from draws import examples
 
-few = settings(max_examples=20)
+few = examples(20)
 seeds = st.integers(0, 10_000)
 
 
@@ -93,7 +94,7 @@ def test_cka_is_the_cosine_of_kernels_centered_with_an_explicit_h(c: int | None,
     assert at.cka(a, 3 * a + 2) == pytest.approx(1, rel=1e-11)
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(seed=seeds, n=st.integers(4, 7))
 def test_unbiased_cka_is_the_mean_over_quadruples_of_distinct_samples(seed: int, n: int) -> None:
     a, b = psd(seed, n, rank=3), psd(seed + 1, n, rank=3)

@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer
-from adaptive_tangents.features.transforms import Joint, LowRank, Matrix, Modal, Sides
-from adaptive_tangents.measures.kernel_change import joint_change, scale_change, side_change
+from adaptive_tangents.adaptation import joint_change, scale_change, side_change
+from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer
+from adaptive_tangents.transforms import Joint, LowRank, Matrix, Modal, Sides
+from draws import examples
 from theory_reference import Problem, problem
 
-few = settings(max_examples=4)
-fewest = settings(max_examples=2)  # each a fit or two
+few = examples(4)
+fewest = examples(2)  # each a fit or two
 seeds = st.integers(0, 10_000)
 OUTPUTS = ("full", "trace")
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}

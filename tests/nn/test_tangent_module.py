@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 from adaptive_tangents.nn import tangent_module as modules
 from cases import Case, Forward, mlp
-from registry import CASES
+from prepared import every_case
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 Q = at.Quadratic(0.3)
 STRUCTURES: dict[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
     "Fixed": at.Fixed(), "Full": at.Full(Q), "LayerScale": at.LayerScale(Q), "Left": at.Left(Q), "Right": at.Right(Q),

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.solvers.proximal import _smooth
+from adaptive_tangents.proximal import _smooth
+from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 CONVEX = [name for name in CURVED if name != "TwoSided"]
 RIDGE = 10.0  # of the small network's fits: a first-order method needs few steps there
 BLOCKS = ((2, 3), (2, 1))
-few = settings(max_examples=8)
+few = examples(8)
 steps = st.floats(-2, 2).map(lambda x: 10.0**x)
 strengths = st.floats(-1, 2).map(lambda x: 10.0**x)
 
@@ -218,7 +219,7 @@ def test_fits_by_cross_entropy_agree_too(name: str, c: int) -> None:
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(list(CURVED)), strength=strengths, ridge=st.floats(3.0, 30.0))
 def test_the_objective_never_rises_and_is_never_below_that_of_a_fit_for_convex_structures(
     seed: int, name: str, strength: float, ridge: float

@@ -10,18 +10,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.linalg import kernel_systems as systems
-from adaptive_tangents.linalg.cholesky import factorize
-from adaptive_tangents.linalg.kernel_systems import DenseKernel
-from adaptive_tangents.solvers import constraints
-from adaptive_tangents.solvers.constraints import independent_constraints
-from adaptive_tangents.solvers.losses import SquaredError
+from adaptive_tangents import constraints, systems
+from adaptive_tangents.constraints import independent_constraints
+from adaptive_tangents.losses import SquaredError
+from adaptive_tangents.systems import DenseKernel, factorise
+from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 EXACT = {"tol": 1e-14, "max_rounds": 2000}
@@ -34,8 +33,8 @@ COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not conv
 INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
 SOLVERS = ("newton", "anderson", "alternation")
 CONVEX = [name for name in EVERY if name not in COMPOSED]
-few = settings(max_examples=8)
-fewest = settings(max_examples=4)
+few = examples(8)
+fewest = examples(4)
 seeds = st.integers(0, 10_000)
 names = st.sampled_from(sorted(EVERY))
 ridges = st.one_of(st.just(0.0), st.floats(-4, 3).map(lambda x: 10.0**x))
@@ -102,7 +101,7 @@ def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecke
     assert rises(found) <= 1e-12
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     seed=seeds, name=names, ridge=st.sampled_from([0.0, 0.05, 1.0]), one=st.sampled_from([0.05, 0.5, 5.0]),
     other=st.sampled_from([0.2, 2.0]), n=st.integers(2, 4), c=st.integers(1, 2), kinds=st.permutations(reference.SHAPES),

@@ -13,6 +13,7 @@ from test_features import OUTPUTS, prepare, slots
 
 import adaptive_tangents as at
 import reference
+from prepared import OUTPUTS, prepare, slots
 from registry import by_name
 from stored import LIMIT, data, files, network
 
