@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import reference
-from adaptive_tangents.blocks import Block
-from adaptive_tangents.inputs import take
+from adaptive_tangents.capture.batches import take
+from adaptive_tangents.features.blocks import Block
 from cases import Case
 from registry import CASES
 
@@ -54,8 +54,8 @@ def prepare(case: Case) -> Prepared:
     _, other_x = case.build(seed=1)
     other_x = take(other_x, slice(0, 2))
     ready = case.reference_model(model)
-    phi, other_phi = (reference.jacobian(ready, z, output=case.output, names=case.names) for z in (x, other_x))
-    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output=case.output) for z in (x, other_x))
+    phi, other_phi = (reference.jacobian(ready, z, output_fn=case.output_fn, names=case.names) for z in (x, other_x))
+    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output_fn=case.output_fn) for z in (x, other_x))
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
     return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance)
 

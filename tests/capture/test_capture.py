@@ -35,7 +35,7 @@ def test_the_model_and_the_batch_are_left_as_found(case: Case) -> None:
         parameter.grad = torch.full_like(parameter, k)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = fingerprint(model, x)
-    at.tangent_features(model, x, params=state, wrt=case.wrt, output=case.output).kernel()
+    at.tangent_features(model, x, params=state, wrt=case.wrt, output_fn=case.output_fn).kernel()
     assert fingerprint(model, x) == before
 
 
@@ -617,7 +617,7 @@ def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> No
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder, batch first, pre-norm", "Transformer"])
 def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
     # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
-    (case,) = (case for case in CASES if case.name == name)
+    case = by_name[name]
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)
     for chunk in (1, 2):

@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_capture import fingerprint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from test_features import OUTPUTS, prepare, slots
 from torch import Tensor, nn
 
 import adaptive_tangents as at
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_case
 def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None:
     p = prepare(case)
-    keywords = {"wrt": case.wrt, "output": case.output}
+    keywords = {"wrt": case.wrt, "output": case.output_fn}
     before = fingerprint(p.model, p.x)
     for tile, outputs in ((2, "full"), (None, "trace")):
         made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.adaptation import joint_change, scale_change, side_change
-from adaptive_tangents.summands import Dense, Flipped, Lookup, Outer
-from adaptive_tangents.transforms import Joint, LowRank, Matrix, Modal, Sides
+from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer
+from adaptive_tangents.features.transforms import Joint, LowRank, Matrix, Modal, Sides
+from adaptive_tangents.measures.kernel_change import joint_change, scale_change, side_change
 from draws import examples
 from theory_reference import Problem, problem
 

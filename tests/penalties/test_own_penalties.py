@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import adaptive_tangents as at
-from adaptive_tangents.penalty_checks import check_function
-from adaptive_tangents.search import convex_root, global_minimum, increasing_root
+from adaptive_tangents.penalties.checks import check_function
+from adaptive_tangents.penalties.closed_forms import shares
+from adaptive_tangents.penalties.scalar_search import convex_root, global_minimum, increasing_root
 from finite_differences import derivative
 
 Quantities = ("value", "derivative", "minimizer", "level")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from adaptive_tangents.penalties.closed_forms import Composition
 from draws import examples
 from finite_differences import derivative
 

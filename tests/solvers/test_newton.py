@@ -11,20 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import adaptive_tangents as at
-from adaptive_tangents import certificates
-from adaptive_tangents.losses import CrossEntropy, SquaredError
-from adaptive_tangents.model import Problem
-from adaptive_tangents.solvers import check_choice
-from adaptive_tangents.systems import (
-    DenseKernel,
-    FeatureProducts,
-    Kernel,
-    PrimalKernel,
-    RoundedKernel,
-    SketchedKernel,
-    conjugate_gradients,
-    partial_cholesky,
-)
+from adaptive_tangents.linalg.cholesky import partial_cholesky
+from adaptive_tangents.linalg.conjugate_gradients import conjugate_gradients
+from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.solvers import certificates
+from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
+from adaptive_tangents.solvers.fit import check_choice
+from adaptive_tangents.solvers.losses import CrossEntropy, SquaredError
+from adaptive_tangents.solvers.problem import Problem
 from draws import examples
 from theory_reference import Problem as Case
 from theory_reference import problem

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.proximal import _smooth
+from adaptive_tangents.solvers.proximal import _smooth
 from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents import constraints, systems
-from adaptive_tangents.constraints import independent_constraints
-from adaptive_tangents.losses import SquaredError
-from adaptive_tangents.systems import DenseKernel, factorise
+from adaptive_tangents.linalg.cholesky import factorize
+from adaptive_tangents.linalg.kernel_systems import DenseKernel
+from adaptive_tangents.solvers import constraints
+from adaptive_tangents.solvers import feature_systems as systems
+from adaptive_tangents.solvers.constraints import independent_constraints
+from adaptive_tangents.solvers.losses import SquaredError
 from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 

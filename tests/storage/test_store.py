@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from test_features import OUTPUTS, prepare, slots
 
 import adaptive_tangents as at
 import reference

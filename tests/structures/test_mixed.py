@@ -12,8 +12,8 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.structures import kernel_scales
-from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Sides
+from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Sides
+from adaptive_tangents.structures.base import kernel_scales
 from draws import examples
 from theory_reference import problem
 

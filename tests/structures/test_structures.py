@@ -13,9 +13,18 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents import modes
-from adaptive_tangents.structures import Solution
-from adaptive_tangents.transforms import Entrywise, Joint, LowRank, Modal, Scaled, Sides, squared, transform_matrices
+from adaptive_tangents.features.transforms import (
+    Entrywise,
+    Joint,
+    LowRank,
+    Modal,
+    Scaled,
+    Sides,
+    squared,
+    transform_matrices,
+)
+from adaptive_tangents.structures import modes
+from adaptive_tangents.structures.base import Solution
 from draws import examples
 from finite_differences import derivative
 
