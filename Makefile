@@ -14,12 +14,13 @@ NEURAL := .venv-neural-tangents
 INPUTS := pyproject.toml constraints.txt
 
 # One thread a process: the tests run on all cores already.
-test: export OMP_NUM_THREADS = 1
+test explore: export OMP_NUM_THREADS = 1
+explore: export HYPOTHESIS_PROFILE = explore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format theory results bench bench-neural-tangents clean
+.PHONY: help demo test explore lint format theory results bench bench-neural-tangents clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,7 +29,10 @@ demo: $(PACKAGE) ## reproduce the kernel alignment figures into runs/kernel-alig
 	$(BIN)/adaptive-tangents reproduce kernel-alignment --out runs/kernel-alignment
 
 test: lint ## lint, then run every test on all cores
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+explore: $(DEV) ## draw new examples for the tests of properties, ten times as many
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m hypothesis --timeout 3000
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ def solve(strength: float, n: int, c: int, memory: float | None = None, **option
         "seconds": seconds,
         "rounds": found.rounds,
         "products": sum(entry.products for entry in found.history),
-        "factorising": f"{found.timings.get('factorisations', 0.0) / seconds:.0%}",
+        "factorizing": f"{found.timings.get('factorizations', 0.0) / seconds:.0%}",
         "objective": found.objective,
         "stationarity": f"{found.stationarity:.1e}",
         "feasibility": f"{found.feasibility:.1e}",
@@ -66,5 +66,5 @@ contenders |= {
 if __name__ == "__main__":
     contend(
         __file__, contenders, "fit, TwoSided, MLP 784-256-256-c, to relative change 1e-8",
-        ("seconds", "rounds", "products", "factorising", "objective", "stationarity", "feasibility", "converged", "peak GB"),
+        ("seconds", "rounds", "products", "factorizing", "objective", "stationarity", "feasibility", "converged", "peak GB"),
     )  # fmt: skip

@@ -18,9 +18,9 @@ from rich.console import Console
 
 import adaptive_tangents as at
 from adaptive_tangents.datasets.images import load_digits, normalize_digits
-from adaptive_tangents.drawing import COLOURS, DASHES, Arrays, Results, grid, render
+from adaptive_tangents.drawing import COLORS, DASHES, Arrays, Results, grid, render
 from adaptive_tangents.experiments.training import relu_network
-from adaptive_tangents.linalg.cholesky import factorise
+from adaptive_tangents.linalg.cholesky import factorize
 from common import OUT, drawn, write
 
 PARTS = ("kernel", "Cholesky", "decompositions", "solve and products")
@@ -56,7 +56,7 @@ def measure(n: int, c: int, clock: Callable[[], float]) -> dict[str, Any]:
         adapted = feats.transformed(transforms)
         matrix = adapted.kernel().reshape(size, size)
         took.append(clock())
-        factor = factorise(matrix, RIDGE)
+        factor = factorize(matrix, RIDGE)
         took.append(clock())
         structure.solution(beta)
         took.append(clock())
@@ -86,7 +86,7 @@ def adapting(feats: at.TangentFeatures, transforms: Mapping[str, Any]) -> int:
 
 def factor_of(feats: at.TangentFeatures) -> torch.Tensor:
     size = feats.n * feats.c
-    return factorise(feats.kernel().reshape(size, size), RIDGE).factor
+    return factorize(feats.kernel().reshape(size, size), RIDGE).factor
 
 
 def slope(n: list[int], values: list[float]) -> float:
@@ -113,13 +113,13 @@ def draw(results: Results, arrays: Arrays) -> Figure:
     for axes, c in zip(panels, shown, strict=True):
         rows = [row for row in results["rows"] if row["c"] == c]
         n = [row["n"] for row in rows]
-        for part, colour in zip(COUNTED, COLOURS, strict=False):
+        for part, color in zip(COUNTED, COLORS, strict=False):
             measured, counted = ([row[kind][part] for row in rows] for kind in ("seconds", "operations"))
             speed = max(k / s for k, s in zip(counted, measured, strict=True))
             name, words = f"{part}, n to the {slope(n, measured):.2f}", f"counted, at {speed / 1e9:.0f} GFLOP/s"
-            axes.plot(n, measured, "o-", color=colour, lw=2, label=name)
+            axes.plot(n, measured, "o-", color=color, lw=2, label=name)
             axes.plot(
-                n, [k / speed for k in counted], color=colour, lw=1.2, ls=DASHES,
+                n, [k / speed for k in counted], color=color, lw=1.2, ls=DASHES,
                 label=f"{words}, n to the {slope(n, counted):.2f}",
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="samples n", ylabel=f"{results['clock']} seconds")

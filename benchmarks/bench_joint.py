@@ -1,6 +1,6 @@
 """The exact fit beside gradient methods on the joint problem it solves: L-BFGS and Adam over inner parameters and transforms.
 
-All minimise ‖θ‖² + Ω(M) + (1/ρ)Σ‖r − φMᵀθ‖² over θ and two sides a block, without constraints, in float64, with features in
+All minimize ‖θ‖² + Ω(M) + (1/ρ)Σ‖r − φMᵀθ‖² over θ and two sides a block, without constraints, in float64, with features in
 factors. The peers' Ω is λ‖M_L − I‖² + λ‖M_R − I‖²: the same where a side is symmetric and at least I, as at an optimum, never
 less than λΣ(σ_j − 1)², and smooth, so that a step of theirs needs no decomposition.
 """

@@ -1,4 +1,4 @@
-"""A training step of the linearised and of the adaptive model beside one of the network itself."""
+"""A training step of the linearized and of the adaptive model beside one of the network itself."""
 
 import itertools
 import statistics
@@ -56,7 +56,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MLP 784-128×4-10": mlp, "MLP 784-1024×2-10": wide, "CNN": convolutions, "transformer": transformer,
 }  # fmt: skip
 MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "linearised (Fixed)": lambda model: at.TangentModule(model, at.Fixed()),
+    "linearized (Fixed)": lambda model: at.TangentModule(model, at.Fixed()),
     "adaptive (TwoSided)": lambda model: at.TangentModule(model, at.TwoSided()),
     "adaptive (TwoSided, rank 8)": lambda model: at.TangentModule(model, at.TwoSided(), rank=8),
 }
@@ -65,13 +65,13 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def stepper(model: nn.Module, x: Tensor) -> Callable[[], float]:
     """A training step that tells its seconds."""
     labels = torch.randint(0, 10, (len(x),))
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> float:
         started = time.perf_counter()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), labels).backward()
-        optimiser.step()
+        optimizer.step()
         return time.perf_counter() - started
 
     return step

@@ -3,7 +3,7 @@
     python examples/train_cifar_resnet18.py --data-dir DIR --out runs/cifar
 
 DIR holds the binary version of CIFAR-10 (data_batch_1.bin, …, test_batch.bin), all of it or a part. Written: step_0000.pt
-(the start), one checkpoint an epoch, and data.npz with normalised test images, their labels and the names of the classes.
+(the start), one checkpoint an epoch, and data.npz with normalized test images, their labels and the names of the classes.
 """
 
 import argparse

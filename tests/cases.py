@@ -23,7 +23,7 @@ class Case:
     """One network on one batch, and what to expect of its features.
 
     ``factored`` names the blocks that must come in factors: no others may. Large networks give ``may_be_whole`` instead,
-    patterns of the only parameters of two or more dimensions that may be materialised. ``output`` and ``wrt`` are
+    patterns of the only parameters of two or more dimensions that may be materialized. ``output`` and ``wrt`` are
     arguments of tangent_features, ``names`` the parameters that ``wrt`` means where it is given. ``twin`` makes the same
     function for the reference, where autograd itself refuses the model as written. ``tolerance`` is for a dtype less
     precise than float32, ``requires`` a package without which the case is skipped.
@@ -253,9 +253,9 @@ CASES = (
         ("a", "out")),
     Case("a weight also used beside its layer", lambda: (Forward(
         lambda m, x: F.linear(m.fc(x).tanh(), m.fc.weight), fc=nn.Linear(4, 4)), normal(5, 4)), ("fc",)),
-    Case("a weight penalised in the output", lambda: (Forward(
+    Case("a weight penalized in the output", lambda: (Forward(
         lambda m, x: m.fc(x) + m.fc.weight.square().sum() + m.fc.bias[0], fc=nn.Linear(4, 3)), normal(5, 4))),
-    Case("a weight penalised a little in the output", lambda: (Forward(
+    Case("a weight penalized a little in the output", lambda: (Forward(
         lambda m, x: m.fc(x) + 1e-8 * m.fc.weight.square().sum(), fc=nn.Linear(4, 3)), normal(5, 4))),
     Case("a lone scale", linear_with((), lambda m, x: m.free * m.fc(x)), ("fc",)),
     Case("a lone vector", linear_with((4,), lambda m, x: m.fc(x * m.free)), ("fc",)),

@@ -1,16 +1,17 @@
 """Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
 
-import collections
+import dataclasses
 import functools
 import inspect
-import itertools
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -19,56 +20,116 @@ from jaxtyping import install_import_hook
 # its class) has an unchecked copy: drop it, so that the tests import the checked one.
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
-# Checking takes longer than what many of the smallest functions do, which are called a million times: of each function the
-# first calls are checked in every process, and one in many after that. So it is of a dataclass made.
-# A function within another is made anew, and its check compiled anew, at every call of that one: fewer of those are checked.
-_ALWAYS, _THEN_ONE_IN = 100, 50
-_ALWAYS_WITHIN, _THEN_ONE_IN_WITHIN = 10, 200
+# Checking takes longer than many of the smallest functions do, which are called a million times. So every function is
+# checked where the form of its arguments or of its result is new: their types and, for a function that says shapes, dtypes,
+# shapes and words too. Which calls are checked does not depend on how the tests are spread over processes. A check is
+# compiled at the first of them.
 _jaxtyped = jaxtyping.jaxtyped
-_made: collections.Counter[types.CodeType] = collections.Counter()
 
 
-def _often_enough(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
-    """``jaxtyped``, but for functions called very often only now and then."""
+class _Calls(threading.local):
+    """The functions whose checks are under way."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+
+
+_calls = _Calls()
+
+
+class _Check:
+    """The compiled check of one function, and the forms of results it has seen for each form of arguments."""
+
+    def __init__(self, made: Any, options: dict[str, Any]) -> None:
+        calls = _calls
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            return calls.waiting.pop()(*arguments, **keywords)
+
+        # In the function's own globals: annotations that are strings are looked up there.
+        run = types.FunctionType(run.__code__, made.__globals__, closure=run.__closure__)
+        self._checked = _jaxtyped(functools.update_wrapper(run, made), **options)
+        del run.__wrapped__  # what a function within another closes over is not kept alive
+        self.code = made.__code__
+        self.form = _form if any("jaxtyping" in repr(kind) for kind in made.__annotations__.values()) else type
+        self.seen: dict[Any, set[Any]] = {}
+
+    def __call__(self, call: Any, arguments: Any, keywords: Any) -> Any:
+        """What ``call`` gives, checked: the arguments before, the result after."""
+        depth = len(_calls.waiting)
+        _calls.waiting.append(call)
+        try:
+            return self._checked(*arguments, **keywords)
+        finally:
+            del _calls.waiting[depth:]
+
+
+_checks: dict[int, _Check] = {}  # by code: a function within another is made anew at every call of that one
+
+
+def _form(value: Any) -> Any:
+    kind = type(value)
+    if kind in _ARRAYS:
+        return kind, value.dtype, value.shape
+    if kind in _WORDS:
+        return value
+    if kind is tuple or kind is list:
+        return kind, len(value), *map(_form, value[:3])
+    if kind is dict:
+        return (kind, *map(_form, next(iter(value.items())))) if value else kind
+    return kind
+
+
+def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
+    """``jaxtyped``, but for calls of a form that has been checked."""
     if made is _jaxtyped:
-        return functools.partial(_often_enough, **options)
+        return functools.partial(_checked_where_new, **options)
     if inspect.isclass(made):
-        plain = made.__init__
-        _jaxtyped(made, **options)
-        if made.__init__ is not plain:
-            made.__init__ = _now_and_then(plain, made.__init__)
+        if dataclasses.is_dataclass(made) and not hasattr(made.__init__, "__wrapped__"):
+            made.__init__ = _checked_where_new(made.__init__, **options)
         return made
     if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
         return _jaxtyped(made, **options)
-    if "<locals>" not in made.__qualname__:
-        return _now_and_then(made, _jaxtyped(made, **options))
-    count = _made[made.__code__]
-    _made[made.__code__] += 1
-    due = count < _ALWAYS_WITHIN or count % _THEN_ONE_IN_WITHIN == 0
-    return _jaxtyped(made, **options) if due else made
+    check = _checks.get(id(made.__code__))
 
-
-def _now_and_then(made: Any, checked: Any) -> Any:
-    calls = itertools.count()
-
-    @functools.wraps(checked)
+    @functools.wraps(made)
     def sampled(*arguments: Any, **keywords: Any) -> Any:
-        count = next(calls)
-        due = count < _ALWAYS or count % _THEN_ONE_IN == 0
-        return (checked if due else made)(*arguments, **keywords)
+        nonlocal check
+        if check is None:
+            check = _checks[id(made.__code__)] = _Check(made, options)
+        form = check.form
+        given = tuple(map(form, arguments))
+        if keywords:
+            given += (*keywords, *map(form, keywords.values()))
+        results = check.seen.get(given)
+        if results is None:
+            result = check(made, arguments, keywords)
+            check.seen.setdefault(given, set()).add(form(result))
+            return result
+        result = made(*arguments, **keywords)
+        found = form(result)
+        if found not in results:
+            check(lambda *_, **__: result, arguments, keywords)
+            results.add(found)
+        return result
 
-    sampled.__wrapped__ = made  # as of what jaxtyping makes: for tests of what a caller without checks sees
     return sampled
 
 
-jaxtyping.jaxtyped = _often_enough
+jaxtyping.jaxtyped = _checked_where_new
 # An int is a float, as the type checker reads it too.
-install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+if not os.environ.get("NOHOOK"):
+    install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import torch  # noqa: E402  (after the hook, lest anything it starts import the package)
 
-settings.register_profile("adaptive-tangents", deadline=None)
-settings.load_profile("adaptive-tangents")
+_ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
+_WORDS = frozenset({str, bool})
+
+# The same examples in every run, and as many as show a theorem; `make explore` draws new ones, ten times as many.
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None, max_examples=400, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

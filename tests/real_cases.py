@@ -44,7 +44,7 @@ def resnet18() -> Made:
     for i, o, stride in ((2, 2, 1), (2, 3, 2), (3, 3, 2), (3, 4, 2)):
         layers += [BasicBlock(i, o, stride), BasicBlock(o, o, 1)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
-    return with_statistics(model), normal(2, 3, 32, 32)
+    return with_statistics(model), normal(2, 3, 16, 16)
 
 
 class SqueezeExcite(nn.Module):
@@ -305,7 +305,7 @@ def lora() -> Made:
     ), normal(5, 4)
 
 
-def labelled() -> Made:
+def labeled() -> Made:
     model = Forward(
         lambda m, x, y: {"logits": m.out(F.relu(m.fc(x))), "labels": y}, fc=nn.Linear(4, 6), out=nn.Linear(6, 3)
     )
@@ -424,9 +424,9 @@ CASES = (
         nn.PReLU(3)).double(), normal(3, 4))),
     real("PReLU of images, samples as many as outputs", lambda: (nn.Sequential(nn.Conv2d(2, 3, 3), nn.PReLU(3),
         nn.Conv2d(3, 4, 2), nn.PReLU(), nn.Flatten(), nn.Linear(4, 4)).double(), normal(4, 2, 4, 4))),
-    real("distances to learned centres", of(lambda m, x: m.out((-torch.cdist(x, m.centres)).exp()), lambda: normal(5, 4),
-        centres=lambda: normal(3, 4), out=lambda: nn.Linear(3, 2)), "centres"),
-    real("losses of samples as output", labelled, output_fn=losses),
+    real("distances to learned centers", of(lambda m, x: m.out((-torch.cdist(x, m.centers)).exp()), lambda: normal(5, 4),
+        centers=lambda: normal(3, 4), out=lambda: nn.Linear(3, 2)), "centers"),
+    real("losses of samples as output", labeled, output_fn=losses),
     real("weight norm by hooks", with_weights_by(nn.utils.weight_norm), "*_v", "*_g"),
     real("spectral norm by hooks", with_weights_by(nn.utils.spectral_norm), "*_orig"),
     real("weight norm by parametrization", with_weights_by(parametrizations.weight_norm), "*.original*"),

@@ -5,6 +5,7 @@ else is numpy on that Jacobian.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def columns(parameters: Mapping[str, tuple[int, ...]], name: str) -> slice:
     """Where a parameter sits in a vector of all of them."""
     start = 0
     for other, shape in parameters.items():
-        stop = start + int(np.prod(shape))
+        stop = start + math.prod(shape)
         if other == name:
             return slice(start, stop)
         start = stop
@@ -104,24 +105,23 @@ def sided(
     ``inputs_first``: the first parameter is (i, ...) instead, the transpose of its columns.
     """
     phi = phi.copy()
-    turned = [inputs_first and k == 0 for k in range(len(names))]
-
-    def matrix_of(entries: Array, name: str, turn: bool) -> Array:
-        shape = parameters[name] or (1,)
-        matrix = entries[columns(parameters, name)].reshape(shape[0], -1)
-        return matrix.T if turn else matrix
-
-    for k, row in enumerate(phi):
-        for j, entries in enumerate(row):
-            parts = [matrix_of(entries, name, turn) for name, turn in zip(names, turned, strict=True)]
-            matrix = np.hstack(parts)
-            if left is not None:
-                matrix = left @ matrix
-            if right is not None:
-                matrix = matrix @ right.T
-            cuts = np.cumsum([part.shape[1] for part in parts])[:-1]
-            for name, turn, part in zip(names, turned, np.split(scale * matrix, cuts, axis=1), strict=True):
-                phi[k, j, columns(parameters, name)] = (part.T if turn else part).ravel()
+    places = [columns(parameters, name) for name in names]
+    parts = [
+        phi[..., place].reshape(*phi.shape[:2], (parameters[k] or (1,))[0], -1)
+        for k, place in zip(names, places, strict=True)
+    ]
+    if inputs_first:
+        parts[0] = parts[0].swapaxes(2, 3)
+    matrix = scale * np.concatenate(parts, 3)
+    if left is not None:
+        matrix = left @ matrix
+    if right is not None:
+        matrix = matrix @ right.T
+    moved = np.split(matrix, np.cumsum([part.shape[3] for part in parts])[:-1], 3)
+    if inputs_first:
+        moved[0] = moved[0].swapaxes(2, 3)
+    for place, part in zip(places, moved, strict=True):
+        phi[..., place] = part.reshape(*phi.shape[:2], -1)
     return phi
 
 

@@ -5,17 +5,34 @@ the shape checks, and doctest's own finder passes over a function that seems to 
 """
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import adaptive_tangents
 
+# The wings whose names users call.
+DESCRIBED = (
+    "features",
+    "capture",
+    "penalties",
+    "structures",
+    "sketching",
+    "kernels",
+    "storage",
+    "measures",
+    "solvers",
+    "nn",
+)
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -56,6 +73,68 @@ def test_the_example_runs(test: doctest.DocTest) -> None:
 
 
 def test_examples_are_found_in_functions_that_the_shape_checks_wrap() -> None:
-    assert {"adaptive_tangents.data.load_digits", "adaptive_tangents.data.normalize_digits"} <= {
+    assert {"adaptive_tangents.datasets.images.load_digits", "adaptive_tangents.datasets.images.normalize_digits"} <= {
         test.name for test in examples()
     }
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def described(text: str) -> list[str]:
+    """The names that the section Args (or Attributes, of a record) of a docstring describes, in its order."""
+    lines = inspect.cleandoc(text).splitlines()
+    start = next((k for k, line in enumerate(lines) if line in ("Args:", "Attributes:")), len(lines))
+    names: list[str] = []
+    for line in lines[start + 1 :]:
+        if line and not line.startswith("    "):
+            break
+        if head := re.match(r"    (\w+(?:, \w+)*): \S", line):
+            names += head[1].split(", ")
+    return names
+
+
+def wanted(value: Any) -> list[str]:
+    """The arguments of a function, the fields of a dataclass, or what another class is made from."""
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+    if inspect.isclass(value) and "__init__" not in vars(value):
+        return []
+    names = list(inspect.signature(value).parameters)
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def documented() -> dict[str, Any]:
+    """Every public function and class by its dotted name, and the public methods of the classes."""
+    found: dict[str, Any] = {}
+    for wing in (adaptive_tangents, *(getattr(adaptive_tangents, name) for name in DESCRIBED)):
+        for name in wing.__all__:
+            value = getattr(wing, name)
+            if not (inspect.isfunction(value) or inspect.isclass(value)):
+                continue
+            home = f"{value.__module__}.{value.__qualname__}".removeprefix("adaptive_tangents.")
+            found[home] = value
+            for method, held in vars(value).items() if inspect.isclass(value) else ():
+                plain = held.__func__ if isinstance(held, classmethod | staticmethod) else held
+                if inspect.isfunction(plain) and not method.startswith("_") and plain.__doc__:
+                    found[f"{home}.{method}"] = plain
+    return found
+
+
+@pytest.mark.parametrize("name", documented())
+def test_a_public_docstring_describes_every_argument_and_nothing_else(name: str) -> None:
+    value = documented()[name]
+    assert described(value.__doc__ or "") == wanted(value)
+
+
+def test_a_docstring_that_leaves_an_argument_out_or_adds_one_is_found() -> None:
+    assert described("""One line.
+
+    Args:
+        x, y: two of them; and what
+            goes on: further.
+        z: another.
+
+    Raises:
+        ValueError: never.
+    """) == ["x", "y", "z"]

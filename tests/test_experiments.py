@@ -90,7 +90,7 @@ def test_change_is_what_training_added_to_the_network(small) -> None:
     np.testing.assert_allclose(result.arrays["sign.change"], change, rtol=1e-5, atol=1e-6)
 
 
-def test_linearisation_error_is_that_of_the_networks_directional_derivative(small) -> None:
+def test_linearization_error_is_that_of_the_networks_directional_derivative(small) -> None:
     result, saved, _ = small
     problem = kernel_alignment._problem(SMALL, "cpu")
     student, x = kernel_alignment._student(SMALL, problem, "cpu"), problem.x[problem.chosen]

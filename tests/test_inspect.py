@@ -98,9 +98,9 @@ def direct(name: str) -> tuple[dict[str, at.TangentFeatures], Tensor, Any]:
     values = [torch.func.functional_call(model, s, (data.x,)).detach() for s in (start, end)]
     change, pick = values[1] - values[0], None
     if name == "conv":
-        centred = change - change.mean(0)
-        centred = centred - centred.mean(1, keepdim=True)
-        direction = torch.linalg.svd(centred).Vh[0]
+        centered = change - change.mean(0)
+        centered = centered - centered.mean(1, keepdim=True)
+        direction = torch.linalg.svd(centered).Vh[0]
         direction = direction * direction[direction.abs().argmax()].sign()
         change, pick = change @ direction[:, None], lambda out: out @ direction[:, None]
     average = at.average_features(model, start, end, data.x, nodes=6, output_fn=pick, buffers="path")
@@ -186,7 +186,7 @@ def test_models_are_fitted_to_the_networks_own_change(found: dict[str, InspectRe
     )
 
 
-def test_labels_are_one_hot_centred_along_the_outputs_measured(found: dict[str, InspectResult]) -> None:
+def test_labels_are_one_hot_centered_along_the_outputs_measured(found: dict[str, InspectResult]) -> None:
     arrays, r = found["conv"].arrays, found["conv"].results
     weights = np.array(list(r["outputs"]["weights"].values()))
     onehot = np.eye(3)[np.arange(20) % 3]
@@ -260,7 +260,7 @@ def test_features_keep_the_smaller_form_and_are_the_same() -> None:
     feats = at.tangent_features(model, data.x, params=start)
     small = collapsed(feats)
     assert small.bytes <= feats.bytes
-    assert {block.kind for block in feats.blocks.values()} == {"factored", "materialised"}
+    assert {block.kind for block in feats.blocks.values()} == {"factored", "materialized"}
     torch.testing.assert_close(small.kernel(), feats.kernel())
     parts = Tangents(model, data.x, lambda out: out, None, chunk=7).at(start)
     torch.testing.assert_close(parts.kernel(), feats.kernel())

@@ -236,7 +236,7 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
 
 def test_integer_pixels_are_refused_with_the_remedy_and_tokens_are_not() -> None:
     pixels = loading.Data(torch.randint(0, 256, (4, 3), dtype=torch.uint8))
-    with pytest.raises(at.TangentError, match=r"x holds integers \(torch.uint8, .*convert x to float and normalise it"):
+    with pytest.raises(at.TangentError, match=r"x holds integers \(torch.uint8, .*convert x to float and normalize it"):
         loading.fit_data(pixels, nn.Linear(3, 1))
     tokens = loading.fit_data(pixels, nn.Sequential(nn.Embedding(256, 2), nn.Flatten(), nn.Linear(6, 1)))
     assert isinstance(tokens.x, torch.Tensor)

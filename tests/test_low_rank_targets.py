@@ -197,7 +197,7 @@ def _two_layers(units: int = 40) -> torch.nn.Sequential:
 
 
 def test_the_trained_network_is_the_one_trained_alone_by_a_plain_loop() -> None:
-    """All targets and one rate at once against torch's own module, optimiser and loop, a target at a time."""
+    """All targets and one rate at once against torch's own module, optimizer and loop, a target at a time."""
     samples, model = _line(60), _two_layers()
     epochs, fitted = 5, 48
     for column in range(2):

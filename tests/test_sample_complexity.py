@@ -92,7 +92,7 @@ def tiny() -> tuple[ExperimentResult, dict[str, Tensors], list[float]]:
 # ------------------------------------------------------------------------------------------------------- networks
 
 
-def test_the_grey_network_has_the_published_layers_and_weights() -> None:
+def test_the_gray_network_has_the_published_layers_and_weights() -> None:
     made = network((28, 28), 10, width=128, depth=5, generator=random(0, "network"))
     dense = [layer for layer in made if isinstance(layer, nn.Linear)]
     assert [tuple(layer.weight.shape) for layer in dense] == [(128, 784), *[(128, 128)] * 3, (10, 128)]
@@ -105,7 +105,7 @@ def test_the_grey_network_has_the_published_layers_and_weights() -> None:
     assert not any(bool(layer.bias.any()) for layer in dense)
 
 
-def test_the_coloured_network_has_the_published_layers() -> None:
+def test_the_colored_network_has_the_published_layers() -> None:
     made = network((3, 32, 32), 10, width=128, depth=5, generator=random(0, "network"))
     convolutions = [layer for layer in made if isinstance(layer, nn.Conv2d)]
     assert [tuple(layer.weight.shape) for layer in convolutions] == [
@@ -118,7 +118,7 @@ def test_the_coloured_network_has_the_published_layers() -> None:
 
 
 @pytest.mark.parametrize(("shape", "width"), [((3, 15, 15), 128), ((3, 32, 32), 20)])
-def test_coloured_images_too_small_and_widths_not_divided_by_eight_are_refused(
+def test_colored_images_too_small_and_widths_not_divided_by_eight_are_refused(
     shape: tuple[int, ...], width: int
 ) -> None:
     with pytest.raises(TangentError) as caught:
@@ -368,7 +368,7 @@ def test_the_strength_is_chosen_by_the_validation_split(tiny) -> None:
     assert "30" not in found.results["exact"]["toy"]["squared"]
     assert found.results["left_out"]["toy"] == [
         "Exact fits beyond n = 12: with 3 outputs n = 30 makes kernels of 90 × 90, 6.5e-05 GB each, to be made and "
-        "factorised many times over."
+        "factorized many times over."
     ]
 
 
@@ -411,7 +411,7 @@ def test_all_the_data_hold_is_a_size_of_a_full_run_and_sizes_beyond_are_left_out
     ]
 
 
-def test_coloured_images_are_trained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colored_images_are_trained_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sample_complexity, "load_images", lambda name, *, data_dir=None: toy(name, train=24, shape=(3, 16, 16))
     )

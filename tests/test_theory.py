@@ -156,7 +156,8 @@ def test_a_statement_and_a_line_that_names_code_and_test_are_all_it_takes() -> N
     page = make_theory.page(source)
     assert "how" not in page.replace(make_theory.NOTICE, "")
     assert re.search(
-        r"> Code: \[`penalties\.closed_forms\.Quadratic\.dual`\]\(\.\./src/adaptive_tangents/penalties/closed_forms\.py#L\d+\)  \n"
+        r"> Code: \[`penalties\.closed_forms\.Quadratic\.dual`\]"
+        r"\(\.\./src/adaptive_tangents/penalties/closed_forms\.py#L\d+\)  \n"
         r"> Checked: \[the page is what its source makes\]\(\.\./tests/test_theory\.py#L\d+\)\n$",
         page,
     )

@@ -1,4 +1,4 @@
-"""Slow, dense twins of the theory, from its definitions: numeric minimisation where the library has closed forms.
+"""Slow, dense twins of the theory, from its definitions: numeric minimization where the library has closed forms.
 
 A penalty is given here as a function of the excess e = z − 1 of a singular value, so that v = 1e-12 loses nothing.
 """
@@ -21,7 +21,7 @@ from adaptive_tangents.features.summands import Dense, Outer
 
 Omega = Callable[[np.ndarray], np.ndarray]  # ω as a function of z − 1
 
-# Every structure whose regulariser has a curvature, made from two penalties.
+# Every structure whose regularizer has a curvature, made from two penalties.
 CURVED: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure]] = {
     "Fixed": lambda p, q: at.Fixed(),
     "Full": lambda p, q: at.Full(p),
@@ -67,7 +67,7 @@ def no_adaptation() -> Omega:
 
 
 def minimum_over_excess(cost: Callable[[np.ndarray], np.ndarray], largest: float = 1e30) -> tuple[float, float]:
-    """(minimum, minimiser) over e in [0, largest] of a function with one valley: grid in log e, then golden section."""
+    """(minimum, minimizer) over e in [0, largest] of a function with one valley: grid in log e, then golden section."""
     if largest <= 0:
         return float(cost(np.zeros(1))[0]), 0.0
     grid = np.linspace(math.log(1e-60), math.log(largest), 4001)
@@ -99,7 +99,7 @@ def composed(first: Omega, second: Omega) -> Omega:
 
 
 def induced(omega: Omega, v: float) -> tuple[float, float]:
-    """ω̃(v) = min over z ≥ 1 of ω(z) + v²/z², and its minimiser z."""
+    """ω̃(v) = min over z ≥ 1 of ω(z) + v²/z², and its minimizer z."""
     value, excess = minimum_over_excess(lambda e: omega(e) + (v / (1 + e)) ** 2)
     return value, 1 + excess
 
@@ -213,7 +213,7 @@ class Problem:
         return {name: v.reshape(part.shape[2:]) for (name, part), v in zip(self.phi.items(), pieces, strict=True)}
 
 
-SHAPES = ((3, 2, 2), (2, 3, 1), (2, 1, 0))  # (o, i, positions); no positions: a materialised block
+SHAPES = ((3, 2, 2), (2, 3, 1), (2, 1, 0))  # (o, i, positions); no positions: a materialized block
 KERNEL = ((3, 7, 2), (2, 3, 1))  # the first a convolution's: two channels, a window of three, and a bias
 KERNEL_MODES = {"block0": (("in", 2), ("spatial", 3))}
 Modes = Mapping[str, tuple[tuple[str, int], ...]]
@@ -253,7 +253,7 @@ def problem(
 
 
 def features_from(phi: Mapping[str, Tensor]) -> at.TangentFeatures:
-    """The library's features, materialised, of dense arrays (n, c, o, i)."""
+    """The library's features, materialized, of dense arrays (n, c, o, i)."""
     n, c = next(iter(phi.values())).shape[:2]
     blocks, parameters = {}, {}
     for name, values in phi.items():
@@ -357,7 +357,7 @@ class JointProblem:
             return cost + r @ torch.linalg.solve(kernel, r)
         return cost + (theta**2).sum() + ((r - rows @ theta) ** 2).sum() / self.ridge
 
-    def minimise(
+    def minimize(
         self, starts: int = 3, seed: int = 0, spread: float = 0.5, near: tuple[Tensor, list[Tensor]] | None = None
     ) -> list[float]:
         """What L-BFGS reaches from each of several random starts: in (θ, M) with a ridge, in M to interpolate.
@@ -404,7 +404,7 @@ class JointProblem:
         return reached
 
 
-def minimise_equivalent(
+def minimize_equivalent(
     problem: Problem, penalty: Callable[[Tensor], tuple[float, Tensor]], *, seed: int = 0, starts: int = 2
 ) -> list[float]:
     """(E) with its constraint eliminated: β = particular + N w, N a basis of the null space of φ; L-BFGS in w.

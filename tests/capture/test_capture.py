@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,46 +22,10 @@ from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from cases import CASES as SMALL
 from cases import Case, Forward, mlp, normal
-from registry import CASES, by_name
+from prepared import every_case, fingerprint, over, prepare
+from registry import by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def tensors_of(x: Any) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else list(x.values() if hasattr(x, "values") else x)
-
-
-KNOWN_TO_NUMPY = (torch.float16, torch.float32, torch.float64)
-
-
-def raw(tensor: Tensor | None) -> bytes | None:
-    if tensor is None:
-        return None
-    tensor = tensor.detach().clone()  # not one of inference mode, which numpy refuses
-    return (
-        (tensor.float() if tensor.is_floating_point() and tensor.dtype not in KNOWN_TO_NUMPY else tensor)
-        .numpy()
-        .tobytes()
-    )
-
-
-def fingerprint(model: nn.Module, x: Any) -> list[Any]:
-    """Everything a capture could have left behind: tensors by identity and value, flags, hooks, random state."""
-    held = []
-    for module in model.modules():
-        for role in (module._parameters, module._buffers):
-            held += [(name, id(t), raw(t)) for name, t in role.items()]
-        held += [(t.requires_grad, raw(t.grad)) for t in module.parameters()]
-        held += [module.training, sorted(vars(module))]
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        held += [(name, id(t), t.grad_fn, raw(t)) for name, t in plain.items()]
-        hooks = [found for name, found in vars(module).items() if "hook" in name and isinstance(found, dict)]
-        held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
-    held += [(raw(t), t.requires_grad, t.grad if t.is_leaf else None) for t in tensors_of(x)]
-    # Python's own generator is left out: the run-time type checks of the tests draw from it.
-    drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
-    return [*held, *drawn, torch.is_grad_enabled()]
 
 
 @every_case
@@ -73,7 +36,6 @@ def test_the_model_and_the_batch_are_left_as_found(case: Case) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = fingerprint(model, x)
     at.tangent_features(model, x, params=state, wrt=case.wrt, output_fn=case.output_fn).kernel()
-    at.tangent_kernel(model, x, wrt=case.wrt, output_fn=case.output_fn, tile=2)
     assert fingerprint(model, x) == before
 
 
@@ -107,8 +69,8 @@ def test_buffers_that_a_forward_pass_updates_stay_as_they_were() -> None:
 @every_case
 def test_features_hold_no_graph_and_repeat_to_the_bit_also_where_gradients_are_switched_off(case: Case) -> None:
     model, x = case.build()
-    one = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
-    for context in (nullcontext, torch.no_grad, torch.inference_mode):
+    one = prepare(case).feats
+    for context in (torch.no_grad, torch.inference_mode):
         with context():
             two = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
             assert torch.equal(one.dense(), two.dense())
@@ -264,7 +226,7 @@ MIXING = {
     "cumulative sum": lambda m, x: m.fc(x).cumsum(0),
     "cumulative sum from the end": lambda m, x: m.fc(x).flip(0).cumsum(0).flip(0),
     "divided by the norm of the batch": lambda m, x: m.fc(x) / m.fc(x).norm(),
-    "neighbours": lambda m, x: m.fc(x) + x.roll(1, 0)[:, :2],
+    "neighbors": lambda m, x: m.fc(x) + x.roll(1, 0)[:, :2],
     "random": lambda m, x: m.fc(x) + torch.rand_like(m.fc(x)),
 }
 
@@ -510,8 +472,8 @@ MADE_OUTRIGHT = {
     "a learned query": {"query", "to_query"},
     "a learned query and one sample": {"query"},
     "two learned queries and two samples": {"query", "to_query"},
-    "a weight penalised in the output": {"fc"},
-    "a weight penalised a little in the output": {"fc"},
+    "a weight penalized in the output": {"fc"},
+    "a weight penalized a little in the output": {"fc"},
     "a lone scale": {"free"},
     "a lone vector": {"free"},
     "an unused parameter": {"free"},
@@ -535,7 +497,7 @@ MADE_OUTRIGHT = {
 }
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@over(SMALL)
 def test_samples_are_gone_through_one_by_one_only_where_neither_layers_nor_the_graph_can_tell(case: Case) -> None:
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)
@@ -655,7 +617,7 @@ def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> No
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder, batch first, pre-norm", "Transformer"])
 def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
     # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
-    (case,) = (case for case in CASES if case.name == name)
+    case = by_name[name]
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)
     for chunk in (1, 2):

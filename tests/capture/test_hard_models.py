@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_capture import fingerprint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import adaptive_tangents as at
 import reference
 from cases import Forward, mlp, normal
+from prepared import fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*use_reentrant", "ignore:None of the"
@@ -335,7 +335,7 @@ def int8_weights() -> Made:
     return model, normal(5, 4)
 
 
-def quantised(*, whole: bool) -> Made:
+def quantized(*, whole: bool) -> Made:
     model = torch.ao.quantization.quantize_dynamic(mlp(nn.Tanh).float(), {nn.Linear})
     return (model if whole else nn.Sequential(nn.Linear(4, 4), model)), normal(5, 4).float()
 
@@ -368,8 +368,8 @@ REFUSED: dict[str, tuple[Callable[[], Made], str, dict[str, Any], str]] = {
     "a part on meta": (partly_meta, "2.weight.*meta", {}, "RuntimeError: device meta"),
     "complex parameter": (complex_weights, "phase.*complex", {}, "the imaginary part is silently dropped"),
     "int8 parameter": (int8_weights, "scales.*int8", {"wrt": "*"}, "RuntimeError: only floating point"),
-    "quantised": (lambda: quantised(whole=True), "no parameters", {}, ""),
-    "quantised in the end": (lambda: quantised(whole=False), f"{NO_GRADIENT}|quanti|influence each other", {},
+    "quantized": (lambda: quantized(whole=True), "no parameters", {}, ""),
+    "quantized in the end": (lambda: quantized(whole=False), f"{NO_GRADIENT}|quanti|influence each other", {},
         "RuntimeError or silently zero"),
     "gradients scaled by frequency": (looked_up(lambda: nn.Embedding(3, 4, scale_grad_by_freq=True)),
         "table.*scale_grad_by_freq", {}, "features are autograd's, which are no derivatives"),

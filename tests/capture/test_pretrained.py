@@ -119,7 +119,7 @@ def test_the_encoder_is_the_trained_one() -> None:
 def test_features_are_what_autograd_finds(wrt: str) -> None:
     model, x, _ = load()
     feats = initial(wrt)
-    assert {name for name, b in feats.blocks.items() if b.kind == "materialised"} == {
+    assert {name for name, b in feats.blocks.items() if b.kind == "materialized"} == {
         f"{name}" for name in feats.parameters if "LayerNorm" in name
     }
     chosen = {name: p for name, p in model.named_parameters() if name in feats.parameters}

@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_capture import fingerprint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ import adaptive_tangents as at
 import reference
 from cases import Case, Forward, mlp, normal
 from integration_cases import CASES as INTEGRATIONS
+from prepared import fingerprint
 from real_cases import CASES as REAL
 from real_cases import gpt, losses
 from rearranged_cases import CASES as REARRANGED

@@ -524,7 +524,7 @@ def test_an_unknown_name_of_images_is_refused_with_the_known_ones(name: str) -> 
 @pytest.mark.parametrize(
     ("pixels", "shape"), [(784, (28, 28)), (900, (30, 30)), (3072, (3, 32, 32)), (36, (6, 6)), (27, (3, 3, 3))]
 )
-def test_openml_images_are_squares_grey_or_coloured_and_the_last_seventh_is_test(
+def test_openml_images_are_squares_gray_or_colored_and_the_last_seventh_is_test(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: int, shape: tuple[int, ...]
 ) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (70, pixels)).astype(float)
@@ -604,7 +604,7 @@ def test_the_real_cifar_files_hold_as_many_images_as_their_length_says(real_cifa
     assert len(real_cifar.train_images) + len(real_cifar.test_images) == bytes_held / 3073
 
 
-# normalisation
+# normalization
 
 
 def test_normalized_digits_have_zero_mean_and_unit_norm(mnist5k: Dataset) -> None:

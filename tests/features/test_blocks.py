@@ -244,7 +244,7 @@ def test_summing_positions_where_that_takes_less_room_changes_no_number(
     assert small.bytes <= feats.bytes
     if name != "a layer called twice":
         assert any(block.kind == "summed" for block in small.blocks.values())
-    assert all(b.kind != "materialised" or feats.blocks[k].kind == "materialised" for k, b in small.blocks.items())
+    assert all(b.kind != "materialized" or feats.blocks[k].kind == "materialized" for k, b in small.blocks.items())
     torch.testing.assert_close(small.dense(), feats.dense(), rtol=0, atol=1e-10)
     torch.testing.assert_close(small.kernel(), feats.kernel(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(

@@ -1,8 +1,7 @@
 """Features against a dense autograd twin: every case of the registry keeps every promise."""
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,51 +20,11 @@ from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.summands import Dense, Outer
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Matrix, Sides, squared, transform_matrices
 from cases import Case, Forward, mlp, normal
+from prepared import OUTPUTS, draw, every_case, over, prepare, slots
 from registry import CASES, by_name
 
-OUTPUTS = ("full", "trace", "diagonal")
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_outputs = pytest.mark.parametrize("outputs", OUTPUTS)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A case with its features on its batch and on another, and the dense twins of both."""
-
-    model: nn.Module
-    x: object
-    other_x: object
-    feats: at.TangentFeatures
-    other: at.TangentFeatures
-    phi: reference.Array
-    other_phi: reference.Array
-    tolerance: float
-
-    def agrees(self, made: Tensor, expected: reference.Array, *, scale: float | None = None) -> bool:
-        gap = np.abs(made.detach().double().numpy() - expected)
-        scale = float(np.abs(expected).max(initial=0)) if scale is None else scale
-        return made.shape == expected.shape and bool((gap <= self.tolerance * scale).all())
-
-
-@functools.cache
-def prepare(case: Case) -> Prepared:
-    model, x = case.build()
-    _, other_x = case.build(seed=1)
-    other_x = take(other_x, slice(0, 2))
-    ready = case.reference_model(model)
-    phi, other_phi = (reference.jacobian(ready, z, output_fn=case.output_fn, names=case.names) for z in (x, other_x))
-    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output_fn=case.output_fn) for z in (x, other_x))
-    tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
-    return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def slots(block: Block) -> list[str]:
-    return [slot.parameter for slot in block.slots]
 
 
 # Features and their products.
@@ -78,7 +37,7 @@ def test_dense_features_equal_autograd(case: Case) -> None:
     assert p.agrees(p.other.dense(), p.other_phi)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.tolerance is None], ids=lambda case: case.name)
+@over([case for case in CASES if case.tolerance is None])
 def test_features_in_single_precision_are_those_in_double(case: Case) -> None:
     p = prepare(case)
     model, x = case.build()
@@ -182,9 +141,21 @@ def test_converted_features_are_the_same_to_rounding(case: Case) -> None:
 @every_case
 @every_outputs
 def test_kernel_equals_that_of_the_dense_features(case: Case, outputs: str) -> None:
+    """Whole and by block, where blocks add up, with itself, where it is exactly symmetric, and with another."""
     p = prepare(case)
-    assert p.agrees(p.feats.kernel(outputs=outputs), reference.kernel(p.phi, p.phi, outputs))
-    assert p.agrees(p.feats.kernel(p.other, outputs=outputs), reference.kernel(p.phi, p.other_phi, outputs))
+    for partner, other in ((None, p.phi), (p.other, p.other_phi)):
+        whole, expected = p.feats.kernel(partner, outputs=outputs), reference.kernel(p.phi, other, outputs)
+        kernels = p.feats.kernel(partner, outputs=outputs, by_block=True)
+        assert list(kernels) == list(p.feats.blocks)
+        assert p.agrees(whole, expected), "the whole kernel"
+        assert p.agrees(sum(kernels.values()), expected), "the sum of blocks"
+        for name, kernel in kernels.items():
+            parts = [reference.restricted(z, p.feats.parameters, slots(p.feats.blocks[name])) for z in (p.phi, other)]
+            scale = float(np.abs(p.phi).max() ** 2 * 100)
+            assert p.agrees(kernel, reference.kernel(*parts, outputs), scale=scale), f"block {name}"
+        for name, kernel in {"whole": whole, **kernels}.items() if partner is None else ():
+            mirrored = kernel.permute(2, 3, 0, 1) if outputs == "full" else kernel.transpose(0, 1)
+            assert torch.equal(kernel, mirrored), f"symmetry of {name}"
 
 
 @every_case
@@ -195,28 +166,6 @@ def test_features_of_one_sample_go_with_features_of_many(case: Case) -> None:
 
 
 @every_case
-@every_outputs
-def test_kernels_are_exactly_symmetric(case: Case, outputs: str) -> None:
-    kernels = prepare(case).feats.kernel(outputs=outputs, by_block=True)
-    for kernel in (*kernels.values(), prepare(case).feats.kernel(outputs=outputs)):
-        mirrored = kernel.permute(2, 3, 0, 1) if outputs == "full" else kernel.transpose(0, 1)
-        assert torch.equal(kernel, mirrored)
-
-
-@every_case
-@every_outputs
-def test_kernels_by_block_are_those_of_their_parameters_and_add_up(case: Case, outputs: str) -> None:
-    p = prepare(case)
-    for partner, other in ((None, p.phi), (p.other, p.other_phi)):
-        kernels = p.feats.kernel(partner, outputs=outputs, by_block=True)
-        assert list(kernels) == list(p.feats.blocks)
-        for name, kernel in kernels.items():
-            parts = [reference.restricted(z, p.feats.parameters, slots(p.feats.blocks[name])) for z in (p.phi, other)]
-            assert p.agrees(kernel, reference.kernel(*parts, outputs), scale=float(np.abs(p.phi).max() ** 2 * 100))
-        assert p.agrees(sum(kernels.values()), reference.kernel(p.phi, other, outputs))
-
-
-@every_case
 @pytest.mark.parametrize(
     ("outputs", "budget"), [("full", 150), ("full", 4000), ("trace", 10**9), ("trace", 400), ("diagonal", 900)]
 )
@@ -224,7 +173,7 @@ def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, outputs: s
     p = prepare(case)
     feats, other = (f.to(kernel_layout.working_dtype(f.dtype)) for f in (p.feats, p.other))
     n, m, c = p.feats.n, p.other.n, p.feats.c
-    for route in ("gram", "materialise", "nested")[: 3 if outputs == "full" else 2]:
+    for route in ("gram", "materialize", "nested")[: 3 if outputs == "full" else 2]:
         square = kernel_layout.empty_kernel(n, n, c, outputs, feats._like)
         wide, tall = (kernel_layout.empty_kernel(*shape, c, outputs, feats._like) for shape in ((n, m), (m, n)))
         for name, a in feats.blocks.items():
@@ -243,7 +192,7 @@ def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, outputs: s
 
 
 @every_outputs
-@pytest.mark.parametrize("route", ["gram", "nested", "materialise"])
+@pytest.mark.parametrize("route", ["gram", "nested", "materialize"])
 @pytest.mark.parametrize("positions", [1, 3])
 def test_large_symmetric_kernels_are_made_in_panels_without_a_gap(outputs: str, route: str, positions: int) -> None:
     if route == "nested" and outputs != "full":
@@ -275,7 +224,7 @@ def test_the_plan_takes_the_route_with_fewer_operations() -> None:
         for width, tokens in ((50, 1), (1, 12))
     )
     assert [step.route for step in wide.plan().blocks] == ["gram"]
-    assert [step.route for step in deep.plan().blocks] == ["materialise"]
+    assert [step.route for step in deep.plan().blocks] == ["materialize"]
     printed = str(wide.plan(outputs="trace"))
     assert "gram" in printed
     assert "kernel 288 bytes" in printed  # 6 · 6 entries of 8 bytes

@@ -1,45 +1,49 @@
 """Kernels made tile by tile are those of dense features, whatever the tile."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from test_features import OUTPUTS, prepare, slots
 from torch import Tensor, nn
 
 import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.batches import take
 from cases import Case, Forward, mlp, normal
-from registry import CASES, by_name
+from prepared import OUTPUTS, every_case, fingerprint, prepare, slots
+from registry import by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @every_case
 def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None:
     p = prepare(case)
-    keywords = {"wrt": case.wrt, "output_fn": case.output_fn}
-    for tile, outputs in zip((2, None, 1), OUTPUTS, strict=True):
-        if tile != 1:
-            made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)
-            assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs))
-            assert torch.equal(made, made.permute(2, 3, 0, 1) if outputs == "full" else made.transpose(0, 1))
-        if tile is not None:
-            rows = 3 * tile  # in as many tiles
-            made = at.tangent_kernel(
-                p.model, take(p.x, slice(0, rows)), p.other_x, outputs=outputs, tile=tile, **keywords
-            )
-            assert p.agrees(made, reference.kernel(p.phi[:rows], p.other_phi, outputs))
+    keywords = {"wrt": case.wrt, "output": case.output_fn}
+    before = fingerprint(p.model, p.x)
+    for tile, outputs in ((2, "full"), (None, "trace")):
+        made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)
+        assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs)), f"tile {tile}"
+        assert torch.equal(made, made.permute(2, 3, 0, 1) if outputs == "full" else made.transpose(0, 1))
+    made = at.tangent_kernel(p.model, take(p.x, slice(0, 3)), p.other_x, outputs="diagonal", tile=1, **keywords)
+    assert p.agrees(made, reference.kernel(p.phi[:3], p.other_phi, "diagonal")), "two batches"
+    assert fingerprint(p.model, p.x) == before
+
+
+@functools.cache
+def two_batches(rows: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray, np.ndarray]:
+    """A network, a batch of that many rows and one of 12, and the dense features of both."""
+    model, x, other = mlp(nn.Tanh), normal(rows, 4), normal(12, 4) + 1
+    return model, x, other, reference.jacobian(model, x), reference.jacobian(model, other)
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("tile", [None, 12, 5])
 @pytest.mark.parametrize("rows", [12, 30])
 def test_two_batches_of_as_many_samples_are_two_batches(outputs: str, tile: int | None, rows: int) -> None:
-    model, x, other = mlp(nn.Tanh), normal(rows, 4), normal(12, 4) + 1
+    model, x, other, phi, other_phi = two_batches(rows)
     made = at.tangent_kernel(model, x, other, outputs=outputs, tile=tile)
-    phi, other_phi = reference.jacobian(model, x), reference.jacobian(model, other)
     np.testing.assert_allclose(made.numpy(), reference.kernel(phi, other_phi, outputs), rtol=1e-9, atol=1e-12)
     turned = at.tangent_kernel(model, other, x, outputs=outputs, tile=tile)
     np.testing.assert_allclose(turned.numpy(), reference.kernel(other_phi, phi, outputs), rtol=1e-9, atol=1e-12)

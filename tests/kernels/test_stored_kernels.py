@@ -137,7 +137,7 @@ def test_columns_diagonal_and_matrix_of_tiles_are_those_of_the_kernel(c: int | N
 
 MEASURES: Mapping[str, Callable[[object, object, Tensor], list[float]]] = {
     "alignment": lambda K, K0, y: [at.alignment(K, y)],
-    "centred alignment": lambda K, K0, y: [at.alignment(K, y, centered=True)],
+    "centered alignment": lambda K, K0, y: [at.alignment(K, y, centered=True)],
     "CKA": lambda K, K0, y: [at.cka(K, K0), at.cka(K0, K)],
     "decomposition": lambda K, K0, y: [
         (found := at.decompose(K, K0, y)).initial_weight,
@@ -186,7 +186,7 @@ def test_a_kernel_that_is_constant_up_to_rounding_is_refused_by_tiles_too() -> N
 
 def test_measures_read_a_tile_at_a_time_and_twice_at_most(stores: Stores) -> None:
     y = targets(N, 2)
-    for measure, passes in (("alignment", 1), ("centred alignment", 2), ("decomposition", 2)):
+    for measure, passes in (("alignment", 1), ("centered alignment", 2), ("decomposition", 2)):
         store = twin(stores["full"].read(), TILE, most=TILE)
         MEASURES[measure](store, twin(dense("full"), TILE), y) if measure != "decomposition" else at.decompose(
             store, twin(dense("full") ** 2, TILE), y
@@ -350,7 +350,7 @@ def test_memory_decides_the_form_and_a_form_that_does_not_fit_is_refused() -> No
         at.kernel_regression(store, r, ridge=0.1, form="dense", memory_limit=200_000)
 
 
-def test_a_kernel_that_single_precision_cannot_factorise_is_preconditioned_by_columns() -> None:
+def test_a_kernel_that_single_precision_cannot_factorize_is_preconditioned_by_columns() -> None:
     turn, _ = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     values = torch.linspace(1, 2, 60, dtype=torch.float64)
     values[0] = -1.0  # not a kernel: no multiple of rounding makes it positive
@@ -528,8 +528,14 @@ fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="
 store = at.kernels.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
 solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
 torch.save({
+<<<<<<< HEAD
     "product": operators.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
     "alignment": at.alignment(store, r), "centred": at.alignment(store, r, centered=True), "cka": at.cka(store, store.kernel),
+=======
+    "product": kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
+    "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
+    "cka": at.cka(store, store.kernel),
+>>>>>>> main
     "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
     "eigen": at.kernel_eigen(store, 3).values,
 }, f"{folder}/found{rank}.pt")
@@ -562,7 +568,7 @@ def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -
         assert found["objective"] == pytest.approx(fit.objective, rel=1e-10)
         torch.testing.assert_close(found["solved"], solved.dual, rtol=1e-8, atol=1e-8)
         assert found["alignment"] == pytest.approx(at.alignment(store, r), rel=1e-12)
-        assert found["centred"] == pytest.approx(at.alignment(store, r, centered=True), rel=1e-12)
+        assert found["centered"] == pytest.approx(at.alignment(store, r, centered=True), rel=1e-12)
         assert found["cka"] == pytest.approx(1, rel=1e-12)
         torch.testing.assert_close(found["eigen"], at.kernel_eigen(store, 3).values)
     assert [found["read"] for found in both] == [5, 5]  # of 10 tiles
@@ -571,7 +577,7 @@ def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -
 
 def test_tiles_are_shared_only_where_processes_can_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        at.TangentError, match=r"SharedKernel: torch.distributed is not initialised; run under torchrun"
+        at.TangentError, match=r"SharedKernel: torch.distributed is not initialized; run under torchrun"
     ):
         at.kernels.SharedKernel(torch.eye(3))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

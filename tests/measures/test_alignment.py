@@ -6,21 +6,22 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from draws import examples
 
-few = settings(max_examples=20)
+few = examples(20)
 seeds = st.integers(0, 10_000)
 
 
 def psd(seed: int, n: int, c: int | None = None, rank: int = 30) -> Tensor:
     size = n * (c or 1)
     rows = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    kernel = rows @ rows.mT + 0.3  # not centred
+    kernel = rows @ rows.mT + 0.3  # not centered
     return kernel if c is None else kernel.reshape(n, c, n, c)
 
 
@@ -57,7 +58,7 @@ def test_alignment_does_not_change_with_the_scale_of_kernel_or_targets(seed: int
 
 @few
 @given(seed=seeds)
-def test_centred_alignment_ignores_what_is_constant_over_samples(seed: int) -> None:
+def test_centered_alignment_ignores_what_is_constant_over_samples(seed: int) -> None:
     kernel, y = psd(seed, 7, 2), targets(seed, 7, 2)
     shift = torch.tensor([3.0, -2.0], dtype=torch.float64)
     expected = at.alignment(kernel, y, centered=True)
@@ -85,7 +86,7 @@ def test_adaptation_of_the_full_structure_raises_alignment_to_one() -> None:
 @pytest.mark.parametrize("c", [None, 2])
 @few
 @given(seed=seeds)
-def test_cka_is_the_cosine_of_kernels_centred_with_an_explicit_h(c: int | None, seed: int) -> None:
+def test_cka_is_the_cosine_of_kernels_centered_with_an_explicit_h(c: int | None, seed: int) -> None:
     a, b = psd(seed, 6, c), psd(seed + 1, 6, c)
     expected = reference.cosine(reference.center(a.numpy()), reference.center(b.numpy()))
     assert at.cka(a, b) == pytest.approx(expected, rel=1e-11)
@@ -93,7 +94,7 @@ def test_cka_is_the_cosine_of_kernels_centred_with_an_explicit_h(c: int | None, 
     assert at.cka(a, 3 * a + 2) == pytest.approx(1, rel=1e-11)
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(seed=seeds, n=st.integers(4, 7))
 def test_unbiased_cka_is_the_mean_over_quadruples_of_distinct_samples(seed: int, n: int) -> None:
     a, b = psd(seed, n, rank=3), psd(seed + 1, n, rank=3)
@@ -323,7 +324,7 @@ REFUSED = {
         r"alignment: a kernel is zero \(after centring, if asked for\)",
     ),
     "zero targets": (lambda: at.alignment(K, 0 * Y), r"alignment: a kernel is zero"),
-    "constant targets centred": (
+    "constant targets centered": (
         lambda: at.alignment(K, torch.full((5,), 0.1), centered=True),
         r"alignment: a kernel is zero",
     ),

@@ -50,7 +50,7 @@ def planted(feats: at.TangentFeatures, kind: str, seed: int = 5) -> dict[str, Si
     return found
 
 
-def materialised(feats: at.TangentFeatures) -> at.TangentFeatures:
+def materialized(feats: at.TangentFeatures) -> at.TangentFeatures:
     return reference.features_from({name: block.features() for name, block in feats.blocks.items()})
 
 
@@ -186,7 +186,7 @@ def test_fixed_explains_nothing_and_a_transform_of_another_shape_not_everything(
 
 FORMS: dict[str, Callable[[at.TangentFeatures], at.TangentFeatures]] = {
     "factored": lambda feats: feats,
-    "materialised": materialised,
+    "materialized": materialized,
     "in five parts": lambda feats: shared_out(feats, (0.1, 0.2, 0.4, 0.2, 0.1)),
 }
 
@@ -214,7 +214,7 @@ def test_every_form_of_the_same_features_gives_the_same_answer(kind: str, start_
         },
         before.parameters,
     )  # fmt: skip
-    expected = at.explain(materialised(before), materialised(mixed), STRUCTURES[kind])
+    expected = at.explain(materialized(before), materialized(mixed), STRUCTURES[kind])
     found = at.explain(FORMS[start_form](before), FORMS[end_form](mixed), STRUCTURES[kind])
     assert found.strengths == expected.strengths
     for name in before.blocks:
@@ -407,7 +407,7 @@ def test_too_few_samples_no_change_and_unknown_structures_are_refused() -> None:
     feats = start(n=8)
     for structure in STRUCTURES.values():
         with pytest.raises(at.TangentError, match=r"explain: the features are the same at start and end"):
-            at.explain(feats, materialised(feats), structure)
+            at.explain(feats, materialized(feats), structure)
     after = feats.transformed(planted(feats, "Left"))
     assert at.explain(feats, after, at.LayerScale()).samples == (4, 2, 2)
 

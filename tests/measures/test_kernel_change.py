@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,10 +15,11 @@ import theory_reference as reference
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer
 from adaptive_tangents.features.transforms import Joint, LowRank, Matrix, Modal, Sides
 from adaptive_tangents.measures.kernel_change import joint_change, scale_change, side_change
+from draws import examples
 from theory_reference import Problem, problem
 
-few = settings(max_examples=4)
-fewest = settings(max_examples=2)  # each a fit or two
+few = examples(4)
+fewest = examples(2)  # each a fit or two
 seeds = st.integers(0, 10_000)
 OUTPUTS = ("full", "trace")
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -311,7 +312,7 @@ def test_what_is_kept_changes_no_number() -> None:
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
 def test_every_kind_of_summand_is_split_alike(outputs: str) -> None:
-    """Lookups, flipped factors and features outright against the same features materialised."""
+    """Lookups, flipped factors and features outright against the same features materialized."""
     n, c, t, o, i = 4, 2, 3, 3, 5
     signals = normal(0, n, t, c, o)
     lookup = Lookup(
@@ -448,7 +449,7 @@ def test_summary_is_a_table_of_blocks_and_sides() -> None:
     found = at.fit(case.feats, case.r, structure=at.TwoSided(at.Quadratic(0.1))).kernel_change()
     lines = found.summary().splitlines()
     assert f"{found.alignment[0]:.3f} → {found.alignment[1]:.3f}" in lines[0]
-    assert "centred" in lines[0]
+    assert "centered" in lines[0]
     assert lines[1].split() == [
         "block",
         "side",
@@ -477,7 +478,7 @@ def test_alignment_after_centring_is_left_out_where_it_is_not_defined() -> None:
     assert at.kernel_change(case.feats, transforms, torch.ones(4, 1).double()).centered is None
     alone = at.kernel_change(case.feats[:1], transforms, torch.ones(1).double())
     assert alone.centered is None
-    assert "centred" not in alone.summary()
+    assert "centered" not in alone.summary()
     assert at.kernel_change(case.feats, transforms, case.r[:, 0]).centered is not None
 
 

@@ -74,7 +74,7 @@ def test_what_it_does_not_do_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
         "grouped heads": ([query, key[:, :1], value[:, :1]], {"enable_gqa": True}),
         "broadcast heads": ([query, key[:, :1], value[:, :1]], {}),
         "half precision": ([query.bfloat16(), key.bfloat16(), value.bfloat16()], {}),
-        "a learnt mask": ([query, key, value], {"attn_mask": torch.zeros(5, 7).double().requires_grad_()}),
+        "a learned mask": ([query, key, value], {"attn_mask": torch.zeros(5, 7).double().requires_grad_()}),
     }
     for name, (tensors, options) in given.items():
         torch.manual_seed(0)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 from adaptive_tangents.nn import tangent_module as modules
 from cases import Case, Forward, mlp
-from registry import CASES
+from prepared import every_case
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 Q = at.Quadratic(0.3)
 STRUCTURES: dict[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
     "Fixed": at.Fixed(), "Full": at.Full(Q), "LayerScale": at.LayerScale(Q), "Left": at.Left(Q), "Right": at.Right(Q),
@@ -54,7 +53,7 @@ def wander(adaptive: at.TangentModule, scale: float = 0.2) -> at.TangentModule:
 
 def joint_objective(adaptive: at.TangentModule, x: Any, r: Tensor, ridge: float) -> Tensor:
     change = adaptive(x) - adaptive.initial(x)
-    return adaptive.regulariser() + ((r - change) ** 2).sum() / ridge
+    return adaptive.regularizer() + ((r - change) ** 2).sum() / ridge
 
 
 # ----------------------------------------------------------------------------------------------------- what it computes
@@ -168,18 +167,18 @@ def test_training_the_joint_objective_ends_at_the_exact_fit_where_the_structure_
     model, x, r = mlp(nn.Tanh, widths=(3, 4, 2)), normal(4, 3), 3 * normal(4, 2, seed=1)
     fit = at.fit(at.tangent_features(model, x), r, structure=STRUCTURES[name], ridge=0.1, tol=1e-13)
     adaptive = at.TangentModule(model, STRUCTURES[name])
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         adaptive.parameters(), max_iter=1000, history_size=50, line_search_fn="strong_wolfe", tolerance_grad=1e-10,
         tolerance_change=1e-14,
     )  # fmt: skip
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = joint_objective(adaptive, x, r, 0.1)
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert float(closure()) == pytest.approx(fit.objective, rel=1e-6)
     assert adaptive.as_fit(x, r, ridge=0.1).objective == pytest.approx(fit.objective, rel=1e-6)
 
@@ -190,11 +189,11 @@ def test_it_starts_as_the_network_with_the_identity_and_gradients_flow_from_the_
     adaptive = at.TangentModule(model, STRUCTURES[name])
     torch.testing.assert_close(adaptive(x), model(x))
     torch.testing.assert_close(adaptive.adapted_features(x).kernel(), at.tangent_features(model, x).kernel())
-    optimiser = torch.optim.SGD(adaptive.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(adaptive.parameters(), lr=1e-3)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         ((r - adaptive(x) + adaptive.initial(x)) ** 2).mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in adaptive.parameters())
 
 
@@ -221,7 +220,7 @@ def test_a_rank_limits_what_a_side_moves(rank: int) -> None:
 # -------------------------------------------------------------------------------------------------- as a module in torch
 
 
-def test_optimisers_see_the_inner_coefficients_and_factors_alone() -> None:
+def test_optimizers_see_the_inner_coefficients_and_factors_alone() -> None:
     model, x, r = small()
     adaptive = at.TangentModule(model, at.TwoSided())
     outer = nn.Sequential(adaptive)
@@ -233,11 +232,11 @@ def test_optimisers_see_the_inner_coefficients_and_factors_alone() -> None:
     assert before
     assert not trained & {id(buffer) for buffer in adaptive.model.buffers()}
     outer.requires_grad_(True)
-    optimiser = torch.optim.AdamW(outer.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(outer.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         ((outer(x) - r) ** 2).mean().backward()
-        optimiser.step()
+        optimizer.step()
     for name, buffer in adaptive.model.named_buffers():
         assert torch.equal(buffer, before[name])
     assert all(p.grad is None for p in model.parameters())
@@ -423,12 +422,12 @@ def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(
         at.TangentError, match=r"a scale_invariant structure measures .* give structure.prepared\(feats\)"
     ):
-        unknown.regulariser()
+        unknown.regularizer()
     with pytest.raises(at.TangentError, match=r"the output has shape .* expected \(6, c\)"):
         at.TangentModule(Forward(lambda m, x: m.out(x)[:, 0], out=nn.Linear(5, 1)).double())(x)
 
 
-def test_units_of_scale_invariant_structures_count_in_the_regulariser() -> None:
+def test_units_of_scale_invariant_structures_count_in_the_regularizer() -> None:
     model, x, r = small()
     feats = at.tangent_features(model, x)
     structure = at.TwoSided(Q, scale_invariant=True)
@@ -474,7 +473,7 @@ def _size(fit: at.Fit) -> float:
     return sum(float((matrix**2).sum()) for matrix in fit.coefficients.values())
 
 
-def test_transformer_layers_are_linearised_by_forward_mode_and_the_fused_kernel_is_allowed_again() -> None:
+def test_transformer_layers_are_linearized_by_forward_mode_and_the_fused_kernel_is_allowed_again() -> None:
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
 
     class Encoder(torch.nn.Module):

@@ -75,7 +75,7 @@ def test_the_largest_tensor_is_seen() -> None:
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal"])
-@pytest.mark.parametrize("tokens", [1, 60], ids=["gram", "materialise"])
+@pytest.mark.parametrize("tokens", [1, 60], ids=["gram", "materialize"])
 def test_a_kernel_never_holds_the_features(outputs: str, tokens: int) -> None:
     model = Forward(lambda m, x: m.body(x).mean(1), body=mlp(nn.Tanh, widths=(30, 40, 3)))
     feats = at.tangent_features(model, normal(24, tokens, 30))
@@ -83,7 +83,7 @@ def test_a_kernel_never_holds_the_features(outputs: str, tokens: int) -> None:
     plan = feats.plan(outputs=outputs)
     room = 30_000
     limited = at.TangentFeatures(feats.n, feats.c, feats.blocks, feats.parameters, plan.kernel_bytes + room)
-    assert {b.route for b in plan.blocks if b.name == "body.0"} == {"gram" if tokens == 1 else "materialise"}
+    assert {b.route for b in plan.blocks if b.name == "body.0"} == {"gram" if tokens == 1 else "materialize"}
     held = max(t.numel() * 8 for b in feats.blocks.values() for t in vars(b.outer).values())
     peak = largest(lambda: limited.kernel(outputs=outputs))
     assert peak <= max(plan.kernel_bytes, room, held)

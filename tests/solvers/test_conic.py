@@ -1,4 +1,4 @@
-"""Fits of convex structures against the same convex programmes solved by an interior-point conic solver.
+"""Fits of convex structures against the same convex programs solved by an interior-point conic solver.
 
 Nothing here uses the library's penalties or its alternation. With ω = λ(z − 1)² the penalty on coefficients has conic forms:
 
@@ -31,13 +31,13 @@ interpolating_and_with_ridge = pytest.mark.parametrize("ridge", [0.0, 0.2])
 strengths = pytest.mark.parametrize("strength", [0.05, 1.0])
 
 
-def solve(programme: cp.Problem) -> float:
+def solve(program: cp.Problem) -> float:
     with warnings.catch_warnings():
         # It says so where rounding stopped it short of 1e-13; what it reached is compared below.
         warnings.simplefilter("ignore", UserWarning)
-        programme.solve(**SOLVER)
-    assert programme.status in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE)
-    return float(programme.value)
+        program.solve(**SOLVER)
+    assert program.status in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE)
+    return float(program.value)
 
 
 def flat(case: Problem, name: str) -> np.ndarray:
@@ -105,12 +105,12 @@ def fitted(case: Problem, kind: str, strength: float, ridge: float) -> at.Fit:
 @interpolating_and_with_ridge
 @every_problem
 @pytest.mark.parametrize("kind", STRUCTURES)
-def test_a_fit_is_the_minimum_of_its_conic_programme(kind: str, named: str, ridge: float, strength: float) -> None:
+def test_a_fit_is_the_minimum_of_its_conic_program(kind: str, named: str, ridge: float, strength: float) -> None:
     case = PROBLEMS[named]
     found = fitted(case, kind, strength, ridge)
-    programme, coefficients, squares = primal(case, kind, strength, ridge)
-    assert solve(programme) == pytest.approx(found.objective, rel=1e-8)
-    # The programme with one factor is worse conditioned: its solver reaches objectives to 1e-10 only.
+    program, coefficients, squares = primal(case, kind, strength, ridge)
+    assert solve(program) == pytest.approx(found.objective, rel=1e-8)
+    # The program with one factor is worse conditioned: its solver reaches objectives to 1e-10 only.
     accuracy = 1e-6 if squares else 1e-5
     size = float(case.flatten(found.coefficients).norm())
     for name, matrix in coefficients.items():
@@ -126,12 +126,12 @@ def test_a_fit_is_the_minimum_of_its_conic_programme(kind: str, named: str, ridg
 @strengths
 @interpolating_and_with_ridge
 @every_problem
-def test_the_lower_bound_of_one_sided_fits_is_the_maximum_of_the_dual_programme(
+def test_the_lower_bound_of_one_sided_fits_is_the_maximum_of_the_dual_program(
     named: str, ridge: float, strength: float
 ) -> None:
     case = PROBLEMS[named]
-    programme, a = dual(case, strength, ridge)
-    value = solve(programme)
+    program, a = dual(case, strength, ridge)
+    value = solve(program)
     for kind in ("Left", "Right"):
         found = fitted(case, kind, strength, ridge)
         assert value == pytest.approx(found.objective, rel=1e-8)
@@ -141,11 +141,11 @@ def test_the_lower_bound_of_one_sided_fits_is_the_maximum_of_the_dual_programme(
 
 @pytest.mark.parametrize("strength", [0.1, 1.0, 10.0])
 def test_the_conic_form_of_the_penalty_is_the_sum_over_singular_values(strength: float) -> None:
-    """The programme with B held: Σ_j min over z ≥ 1 of λ(z − 1)² + σ_j²/z²."""
+    """The program with B held: Σ_j min over z ≥ 1 of λ(z − 1)² + σ_j²/z²."""
     matrix = np.random.default_rng(0).normal(size=(4, 3)) * 2
     case = problem(0, n=12, shapes=((4, 3, 0),))
     held = Problem(case.phi, case.feats, (case.rows @ torch.from_numpy(matrix).flatten())[:, None])
-    programme, *_ = primal(held, "Left", strength, 0.0)
+    program, *_ = primal(held, "Left", strength, 0.0)
     z = 1 + np.concatenate([[0], np.geomspace(1e-6, 50, 400_001)])
     by_grid = sum(float((strength * (z - 1) ** 2 + (s / z) ** 2).min()) for s in np.linalg.svd(matrix)[1])
-    assert solve(programme) == pytest.approx(by_grid, rel=1e-7)
+    assert solve(program) == pytest.approx(by_grid, rel=1e-7)

@@ -5,24 +5,25 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 import adaptive_tangents as at
-from adaptive_tangents.checks import check_choice
 from adaptive_tangents.linalg.cholesky import partial_cholesky
 from adaptive_tangents.linalg.conjugate_gradients import conjugate_gradients
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers import certificates
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
+from adaptive_tangents.solvers.fit import check_choice
 from adaptive_tangents.solvers.losses import CrossEntropy, SquaredError
 from adaptive_tangents.solvers.problem import Problem
+from draws import examples
 from theory_reference import Problem as Case
 from theory_reference import problem
 
-few = settings(max_examples=8)
+few = examples(8)
 seeds = st.integers(0, 10_000)
 SHAPES = ((6, 5, 2), (5, 6, 1), (3, 1, 0))
 STRUCTURES: dict[str, at.structures.Structure] = {
@@ -216,17 +217,17 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
             total = total + (theta**2).sum() + strength * moved
         return total + entropy(logits, labels) / ridge
 
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         free, max_iter=4000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = value()
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert float(value().detach()) == pytest.approx(found.objective, rel=1e-7)
 
 

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptive_tangents as at
 import theory_reference as reference
 from adaptive_tangents.solvers.proximal import _smooth
+from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 CONVEX = [name for name in CURVED if name != "TwoSided"]
 RIDGE = 10.0  # of the small network's fits: a first-order method needs few steps there
 BLOCKS = ((2, 3), (2, 1))
-few = settings(max_examples=8)
+few = examples(8)
 steps = st.floats(-2, 2).map(lambda x: 10.0**x)
 strengths = st.floats(-1, 2).map(lambda x: 10.0**x)
 
@@ -59,7 +60,7 @@ def test_the_proximal_point_is_the_minimum_over_coefficients_and_dense_transform
     structure = CURVED[name](at.Quadratic(0.5), at.Quadratic(2.0))
     found = cost(structure, structure.proximal(x, step), x, step)
     joint = JointProblem(identity_features(x), name, [torch_quadratic(0.5), torch_quadratic(2.0)], 2 * step)
-    assert min(joint.minimise(starts=1 if name in CONVEX else 4)) == pytest.approx(found, rel=1e-8)
+    assert min(joint.minimize(starts=1 if name in CONVEX else 4)) == pytest.approx(found, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", ["LayerScale", "Right", "Columns"])
@@ -68,7 +69,7 @@ def test_the_proximal_point_is_the_global_minimum_where_the_penalty_is_not_conve
     structure = CURVED[name](at.Absolute(2.0), at.Absolute(2.0))
     found = cost(structure, structure.proximal(x, step), x, step)
     joint = JointProblem(identity_features(x), name, [torch_absolute(2.0)], 2 * step, symmetric=True)
-    reached = min(joint.minimise(starts=4))
+    reached = min(joint.minimize(starts=4))
     assert found <= reached * (1 + 1e-10)
     assert reached == pytest.approx(found, rel=1e-6)
 
@@ -218,7 +219,7 @@ def test_fits_by_cross_entropy_agree_too(name: str, c: int) -> None:
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(list(CURVED)), strength=strengths, ridge=st.floats(3.0, 30.0))
 def test_the_objective_never_rises_and_is_never_below_that_of_a_fit_for_convex_structures(
     seed: int, name: str, strength: float, ridge: float

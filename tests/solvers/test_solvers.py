@@ -1,4 +1,4 @@
-"""fit() against the theorems of the adaptive model and the joint problem minimised densely (theory §1, §4, §5)."""
+"""fit() against the theorems of the adaptive model and the joint problem minimized densely (theory §1, §4, §5)."""
 
 import dataclasses
 import itertools
@@ -10,18 +10,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.linalg import kernel_systems as systems
-from adaptive_tangents.linalg.cholesky import factorise
+from adaptive_tangents.linalg.cholesky import factorize
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers import constraints
+from adaptive_tangents.solvers import feature_systems as systems
 from adaptive_tangents.solvers.constraints import independent_constraints
 from adaptive_tangents.solvers.losses import SquaredError
+from draws import examples
 from theory_reference import CURVED, JointProblem, Problem, problem, torch_absolute, torch_quadratic
 
 EXACT = {"tol": 1e-14, "max_rounds": 2000}
@@ -34,8 +35,8 @@ COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not conv
 INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
 SOLVERS = ("newton", "anderson", "alternation")
 CONVEX = [name for name in EVERY if name not in COMPOSED]
-few = settings(max_examples=8)
-fewest = settings(max_examples=4)
+few = examples(8)
+fewest = examples(4)
 seeds = st.integers(0, 10_000)
 names = st.sampled_from(sorted(EVERY))
 ridges = st.one_of(st.just(0.0), st.floats(-4, 3).map(lambda x: 10.0**x))
@@ -69,7 +70,7 @@ def test_fit_reaches_the_minimum_of_the_joint_problem(name: str, ridge: float, c
     joint = JointProblem(
         case, name, [torch_quadratic(0.5), torch_quadratic(2.0)][: 2 if name in COMPOSED else 1], ridge
     )
-    for reached in joint.minimise():
+    for reached in joint.minimize():
         assert reached == pytest.approx(found.objective, rel=1e-8)
 
 
@@ -81,7 +82,7 @@ def test_no_random_start_beats_the_fit_where_the_penalty_is_not_convex(name: str
         case.feats, case.r, structure=STRUCTURES[name](at.Absolute(0.5), at.Absolute(0.5)), ridge=ridge, **EXACT
     )
     joint = JointProblem(case, name, [torch_absolute(0.5)], ridge, symmetric=True)
-    reached = joint.minimise(starts=4)
+    reached = joint.minimize(starts=4)
     if name == "Diagonal":
         # ω̃ is concave beyond a kink: many sparse solutions are stationary, and no method names the best of them.
         assert any(one == pytest.approx(found.objective, rel=1e-8) for one in reached)
@@ -96,18 +97,18 @@ def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecke
     penalties = {"out": at.Quadratic(0.5), "in": at.Quadratic(2.0), "spatial": at.Quadratic(0.1)}
     found = at.fit(case.feats, case.r, structure=at.Modes(penalties), ridge=ridge, **EXACT)
     joint = JointProblem(case, "Modes", [torch_quadratic(0.5), torch_quadratic(2.0), torch_quadratic(0.1)], ridge)
-    reached = joint.minimise()
+    reached = joint.minimize()
     assert min(reached) == pytest.approx(found.objective, rel=1e-8)
     assert found.lower_bound is None
     assert rises(found) <= 1e-12
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     seed=seeds, name=names, ridge=st.sampled_from([0.0, 0.05, 1.0]), one=st.sampled_from([0.05, 0.5, 5.0]),
     other=st.sampled_from([0.2, 2.0]), n=st.integers(2, 4), c=st.integers(1, 2), kinds=st.permutations(reference.SHAPES),
 )  # fmt: skip
-def test_no_minimiser_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_comes_back(
+def test_no_minimizer_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_comes_back(
     seed: int, name: str, ridge: float, one: float, other: float, n: int, c: int, kinds: list[tuple[int, int, int]]
 ) -> None:
     """(J) = (E): from anywhere where the problem is convex, from about the fit where there are other minima."""
@@ -119,10 +120,10 @@ def test_no_minimiser_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_c
     )
     m = found.transform(_basis(case)).dense().flatten(0, 1).mT
     theta = torch.linalg.solve(m.mT, case.flatten(found.coefficients))
-    near = joint.minimise(starts=1, seed=seed, spread=1e-2, near=(theta, _sides(found)))
+    near = joint.minimize(starts=1, seed=seed, spread=1e-2, near=(theta, _sides(found)))
     assert near[0] == pytest.approx(found.objective, rel=1e-8)
     if name not in COMPOSED:
-        assert joint.minimise(starts=1, seed=seed)[0] >= found.objective * (1 - 1e-8)
+        assert joint.minimize(starts=1, seed=seed)[0] >= found.objective * (1 - 1e-8)
 
 
 def _sides(found: at.Fit) -> list[Tensor]:
@@ -157,7 +158,7 @@ def test_fit_reaches_the_minimum_of_the_equivalent_problem_with_its_constraint_e
     case = problem(seed, n=3, c=2, shapes=((3, 4, 2), (4, 2, 1)), scale=3.0)
     for one in (at.Left, at.Right):
         found = at.fit(case.feats, case.r, structure=one(at.Quadratic(0.2)), **EXACT)
-        for reached in reference.minimise_equivalent(case, reference.spectral_quadratic(case, 0.2), seed=seed):
+        for reached in reference.minimize_equivalent(case, reference.spectral_quadratic(case, 0.2), seed=seed):
             assert reached == pytest.approx(found.objective, rel=1e-8)
 
 
@@ -679,19 +680,19 @@ def test_a_kernel_that_is_not_positive_definite_is_refused() -> None:
     with pytest.raises(
         at.TangentError, match=r"not positive definite even with a jitter of 1e-8 .* use a positive ridge"
     ):
-        factorise(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), 0.0)
+        factorize(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), 0.0)
 
 
 def test_the_jitter_added_is_the_least_that_serves_and_is_reported() -> None:
     u = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kernel = u @ u.mT - 1e-11 * torch.eye(6, dtype=torch.float64)
-    found = factorise(kernel, 0.0)
+    found = factorize(kernel, 0.0)
     mean = float(kernel.diagonal().mean())
     assert 1e-12 * mean < found.jitter <= 1.01e-10 * mean
     torch.testing.assert_close(
         found.factor @ found.factor.mT, kernel + found.jitter * torch.eye(6, dtype=torch.float64)
     )
-    exact = factorise(u.mT @ u, 0.5)
+    exact = factorize(u.mT @ u, 0.5)
     assert exact.jitter == 0
     r = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close((u.mT @ u + 0.5 * torch.eye(3, dtype=torch.float64)) @ exact.solve(r), r)
@@ -731,8 +732,8 @@ def test_smallest_eigenvalue_of_a_large_kernel_is_that_of_a_decomposition(
     expected = float(torch.linalg.eigvalsh(kernel)[0])
     monkeypatch.setattr(constraints, "_LARGE", 0)
     calls: list[float] = []
-    made = systems.factorise
-    monkeypatch.setattr(systems, "factorise", lambda matrix, shift: calls.append(shift) or made(matrix, shift))
+    made = systems.factorize
+    monkeypatch.setattr(systems, "factorize", lambda matrix, shift: calls.append(shift) or made(matrix, shift))
     found = at.fit(case.feats, case.r, structure=at.Fixed(), ridge=ridge)
     assert found.smallest_eigenvalue == pytest.approx(expected, abs=1e-6 * (expected + ridge))
     assert calls == [ridge]  # of K₀ one factor serves both

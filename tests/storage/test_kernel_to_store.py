@@ -254,7 +254,7 @@ def test_a_plan_says_what_is_then_done(tmp_path: Path) -> None:
     ):
         assert words in text
     assert all(name in text for name in made.blocks)
-    assert {block.route for block in plan.contraction.blocks} <= {"gram", "nested", "materialise"}
+    assert {block.route for block in plan.contraction.blocks} <= {"gram", "nested", "materialize"}
 
 
 def test_a_plan_times_more_samples_up_to_a_tile_where_few_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from test_features import OUTPUTS, prepare, slots
 
 import adaptive_tangents as at
 import reference
+from prepared import OUTPUTS, prepare, slots
 from registry import by_name
 from stored import LIMIT, data, files, network
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,10 +14,11 @@ import adaptive_tangents as at
 import theory_reference as reference
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Sides
 from adaptive_tangents.structures.base import kernel_scales
+from draws import examples
 from theory_reference import problem
 
 EXACT = {"tol": 1e-13, "max_rounds": 2000}
-few = settings(max_examples=8)
+few = examples(8)
 seeds = st.integers(0, 10_000)
 factors = st.floats(-3, 3).map(lambda x: 10.0**x)
 SCALED: dict[str, Callable[..., at.structures.BlockStructure]] = {

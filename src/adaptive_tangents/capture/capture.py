@@ -4,7 +4,7 @@ Which parameters share a block is read off the model alone, so features of any t
 of calls of layers with a rule where they are every use of its parameters in the autograd graph, else of uses found in that
 graph. It counts only where a random combination of its features is what autograd says, on every batch, or where the same
 operations give the features that stood this check on some of its samples; every other block is
-materialised, sample by sample. Nothing is skipped.
+materialized, sample by sample. Nothing is skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
-from adaptive_tangents.capture.derivatives import materialise, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
 from adaptive_tangents.capture.graph import Form, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
@@ -64,7 +64,7 @@ def tangent_features(
     return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit).features(x)
 
 
-# Samples, spread over a batch, from which is learnt what features are made of. A prime: a dimension of the network that is
+# Samples, spread over a batch, from which is learned what features are made of. A prime: a dimension of the network that is
 # a multiple of it, and could be taken for the samples, is rare.
 _PROBED = 7
 _LEAST_PROBED = 3  # where memory has no room for more
@@ -76,7 +76,7 @@ _PASS_BYTES = 1_000_000_000  # more at once buys no speed
 class Probe:
     """What a few samples of a batch tell: outputs, bytes that a sample takes, where the features of each block come from.
 
-    ``factors`` and ``dense`` are bytes of each block's factors and of its features materialised, per sample; ``pass_bytes``
+    ``factors`` and ``dense`` are bytes of each block's factors and of its features materialized, per sample; ``pass_bytes``
     what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
     are made sample by sample; ``form`` the operations; ``projections`` what their features show of each block, and
     ``spreads`` the squares of what rounding of that is relative to.
@@ -108,7 +108,7 @@ class Probe:
 
     @property
     def whole_bytes(self) -> int:
-        """The part of it that is held materialised whatever is done."""
+        """The part of it that is held materialized whatever is done."""
         return sum(size for name, size in self.dense.items() if name not in self.factors)
 
 
@@ -151,7 +151,7 @@ class Capture:
     def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
         """The features of a batch, after a check that they fit into memory; ``chunk`` samples a pass, if not by memory."""
         probe, n = self.probe, samples(x)
-        # Features are copied once while they are put together; materialised ones are not.
+        # Features are copied once while they are put together; materialized ones are not.
         needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
         if probe.whole:
             remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
@@ -177,7 +177,7 @@ class Capture:
         return other
 
     def _own_probe(self, x: Batch) -> Probe | None:
-        """What was learnt from samples of this very batch."""
+        """What was learned from samples of this very batch."""
         return next((probe for batch, probe in self._probed if batch is x), None)
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -289,9 +289,9 @@ class Capture:
             held = sum(net.parameters[name].nbytes for name in names)
             fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
             with self._quiet():
-                values = materialise(net, names, x, chunk=fit)
+                values = materialize(net, names, x, chunk=fit)
             dtype = common_dtype(net.parameters[name] for name in net.selected)
-            made |= {group.name: group.materialised(values).map(dtype=dtype) for group in rest}
+            made |= {group.name: group.materialized(values).map(dtype=dtype) for group in rest}
         for block in made.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)

@@ -266,7 +266,7 @@ def _norms(tensor: Tensor) -> Tensor:
     return norms
 
 
-def materialise(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
+def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
     """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one.
 
     Some operations have a batching rule that is wrong for some sizes (a PReLU with as many samples as outputs), so what

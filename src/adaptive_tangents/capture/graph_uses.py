@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.capture.graph import Parents
 from adaptive_tangents.capture.groups import Group
-from adaptive_tangents.capture.layers import convolution_of, learning, lookup, normalised_channels
+from adaptive_tangents.capture.layers import convolution_of, learning, lookup, normalized_channels
 from adaptive_tangents.capture.sample_layouts import Layout, arranged, gathered, layouts
 from adaptive_tangents.features.blocks import Block, Slot
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, Summand
@@ -174,9 +174,9 @@ OPERANDS: Mapping[tuple[str, int], Operand] = {
     ("Trilinear", 1): Operand("bilinear", known=_is_bilinear),
     ("Convolution", 1): Operand("convolution", known=lambda node: not node._saved_transposed),
     ("Convolution", 2): Operand("channels"),
-    ("NativeBatchNorm", 1): Operand("normalised", known=lambda node: not node._saved_training),
+    ("NativeBatchNorm", 1): Operand("normalized", known=lambda node: not node._saved_training),
     ("NativeBatchNorm", 2): Operand("channels", known=lambda node: not node._saved_training),
-    ("NativeGroupNorm", 1): Operand("normalised"),
+    ("NativeGroupNorm", 1): Operand("normalized"),
     ("NativeGroupNorm", 2): Operand("channels"),
     ("Embedding", 0): Operand(
         "lookup",
@@ -278,10 +278,10 @@ def _reduced(term: Term, way: Layout, gradient: Tensor, n: int) -> Tensor:
     saved: Any = term.node
     g, c = term.factor * gradient if term.factor != 1 else gradient, len(gradient)
     name = operation(term.node)
-    if term.kind in ("channels", "normalised"):
+    if term.kind in ("channels", "normalized"):
         g = arranged(g, way, n, lead=1)
-        if term.kind == "normalised":
-            g = g * arranged(normalised_channels(saved, name).detach(), way, n).reshape(g.shape[1:])
+        if term.kind == "normalized":
+            g = g * arranged(normalized_channels(saved, name).detach(), way, n).reshape(g.shape[1:])
         channels = term.tail[0]
         return g.reshape(c, n, -1, channels, g[0, 0, 0].numel()).sum((2, 4)).transpose(0, 1)
     if term.kind == "scale":

@@ -57,7 +57,7 @@ class Group:
             parts.append(made)
         return self.of(parts)
 
-    def materialised(self, values: Mapping[str, Tensor]) -> Block:
+    def materialized(self, values: Mapping[str, Tensor]) -> Block:
         """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
         parts = [slot.place(values[slot.parameter], self.matrix[0]) for slot in self.slots]
         return self.of([Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))])

@@ -197,10 +197,10 @@ def _channels_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n 
     return gradient.reshape(c, n, o, prod(pixels)).sum(-1).transpose(0, 1).contiguous()
 
 
-# Norms: the scale multiplies normalised inputs entry by entry, its feature is Σ_t δ_t ⊙ x̂_t.
+# Norms: the scale multiplies normalized inputs entry by entry, its feature is Σ_t δ_t ⊙ x̂_t.
 
 
-def _last_normalised(module: nn.Module, x: Tensor) -> Tensor:
+def _last_normalized(module: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
     shape = list(module.normalized_shape)
     if isinstance(module, nn.LayerNorm):
@@ -208,7 +208,7 @@ def _last_normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, shape, None, module.eps)
 
 
-def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
+def _channels_normalized(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
     assert isinstance(module, _BatchNorm | _InstanceNorm)
@@ -217,7 +217,7 @@ def _channels_normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.instance_norm(x, eps=module.eps)
 
 
-def normalised_channels(node: Any, operation: str) -> Tensor:
+def normalized_channels(node: Any, operation: str) -> Tensor:
     """What a norm over channels that autograd remembers multiplies its scale by."""
     x = node._saved_input
     if operation == "NativeGroupNorm":
@@ -225,8 +225,8 @@ def normalised_channels(node: Any, operation: str) -> Tensor:
     return F.batch_norm(x, node._saved_running_mean, node._saved_running_var, None, None, False, 0.0, node._saved_eps)
 
 
-def _last_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients, ones: bool) -> Dense:
-    total = _last_bias(module, gradient * normalised)
+def _last_scale(module: nn.Module, normalized: Tensor, gradient: _Gradients, ones: bool) -> Dense:
+    total = _last_bias(module, gradient * normalized)
     return Dense(total.reshape(*total.shape[:2], *_shape(module)))
 
 
@@ -237,11 +237,11 @@ def _last_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"
     return gradient.reshape(c, n, gradient[0, 0].numel() // o, o).sum(2).transpose(0, 1).contiguous()
 
 
-def _channels_scale(module: nn.Module, normalised: Tensor, gradient: _Gradients, ones: bool) -> Dense:
+def _channels_scale(module: nn.Module, normalized: Tensor, gradient: _Gradients, ones: bool) -> Dense:
     c, n, o, *pixels = gradient.shape
     # One product a channel image, (c, pixels) with (pixels): nothing of the gradients' size is made.
     signals = gradient.reshape(c, n * o, prod(pixels)).transpose(0, 1)
-    total = signals @ normalised.reshape(n * o, prod(pixels), 1)
+    total = signals @ normalized.reshape(n * o, prod(pixels), 1)
     return Dense(total.reshape(n, o, c).transpose(1, 2).contiguous()[..., None])
 
 
@@ -267,7 +267,7 @@ def _transposed_convolution_rule(layer: type[nn.Module], dimensions: int) -> Lay
 def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[int, ...]) -> LayerRule:
     return LayerRule(
         layers, _shape, _channels_scale, _channels_bias, joined=False,
-        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalised, summed=True,
+        accepts=partial(_batched, dimensions=dimensions), keep=_channels_normalized, summed=True,
     )  # fmt: skip
 
 
@@ -367,7 +367,7 @@ RULES: tuple[LayerRule, ...] = (
         _last_scale,
         _last_bias,
         joined=False,
-        keep=_last_normalised,
+        keep=_last_normalized,
         tokens=True,
         summed=True,
     ),

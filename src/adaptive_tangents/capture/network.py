@@ -158,7 +158,7 @@ def check_model(call: str, model: nn.Module) -> None:
         raise TangentError(f"{call}: the model has no parameters")
     for name, parameter in [*named.items(), *model.named_buffers()]:
         if isinstance(parameter, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise TangentError(f"{call}: {name!r} is not initialised yet; run the model on one batch first")
+            raise TangentError(f"{call}: {name!r} is not initialized yet; run the model on one batch first")
         if parameter.device.type == "meta":
             raise TangentError(f"{call}: {name!r} is on the meta device and holds no values; load the weights first")
     for name, module in model.named_modules():
@@ -166,7 +166,7 @@ def check_model(call: str, model: nn.Module) -> None:
             what = f"{call}: {type(module).__name__} {name!r}"
             if module.max_norm is not None:
                 raise TangentError(
-                    f"{what} has max_norm, which changes the table whenever it is used; renormalise it once and set "
+                    f"{what} has max_norm, which changes the table whenever it is used; renormalize it once and set "
                     "max_norm=None"
                 )
             if module.scale_grad_by_freq:

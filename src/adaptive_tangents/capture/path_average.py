@@ -144,7 +144,7 @@ def _average(
         for name, block in features.blocks.items():
             weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
             if weighted.dense is not None and kept:
-                # Materialised features add up at once; only factors are kept for every node.
+                # Materialized features add up at once; only factors are kept for every node.
                 weighted = sum_blocks([kept.pop(), weighted])
             kept.append(weighted)
         if shift:

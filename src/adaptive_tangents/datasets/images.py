@@ -45,7 +45,7 @@ class Dataset:
 def load_digits(
     name: str, *, data_dir: str | os.PathLike[str] | None = None, classes: Sequence[int] | None = None
 ) -> Dataset:
-    """Labelled images of handwritten digits, the same ones in the same order at every call.
+    """Labeled images of handwritten digits, the same ones in the same order at every call.
 
     `"mnist5k"`: 500 digits of each class, 400 of them train and 100 test: every fifth of a class is test. The classes
     alternate (0, 1, …, 9, 0, …), so that any leading part is balanced. `"mnist"`: the IDX files in `data_dir` or its
@@ -77,14 +77,14 @@ def load_digits(
 
 
 def load_images(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Labelled images, the same ones in the same order at every call.
+    """Labeled images, the same ones in the same order at every call.
 
     `"mnist5k"`, `"mnist"`: the digits of `load_digits`. `"cifar10"`: CIFAR-10's binary version in `data_dir` or its
     `cifar-10-batches-bin`, with as many images as the files hold. `"openml:NAME"`: OpenML's data set NAME, if it holds square
-    images of grey or coloured pixels, kept in `data_dir` or scikit-learn's cache; the last seventh is test, or what is
+    images of gray or colored pixels, kept in `data_dir` or scikit-learn's cache; the last seventh is test, or what is
     known to be.
 
-    Shapes: images uint8 (n, height, width), or (n, 3, height, width) in colour; labels int64 (n,), from 0.
+    Shapes: images uint8 (n, height, width), or (n, 3, height, width) in color; labels int64 (n,), from 0.
     Raises `TangentError`: unknown name; a file missing, malformed or at odds with another; no network; no images.
 
     >>> load_images("mnist5k").train_images.shape
@@ -123,9 +123,9 @@ def normalize_digits(images: UInt8[Tensor, "n 28 28"]) -> Float32[Tensor, "n 784
         first = int(constant.nonzero()[0])
         raise TangentError(f"normalize_digits: all pixels of image {first} are equal; leave out such images")
     pixels = flat.to(torch.float32) / 255
-    centred = pixels - pixels.mean(dim=1, keepdim=True)
-    norm: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    return centred / norm
+    centered = pixels - pixels.mean(dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(centered, dim=1, keepdim=True)
+    return centered / norm
 
 
 def _keep(dataset: Dataset, classes: Sequence[int]) -> Dataset:
@@ -217,11 +217,11 @@ def _openml_images(name: str, data_dir: str | os.PathLike[str] | None) -> Datase
 
 
 def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """What an image of so many pixels is: a square, grey or in colour; none if neither."""
+    """What an image of so many pixels is: a square, gray or in color; none if neither."""
     if len(shape) != 2 or shape[1] == 0:
         return None
-    grey, colour = math.isqrt(shape[1]), math.isqrt(shape[1] // 3)
-    return (grey, grey) if grey**2 == shape[1] else (3, colour, colour) if 3 * colour**2 == shape[1] else None
+    gray, color = math.isqrt(shape[1]), math.isqrt(shape[1] // 3)
+    return (gray, gray) if gray**2 == shape[1] else (3, color, color) if 3 * color**2 == shape[1] else None
 
 
 def _fetch(what: str, remedies: str, name: str, **options: Any) -> tuple[NDArray[Any], NDArray[Any]]:

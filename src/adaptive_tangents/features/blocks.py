@@ -65,7 +65,7 @@ class Block:
     ``shape`` is (o, i), ``slots`` say which parameters make up the matrix, ``modes`` into which modes (name, size) the
     input side unfolds, the first slowest ("in" × "spatial" for convolutions; a bias column comes after them), ``positions``
     is t. ``kind`` is "factored"; "summed" where factors were summed over positions because that takes less room; or
-    "materialised" where there are no factors.
+    "materialized" where there are no factors.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Block:
     def kind(self) -> str:
         if self.dense is None:
             return "factored"
-        return "summed" if self.summed else "materialised"
+        return "summed" if self.summed else "materialized"
 
     @property
     def positions(self) -> int:
@@ -112,7 +112,7 @@ class Block:
         return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in tensors_of(part))
 
     def features(self, rows: slice = slice(None)) -> Float[Tensor, "n c r i"]:
-        """Φ of a range of output units, materialised."""
+        """Φ of a range of output units, materialized."""
         return sum_tensors([part.features(rows) for part in self.summands])
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
@@ -210,7 +210,7 @@ def stack_blocks(blocks: list[Block]) -> Block:
     gains = [block.weighted.gains for block in blocks if block.weighted is not None]
     if len(kinds) > 1 or any(not torch.equal(gain, gains[0]) for gain in gains):
         made = blocks[0].of([Dense(torch.cat([block.features() for block in blocks]))])
-        return replace(made, summed=all(block.kind != "materialised" for block in blocks))
+        return replace(made, summed=all(block.kind != "materialized" for block in blocks))
     parts = [_stacked(same) for same in zip(*(block.summands for block in blocks), strict=True)]
     return replace(blocks[0].of(parts), summed=all(block.summed for block in blocks))
 

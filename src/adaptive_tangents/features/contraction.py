@@ -2,7 +2,7 @@
 
 - gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
 - nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
-- materialise: Φ of a range of output units at a time, then one matrix product.
+- materialize: Φ of a range of output units at a time, then one matrix product.
 
 Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
 """
@@ -48,7 +48,7 @@ def accumulate(
 ) -> None:
     """Add one block's kernel in place; where symmetric, the upper triangle only (`mirror` makes the rest)."""
     rest_a, rest_b = narrowed(a.without_shared(), b.without_shared())
-    if route != "materialise" and common_factors(a, b) is not None:
+    if route != "materialize" and common_factors(a, b) is not None:
         factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
         assert not isinstance(factors_a, Dense | Shared | Weighted)
         assert not isinstance(factors_b, Dense | Shared | Weighted)

@@ -19,7 +19,7 @@ from adaptive_tangents.features.summands import (
 )
 from adaptive_tangents.runtime.memory import format_bytes
 
-RouteName = Literal["gram", "nested", "materialise"]
+RouteName = Literal["gram", "nested", "materialize"]
 _WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
 _TILE_BYTES = 8_000_000  # features of a range of output units; larger ones leave the caches
 
@@ -158,10 +158,10 @@ class Nested(Gram):
         return (p.t * p.s + 2 * p.t * p.c * p.o + p.t * p.depth) * p.itemsize
 
 
-class Materialise:
+class Materialize:
     """Φ of a range of output units at a time, then one matrix product."""
 
-    name: RouteName = "materialise"
+    name: RouteName = "materialize"
 
     def applies(self, p: Pair) -> bool:
         return True
@@ -181,7 +181,7 @@ class Materialise:
 
 
 # Shares of a large product's speed are those seen in the benchmarks.
-ROUTES = (Gram(), Nested(), Materialise())
+ROUTES = (Gram(), Nested(), Materialize())
 
 
 def plan_block(

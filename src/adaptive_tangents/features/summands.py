@@ -29,7 +29,7 @@ class Outer:
     inputs: Float[Tensor, "n t i"]
 
     def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
+        """The features of a range of output units, materialized."""
         backward = self.backward[..., rows]
         n, t, c, r = backward.shape
         return product(backward.reshape(n, t, c * r).mT, self.inputs).reshape(n, c, r, self.inputs.shape[-1])
@@ -75,7 +75,7 @@ class Lookup:
     directions: Float[Tensor, "r i"]
 
     def features(self, rows: slice) -> Float[Tensor, "n c q i"]:
-        """The features of a range of output units, materialised."""
+        """The features of a range of output units, materialized."""
         backward = self.backward[..., rows] * self.weights[..., None, None]
         n, t, c, r = backward.shape
         signals = backward.reshape(n, t, c * r).mT
@@ -161,7 +161,7 @@ class Flipped:
     inputs: Float[Tensor, "n t o"]
 
     def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
+        """The features of a range of output units, materialized."""
         return Outer(self.backward, self.inputs[..., rows]).features(slice(None)).mT
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
@@ -189,7 +189,7 @@ class Flipped:
 
 @dataclass(frozen=True)
 class Dense:
-    """Materialised features Φ (n, c, o, i)."""
+    """Materialized features Φ (n, c, o, i)."""
 
     values: Float[Tensor, "n c o i"]
 
@@ -235,7 +235,7 @@ class Shared:
     directions: Float[Tensor, "k o i"]
 
     def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
+        """The features of a range of output units, materialized."""
         return torch.einsum("nck,kri->ncri", self.coefficients, self.directions[:, rows])
 
     def inner(self, directions: Float[Tensor, "m o i"]) -> Float[Tensor, "n c m"]:
@@ -271,7 +271,7 @@ class Weighted:
     parts: "tuple[Outer | Lookup | Flipped, ...]"
 
     def features(self, rows: slice) -> Float[Tensor, "n c r i"]:
-        """The features of a range of output units, materialised."""
+        """The features of a range of output units, materialized."""
         return self.gains[rows] * sum_tensors([part.features(rows) for part in self.parts])
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:

@@ -32,7 +32,7 @@ class KernelRegression:
 
     ``dual`` α (n, c); ``residual`` ‖(K + ρI)α − r‖/‖r‖ in float64, ``feasibility`` ‖Kα − r‖/‖r‖; ``objective`` rᵀα, which
     at a solution is ‖β‖² + (1/ρ)‖r − φβ‖², and ‖β‖² where ρ = 0; ``form`` "dense" or "matrix-free" with the ``steps`` of
-    conjugate gradients, 0 if dense; ``jitter`` what was added to the diagonal to factorise it.
+    conjugate gradients, 0 if dense; ``jitter`` what was added to the diagonal to factorize it.
     """
 
     dual: Float[Tensor, "n c"] = field(repr=False)
@@ -85,7 +85,7 @@ def kernel_regression(
 
     ``K`` is a tensor or a store; ``r`` (n, c), or (n,) where there is one output, holds targets minus f(x;θ₀). A kernel of
     outputs "full" couples them, one of their "trace" (n, n) is used for each, one of their "diagonal" gives each its own.
-    ρ = 0 interpolates. ``form`` "dense" factorises K + ρI; "matrix-free" runs conjugate gradients on products tile by tile,
+    ρ = 0 interpolates. ``form`` "dense" factorizes K + ρI; "matrix-free" runs conjugate gradients on products tile by tile,
     preconditioned by a factor in float32, or by some of its columns where memory does not allow that; "auto" is dense where
     ``memory_limit`` (default: half of what is free) allows it.
 
@@ -171,7 +171,7 @@ def _norm(parts: Iterable[Tensor]) -> float:
 
 
 def is_dense(call: str, kernel: Tiled, form: str, room: int, *, copies: int = DENSE_COPIES) -> bool:
-    """Whether to factorise the kernel: where that is asked for, or "auto" and there is room; else a TangentError."""
+    """Whether to factorize the kernel: where that is asked for, or "auto" and there is room; else a TangentError."""
     needed = copies * 8 * kernel.size**2
     if form == "dense":
         require_memory(

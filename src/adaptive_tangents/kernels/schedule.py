@@ -78,7 +78,7 @@ def ordered(places: Sequence[Place], capacity: int, *, symmetric: bool) -> list[
 
 
 def _past_ranges(places: Sequence[Place], height: int, *, own_first: bool) -> list[Place]:
-    """Columns past ranges of ``height`` rows: to and fro, or the columns of the range's own samples, then towards them."""
+    """Columns past ranges of ``height`` rows: to and fro, or the columns of the range's own samples, then toward them."""
     wanted = set(places)
     rows, columns = sorted({i for i, _ in places}), sorted({j for _, j in places})
     order: list[Place] = []
@@ -97,7 +97,7 @@ def dealt(
 ) -> list[list[Place]]:
     """Tiles for every rank, of equal cost to within a tile, and dealt so that few features are captured twice.
 
-    Either whole rows go to one rank after the other, or ranges along a curve that stays in one neighbourhood;
+    Either whole rows go to one rank after the other, or ranges along a curve that stays in one neighborhood;
     ``capture`` is the cost of a capture. The deal with the smaller cost of the busiest rank is taken.
     """
 

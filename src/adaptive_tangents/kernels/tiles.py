@@ -89,12 +89,12 @@ class SharedKernel:
     group of all. Every measure and solver takes it in place of the kernel; all processes call it, and all get the result.
     Tiles are in host memory, so the group's backend is one for that, such as gloo.
 
-    Raises TangentError where torch.distributed is not initialised, or its backend moves GPU memory only.
+    Raises TangentError where torch.distributed is not initialized, or its backend moves GPU memory only.
 
     >>> import torch, adaptive_tangents as at
     >>> at.kernels.SharedKernel(torch.eye(3))
     Traceback (most recent call last):
-    adaptive_tangents.errors.TangentError: SharedKernel: torch.distributed is not initialised; run under torchrun ...
+    adaptive_tangents.errors.TangentError: SharedKernel: torch.distributed is not initialized; run under torchrun ...
     """
 
     kernel: Any
@@ -103,7 +103,7 @@ class SharedKernel:
     def __post_init__(self) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise TangentError(
-                "SharedKernel: torch.distributed is not initialised; run under torchrun and call "
+                "SharedKernel: torch.distributed is not initialized; run under torchrun and call "
                 "torch.distributed.init_process_group('gloo') first"
             )
         backend = torch.distributed.get_backend(self.group)

@@ -14,7 +14,7 @@ CHUNK = 16
 
 
 @dataclass(frozen=True)
-class Factorised:
+class Factorized:
     """A Cholesky factor of K + ρI, with the jitter that was added to make it exist."""
 
     factor: Float[Tensor, "k k"] = field(repr=False)
@@ -28,7 +28,7 @@ class Factorised:
         return found.reshape(r.shape)
 
 
-def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
+def factorize(kernel: Float[Tensor, "k k"], ridge: float) -> Factorized:
     """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
     diagonal = kernel.diagonal().clone()
     scale = float(diagonal.mean())
@@ -37,7 +37,7 @@ def factorise(kernel: Float[Tensor, "k k"], ridge: float) -> Factorised:
             kernel.diagonal().copy_(diagonal + (ridge + jitter * scale))  # a shifted copy would be one more in memory
             factor, failed = torch.linalg.cholesky_ex(kernel)
             if not int(failed):
-                return Factorised(factor, jitter * scale)
+                return Factorized(factor, jitter * scale)
     finally:
         kernel.diagonal().copy_(diagonal)
     raise TangentError(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.linalg.cholesky import CHUNK, Factorised, Products, factorise, partial_cholesky
+from adaptive_tangents.linalg.cholesky import CHUNK, Factorized, Products, factorize, partial_cholesky
 from adaptive_tangents.linalg.conjugate_gradients import Solve, conjugate_gradients
 
 Root = Float[Tensor, "n c c"]
@@ -33,25 +33,25 @@ class Kernel(ABC):
 
 
 class DenseKernel(Kernel):
-    """The kernel as a matrix, factorised."""
+    """The kernel as a matrix, factorized."""
 
     def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " m"] | None = None) -> None:
         self.matrix, self.kept = matrix, kept
-        self._whole: tuple[float, Factorised] | None = None
+        self._whole: tuple[float, Factorized] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         return self.matrix @ x
 
-    def factorised(self, ridge: float) -> Factorised:
-        """The whole of K + ρI, factorised once."""
+    def factorized(self, ridge: float) -> Factorized:
+        """The whole of K + ρI, factorized once."""
         if self._whole is None or self._whole[0] != ridge:
-            self._whole = ridge, factorise(self.matrix, ridge)
+            self._whole = ridge, factorize(self.matrix, ridge)
         return self._whole[1]
 
     def shifted(self, ridge: float) -> Solve:
         kept = self.kept
         matrix = self.matrix if kept is None else self.matrix[kept][:, kept]
-        factor = self.factorised(ridge) if kept is None else factorise(matrix, ridge)
+        factor = self.factorized(ridge) if kept is None else factorize(matrix, ridge)
         self._whole = None  # as long as the inverse lives, and no longer
         self.jitter = factor.jitter
 
@@ -70,7 +70,7 @@ class DenseKernel(Kernel):
         cube = torch.einsum("kab,kalc->kblc", root, self.matrix.reshape(n, c, n, c))
         system = torch.einsum("kblc,lcd->kbld", cube, root).reshape(n * c, n * c) / 2
         system.diagonal().add_(1)
-        return Factorised(torch.linalg.cholesky(system), 0.0).solve
+        return Factorized(torch.linalg.cholesky(system), 0.0).solve
 
 
 class FreeKernel(Kernel):
@@ -123,7 +123,7 @@ class PivotedKernel(FreeKernel):
 
 
 class RoundedKernel(FreeKernel):
-    """Formed and factorised in float32, a preconditioner so close that few products in float64 are needed."""
+    """Formed and factorized in float32, a preconditioner so close that few products in float64 are needed."""
 
     def near_shifted(self, ridge: float) -> Solve:
         matrix = self.products.rounded()
@@ -155,7 +155,7 @@ def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
             break
     else:
         raise TangentError("fit: the kernel is not positive definite in single precision; use form='dense'")
-    solve = Factorised(factor, added).solve
+    solve = Factorized(factor, added).solve
 
     def near(x: Tensor) -> Tensor:
         size = x.norm(dim=0)  # single precision has a narrower range
@@ -173,5 +173,5 @@ def rooted_product(root: Root, columns: Float[Tensor, "k m"]) -> Float[Tensor, "
 
 def _low_rank_inverse(columns: Float[Tensor, "k m"], shift: float) -> Solve:
     """The map x ↦ (LLᵀ + shift·I)⁻¹ x."""
-    factor = factorise(columns.mT @ columns, shift)
+    factor = factorize(columns.mT @ columns, shift)
     return lambda x: (x - columns @ factor.solve(columns.mT @ x)) / shift

@@ -86,10 +86,10 @@ class EffectiveRank:
 
 
 def alignment(K: Kernels, y: Values, *, centered: bool = False) -> float:
-    r"""Cosine between a kernel and the target kernel, ⟨K, K_y⟩/(‖K‖‖K_y‖); ``centered`` centres both over samples first.
+    r"""Cosine between a kernel and the target kernel, ⟨K, K_y⟩/(‖K‖‖K_y‖); ``centered`` centers both over samples first.
 
-    K is a tensor or a store. The uncentred cosine is the paper's "sim". Raises TangentError where shapes do not fit, values
-    are not finite, or K or K_y is zero. Source: LeJeune & Alemohammad, CPAL 2024, §4; Cortes et al. 2012 (centred).
+    K is a tensor or a store. The uncentered cosine is the paper's "sim". Raises TangentError where shapes do not fit, values
+    are not finite, or K or K_y is zero. Source: LeJeune & Alemohammad, CPAL 2024, §4; Cortes et al. 2012 (centered).
 
     >>> y = torch.tensor([1.0, -2.0, 0.5])
     >>> round(alignment(torch.outer(y, y), y), 6)

@@ -196,7 +196,7 @@ def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tup
 
 
 def _alternate(pair: _Pair, strength: float) -> Sides:
-    """Alternating least squares, each side minimising Σ‖B − M_L A M_Rᵀ‖² + μ‖M − I‖² with the other held."""
+    """Alternating least squares, each side minimizing Σ‖B − M_L A M_Rᵀ‖² + μ‖M − I‖² with the other held."""
     factors: dict[str, Tensor | None] = {"left": None, "right": None}
     previous = torch.inf
     for _ in range(_ROUNDS):

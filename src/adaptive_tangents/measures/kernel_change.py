@@ -49,7 +49,7 @@ class KernelChange:
 
     The sides of a block are "left" (M_L alone, M_R = I), "right", "scale", "entries" and "joint", as far as its transform has
     them, and "interaction": what is left where there are several. Sides add up to their block, blocks to the whole.
-    ``alignment`` is before and after, ``centered`` the same of centred kernels, None where they are zero. ``kernels`` holds
+    ``alignment`` is before and after, ``centered`` the same of centered kernels, None where they are zero. ``kernels`` holds
     every side's Δ as (n, c, n, c), or (n, n) of a trace, if asked to keep them.
     """
 
@@ -63,7 +63,7 @@ class KernelChange:
     def summary(self) -> str:
         """The change as a table, for a person."""
         before, after = self.alignment
-        also = "" if self.centered is None else f" (centred {self.centered[0]:.3f} → {self.centered[1]:.3f})"
+        also = "" if self.centered is None else f" (centered {self.centered[0]:.3f} → {self.centered[1]:.3f})"
         width = max(12, *(len(name) for name in self.blocks))
         heads = ("of the change", "norm", "growth", "along K_y", "times K_y")
         rows = [
@@ -405,7 +405,7 @@ def _check_targets(feats: TangentFeatures, y: Tensor) -> Float[Tensor, "n c"]:
 
 
 def _aligned(kernel: Tensor, y: Float[Tensor, "n c"]) -> tuple[float, float | None]:
-    """Alignment, and that of centred kernels, None where centring leaves nothing of the kernel or of the targets."""
+    """Alignment, and that of centered kernels, None where centring leaves nothing of the kernel or of the targets."""
     plain = alignment(kernel, y)
     try:
         return plain, alignment(kernel, y, centered=True)

@@ -38,12 +38,12 @@ _Way = Literal["forward", "backward", "features"]
 
 
 class TangentModule(nn.Module):
-    r"""f(x;θ₀) + φ(x)Mᵀθ as a module: the network linearised at θ₀ with features Mφ that are learnt too.
+    r"""f(x;θ₀) + φ(x)Mᵀθ as a module: the network linearized at θ₀ with features Mφ that are learned too.
 
-    ``structure`` says what M may be: ``Fixed`` trains θ = β alone, the linearised network; the others θ and the factors of M,
+    ``structure`` says what M may be: ``Fixed`` trains θ = β alone, the linearized network; the others θ and the factors of M,
     started at θ = 0 and M = I, where the output is the network's and gradients of θ flow. ``rank`` limits M − I of every side
     that is a matrix to a rank. ``params``, ``wrt`` and ``output_fn`` as in ``tangent_features``; the model is copied, in
-    evaluation mode, and its θ₀ are buffers: they move with ``.to``, are in the state dict, and no optimiser sees them. Takes
+    evaluation mode, and its θ₀ are buffers: they move with ``.to``, are in the state dict, and no optimizer sees them. Takes
     a batch as ``tangent_features`` does, gives (n, c). Source: LeJeune & Alemohammad, CPAL 2024, §2.
 
     Raises TangentError for models that ``tangent_features`` refuses and structures whose factors are not known.
@@ -54,12 +54,12 @@ class TangentModule(nn.Module):
     >>> adaptive = at.TangentModule(model, at.TwoSided(at.Quadratic(0.1)))
     >>> torch.allclose(adaptive(x), model(x))
     True
-    >>> optimiser, losses = torch.optim.Adam(adaptive.parameters(), lr=1e-3), []
+    >>> optimizer, losses = torch.optim.Adam(adaptive.parameters(), lr=1e-3), []
     >>> for _ in range(20):
-    ...     optimiser.zero_grad()
+    ...     optimizer.zero_grad()
     ...     loss = torch.nn.functional.mse_loss(adaptive(x), y)
     ...     loss.backward()
-    ...     optimiser.step()
+    ...     optimizer.step()
     ...     losses.append(loss.item())
     >>> losses[-1] < losses[0]
     True
@@ -156,7 +156,7 @@ class TangentModule(nn.Module):
         model = _thawed(self.model, self._places)
         return tangent_features(model, x, wrt=self.selected, output_fn=self.output_fn, memory_limit=memory_limit)
 
-    def regulariser(self) -> Float[Tensor, ""]:
+    def regularizer(self) -> Float[Tensor, ""]:
         """‖θ‖² + Ω(M): with Σ‖y_k − f(x_k)‖²/ρ beside it, the joint objective (J) whose minimum ``fit`` finds."""
         size = torch.stack([(matrix**2).sum() for matrix in self.inner.values()]).sum()
         return size + torch.stack([factor.penalty().to(size) for factor in self.factors]).sum()  # type: ignore[operator]

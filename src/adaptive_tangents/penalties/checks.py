@@ -57,7 +57,7 @@ def check_function(function: Any, derivative: Function | None) -> None:
 
 
 def _check_slopes(function: Function, slopes: Tensor, z: Tensor, values: Tensor, source: str) -> None:
-    """Slopes must be those between neighbours, but for the few points with a kink or a jump nearby."""
+    """Slopes must be those between neighbors, but for the few points with a kink or a jump nearby."""
     inner = (z > 1.001) & (z < 1e6) & values.isfinite()
     at, step = z[inner], 1e-5 * z[inner]
     secant = (function(at + step) - function(at - step)) / (2 * step)

@@ -1,7 +1,7 @@
 """Penalties ω on the singular values of a transform, their composition ⊕, and the penalty ω̃ each induces on coefficients.
 
 Where ω∘exp is convex, everything follows from the *pull* u(z) = z·ω′(z)/2 and its inverse, the *gain* z(u). Parts that share
-one value have the same u (the multiplier of Π z_j = z), so ⊕ multiplies gains; and at the minimiser of ω(z) + v²/z² that u,
+one value have the same u (the multiplier of Π z_j = z), so ⊕ multiplies gains; and at the minimizer of ω(z) + v²/z² that u,
 the *level*, equals v²/z², so ω̃(v) = Σ_j ω_j(z_j(u)) + u where u·Π z_j(u)² = v². A user's own ω need not be of that kind:
 its z is then found among all valleys of ω(z) + v²/z², the parts beside it being solved anew at every candidate.
 """
@@ -26,7 +26,7 @@ from adaptive_tangents.penalties.shared_minimum import (
     least_sum,
     least_value,
     limit_elasticity,
-    minimisers,
+    minimizers,
     shared_pull,
     to_identity,
     total,
@@ -157,7 +157,7 @@ class Penalty:
         return Composition((self, *others))
 
     def induced(self) -> "Induced":
-        """ω̃(v) = min over z ≥ 1 of ω(z) + v²/z², with its derivatives, minimiser, dual and proximal operator."""
+        """ω̃(v) = min over z ≥ 1 of ω(z) + v²/z², with its derivatives, minimizer, dual and proximal operator."""
         return Induced(self)
 
 
@@ -236,23 +236,23 @@ class Induced:
 
     def level(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """The level u = v²/z(v)²."""
-        log_z = total(minimisers(self.penalty.parts, _checked(v)))
+        log_z = total(minimizers(self.penalty.parts, _checked(v)))
         return ((v.detach().double().flatten() * torch.exp(-log_z)) ** 2).reshape(v.shape).to(v.dtype)
 
     def value(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """ω̃(v)."""
         parts, flat = self.penalty.parts, _checked(v)
-        return total_cost(parts, minimisers(parts, flat), flat, torch.zeros_like(flat)).reshape(v.shape).to(v.dtype)
+        return total_cost(parts, minimizers(parts, flat), flat, torch.zeros_like(flat)).reshape(v.shape).to(v.dtype)
 
     def derivative(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """ω̃′(v) = 2v/z(v)²."""
-        log_z = total(minimisers(self.penalty.parts, flat := _checked(v)))
+        log_z = total(minimizers(self.penalty.parts, flat := _checked(v)))
         return (2 * flat * torch.exp(-2 * log_z)).reshape(v.shape).to(v.dtype)
 
     def second_derivative(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """ω̃″(v) = 2/z² · (1 − 2e)/(1 + 2e), e = Σ_j d log z_j/d log u at the level of v; at a kink, that of one side."""
         parts, flat = self.penalty.parts, _checked(v)
-        logs = minimisers(parts, flat)
+        logs = minimizers(parts, flat)
         u = (flat * torch.exp(-total(logs))) ** 2
         elasticities = []
         for part, x in zip(parts, logs, strict=True):
@@ -266,7 +266,7 @@ class Induced:
 
     def minimizer(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """z(v), the singular value of the transform."""
-        return torch.exp(total(minimisers(self.penalty.parts, _checked(v)))).reshape(v.shape).to(v.dtype)
+        return torch.exp(total(minimizers(self.penalty.parts, _checked(v)))).reshape(v.shape).to(v.dtype)
 
     def dual(self, s: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """ω̃*(s) = sup over v of sv − ω̃(v), infinite where the penalty gives no bound."""
@@ -275,7 +275,7 @@ class Induced:
     def proximal(self, v: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
         """The global argmin over w ≥ 0 of (w − v)²/(2·step) + ω̃(w).
 
-        It is v·z²/(z² + 2·step), z minimising ω(z) + v²/(z² + 2·step). Raises TangentError for a step that is not positive.
+        It is v·z²/(z² + 2·step), z minimizing ω(z) + v²/(z² + 2·step). Raises TangentError for a step that is not positive.
 
         >>> from adaptive_tangents.penalties import NoAdaptation
         >>> NoAdaptation().induced().proximal(torch.tensor([3.0]), step=0.5)
@@ -285,7 +285,7 @@ class Induced:
             raise TangentError(f"proximal: the step is positive and finite, got {step}")
         flat = _checked(v)
         shift = torch.full_like(flat, 2 * step)
-        log_z = total(minimisers(self.penalty.parts, flat, shift))
+        log_z = total(minimizers(self.penalty.parts, flat, shift))
         return (flat / (1 + shift * torch.exp(-2 * log_z))).reshape(v.shape).to(v.dtype)
 
     @cached_property
@@ -317,7 +317,7 @@ def shares(penalties: Sequence[Penalty], v: Float[Tensor, "*s"]) -> tuple[Float[
     >>> shares((Quadratic(2.0), NoAdaptation()), torch.tensor([4.0]))
     (tensor([1.]), tensor([0.]))
     """
-    logs = iter(minimisers(Composition(penalties).parts, _checked(v)))
+    logs = iter(minimizers(Composition(penalties).parts, _checked(v)))
     sums = [total([next(logs) for _ in penalty.parts]) for penalty in penalties]
     return tuple(torch.expm1(x).reshape(v.shape).to(v.dtype) for x in sums)
 

@@ -71,11 +71,11 @@ def global_minimum(
     high: Float[Tensor, " m"],
     slope: Elementwise | None = None,
 ) -> Float[Tensor, " m"]:
-    """The minimiser of each ``cost`` over [low, high], which may have several valleys, kinks and jumps.
+    """The minimizer of each ``cost`` over [low, high], which may have several valleys, kinks and jumps.
 
     All functions take (m, k) points. ``floor`` is a lower bound of the cost that does not fall: the window ends where it
     exceeds what was found. The deepest valleys seen on a grid are each narrowed by golden section; ``slope`` (the cost's
-    derivative, or anything of its sign) then places the minimiser to rounding instead of its square root.
+    derivative, or anything of its sign) then places the minimizer to rounding instead of its square root.
 
     >>> zero, end = torch.zeros(1, dtype=torch.float64), torch.full((1,), 9.0, dtype=torch.float64)
     >>> global_minimum(lambda x: (x - 1).abs() * (x - 4).abs() + 0.1 * x, lambda x: 0.1 * x, zero, end).round(decimals=9)
@@ -98,7 +98,7 @@ def global_minimum(
         exact = increasing_root(slope, left, right)
         # At the right end the cost still fell: no root, but a jump or the window's end.
         everything, at_exact = torch.cat([everything, exact], 1), torch.where(exact < right, cost(exact), torch.inf)
-        # The slope places a minimiser to rounding where values see its square root: let it win where values are alike.
+        # The slope places a minimizer to rounding where values see its square root: let it win where values are alike.
         values = torch.cat([values, at_exact - 1e-14 * at_exact.abs().nan_to_num(posinf=0.0)], 1)
     best = values.nan_to_num(nan=torch.inf, neginf=-torch.inf).argmin(1, keepdim=True)
     return everything.gather(1, best)[:, 0]

@@ -57,7 +57,7 @@ def total_cost(parts: Sequence[Part], logs: Sequence[Tensor], v: Tensor, shift: 
     return tail + total([part.value(log.exp()) for part, log in zip(parts, logs, strict=True)])
 
 
-def minimisers(parts: Sequence[Part], v: Tensor, shift: Tensor | None = None) -> list[Tensor]:
+def minimizers(parts: Sequence[Part], v: Tensor, shift: Tensor | None = None) -> list[Tensor]:
     """The log z_j ≥ 0 of the global minimum of Σ ω_j(z_j) + v²/(Π z_j² + shift), each v (m,) a problem of its own."""
     own = next((k for k, part in enumerate(parts) if not part.shares_level), None)
     if own is None:
@@ -79,7 +79,7 @@ def _nested(parts: Sequence[Part], own: int, v: Tensor, shift: Tensor) -> list[T
     def others(x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         seen = (v[:, None] * torch.exp(-x)).flatten()
         left = (shift[:, None] * torch.exp(-2 * x)).flatten()
-        return seen, left, minimisers(rest, seen, left if bool(shift.any()) else None)
+        return seen, left, minimizers(rest, seen, left if bool(shift.any()) else None)
 
     def cost(x: Tensor) -> Tensor:
         if not rest:

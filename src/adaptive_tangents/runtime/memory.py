@@ -60,7 +60,7 @@ def require_memory(call: str, needed: int, limit: int, *, remedy: str) -> None:
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor of ``like``'s device and dtype, in huge pages where that helps.
+    """An uninitialized tensor of ``like``'s device and dtype, in huge pages where that helps.
 
     A fifth of the time that ordinary new memory takes to be written to first, which is as long as many a product.
     """

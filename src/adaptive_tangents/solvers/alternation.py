@@ -14,7 +14,7 @@ _NEWTON_STEPS = 50
 
 
 def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tuple[dict[str, Tensor], Tensor, System]:
-    """The β that minimises ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system it was found with.
+    """The β that minimizes ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system it was found with.
 
     β = MᵀMφᵀα: one solve for squared error and constraints; Newton's method in α for any other loss.
     """

@@ -42,7 +42,7 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
     size = kernel.matrix.shape[0]
     if size > _LARGE:
         with suppress(TangentError):
-            factor = kernel.factorised(ridge)
+            factor = kernel.factorized(ridge)
             if factor.jitter == 0:
                 start = np.random.default_rng(0).standard_normal(size)
                 inverse = scipy.sparse.linalg.LinearOperator(

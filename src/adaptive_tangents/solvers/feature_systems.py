@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.linalg.cholesky import CHUNK, factorise
+from adaptive_tangents.linalg.cholesky import CHUNK, factorize
 from adaptive_tangents.linalg.conjugate_gradients import Solve
 from adaptive_tangents.linalg.kernel_systems import Kernel, Root, rooted_product
 
@@ -24,12 +24,12 @@ class PrimalKernel(Kernel):
         return self.rows @ (self.rows.mT @ x)
 
     def shifted(self, ridge: float) -> Solve:
-        factor = factorise(self.rows.mT @ self.rows, ridge)
+        factor = factorize(self.rows.mT @ self.rows, ridge)
         return lambda x: (x - self.rows @ factor.solve(self.rows.mT @ x)) / ridge
 
     def rooted(self, root: Root) -> Solve:
         rows = rooted_product(root, self.rows)
-        factor = factorise(rows.mT @ rows, 2.0)
+        factor = factorize(rows.mT @ rows, 2.0)
         return lambda x: x - rows @ factor.solve(rows.mT @ x)
 
 

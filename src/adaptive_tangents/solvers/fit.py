@@ -74,7 +74,7 @@ def fit(
     Stops when the decrease to expect is below ``tol`` relative and the stationarity residual below √tol; otherwise after
     ``max_rounds`` steps, with ``converged=False`` and a TangentWarning. ``solver``: "newton" (structures without a curvature
     fall back on "anderson"), the "alternation", or that extrapolated, "anderson". ``form`` of the linear systems: "dense"
-    factorises K_M (nc, nc), "primal" a matrix (p, p), "matrix-free" neither; "auto" the first of them that memory allows.
+    factorizes K_M (nc, nc), "primal" a matrix (p, p), "matrix-free" neither; "auto" the first of them that memory allows.
     ``start`` is a fit of the same features to begin from, as along a path of strengths.
 
     In place of features a kernel will do, a store, a tensor or a mapping of blocks to tensors, for structures whose Ω̃ depends
@@ -125,7 +125,7 @@ def certify(
 ) -> Fit:
     r"""The fit at given coefficients β, from wherever they come, with the best M for them and all certificates.
 
-    Arguments as of ``fit``; ``coefficients`` holds one matrix a block. Nothing is optimised but M: objective Ω̃(β) + loss,
+    Arguments as of ``fit``; ``coefficients`` holds one matrix a block. Nothing is optimized but M: objective Ω̃(β) + loss,
     stationarity, feasibility and lower bound are those of β. ``converged`` says whether the stationarity is below √tol.
     Source: LeJeune & Alemohammad, CPAL 2024, §3.
 

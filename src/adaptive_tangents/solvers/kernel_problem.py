@@ -149,7 +149,7 @@ class KernelProblem(Tempered):
             with self.timed("constraints"):
                 self.constraints = examined(kernel, self.loss, samples=self.n)
         ridge = self.loss.ridge
-        with self.timed("factorisations"):
+        with self.timed("factorizations"):
             once = kernel.shifted(ridge)
         self.jitter = kernel.jitter
 

@@ -37,7 +37,7 @@ class Direction:
 def newton_direction(
     problem: Problem, system: System, point: Point, reduced: Reduced, stationarity: float
 ) -> Direction:
-    """Minimise the quadratic model at a point as closely as is worth while, up to where it curves downwards."""
+    """Minimize the quadratic model at a point as closely as is worth while, up to where it curves downwards."""
     curvature: Callable[[Matrices], dict[str, Tensor]] | None = point.solution.curvature
     assert curvature is not None
     gradient, slope = dict(point.solution.gradient), problem.loss.slope(point.outputs)

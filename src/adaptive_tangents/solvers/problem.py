@@ -1,4 +1,4 @@
-"""The problem (E) that a fit minimises, Ω̃(β) + loss(φβ), at points of its search: what every solver needs of it."""
+"""The problem (E) that a fit minimizes, Ω̃(β) + loss(φβ), at points of its search: what every solver needs of it."""
 
 import math
 import time
@@ -173,7 +173,7 @@ class Problem(Tempered):
 
     def inverted(self, transforms: Mapping[str, Transform], kernel: Kernel, outputs: Vector) -> System:
         """A kernel with the inverse for the loss at these outputs."""
-        with self.timed("factorisations"):
+        with self.timed("factorizations"):
             root = self.loss.root(outputs)
             inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
         return System(transforms, kernel, root, inverse)

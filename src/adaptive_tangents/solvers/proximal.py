@@ -1,6 +1,6 @@
 """proximal_gradient(): the adaptive model by a first-order method, an independent check of what ``fit`` finds.
 
-It minimises the same objective, Ω̃(β) + loss(φβ)/ρ, and shares with ``fit`` the features, the structures and nothing else: no
+It minimizes the same objective, Ω̃(β) + loss(φβ)/ρ, and shares with ``fit`` the features, the structures and nothing else: no
 kernel, no linear system, no transform; slopes of the loss are autograd's.
 """
 
@@ -70,7 +70,7 @@ def proximal_gradient(
     start: Matrices | None = None,
     progress: Progress | None = None,
 ) -> ProximalFit:
-    r"""Minimise Ω̃(β) + (1/ρ)Σ‖r_k − φ(x_k)β‖², as ``fit`` does with a ridge, by proximal gradient steps alone.
+    r"""Minimize Ω̃(β) + (1/ρ)Σ‖r_k − φ(x_k)β‖², as ``fit`` does with a ridge, by proximal gradient steps alone.
 
     β ← prox_h(z − h·φᵀη(φz)), η the slope of the loss and z extrapolated from the last two β (Nesterov's momentum, dropped
     where it points uphill or would raise the objective, so that the objective never rises); 1/h is the largest curvature

@@ -24,7 +24,7 @@ class Round:
     """One point of the search: objective, relative stationarity residual, seconds since the start.
 
     ``temper`` τ: the objective is that of the penalty τΩ, ∞ where nothing adapts yet; it never rises from round to round.
-    ``solved`` tells whether a kernel was made and factorised here; ``products`` is how many products with the curvature the
+    ``solved`` tells whether a kernel was made and factorized here; ``products`` is how many products with the curvature the
     step to this point took, for a fit on kernels how many products with the kernel its system took; ``accelerated`` whether
     an extrapolation was kept.
     """
@@ -65,7 +65,7 @@ class Certified:
 
     @property
     def rounds(self) -> int:
-        """Kernel solves: how often a system was made and factorised, or preconditioned."""
+        """Kernel solves: how often a system was made and factorized, or preconditioned."""
         return sum(entry.solved for entry in self.history)
 
     @property

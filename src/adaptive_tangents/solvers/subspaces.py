@@ -1,7 +1,7 @@
 """The subspaces that features span: a fit needs no more of a block than these, however wide its layer is.
 
 Where the inputs h of all samples are combinations of Q's columns, so are the rows of every Σ α_k Φ(x_k), and transforms of it
-keep them there. Where a regulariser does not change under rotations of that side, B = B̃Qᵀ with Ω̃(B) = Ω̃(B̃), the optimum is
+keep them there. Where a regularizer does not change under rotations of that side, B = B̃Qᵀ with Ω̃(B) = Ω̃(B̃), the optimum is
 among these, and all decompositions are of B̃. The same holds of the output side.
 """
 

@@ -1,4 +1,4 @@
-"""Structures 𝓜: which transforms of the features are allowed, and the regulariser Ω̃ each induces.
+"""Structures 𝓜: which transforms of the features are allowed, and the regularizer Ω̃ each induces.
 
 A structure turns coefficients, one matrix B a block, into everything the solver asks for: the best transform, Ω̃(B), its
 gradient and curvature, and the dual Ω̃* for lower bounds. To add one that acts block by block, subclass ``BlockStructure``
@@ -31,7 +31,7 @@ Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 class Solution:
     """The inner minimum over M at given coefficients: the transforms, Ω̃(β), ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ and the curvature.
 
-    ``curvature`` maps X, one matrix a block, to ∇²Ω̃(β)[X], the Hessian of the regulariser applied to X; what it needs is
+    ``curvature`` maps X, one matrix a block, to ∇²Ω̃(β)[X], the Hessian of the regularizer applied to X; what it needs is
     computed when it is first called. None where a structure knows no Hessian.
     """
 
@@ -144,7 +144,7 @@ class BlockStructure(Structure):
 
     With ``scale_invariant`` a block's coefficients are measured in units of its kernel's mean diagonal s_ℓ², over samples and
     outputs: Ω̃_ℓ(B) = Ω̃(s_ℓB)/s_ℓ², so that one strength suits layers whose features differ in size. It is still ‖B‖² for
-    small B, and for a penalty proportional to λ it is the strength λ/s_ℓ². ``scales`` s are learnt by ``prepared``.
+    small B, and for a penalty proportional to λ it is the strength λ/s_ℓ². ``scales`` s are learned by ``prepared``.
     """
 
     scale_invariant: bool = field(default=False, kw_only=True)
@@ -224,7 +224,7 @@ def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
 
 
 def joined_solution(parts: list[Solution]) -> Solution:
-    """The solution of a sum of regularisers, each of blocks of its own."""
+    """The solution of a sum of regularizers, each of blocks of its own."""
     curvatures = [part.curvature for part in parts if part.curvature is not None]
 
     def curvature(x: Matrices) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ class Right(Spectral):
 class TwoSided(Spectral):
     """M_L Φ M_Rᵀ, what a network's layer can do: Ω̃(B) = Σ_j (ω_L ⊕ ω_R)~(σ_j(B)); one penalty serves both sides.
 
-    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, (a, b) minimising
+    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, (a, b) minimizing
     ω_L(a) + ω_R(b) + σ²/(ab)². Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> import torch

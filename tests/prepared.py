@@ -1,0 +1,104 @@
+"""The networks of the registry made ready for tests: captured once a process, and what a capture could leave behind."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptive_tangents as at
+import reference
+from adaptive_tangents.capture.batches import take
+from adaptive_tangents.features.blocks import Block
+from cases import Case
+from registry import CASES
+
+OUTPUTS = ("full", "trace", "diagonal")
+
+
+def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """A test for each case. All tests of one case run in one process (``--dist loadgroup``), which captures it once."""
+    groups = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in cases]
+    return pytest.mark.parametrize("case", groups)
+
+
+every_case = over(CASES)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its features on its batch and on another, and the dense twins of both."""
+
+    model: nn.Module
+    x: object
+    other_x: object
+    feats: at.TangentFeatures
+    other: at.TangentFeatures
+    phi: reference.Array
+    other_phi: reference.Array
+    tolerance: float
+
+    def agrees(self, made: Tensor, expected: reference.Array, *, scale: float | None = None) -> bool:
+        gap = np.abs(made.detach().double().numpy() - expected)
+        scale = float(np.abs(expected).max(initial=0)) if scale is None else scale
+        return made.shape == expected.shape and bool((gap <= self.tolerance * scale).all())
+
+
+@functools.cache
+def prepare(case: Case) -> Prepared:
+    model, x = case.build()
+    _, other_x = case.build(seed=1)
+    other_x = take(other_x, slice(0, 2))
+    ready = case.reference_model(model)
+    phi, other_phi = (reference.jacobian(ready, z, output_fn=case.output_fn, names=case.names) for z in (x, other_x))
+    feats, other = (at.tangent_features(model, z, wrt=case.wrt, output_fn=case.output_fn) for z in (x, other_x))
+    tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
+    return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def slots(block: Block) -> list[str]:
+    return [slot.parameter for slot in block.slots]
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else list(x.values() if hasattr(x, "values") else x)
+
+
+KNOWN_TO_NUMPY = (torch.float16, torch.float32, torch.float64)
+
+
+def raw(tensor: Tensor | None) -> bytes | None:
+    if tensor is None:
+        return None
+    tensor = tensor.detach().clone()  # not one of inference mode, which numpy refuses
+    return (
+        (tensor.float() if tensor.is_floating_point() and tensor.dtype not in KNOWN_TO_NUMPY else tensor)
+        .numpy()
+        .tobytes()
+    )
+
+
+def fingerprint(model: nn.Module, x: Any) -> list[Any]:
+    """Everything a capture could have left behind: tensors by identity and value, flags, hooks, random state."""
+    held = []
+    for module in model.modules():
+        for role in (module._parameters, module._buffers):
+            held += [(name, id(t), raw(t)) for name, t in role.items()]
+        held += [(t.requires_grad, raw(t.grad)) for t in module.parameters()]
+        held += [module.training, sorted(vars(module))]
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        held += [(name, id(t), t.grad_fn, raw(t)) for name, t in plain.items()]
+        hooks = [found for name, found in vars(module).items() if "hook" in name and isinstance(found, dict)]
+        held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
+    held += [(raw(t), t.requires_grad, t.grad if t.is_leaf else None) for t in tensors_of(x)]
+    # Python's own generator is left out: the run-time type checks of the tests draw from it.
+    drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
+    return [*held, *drawn, torch.is_grad_enabled()]
