@@ -528,14 +528,9 @@ fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="
 store = at.kernels.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
 solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
 torch.save({
-<<<<<<< HEAD
     "product": operators.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
-    "alignment": at.alignment(store, r), "centred": at.alignment(store, r, centered=True), "cka": at.cka(store, store.kernel),
-=======
-    "product": kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
     "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
     "cka": at.cka(store, store.kernel),
->>>>>>> main
     "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
     "eigen": at.kernel_eigen(store, 3).values,
 }, f"{folder}/found{rank}.pt")
