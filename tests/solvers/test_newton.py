@@ -217,8 +217,13 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
             total = total + (theta**2).sum() + strength * moved
         return total + entropy(logits, labels) / ridge
 
-    optimizer = torch.optim.LBFGS(
-        free, max_iter=4000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    optimiser = torch.optim.LBFGS(
+        free,
+        max_iter=4000,
+        history_size=20,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
