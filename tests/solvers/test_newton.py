@@ -217,7 +217,7 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
             total = total + (theta**2).sum() + strength * moved
         return total + entropy(logits, labels) / ridge
 
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         free,
         max_iter=4000,
         history_size=20,
