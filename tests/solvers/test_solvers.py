@@ -16,10 +16,10 @@ from torch import Tensor
 
 import adaptive_tangents as at
 import theory_reference as reference
+from adaptive_tangents.linalg import kernel_systems as systems
 from adaptive_tangents.linalg.cholesky import factorize
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers import constraints
-from adaptive_tangents.solvers import feature_systems as systems
 from adaptive_tangents.solvers.constraints import independent_constraints
 from adaptive_tangents.solvers.losses import SquaredError
 from draws import examples

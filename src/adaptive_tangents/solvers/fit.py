@@ -98,6 +98,8 @@ def fit(
     course = Course(tol, max_rounds, progress)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):
+        check_choice("fit", "solver", solver, get_args(Solver))
+        check_choice("fit", "form", form, get_args(Form))
         feats = feats if memory_limit is None else replace(feats, limit=memory_limit)
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
         found = _fit_features(feats, goal, course, structure=structure, solver=solver, form=form, start=start)
@@ -168,8 +170,6 @@ def _fit_features(
 ) -> Fit:
     """``fit`` on features: in the subspaces that they span, and back."""
     check_sketch("fit", structure, feats)
-    check_choice("fit", "solver", solver, get_args(Solver))
-    check_choice("fit", "form", form, get_args(Form))
     doubled = feats.to(torch.float64)
     structure = structure.prepared(doubled)
     within = compressed(doubled, structure)
