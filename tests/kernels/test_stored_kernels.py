@@ -518,7 +518,7 @@ def test_a_fit_holds_tiles_of_a_store_only() -> None:
 
 WORKER = """
 import sys, torch, adaptive_tangents as at
-from adaptive_tangents.kernels import tiles as tiled
+from adaptive_tangents.kernels import operators, tiles as tiled
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt", weights_only=True)
@@ -528,7 +528,7 @@ fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="
 store = at.kernels.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
 solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
 torch.save({
-    "product": kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
+    "product": operators.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
     "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
     "cka": at.cka(store, store.kernel),
     "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),

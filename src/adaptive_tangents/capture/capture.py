@@ -69,7 +69,7 @@ def tangent_features(
 _PROBED = 7
 _LEAST_PROBED = 3  # where memory has no room for more
 _PROBE_SHARE = 12  # memory a sample takes in a probe, in units of what autograd keeps of it; twice that of convolutions
-_PASS_BYTES = 1_000_000_000  # more at once buys no speed
+PASS_BYTES = 1_000_000_000  # more at once buys no speed
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Capture:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
         # A pass is one of several things held: a kernel, another tile's features.
-        room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
+        room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
@@ -287,7 +287,7 @@ class Capture:
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
             held = sum(net.parameters[name].nbytes for name in names)
-            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
+            fit = max(1, min(samples(x), PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
             with self._quiet():
                 values = materialize(net, names, x, chunk=fit)
             dtype = common_dtype(net.parameters[name] for name in net.selected)

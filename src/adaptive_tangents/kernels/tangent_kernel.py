@@ -15,6 +15,7 @@ from adaptive_tangents.features.kernel_layout import (
     check_outputs,
     check_precision,
     column_axis,
+    entries,
     kernel_dtype,
     kernel_shape,
     swapped,
@@ -92,14 +93,11 @@ def tangent_kernel(
         capture.check_more(x2)
     n, m = samples(x), samples(x if x2 is None else x2)
     limit, c = capture.limit, capture.probe.c
-    entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
     copies = capture.probe.blocks if by_block else 1
-    itemsize = kernel_dtype(capture.probe.dtype, precision).itemsize
-    require_memory(
-        call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
-    )
+    kernel_bytes = copies * n * m * entries(outputs, c) * kernel_dtype(capture.probe.dtype, precision).itemsize
+    require_memory(call, kernel_bytes, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples")
     # Two tiles of features, and what it takes to make them; each is checked to add up to a gradient.
-    room = max(1, (limit - copies * entries * itemsize - capture.gradient_bytes) // 4)
+    room = max(1, (limit - kernel_bytes - capture.gradient_bytes) // 4)
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)

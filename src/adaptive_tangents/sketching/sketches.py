@@ -17,6 +17,7 @@ from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, Slot, stack_blocks
 from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
+from adaptive_tangents.features.plans import WORKING_BYTES
 from adaptive_tangents.features.summands import Dense, Index, sum_tensors, tensors_of
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Joint, Sides, Transform
@@ -28,7 +29,6 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
 
-_WORKING_BYTES = 64_000_000  # products of factors before positions are summed
 _CHUNK_BYTES = 256_000_000  # factors held at a time while a sketch is made: more at once buys no speed
 _LEAST_SHARE = 0.01  # of an equal one: what was small in a few samples need not be in all
 
@@ -374,7 +374,7 @@ def _projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...])
     size = len(repetitions[0][0].chosen)
     shape = (len(repetitions), size)
     made = []
-    for part in ranges(block.samples, _WORKING_BYTES // _bytes_per_sample(block, size)):
+    for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size)):
         some = block.map(index=part)
         # Each of shape (n, c, k); all are wanted as (n, c, r, k).
         rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from adaptive_tangents.checks import Values, as_tensor, check_choice, check_finite
+from adaptive_tangents.checks import as_tensor, check_choice, check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import StoredKernel
@@ -37,7 +37,7 @@ def _described(given: object) -> str:
     return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
 
 
-def goal_of(feats: TangentFeatures, r: Values, *, loss: str, offset: Values | None, ridge: float) -> Loss:
+def goal_of(feats: TangentFeatures, r: object, *, loss: str, offset: object, ridge: float) -> Loss:
     """The loss on the outputs of these features; raises TangentError for shapes, dtypes or values that do not fit."""
     check_choice("fit", "loss", loss, get_args(LossName))
     r = as_tensor("fit", "targets" if loss == "squared" else "labels", r, feats.device)
