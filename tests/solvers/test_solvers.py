@@ -70,7 +70,7 @@ def test_fit_reaches_the_minimum_of_the_joint_problem(name: str, ridge: float, c
     joint = JointProblem(
         case, name, [torch_quadratic(0.5), torch_quadratic(2.0)][: 2 if name in COMPOSED else 1], ridge
     )
-    for reached in joint.minimize():
+    for reached in joint.minimize(starts=2):
         assert reached == pytest.approx(found.objective, rel=1e-8)
 
 
