@@ -1,4 +1,4 @@
-"""Batches that users hand in: a tensor, or a tuple or dict of tensors, samples first; checked before any work."""
+"""Batches: a tensor, or a tuple or dict of tensors, samples first; checked before any work."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def samples(x: Batch) -> int:
 
 
 def take(x: Batch, index: Index | None) -> Any:
-    """Some samples of a batch, in the same container; None copies all of them."""
+    """Some samples of a batch, in the same kind of container; None copies all of them."""
     if isinstance(x, Tensor):
         return x.clone() if index is None else x[index]
     if isinstance(x, Mapping):

@@ -1,4 +1,4 @@
-"""What the features of each block are made from, and what to try next where that is refuted."""
+"""What the features of each block are made from, and what to try next if a guess is refuted."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ _MIXTURES = 32
 
 @dataclass(frozen=True)
 class Choice:
-    """What is taken for the features of one block: by the probe, and so for every batch after it.
+    """The guess for how one block's features are made; the probe settles it for every later batch.
 
-    ``preference`` counts through the dimensions that may be the samples'; ``layouts`` says which it came to for each use,
-    as another batch may have more of them. ``calls``: calls of layers, else uses in the graph, only ``allowed`` ones where
-    that is known and none that were ``refused``.
+    ``preference`` counts through the possible sample dimensions. ``layouts`` is the settled one for each use, since
+    another batch may allow more of them. ``calls`` takes calls of layers, otherwise uses in the graph: only the
+    ``allowed`` ones, if these are known, and none of the ``refused``.
     """
 
     preference: int = 0
@@ -41,7 +41,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a block's features of n samples come from: layer calls, or uses of its parameters; ``unsure``: never probed."""
+    """Where a block's features of n samples come from: layer calls, or uses of its parameters.
+
+    ``unsure`` means that the probe has not seen this source.
+    """
 
     n: int
     uses: tuple[Use, ...] = ()
@@ -50,19 +53,19 @@ class Source:
 
     @property
     def ways(self) -> int:
-        """In how many ways samples may lie in all of these."""
+        """The number of candidate layouts of the samples in all uses together."""
         return len(self._arrangements)
 
     @cached_property
     def _possible(self) -> dict[Key, tuple[Layout, ...]]:
-        """Where samples may be in each use."""
+        """The possible layouts of the samples in each use."""
         if self.uses:
             return {("call", k): use.layouts(self.n) for k, use in enumerate(self.uses)}
         return {key: term.layouts for found in keyed(self.terms).values() for key, term in found}
 
     @cached_property
     def _arrangements(self) -> list[dict[tuple[Layout, ...], Layout]]:
-        """A layout for every set of possible ones: the likeliest of all, the second of all, ..., then mixtures of these."""
+        """Candidates: a layout for every set of possible ones. First the likeliest of all, then the second, then mixtures."""
         sets = list(dict.fromkeys(self._possible.values()))
         alike = [tuple(way[min(k, len(way) - 1)] for way in sets) for k in range(max(map(len, sets), default=1))]
         mixtures = () if self.uses else itertools.islice(itertools.product(*sets), _MIXTURES)
@@ -70,42 +73,42 @@ class Source:
         return [dict(zip(sets, ways, strict=True)) for ways in every]
 
     def layouts(self, choice: Choice) -> dict[Key, Layout]:
-        """Where samples are taken to be in each use: where another batch's were found, as far as shapes allow it."""
+        """The layout to use for each use: the settled one if shapes allow it, otherwise the guess of ``preference``."""
         arrangements, known = self._arrangements, choice.layouts or {}
         guess = arrangements[min(choice.preference, len(arrangements) - 1)]
         ways = {key: (known.get(key), possible) for key, possible in self._possible.items()}
         return {key: there if there in possible else guess[possible] for key, (there, possible) in ways.items()}
 
     def departs(self, choice: Choice) -> bool:
-        """Whether samples of some use cannot be where those of the same use were; one sample may be anywhere."""
+        """Whether some use cannot have its settled layout; a single sample tells nothing about this."""
         known = choice.layouts or {}
         return self.n > 1 and any(known.get(key) not in possible for key, possible in self._possible.items())
 
     def settled(self, choice: Choice) -> Choice:
-        """The choice that finds in another batch what was found in this one."""
+        """The choice that makes the features of other batches as those of this one were made."""
         allowed = None if self.uses else signatures(self.terms)
         return replace(choice, calls=bool(self.uses), allowed=allowed, layouts=self.layouts(choice))
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """Where in the graph gradients are needed."""
+        """The edges of the graph where gradients are needed."""
         return [use.edge for use in self.uses] or [term.edge for found in self.terms.values() for term in found]
 
     @property
     def summed(self) -> bool:
-        """Whether features are sums over positions, so that gradients of all outputs need not be held at once."""
+        """Whether features are sums over positions; then gradients of all outputs need not be held at once."""
         return bool(self.uses) and all(use.rule.summed for use in self.uses)
 
     @property
     def channels_last(self) -> list[bool]:
-        """For each edge, whether a position's units lie together in memory."""
+        """For each edge, whether the units of a position are adjacent in memory."""
         if self.uses:
             return [use.rule.tokens for use in self.uses]
         return [term.kind == "lookup" for found in self.terms.values() for term in found]
 
 
 def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choice) -> Source | None:
-    """Where a block's features come from, or None where that is not known."""
+    """Where a block's features come from, or None if no source is known."""
     probed = choice.layouts is not None
     calls = group.calls(uses, graph.counts, n) if choice.calls else []
     if calls:
@@ -114,7 +117,7 @@ def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choic
         terms = _terms(group, graph, n, choice, choice.allowed)
         other = probed and (choice.calls or terms is None)
         if terms is None and choice.allowed is not None:
-            # Another batch, of one sample say, may take other operations.
+            # Another batch may use other operations, for example one of a single sample.
             terms = _terms(group, graph, n, choice, None)
         if terms is None:
             return None
@@ -138,7 +141,7 @@ def _terms(
 
 
 def next_choice(choice: Choice, source: Source) -> Choice | None:
-    """What to try after a choice was refuted."""
+    """The choice to try after this one was refuted; None if nothing is left to try."""
     if choice.preference + 1 < source.ways:
         return replace(choice, preference=choice.preference + 1)
     if source.uses:
@@ -155,7 +158,7 @@ def made_from(
     out: Tensor,
     choices: Mapping[str, Choice],
 ) -> Block:
-    """The block made from its source and the gradients (c, ...) at the source's edges."""
+    """A block, made from its source and the gradients (c, ...) at the source's edges."""
     choice = choices.get(group.name, Choice())
     gradients = {(e.node, e.output_nr): gradients[e.node, e.output_nr].detach() for e in source.edges}
     if source.uses:
@@ -172,7 +175,7 @@ def blocks_of(
     graph: Graph,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Block], dict[tuple[Any, int], int]]:
-    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of each gradient held."""
+    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of each held gradient."""
     n, c = out.shape
     last: dict[tuple[Any, int], bool] = {}
     edges: dict[tuple[Any, int], GradientEdge] = {}

@@ -1,4 +1,4 @@
-"""Which layer calls make up the features of which parameters: hooks, uses counted in the autograd graph, blocks."""
+"""The calls of layers with a rule, recorded by hooks during a forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from adaptive_tangents.capture.sample_layouts import Layout, layouts
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer with a rule: what went in, and where its output enters the graph."""
+    """One call of a layer with a rule: its input, and the edge of the graph where its output enters."""
 
     module: nn.Module
     rule: LayerRule
@@ -23,7 +23,7 @@ class Use:
     edge: GradientEdge
 
     def layouts(self, n: int) -> tuple[Layout, ...]:
-        """Where the samples may be in what went in."""
+        """The possible layouts of the samples in the input."""
         ways = layouts(tuple(self.inputs.shape), n)
         before_last = self.inputs.ndim > 2 or not self.inputs.is_floating_point()
         return ways if self.rule.tokens and before_last else tuple(way for way in ways if way != "second")
@@ -31,7 +31,7 @@ class Use:
 
 @contextmanager
 def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator[None]:
-    """Record every call of a layer that has a rule; all hooks are gone afterwards."""
+    """Record every call of a layer that has a rule; all hooks are removed afterwards."""
 
     def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         rule = rule_for(module)
@@ -50,7 +50,7 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator
     try:
         for module in model.modules():
             if rule_for(module) is not None:
-                # First, so that what the model's own hooks make of the output is seen as downstream of the layer.
+                # Before the model's own hooks, so that what they do to the output counts as downstream of the layer.
                 handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
         yield
     finally:

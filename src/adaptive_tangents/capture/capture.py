@@ -1,10 +1,10 @@
-"""Model and inputs to tangent features: hooks where layers factor, one batched backward pass, a fallback for the rest.
+"""From a model and inputs to tangent features: recorded layer calls, one backward pass, and a fallback for the rest.
 
-Which parameters share a block is read off the model alone, so features of any two batches go together. A block is made
-of calls of layers with a rule where they are every use of its parameters in the autograd graph, else of uses found in that
-graph. It counts only where a random combination of its features is what autograd says, on every batch, or where the same
-operations give the features that stood this check on some of its samples; every other block is
-materialized, sample by sample. Nothing is skipped.
+The model alone says which parameters share a block, so features of any two batches fit together. A block is made from
+calls of layers with a rule, if these are all uses of its parameters in the autograd graph; otherwise from the uses found
+in that graph. A block is accepted only if a random combination of its features equals what autograd gives. This is checked
+on every batch, unless the same operations reproduce features that passed the check on some of the batch's samples. Every
+other block is materialized, sample by sample. Nothing is skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,13 +45,19 @@ def tangent_features(
 ) -> TangentFeatures:
     r"""Tangent features φ(x) = ∂f(x;θ)/∂θ of a network, exact, in factors Σ_t δ_t h_tᵀ wherever a layer allows it.
 
-    ``x`` is a tensor, tuple or dict of tensors with n samples first; ``params`` a state dict to evaluate at
-    (default: the model's own); ``wrt`` a name pattern, a parameter, or several (default: those requiring a gradient);
-    ``output_fn`` picks a tensor (n, c) from what the model returns; ``memory_limit`` is in bytes (default: half of what
-    is free). The model is left as found. Source: LeJeune & Alemohammad, CPAL 2024, §2.
+    Args:
+        model: the network f; it is left as it was.
+        x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        params: a state dict to evaluate the model at; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        memory_limit: bytes that may be used; None is half of what is free.
 
-    Raises TangentError where samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite,
-    or memory would not suffice.
+    Raises:
+        TangentError: when samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite, or
+            memory would exceed the limit.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §2.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -64,22 +70,22 @@ def tangent_features(
     return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit).features(x)
 
 
-# Samples, spread over a batch, from which is learned what features are made of. A prime: a dimension of the network that is
-# a multiple of it, and could be taken for the samples, is rare.
+# Samples of the probe, spread over a batch. A prime, since network dimensions that are a multiple of it, and could be taken
+# for the samples, are rare.
 _PROBED = 7
-_LEAST_PROBED = 3  # where memory has no room for more
-_PROBE_SHARE = 12  # memory a sample takes in a probe, in units of what autograd keeps of it; twice that of convolutions
-PASS_BYTES = 1_000_000_000  # more at once buys no speed
+_LEAST_PROBED = 3  # if there is no memory for more
+_PROBE_SHARE = 12  # a probe's memory per sample over what autograd keeps of the sample; twice what convolutions take
+_PASS_BYTES = 1_000_000_000  # more at once is no faster
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few samples of a batch tell: outputs, bytes that a sample takes, where the features of each block come from.
+    """What a few samples of a batch show: outputs, bytes per sample, and where the features of each block come from.
 
-    ``factors`` and ``dense`` are bytes of each block's factors and of its features materialized, per sample; ``pass_bytes``
-    what a pass needs besides; ``index`` and ``out`` the samples and their outputs; ``whole`` the parameters whose features
-    are made sample by sample; ``form`` the operations; ``projections`` what their features show of each block, and
-    ``spreads`` the squares of what rounding of that is relative to.
+    ``factors`` and ``dense`` are the bytes per sample of each block's factors and of its materialized features;
+    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs. ``whole`` names
+    the parameters whose features are made sample by sample. ``form`` describes the operations, ``projections`` has one
+    number per sample of each block's features, and ``spreads`` the squared scales of their rounding errors.
     """
 
     c: int
@@ -99,21 +105,21 @@ class Probe:
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.dense)
 
     def held_bytes(self, copies: int = 1) -> int:
-        """Memory that the features of one sample take, positions of ``copies`` passes side by side where that is less."""
+        """Bytes for the features of one sample; positions of ``copies`` passes are held side by side if that is less."""
         return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
 
     @property
     def whole_bytes(self) -> int:
-        """The part of it that is held materialized whatever is done."""
+        """The part of these bytes that is always materialized."""
         return sum(size for name, size in self.dense.items() if name not in self.factors)
 
 
 class Capture:
-    """A network probed on a few samples: checks done once, the cost of a sample known, features on request."""
+    """A network that is checked and probed on a few samples once, and then gives features on request."""
 
     def __init__(
         self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
@@ -131,35 +137,35 @@ class Capture:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Memory that the features of one sample take."""
+        """Bytes that the features of one sample take."""
         return max(1, self.probe.held_bytes())
 
     @property
     def gradient_bytes(self) -> int:
-        """Memory that one gradient of the selected parameters takes."""
+        """Bytes that one gradient of the selected parameters takes."""
         return sum(self.network.parameters[name].nbytes for name in self.network.selected)
 
     def check_more(self, x: Batch) -> None:
-        """The checks of a second batch."""
+        """Check and probe a second batch."""
         network(self.call, self.network.model, x, None, None, None)
         other = self._probe(x)
         self._probed.append((x, other))
-        # A batch of more samples tells more of where they are.
+        # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
         self.probe = replace(self.probe, refuted=self.probe.refuted | other.refuted, choices=choices)
 
     def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
-        """The features of a batch, after a check that they fit into memory; ``chunk`` samples a pass, if not by memory."""
+        """The features of a batch, after a check that they fit into memory; ``chunk`` samples per pass, or as fit."""
         probe, n = self.probe, samples(x)
-        # Features are copied once while they are put together; materialized ones are not.
+        # Joining the passes copies factors once; materialized features are not copied.
         needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
         if probe.whole:
             remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
         else:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
-        # A pass is one of several things held: a kernel, another tile's features.
-        room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
+        # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
+        room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
@@ -169,7 +175,7 @@ class Capture:
         return TangentFeatures(n, out.shape[1], blocks, shapes, self.requested)
 
     def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> "Capture":
-        """The same capture at other parameters, and buffers where given, its checks not repeated."""
+        """The same capture at other parameters, and other buffers if given; its checks are not repeated."""
         other = copy_of(self)
         buffers = self.network.buffers if buffers is None else buffers
         other.network = replace(self.network, parameters=parameters, buffers=buffers)
@@ -177,7 +183,7 @@ class Capture:
         return other
 
     def _own_probe(self, x: Batch) -> Probe | None:
-        """What was learned from samples of this very batch."""
+        """The probe that was made from this very batch, if there is one."""
         return next((probe for batch, probe in self._probed if batch is x), None)
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -190,12 +196,12 @@ class Capture:
     def _probe(self, x: Batch) -> Probe:
         n = samples(x)
         one, saved = take(x, slice(0, 1)), 0
-        with suppress(TangentError):  # an output of no use is told of the batch
+        with suppress(TangentError):  # errors of the output are reported for the batch below
             first, saved = self._alone(one)
         probed = min(_PROBED, max(_LEAST_PROBED, self.limit // (_PROBE_SHARE * max(1, saved))))
         index, some = torch.arange(n), x
         if n > probed:
-            # Out of order between first and last, so that a model which sorts its batch cannot find it sorted.
+            # Out of order between first and last, so that a model that sorts its batch changes the order.
             spread = torch.linspace(0, n - 1, probed).long()
             index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
             some = take(x, index.to(tensors(x)[0].device))
@@ -206,7 +212,7 @@ class Capture:
         if not saved:
             first, saved = self._alone(one)
         self._check_interaction(some, out, first)
-        # What has no source here could be taken for something else in a batch of another size: it gets no choice.
+        # A block without a source here gets no choice: in a batch of another size a wrong source could seem to fit.
         choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
         c = out.shape[1]
         made = [group for group in self.groups if group.name not in blocks]
@@ -220,11 +226,11 @@ class Capture:
         )  # fmt: skip
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
-        """The output of one sample by itself, and the memory that autograd keeps of its forward pass."""
+        """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
         held: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            # Tensors inside a functional transform have no memory of their own to ask for.
+            # Tensors inside a functional transform have no storage to ask for.
             with suppress(RuntimeError):
                 held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
@@ -240,7 +246,7 @@ class Capture:
         n = samples(x)
         if n == 1:
             return
-        # The last sample too: a model that refers every sample to the first of its batch agrees on the first.
+        # The last sample too: a model that compares every sample with the first of its batch passes on the first.
         for k in (0, n - 1):
             alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
             gap = self._gap(together[k], alone, together)
@@ -252,7 +258,7 @@ class Capture:
                 )
 
     def _check_same(self, x: Batch, out: Tensor) -> None:
-        """The probed samples' outputs in the whole batch are those of the probe."""
+        """Raise TangentError if the probed samples have other outputs in the whole batch than in the probe."""
         probe = self._own_probe(x)
         if probe is None or not self.verify or len(out) == len(probe.index):
             return
@@ -279,7 +285,7 @@ class Capture:
             yield
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
-        """Outputs and blocks of samples that one pass has room for."""
+        """Outputs and blocks of as many samples as fit into one pass."""
         out, made = self._in_one_pass(x)
         check_finite(self.call, "the output", [out])
         net, probe = self.network, self.probe
@@ -298,14 +304,14 @@ class Capture:
         return out, {group.name: made[group.name] for group in self.groups}
 
     def _search(self, seen: Forward) -> Found:
-        """Features of a random combination of the outputs; a refuted block tries what is next until nothing is left."""
+        """Features of a random combination of the outputs; a refuted block tries its next choice until none is left."""
         found = assemble(seen, mixed(seen.out), self.groups, {})
         while wrong := refuted(found):
             found = retry(found, wrong, self.groups)
         return found
 
     def _in_one_pass(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
-        """Outputs, and the blocks that need no going through the samples one by one."""
+        """Outputs, and the blocks that need not be made sample by sample."""
         probe, own = self.probe, self._own_probe(x)
         choices = probe.choices if own is None else own.choices
         groups = [group for group in self.groups if group.name in choices and group.name not in probe.refuted]
@@ -322,7 +328,7 @@ class Capture:
         return self._pass(x, steps)
 
     def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
-        """What ``steps`` make of a forward pass; of copies, where an in-place operation overwrote what they need."""
+        """Apply ``steps`` to a forward pass; to one with copies, if an in-place operation overwrote what they need."""
         made = self._attempt(x, steps, copy=False)
         made = self._attempt(x, steps, copy=True) if made is None else made
         assert made is not None
@@ -341,7 +347,7 @@ class Capture:
 
 
 def _confirmed(probe: Probe, found: Found) -> frozenset[str]:
-    """Blocks whose features of the probed samples are those of the probe, made by the same operations."""
+    """Blocks that the same operations made and whose features of the probed samples are those of the probe."""
     graph = found.seen.graph
     if not same_form(probe.form, len(probe.index), form_of(graph), len(found.target)):
         return frozenset()
@@ -355,7 +361,7 @@ def _confirmed(probe: Probe, found: Found) -> frozenset[str]:
 
 
 def _factor_bytes(block: Block, c: int) -> int:
-    """Memory that one sample's factors take, of c outputs; ``block`` has one."""
+    """Bytes that one sample's factors take with c outputs; ``block`` has one output."""
     total = 0
     for part in block.summands:
         if isinstance(part, Outer | Lookup | Flipped):

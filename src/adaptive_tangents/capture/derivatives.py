@@ -1,4 +1,4 @@
-"""Gradients of every output: at the edges of an autograd graph, of random combinations as a check, or sample by sample."""
+"""Gradients of every output: at edges of the autograd graph, of random combinations as a check, or sample by sample."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,15 +29,15 @@ from adaptive_tangents.linalg.factor_products import times
 from adaptive_tangents.linalg.hadamard import Row
 from adaptive_tangents.runtime.memory import empty
 
-# Operations whose backward pass of all outputs at once is one large product; others run output by output, and joining
-# what they make costs more than it saves.
+# Operations whose batched backward pass is one large product. Others would run output by output anyway, and joining
+# their results costs more than the batch saves.
 _BATCHED = {
     "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
     "Mul", "Permute",
 }  # fmt: skip
 
 
-_COPIED = 30_000  # numbers of a sample, above which gathering samples takes longer than going through them
+_COPIED = 30_000  # numbers per sample; above this, gathering samples takes longer than a loop over them
 
 
 def backward(
@@ -51,8 +51,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
 
-    ``channels_last``: the last dimension is kept together in memory, else all but the first. ``seen`` is given ranges of
-    outputs with the gradients at all edges, held or not.
+    With ``channels_last`` the last dimension stays innermost in memory, otherwise all dimensions but the first do.
+    ``seen`` is called with ranges of outputs and the gradients at all edges, held or not.
     """
     if not edges:
         return []
@@ -65,7 +65,7 @@ def backward(
 
 
 def _all_at_once(out: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor] | None:
-    """Gradients by one pass of all outputs, or None where some operation refuses it or does not reach an edge."""
+    """Gradients by one batched pass, or None if some operation has no batched pass or some edge gets no gradient."""
     n, c = out.shape
     selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
     with suppress(RuntimeError):
@@ -84,8 +84,8 @@ def _one_by_one(
     held: Sequence[bool],
     seen: Callable[[slice, list[Tensor]], None],
 ) -> list[Tensor | None]:
-    """Gradients by one pass an output, those held written side by side."""
-    places = [-2 if last else 1 for last in channels_last]  # of outputs, among a gradient's dimensions
+    """Gradients by one pass per output; held ones are written side by side."""
+    places = [-2 if last else 1 for last in channels_last]  # the dimension of the outputs
     kept: dict[int, Tensor] = {}
     for j in range(out.shape[1]):
         gradients = _of_output(out, edges, j)
@@ -115,7 +115,7 @@ def _edge_shape(edge: GradientEdge) -> tuple[int, ...]:
 
 
 def mixed(out: Tensor) -> Tensor:
-    """A random combination of the outputs (n, 1)."""
+    """A fixed random combination of the outputs (n, 1)."""
     return out @ _mixture(out.shape[1]).to(out)
 
 
@@ -124,10 +124,10 @@ def _mixture(c: int) -> Tensor:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Difference of features, relative, above which they are wrong; what products in reduced precision differ by is below.
+    """The relative difference above which features are wrong; errors of reduced precision stay below it.
 
-    ``dtype`` is the least precise that takes part. Right features of networks of tens of layers differ by 1e-5 at most in
-    float32, wrong ones by little where inputs are far from zero or a use is a small part of all.
+    ``dtype`` is the least precise dtype in the computation. In float32, correct features of networks of tens of layers
+    differ by at most 1e-5. Wrong ones can differ by little, if inputs are far from zero or a use is a small part of all.
     """
     if dtype == torch.float64:
         return 1e-6
@@ -137,7 +137,7 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _reduced(device: torch.device) -> bool:
-    """Whether products of float32 numbers may be made in less than float32."""
+    """Whether products of float32 numbers may be computed in lower precision."""
     if device.type == "cpu":
         kinds = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
     elif device.type == "cuda":
@@ -146,15 +146,15 @@ def _reduced(device: torch.device) -> bool:
         return True
     try:
         found = {attrgetter(kind)(torch.backends).fp32_precision for kind in kinds}
-    except AttributeError:  # torch before these settings
+    except AttributeError:  # an older torch, without these settings
         return device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
     return not found <= {"none", "ieee"}
 
 
 def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dict[str, Tensor]:
-    """One number a sample of each block, sᵀ(Σ_c a_c Φ_c)r, s and r random signs, and a the combination of `mixed`.
+    """One number per sample of each block, sᵀ(Σ_c a_c Φ_c)r, with random signs s and r and the combination a of `mixed`.
 
-    ``index`` takes some of the samples; without it, features are of the combination already.
+    ``index`` selects samples; without it, the features are those of the combination already.
     """
     found = {}
     for name, block in blocks.items():
@@ -171,7 +171,7 @@ def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dic
 
 
 def _taken(block: Block, index: Tensor) -> list[Block]:
-    """Some of the samples: together, or one by one where a copy of them would take longer."""
+    """Some of the samples: together, or one by one if copying them would take longer."""
     held = [tensor for part in block.summands for tensor in tensors_of(part)[:1]]
     if max(tensor[:1].numel() for tensor in held) < _COPIED:
         return [block.map(index=index.to(held[0].device))]
@@ -184,7 +184,7 @@ def _signs(size: int, side: int) -> Tensor:
 
 
 def spreads(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
-    """What rounding of the numbers of `projections` is relative to, squared, of features of a combination."""
+    """The squared scale of rounding errors in `projections`, from the features of a combination."""
     found = {}
     for name, block in blocks.items():
         like = tensors_of(block.summands[0])[0]
@@ -200,8 +200,8 @@ def disproved(
     """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
 
     This catches what no layer rule can see: samples in another order inside the model, say, or a changed ``Linear``.
-    Both sides are compared in a random direction of the input side, which costs less than the whole matrices. ``dtype``
-    is the least precise in the graph.
+    Both are compared along a random direction of the input side, which is cheaper than whole matrices. ``dtype`` is the
+    least precise dtype in the graph.
     """
     if not blocks:
         return frozenset()
@@ -226,7 +226,7 @@ def disproved(
         w = weights.to(wide)
         for part in block.map(dtype=wide).summands:
             along, size = along + _along(part, w, direction), size + _spread(part, w)
-        # Parameter by parameter: matrices side by side would be copies.
+        # Parameter by parameter: joining them into a matrix would copy them.
         columns = [
             slot.place(gradients[slot.parameter], o).to(wide) @ direction[slot.column : slot.column + slot.width]
             for slot in block.slots
@@ -238,7 +238,7 @@ def disproved(
 
 
 def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
-    """A combination of features, as a matrix, times a direction of the input side."""
+    """A weighted sum of features, as a matrix, times a direction of the input side."""
     if isinstance(part, Outer):
         signals = w[:, None, :] * times(part.inputs, direction[:, None])
         inner = part.backward.permute(0, 2, 3, 1)
@@ -249,7 +249,7 @@ def _along(part: Summand, w: Tensor, direction: Tensor) -> Tensor:
 
 
 def _spread(part: Summand, w: Tensor) -> Tensor:
-    """About the Σ of squares of the single terms of a combination, to which rounding is relative."""
+    """Roughly the sum of squares of a weighted sum's terms: the squared scale of its rounding error."""
     weights = w.square().mean(1)
     if isinstance(part, Dense):
         return (weights * _norms(part.values) ** 2).sum()
@@ -261,16 +261,16 @@ def _spread(part: Summand, w: Tensor) -> Tensor:
 
 
 def _norms(tensor: Tensor) -> Tensor:
-    """The norm of each sample's part."""
+    """The norm for each sample."""
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
     return norms
 
 
 def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict[str, Tensor]:
-    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, else one by one.
+    """∂f/∂θ (n, c, *shape) of parameters without factors: by vmap, ``chunk`` samples at once, or one by one.
 
-    Some operations have a batching rule that is wrong for some sizes (a PReLU with as many samples as outputs), so what
-    vmap gives counts only where it is what autograd says.
+    Some operations have a batching rule that is wrong for some sizes (a PReLU with as many samples as outputs). So the
+    result of vmap is used only if it agrees with autograd.
     """
     chosen = {name: net.parameters[name].detach() for name in names}
 
@@ -286,7 +286,7 @@ def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict
 
 
 def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
-    """Whether features, summed with random weights over samples and outputs, are the gradient of that sum."""
+    """Whether features, summed with random weights over samples and outputs, equal the gradient of that sum."""
     leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in values}
     with torch.enable_grad(), saved_copies():
         out = net(x, leaves)
@@ -308,7 +308,7 @@ def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def saved_copies() -> Iterator[None]:
-    """Keep copies of what autograd saves, so that nothing overwrites it."""
+    """Let autograd save copies, so that nothing overwrites them."""
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
         yield
 

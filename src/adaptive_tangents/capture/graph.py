@@ -1,4 +1,4 @@
-"""The autograd graph of a network's outputs: uses of each leaf counted, who uses what, and when two graphs are alike."""
+"""The autograd graph of a network's outputs: how often each leaf is used, by which nodes, and when two graphs are alike."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ Parents = Mapping[Any, list[tuple[Any, int, int]]]
 
 @dataclass(frozen=True)
 class Graph:
-    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and who uses what.
+    """The autograd graph of some outputs: how often each leaf is used, the leaves' nodes, and the users of every node.
 
-    ``opaque``: some node (TorchScript's) is none of torch's own, and may use leaves that the graph does not show.
-    ``dtype`` is the least precise that some node made.
+    ``opaque`` means that some node is not one of torch's own (TorchScript makes such) and may use leaves that the graph
+    does not show. ``dtype`` is the least precise dtype of any node's output.
     """
 
     counts: Mapping[str, int]
@@ -29,7 +29,7 @@ class Graph:
 
 
 def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
-    """The graph of ``out``, leaves known by id."""
+    """The graph of ``out``; ``leaves`` maps the id of each leaf to its name."""
     counts = dict.fromkeys(leaves.values(), 0)
     found: dict[str, Any] = {}
     parents: dict[Any, list[tuple[Any, int, int]]] = {}
@@ -53,7 +53,7 @@ def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
     return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents), least)
 
 
-# Operations that treat every sample of a batch alike, whatever its values are.
+# Operations that treat every sample of a batch alike, whatever its values.
 _ALIKE = {
     "Abs", "AdaptiveAvgPool2D", "Add", "Addmm", "Alias", "AvgPool2D", "AvgPool3D", "Baddbmm", "Bmm", "Cat", "Clone",
     "ConstantPadNd", "Convolution", "CudnnBatchNorm", "Div", "Elu", "Embedding", "Exp", "Expand", "Gelu",
@@ -70,8 +70,8 @@ Form = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, int, int],
 
 
 def form_of(graph: Graph) -> Form | None:
-    """Every operation of a graph: name, shapes it made, its users; None where some may treat samples in different ways."""
-    # Torch's own are numbered; a function of the same name that somebody wrote is not.
+    """Every operation of a graph: name, output shapes, users; None if some operation may treat samples differently."""
+    # Only torch's own operations end in a number: a user's function of the same name does not match.
     names = [re.sub(r"Backward\d+$", "", str(node.name())) for node in graph.parents]
     if not set(names) <= _ALIKE:
         return None
@@ -82,7 +82,7 @@ def form_of(graph: Graph) -> Form | None:
 
 
 def same_form(one: Form | None, n: int, two: Form | None, m: int) -> bool:
-    """Whether the graphs of n and of m samples are the same but for the number of samples."""
+    """Whether the graphs of n and of m samples differ in the number of samples only."""
     if one is None or two is None or len(one) != len(two):
         return False
     for (name, shapes, users), (other, others, their_users) in zip(one, two, strict=True):

@@ -1,9 +1,9 @@
-"""Uses of parameters that are no layer's call: found in the autograd graph, with what they make per sample.
+"""Uses of parameters outside of layer calls: found in the autograd graph, with the features they give.
 
-From a parameter the graph is followed upward, through operations that see no samples (views, a weight norm, positions
-looked up), to those where samples come in: a product with rows of samples, a sum or scale that broadcasts over them, a
-convolution, a norm, a lookup. There the gradient tells the samples apart, and what lies below is undone per sample.
-Guesses that shapes allow (is this dimension the samples?) are confirmed or refuted by the probe, never trusted.
+From a parameter the search follows the graph through operations without samples (views, a weight norm, looked-up
+positions) to those where samples come in: a product with rows of samples, a sum or scale that broadcasts over them, a
+convolution, a norm, a lookup. There the gradient separates the samples, and the operations before are differentiated
+for each sample. Guesses from shapes (is this dimension the samples?) are never trusted: the probe confirms or refutes them.
 """
 
 from collections import Counter
@@ -24,20 +24,20 @@ from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, S
 
 Signature = tuple[Any, ...]
 Key = tuple[Any, ...]
-"""A signature, and how many uses before had the same."""
-Node = Any  # of torch.autograd.graph; TorchScript's nodes are none
+"""A signature, and the number of earlier uses with the same signature."""
+Node = Any  # torch.autograd.graph.Node, but TorchScript's nodes are not of that type
 _Made = Outer | Lookup | Flipped | Dense
 
 _VIEWS = (
     "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Slice", "Split",
     "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Select", "Alias", "Clone",
 )  # fmt: skip
-_DEEPEST = 64  # operations between a parameter and its samples; a search that goes on is lost in the network
+_DEEPEST = 64  # operations between a parameter and its samples; deeper searches only wander through the network
 
 
 @dataclass(frozen=True)
 class Step:
-    """An operation without samples: what comes in on input ``index`` has a ``shape``, and goes on as ``output``."""
+    """An operation without samples: a value of ``shape`` enters on input ``index`` and leaves as output ``output``."""
 
     node: Node
     index: int
@@ -49,8 +49,8 @@ class Step:
 class Term:
     """One use of a parameter where samples come in.
 
-    ``chain`` leads there from the parameter, whose value arrives with shape ``tail``; ``shape`` is that of the operation's
-    output; ``kind`` says what it does, ``other`` is what it does it with, ``factor`` a number in front.
+    ``chain`` leads there from the parameter, and its value arrives with shape ``tail``. ``shape`` is the shape of the
+    operation's output, ``kind`` says what it does, and ``factor`` is a number in front of it.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Term:
 
     @property
     def signature(self) -> Signature:
-        """The same for the same use in another batch."""
+        """Identifies the use; the same use in another batch has the same signature."""
         return (self.kind, self.node.name(), self.index, *((s.node.name(), s.index, s.output) for s in self.chain))
 
 
@@ -76,10 +76,10 @@ def terms_of(
     leaf: Node, shape: tuple[int, ...], parents: Parents, n: int, *, allowed: frozenset[Signature] | None,
     refused: frozenset[Signature],
 ) -> list[Term] | None:  # fmt: skip
-    """All uses of a parameter, or None where one is of no known kind.
+    """All uses of a parameter, or None if one is of no known kind.
 
-    ``allowed`` limits them to those found on another batch; ``refused`` are passed over, as what they seem to be was
-    refuted.
+    Only ``allowed`` uses count, if these are known from another batch. ``refused`` uses are skipped: features made from
+    them were refuted.
     """
     found: list[Term] = []
     stack: list[tuple[Any, int, tuple[int, ...], tuple[Step, ...]]] = [(leaf, 0, shape, ())]
@@ -89,7 +89,7 @@ def terms_of(
         uses = [(parent, index) for parent, index, number in parents.get(node, ()) if number == output]
         visited += 1
         if not uses:
-            return None  # the output itself
+            return None  # reached the network's output
         for parent, index in uses:
             term = _term(parent, index, tail, chain, n)
             known = term is not None and term.signature not in refused
@@ -101,7 +101,7 @@ def terms_of(
             outputs = getattr(parent, "_input_metadata", ())
             numbers = {k for _, _, k in parents[parent]}
             if not numbers or max(numbers) >= len(outputs) or not callable(parent):
-                return None  # a node that does not tell what it gives, or cannot be asked
+                return None  # a node without known output shapes, or one that cannot be called
             for number in numbers:
                 step = Step(parent, index, number, tail)
                 stack.append((parent, number, tuple(outputs[number].shape), (*chain, step)))
@@ -109,7 +109,7 @@ def terms_of(
 
 
 def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...], n: int) -> Term | None:
-    """What ``node`` does with a parameter on its input ``index``, if samples come in there."""
+    """The use of a parameter on input ``index`` of ``node``, if samples come in there."""
     operand = OPERANDS.get((operation(node), index))
     if operand is None or node._input_metadata[0].dtype.is_complex:
         return None
@@ -130,13 +130,13 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _free(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
-    """Whether a tensor of shape ``tail`` is broadcast over the samples of ``shape``."""
+    """Whether a tensor of shape ``tail`` broadcasts over the samples of ``shape``."""
     padded = (1,) * (len(shape) - len(tail)) + tail
     return len(padded) == len(shape) and padded[1 if way == "second" else 0] == 1
 
 
 def _leading(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
-    """Whether samples are in the first dimension of ``shape``, with or without others."""
+    """Whether samples are in the first dimension of ``shape``, alone or with others."""
     return way != "second"
 
 
@@ -144,8 +144,8 @@ def _leading(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool
 class Operand:
     """What an operation does with a parameter on one of its inputs.
 
-    ``fits(tail, shape, way)`` says where samples may be in what the parameter meets, ``known`` whether the operation is set
-    as it has to be, ``shape`` what the parameter meets, ``factor`` a number in front.
+    ``shape`` is the shape of what the parameter meets, and ``fits(tail, shape, way)`` says whether its samples may have
+    the layout ``way``. ``known`` says whether the operation's settings are supported; ``factor`` is a number in front.
     """
 
     kind: str
@@ -198,11 +198,11 @@ OPERANDS: Mapping[tuple[str, int], Operand] = {
 }
 
 
-# What a term makes of the gradients g (c, *shape) at its output.
+# Features of a term, from the gradients g (c, *shape) at its output.
 
 
 def part(term: Term, slot: Slot, rows: int, way: Layout, gradient: Tensor, n: int) -> _Made:
-    """The features of a term in the columns of its slot, (o, width)."""
+    """The features of a term, in the columns (o, width) of its slot."""
     saved: Any = term.node
     if term.kind == "lookup":
         index, c = arranged(saved._saved_indices, way, n), len(gradient)
@@ -247,11 +247,11 @@ def _product(term: Term, way: Layout, gradient: Tensor, n: int) -> Outer | Dense
 
 
 def _as_matrix(term: Term, slot: Slot, outer: Outer, rows: int) -> Outer | Flipped | None:
-    """The factors as those of the slot's matrix, where the chain only moves entries into rows of it."""
+    """The factors as factors of the slot's matrix, if the chain only moves entries into rows of it; otherwise None."""
     if any(operation(step.node) not in _VIEWS for step in term.chain):
         return None
     o, i = outer.backward.shape[-1], outer.inputs.shape[-1]
-    # Entries numbered, as the chain's way back moves them: (i, o) for products, (o, i) otherwise.
+    # Number the entries and see where the chain moves them: (i, o) for products, (o, i) otherwise.
     count = torch.arange(1, o * i + 1, dtype=torch.float64, device=outer.inputs.device)
     numbers = count.reshape(i, o).mT if term.kind == "product" else count.reshape(o, i)
     arrived = slot.place(_back(count.reshape(1, *term.tail), term.chain)[0], rows)
@@ -274,7 +274,7 @@ def _as_matrix(term: Term, slot: Slot, outer: Outer, rows: int) -> Outer | Flipp
 
 
 def _reduced(term: Term, way: Layout, gradient: Tensor, n: int) -> Tensor:
-    """∂f/∂(what arrives), (n, c, *tail), of a sum, a scale, or one value a channel."""
+    """∂f/∂(arriving value), (n, c, *tail), of a sum, a scale, or one value per channel."""
     saved: Any = term.node
     g, c = term.factor * gradient if term.factor != 1 else gradient, len(gradient)
     name = operation(term.node)
@@ -306,7 +306,7 @@ def _reduced(term: Term, way: Layout, gradient: Tensor, n: int) -> Tensor:
 
 
 def _undone(values: Tensor, term: Term) -> Tensor:
-    """From ∂f/∂(what arrives) (n, c, *tail) to ∂f/∂θ (n, c, *shape), through the operations that see no samples."""
+    """From ∂f/∂(arriving value) (n, c, *tail) to ∂f/∂θ (n, c, *shape), through the operations without samples."""
     n, c = values.shape[:2]
     back = _back(values.reshape(n * c, *term.tail), term.chain)
     return back.reshape(n, c, *back.shape[1:])
@@ -328,17 +328,17 @@ def _step_back(step: Step, gradient: Tensor) -> Tensor:
     node: Any = step.node
     found = node(*given)
     back: Tensor = found[step.index] if isinstance(found, tuple) else found
-    # What was broadcast comes back whole: summing it is the engine's part.
+    # A broadcast gradient comes back unsummed: autograd's engine would sum it.
     return back if back.shape == step.shape else back.sum_to_size(step.shape)
 
 
 def signatures(terms: Mapping[str, list[Term]]) -> frozenset[Signature]:
-    """Those of all terms of a block."""
+    """The signatures of all terms of a block."""
     return frozenset(term.signature for found in terms.values() for term in found)
 
 
 def keyed(terms: Mapping[str, list[Term]]) -> dict[str, list[tuple[Key, Term]]]:
-    """Every use with a key that the same use has in another batch."""
+    """Every use with a key; the same use in another batch has the same key."""
     seen: Counter[Signature] = Counter()
     found: dict[str, list[tuple[Key, Term]]] = {}
     for parameter, uses in terms.items():
@@ -356,10 +356,10 @@ def block_of(
     out: Tensor,
     layouts: Mapping[Key, Layout],
 ) -> Block:
-    """The block made of uses in the graph, each in its parameter's columns."""
+    """The block made from uses in the graph, each in its parameter's columns."""
     (n, c), (rows, width) = out.shape, group.matrix
     parts: list[Summand] = []
-    both = set[Node]()  # products that add the bias too: its column is a one
+    both = set[Node]()  # products that add the bias, too: its input column is one
     uses = keyed(terms)
     for slot in group.slots:
         for key, term in uses[slot.parameter]:
@@ -374,7 +374,7 @@ def block_of(
 
 
 def _in_columns(made: _Made, slot: Slot, width: int, *, ones: bool, joined: bool) -> _Made:
-    """The features of a parameter in its columns of a block, ``ones`` in the last."""
+    """The features of a parameter in its columns of a block; ``ones`` sets the last input column to one, for the bias."""
     around = (slot.column, width - slot.column - slot.width)
     if isinstance(made, Dense) and joined and slot.width == 1:
         axis = torch.zeros(width, dtype=made.values.dtype, device=made.values.device)

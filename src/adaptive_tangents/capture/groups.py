@@ -17,7 +17,10 @@ from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, S
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share one block: a weight or bias of ``modules``, both joined, or a lone parameter (no role)."""
+    """Parameters that share one block.
+
+    The block is a weight or a bias of ``modules``, both of them (``joined``), or a lone parameter (no role).
+    """
 
     name: str
     matrix: tuple[int, int]
@@ -28,7 +31,7 @@ class Group:
     modes: tuple[tuple[str, int], ...] = ()
 
     def calls(self, uses: list[Use], counts: Mapping[str, int], n: int) -> list[Use]:
-        """The layer calls that make up the features; empty where the parameters are used in any other way."""
+        """The layer calls that make up the features; none if the parameters are also used in any other way."""
         members = {id(module) for module in self.modules}
         found = [use for use in uses if id(use.module) in members]
         rows = all(use.layouts(n) for use in found)
@@ -39,7 +42,7 @@ class Group:
         return Block(self.name, self.matrix, self.slots, modes=self.modes).of(parts)
 
     def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, ways: Sequence[Layout]) -> Block:
-        """The block made of all calls: positions one after the other, features without factors summed."""
+        """The block made from all calls: positions are concatenated, features without factors are summed."""
         parts: list[Summand] = []
         for use, way in zip(uses, ways, strict=True):
             rule, module = use.rule, use.module
@@ -51,7 +54,7 @@ class Group:
                 made = rule.weight(module, inputs, gradient, self.joined)
             made = gathered(made, n)
             if self.role != "bias" and rule.transposed != self.slots[0].transposed:
-                # A weight that another layer of another kind shares, which has it the other way round.
+                # The weight is shared with a layer of another kind, which uses it transposed.
                 assert not isinstance(made, Lookup | Flipped)
                 made = Flipped(made.backward, made.inputs) if isinstance(made, Outer) else Dense(made.values.mT)
             parts.append(made)
@@ -64,7 +67,7 @@ class Group:
 
 
 def parameter_groups(net: Network) -> list[Group]:
-    """The blocks of the selected parameters: a layer's weight with its bias, wherever the same layers own both."""
+    """The blocks of the selected parameters: a layer's weight with its bias if the same layers own both."""
     names = {id(p): name for name, p in net.model.named_parameters()}
     owners = _owners(net, names)
     biases = _pair_biases(net, names, owners)
@@ -78,7 +81,7 @@ def parameter_groups(net: Network) -> list[Group]:
 
 @dataclass(frozen=True)
 class _Owners:
-    """The layers with a rule that hold a parameter, by path, and as which of theirs."""
+    """The layers with a rule that own a parameter, by path, and its role in them: weight or bias."""
 
     role: str | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -95,7 +98,7 @@ def _owners(net: Network, names: Mapping[int, str]) -> dict[str, _Owners]:
 
 
 def _pair_biases(net: Network, names: Mapping[int, str], owners: Mapping[str, _Owners]) -> dict[str, str]:
-    """For each weight that shares its block with a bias, that bias: of the same layers, or packed with it."""
+    """For each weight that shares its block with a bias, that bias: owned by the same layers, or packed with it."""
     biases: dict[tuple[str, ...], str] = {}
     for name, own in owners.items():
         if own.role == "bias":
@@ -115,8 +118,8 @@ def _pair_biases(net: Network, names: Mapping[int, str], owners: Mapping[str, _O
 
 
 def _oriented(net: Network, name: str, owners: _Owners, bias: str | None) -> Group:
-    """The group of a parameter, its matrix the way round that its first layer has it."""
-    # A table comes first: the other way round, what is looked up would not stay indices.
+    """The group of a parameter; its matrix is oriented as in its first layer."""
+    # A table comes first: in the other orientation its inputs could not stay indices.
     modules = dict(sorted(owners.modules.items(), key=lambda item: not _is_table(item[1])))
     path, first = next(iter(modules.items()), (name, None))
     rule = rule_for(first) if first is not None and owners.role == "weight" else None

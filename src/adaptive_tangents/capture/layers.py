@@ -1,8 +1,8 @@
-"""For each torch layer: what its parameters' features are made of. The only file that knows layer types.
+"""The rules of torch layers: how the features of their parameters are made. The only file that knows layer types.
 
-A rule gives the features of a layer's weight and bias from what went into the layer and the gradients of the outputs with
-respect to what came out: factors δ and h over positions where the weight acts on shared inputs, or the features themselves
-where it does not (norm scales, grouped convolutions). To support a layer type, add its rule here.
+A rule makes the features of a layer's weight and bias from the layer's input and the gradients at its output. Where the
+weight acts on shared inputs, features are factors δ and h over positions; where it does not (norm scales, grouped
+convolutions), they are materialized. To support a layer type, add its rule here.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,22 @@ _Gradients = Float[Tensor, "c n *rest"]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one layer type's features are made, x being its input and g (c, n, ...) the gradients at its output.
+    """How the features of one layer type are made, from its input x and the gradients g (c, n, ...) at its output.
 
-    ``weight(module, x, g, ones)`` gives the weight's features as ``Outer`` or ``Dense``, with ``ones`` a last column for the
-    bias where its rule is ``joined``; ``bias(module, g)`` gives the bias's own, Σ_t δ_t (n, c, o); ``matrix(module)`` is
-    (o, i) of the weight; ``joined``: the bias is one more input column of the weight's block; ``transposed``: the weight is
-    stored inputs first; ``accepts(module, x)``: samples come first in this input; ``keep(module, x)`` is what a call has to
-    remember of it; ``tokens``: other dimensions may come before the samples' in it; ``table``: x holds indices of rows;
-    ``summed``: features are sums over positions, made output by output; ``alone``: a call that hands in more than x is none
-    of this rule; ``modes(module)`` are those of the input side.
+    Attributes:
+        layers: the layer types.
+        matrix: (module) -> shape (o, i) of the weight's matrix.
+        weight: (module, x, g, ones) -> the weight's features; ``ones`` adds an input column for a joined bias.
+        bias: (module, g) -> the bias's own features Σ_t δ_t (n, c, o).
+        joined: whether the bias is one more input column of the weight's block.
+        transposed: whether the weight is stored inputs first.
+        accepts: (module, x) -> whether the rule holds for this input.
+        keep: (module, x) -> what to remember of the input.
+        tokens: whether other dimensions may come before the samples in x.
+        table: whether x holds indices of rows.
+        alone: whether the rule holds only for calls with no argument but x.
+        summed: whether features are sums over positions, made output by output.
+        modes: (module) -> names and sizes of the modes of the input side.
     """
 
     layers: tuple[type[nn.Module], ...]
@@ -55,7 +62,7 @@ class LayerRule:
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule that describes ``module``'s forward exactly, or None: a subclass or object with a forward of its own."""
+    """The rule that describes ``module``'s forward exactly; None for a module with a forward of its own."""
     if "forward" in vars(module):
         return None
     for rule in RULES:
@@ -68,7 +75,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 
 def packed_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of the weights, each with its bias, that a layer without a rule multiplies its inputs by as Linear does."""
+    """Names of weights with their biases that a layer without a rule applies as Linear does."""
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", "in_proj_bias")]
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -78,7 +85,7 @@ def packed_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def bias_alone(rule: LayerRule, module: nn.Module, gradient: _Gradients, matrix: tuple[int, int]) -> Outer | Dense:
-    """Features of a bias that has a block of its own, (o, 1) unless it is a norm's over several dimensions."""
+    """Features of a bias with a block of its own: (o, 1), except for norms over several dimensions."""
     total = rule.bias(module, gradient)
     if rule.joined:
         return Outer(total[:, None], torch.ones_like(total[:, None, 0, :1]))
@@ -90,7 +97,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return module.weight.shape[0], prod(module.weight.shape[1:])
 
 
-# Linear, any dimensions between samples and units: they are positions.
+# Linear: all dimensions between samples and units are positions.
 
 
 def _linear(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Outer:
@@ -109,8 +116,8 @@ def _linear_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c 
     return gradient.reshape(c, n, prod(middle), o).sum(2).transpose(0, 1).contiguous()
 
 
-# Convolutions: output pixels are positions, unfolded patches the inputs. Groups see different inputs, so their features are
-# made outright.
+# Convolutions: output pixels are positions, unfolded patches are the inputs. Groups have different inputs, so their
+# features are materialized.
 
 
 def _convolution(module: Any, x: Tensor, gradient: _Gradients, ones: bool) -> Outer | Dense:
@@ -126,7 +133,7 @@ def _convolution(module: Any, x: Tensor, gradient: _Gradients, ones: bool) -> Ou
 
 
 def convolution_of(node: Any, x: Tensor, gradient: _Gradients, kernel: tuple[int, ...]) -> Outer | Dense:
-    """The same for a convolution that autograd remembers."""
+    """The weight's features of a convolution in the autograd graph."""
     padding = [size for size in reversed(node._saved_padding) for _ in range(2)]
     layer = SimpleNamespace(
         kernel_size=kernel, stride=node._saved_stride, dilation=node._saved_dilation, groups=node._saved_groups,
@@ -147,7 +154,7 @@ def _patches(module: Any, x: Tensor, ones: bool) -> Float[Tensor, "n t i"]:
     windows = _windows(module, x)
     n, pixels = x.shape[0], 2 + len(module.kernel_size)
     width, t = prod(windows.shape[1:pixels]), prod(windows.shape[pixels:])
-    # Pixels innermost in memory, here and in the signals: whole rows of an image move at once.
+    # Pixels innermost in memory, here and in the signals: whole rows of an image are copied at once.
     patches = empty((n, width + ones, t), x)
     patches[:, :width].view(windows.shape).copy_(windows)
     patches[:, width:] = 1
@@ -155,14 +162,14 @@ def _patches(module: Any, x: Tensor, ones: bool) -> Float[Tensor, "n t i"]:
 
 
 def _windows(module: Any, x: Tensor) -> Float[Tensor, "n channels *kernel_pixels"]:
-    """Windows of a layer's kernel, stride and dilation: for each channel and place in the kernel, its pixels."""
+    """The windows of a layer's kernel, stride and dilation: the pixels for each channel and place in the kernel."""
     for d, (k, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
     dimensions = len(module.kernel_size)
     return x.permute(0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions))
 
 
-# Transposed convolutions, weights stored inputs first: input pixels are positions, patches of the gradient the signals.
+# Transposed convolutions store weights inputs first: input pixels are positions, patches of the gradient are the signals.
 
 
 def _transposed_convolution(module: nn.Module, x: Tensor, gradient: _Gradients, ones: bool) -> Outer | Dense:
@@ -172,7 +179,7 @@ def _transposed_convolution(module: nn.Module, x: Tensor, gradient: _Gradients, 
     images = gradient.transpose(0, 1).flatten(0, 1)
     windows = _windows(module, F.pad(images, padding) if any(padding) else images)
     for d, size in enumerate(reversed(x.shape[2:])):
-        windows = windows.narrow(-1 - d, 0, size)  # output_padding may leave room for windows of no input
+        windows = windows.narrow(-1 - d, 0, size)  # output_padding may add windows that belong to no input
     g, t, i = module.groups, prod(x.shape[2:]), x.shape[1]
     signals = windows.reshape(n, c, g, -1, t)
     inputs = x.reshape(n, g, i // g, t)
@@ -188,7 +195,7 @@ def _transposed_shape(module: nn.Module) -> tuple[int, int]:
 
 def _channels_backward(module: Any, gradient: _Gradients) -> Float[Tensor, "n t c o"]:
     c, n, o, *pixels = gradient.shape
-    # Pixels stay innermost in memory: a copy that moves whole images is many times faster than one that moves numbers.
+    # Pixels stay innermost in memory: copying whole images is many times faster than copying single numbers.
     return gradient.reshape(c, n, o, prod(pixels)).transpose(0, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -197,7 +204,7 @@ def _channels_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n 
     return gradient.reshape(c, n, o, prod(pixels)).sum(-1).transpose(0, 1).contiguous()
 
 
-# Norms: the scale multiplies normalized inputs entry by entry, its feature is Σ_t δ_t ⊙ x̂_t.
+# Norms: the scale multiplies normalized inputs entry by entry, so its feature is Σ_t δ_t ⊙ x̂_t.
 
 
 def _last_normalized(module: nn.Module, x: Tensor) -> Tensor:
@@ -218,7 +225,7 @@ def _channels_normalized(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def normalized_channels(node: Any, operation: str) -> Tensor:
-    """What a norm over channels that autograd remembers multiplies its scale by."""
+    """The normalized input, which is multiplied by the scale, of a norm over channels in the autograd graph."""
     x = node._saved_input
     if operation == "NativeGroupNorm":
         return F.group_norm(x, node._saved_group, None, None, node._saved_eps)
@@ -239,7 +246,7 @@ def _last_bias(module: nn.Module, gradient: _Gradients) -> Float[Tensor, "n c o"
 
 def _channels_scale(module: nn.Module, normalized: Tensor, gradient: _Gradients, ones: bool) -> Dense:
     c, n, o, *pixels = gradient.shape
-    # One product a channel image, (c, pixels) with (pixels): nothing of the gradients' size is made.
+    # One product per channel image, (c, pixels) with (pixels,): this allocates nothing of the gradients' size.
     signals = gradient.reshape(c, n * o, prod(pixels)).transpose(0, 1)
     total = signals @ normalized.reshape(n * o, prod(pixels), 1)
     return Dense(total.reshape(n, o, c).transpose(1, 2).contiguous()[..., None])
@@ -271,17 +278,17 @@ def _channel_norm_rule(layers: tuple[type[nn.Module], ...], dimensions: tuple[in
     )  # fmt: skip
 
 
-# Embeddings: a table stored inputs first that indices select rows of.
+# Embeddings: a table that is stored inputs first; indices select its rows.
 
 
 def lookup(backward: Float[Tensor, "n t c o"], index: Tensor, width: int, weights: Float[Tensor, "n t"]) -> Lookup:
-    """Features of a table (width, o) of which every position looks up one row, times a weight."""
+    """Features of a table (width, o) in which every position looks up one row, times a weight."""
     n, t = index.shape
     return Lookup(backward, index.long(), weights, backward.new_zeros(n, t, 0), backward.new_zeros(0, width))
 
 
 def learning(index: Tensor, padding: int | None, like: Tensor) -> Float[Tensor, "n t"]:
-    """One for each row looked up, zero for the padding row, which never learns."""
+    """One for each looked-up row, zero for the padding row, which never learns."""
     rows = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return rows if padding is None or padding < 0 else rows * (index != padding)
 

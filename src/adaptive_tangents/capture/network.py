@@ -1,4 +1,4 @@
-"""What users hand in: batches of tensors, models with parameters overlaid, outputs picked; checked before any work."""
+"""The user's model with its parameters, selection and output function, checked before any work."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
 
 @dataclass(frozen=True)
 class Network:
-    """A model with the parameters and buffers to evaluate it at; the model itself is never written to."""
+    """A model with the parameters and buffers to evaluate it at; the model itself is never changed."""
 
     model: nn.Module
     parameters: Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class Network:
     call: str
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
-        """f(x; θ), shape (n, c), with some parameters replaced; x is a copy, which the model may overwrite."""
+        """f(x; θ), shape (n, c), with some parameters replaced; the model gets a copy of x, which it may overwrite."""
         x = take(x, None)
         state = {**self.parameters, **{name: b.clone() for name, b in self.buffers.items()}, **parameters}
         with plainly(self.model):
@@ -59,15 +59,15 @@ class Network:
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Run a model as written, every operation one that autograd records, and put back what it sets on itself.
+    """Run a model as written, in operations that autograd records, and undo what it sets on itself.
 
-    That is: not compiled, nothing recomputed later (activation checkpointing would do so with the model's own parameters),
-    attention and recurrent layers in their elementary operations.
+    So nothing is compiled, nothing is recomputed later (activation checkpointing would use the model's own parameters),
+    and attention and recurrent layers run in their elementary operations.
     """
     kept = [(module, dict(vars(module))) for module in model.modules()]
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second to import
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_checkpointing())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -87,7 +87,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_fused_encoder() -> Iterator[None]:
-    """Transformer layers by their parts where no gradient is asked for too: the fused kernel has no forward mode."""
+    """Run transformer layers by their parts without gradients, too: the fused kernel has no forward mode."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -98,7 +98,7 @@ def _no_fused_encoder() -> Iterator[None]:
 
 @contextmanager
 def _no_checkpointing() -> Iterator[None]:
-    """``torch.utils.checkpoint.checkpoint`` as a plain call."""
+    """Make ``torch.utils.checkpoint.checkpoint`` a plain call."""
 
     class Plain:
         @staticmethod
@@ -128,9 +128,9 @@ def network(
     wrt: Selection | None,
     output_fn: OutputFn | None,
 ) -> Network:
-    """The model at ``params`` with the parameters selected by ``wrt``, after checking that all of it fits together."""
+    """The model at ``params`` with the parameters selected by ``wrt``, after checking that everything fits together."""
     check_model(call, model)
-    # Tensors made under inference_mode take no part in autograd: their copies do.
+    # Autograd does not record tensors made under inference_mode, but it records their copies.
     parameters = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach().clone() if b.is_inference() else b.detach() for name, b in model.named_buffers()}
     selected = select(call, model, wrt)
@@ -148,7 +148,7 @@ def network(
 
 
 def check_model(call: str, model: nn.Module) -> None:
-    """Raise TangentError for models that cannot be evaluated at other parameters, or hold what has no derivative."""
+    """Raise TangentError for models that cannot be evaluated at other parameters, or that have no true derivative."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TangentError(f"{call}: the model is wrapped in {type(model).__name__}; pass its .module")
     if isinstance(model, torch.jit.ScriptModule):
@@ -176,9 +176,9 @@ def check_model(call: str, model: nn.Module) -> None:
 
 
 def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...]:
-    """Names of the parameters that ``wrt`` means, in the model's order: None takes those that require a gradient.
+    """Names of the parameters that ``wrt`` selects, in the model's order; None selects those that require a gradient.
 
-    A parameter without entries, a layer of width zero's, has no features and is left out.
+    A parameter without entries, as in a layer of width zero, has no features and is left out.
     """
     named = {name: p for name, p in model.named_parameters() if p.numel()}
     if not named:
@@ -204,7 +204,7 @@ def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...
 
 
 def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers of the model with those of a state dict in their place."""
+    """The model's parameters and buffers, replaced by those of a state dict."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     aliases = set(dict(model.named_parameters(remove_duplicate=False))) | set(model.state_dict(keep_vars=True))
@@ -232,7 +232,7 @@ def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[
         if alias != first and alias in params and first in params and not torch.equal(params[alias], params[first]):
             raise TangentError(
                 f"{call}: the state dict holds different values for {first!r} and {alias!r}, which are one tensor of the "
-                "model; use a model in which they are two, or take one of them out"
+                "model; use a model with two tensors, or remove one of them from the state dict"
             )
     for name, old in {**parameters, **buffers}.items():
         new = params.get(name)
@@ -251,7 +251,7 @@ def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[
 
 
 def check_mode(call: str, model: nn.Module) -> None:
-    """Raise TangentError for modules in training mode whose outputs are random or depend on the batch."""
+    """Raise TangentError for modules whose outputs, in their present mode, are random or depend on the batch."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

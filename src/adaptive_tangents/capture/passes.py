@@ -1,7 +1,7 @@
-"""A batch through the network: forward -> assemble -> retry, until no block's features are refuted.
+"""One pass of a batch: forward -> assemble -> retry, until no block's features are refuted.
 
-`forward` runs the model and records what it did; `assemble` makes the features of every block by one backward pass; blocks
-that autograd refutes go back into `retry`, which makes them in the next way there is.
+`forward` runs the model and records its layer calls and graph. `assemble` makes the features of every block by one
+backward pass. `refuted` compares them with autograd, and `retry` makes the wrong ones by their next choice.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from adaptive_tangents.features.blocks import Block
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass left: outputs (n, c), the selected parameters, their graph, and the layer calls in it."""
+    """The result of a forward pass: outputs (n, c), the selected parameters, their graph, and the layer calls in it."""
 
     out: Tensor
     leaves: Mapping[str, Tensor]
@@ -34,20 +34,20 @@ class Forward:
     uses: list[Use]
 
     def check_inputs(self) -> None:
-        """Raise RuntimeError, as autograd does of what it saved, where an in-place operation changed a layer's input."""
+        """Raise RuntimeError if an in-place operation changed a layer's input, as autograd does for tensors it saved."""
         if any(use.inputs._version != use.version for use in self.uses):
             raise RuntimeError("the input of a layer was modified by an in-place operation")
 
 
 def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
-    """Run the model on a batch, under autograd; ``copy`` what is kept, so that nothing overwrites it."""
+    """Run the model on a batch under autograd; ``copy`` keeps copies of saved tensors, so that nothing overwrites them."""
     leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
     uses: list[Use] = []
     with saved_copies() if copy else nullcontext(), recorded_calls(net.model, uses, copy=copy):
         out = net(x, leaves)
     if not out.requires_grad:
         raise TangentError(
-            f"{net.call}: autograd sees no way from the output to the selected parameters; take out no_grad, "
+            f"{net.call}: autograd finds no path from the output to the selected parameters; remove no_grad, "
             "inference_mode or detach, or select parameters that the output depends on"
         )
     graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
@@ -56,10 +56,10 @@ def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
 
 @dataclass(frozen=True)
 class Found:
-    """The features of ``target``, block by block, where each came from, and the choices taken.
+    """The features of ``target`` block by block, their sources, and the choices made.
 
-    ``held`` is the bytes of each gradient, ``unchecked`` the names of blocks not yet compared with autograd, ``given_up``
-    those for which there is no other way.
+    ``held`` is the bytes of each gradient. ``unchecked`` names the blocks not yet compared with autograd, and
+    ``given_up`` those for which no choice is left.
     """
 
     seen: Forward
@@ -73,19 +73,19 @@ class Found:
 
     @property
     def gradient_bytes(self) -> int:
-        """Memory that all gradients take together."""
+        """Bytes that all gradients take together."""
         places = {(edge.node, edge.output_nr) for source in self.sources.values() for edge in source.edges}
         return sum(self.held.get(place, 0) for place in places)
 
     def without(self, names: Collection[str]) -> "Found":
-        """The rest, once some blocks have been refuted."""
+        """The same without some blocks, which were refuted."""
         blocks = {name: block for name, block in self.blocks.items() if name not in names}
         sources = {name: source for name, source in self.sources.items() if name not in names}
         return replace(self, blocks=blocks, sources=sources)
 
 
 def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice]) -> Found:
-    """Features of the outputs, or of a function ``target`` (n, k) of them, for each group with a known source."""
+    """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source."""
     made = ((g.name, source_of(g, seen.uses, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
     sources = {name: source for name, source in made if source is not None}
     blocks, held = blocks_of(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
@@ -93,13 +93,13 @@ def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Ma
 
 
 def refuted(found: Found) -> frozenset[str]:
-    """The unchecked blocks whose features are not what autograd says."""
+    """The unchecked blocks whose features disagree with autograd."""
     blocks = {name: block for name, block in found.blocks.items() if name in found.unchecked}
     return disproved(found.target, found.seen.leaves, blocks, found.seen.graph.dtype)
 
 
 def retry(found: Found, wrong: Collection[str], groups: Sequence[Group]) -> Found:
-    """The same with each refuted block made by its next choice, from the graph that is there."""
+    """The same with each refuted block made by its next choice, from the same graph."""
     kept = found.without(wrong)
     following = {name: next_choice(found.choices.get(name, Choice()), found.sources[name]) for name in wrong}
     choices = {**found.choices, **{name: choice for name, choice in following.items() if choice is not None}}
@@ -114,5 +114,5 @@ def retry(found: Found, wrong: Collection[str], groups: Sequence[Group]) -> Foun
 
 
 def common_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of features: what the selected parameters' dtypes promote to."""
+    """The dtype of the features: what the selected parameters' dtypes promote to."""
     return reduce(torch.promote_types, (parameter.dtype for parameter in parameters))

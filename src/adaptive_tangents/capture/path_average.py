@@ -1,4 +1,4 @@
-"""Average tangent features along the straight path between parameters, with the error of the identity they obey."""
+"""Average tangent features along the straight path between parameters, with the error of the identity they satisfy."""
 
 import math
 import warnings
@@ -24,10 +24,19 @@ Buffers = Literal["same", "path"]
 
 @dataclass(frozen=True, repr=False)
 class AverageFeatures(TangentFeatures):
-    """Average features φ̄ of a path, TangentFeatures again: nodes are positions of a block, or summed where that is smaller.
+    """Average features φ̄ of a path, used like any TangentFeatures.
 
-    ``error`` is ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖, ``nodes`` the number of quadrature nodes, ``change`` f₁ − f₀ (n, c),
-    ``buffer_change`` g (n, c), the share of it that came by the buffers; None where they did not move.
+    The quadrature nodes are positions of a block, or they are summed where that takes less memory.
+
+    Attributes:
+        n, c: number of samples and of outputs.
+        blocks: the features of each parameter block, by name.
+        parameters: name and shape of each parameter, in the order of ``model.named_parameters()``.
+        limit: bytes that ``dense`` and ``kernel`` may use; None is half of what is free.
+        error: ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖.
+        nodes: the number of quadrature nodes.
+        change: f₁ − f₀ (n, c).
+        buffer_change: g (n, c), the part of the change that the buffers made; None if they did not move.
     """
 
     error: float = math.nan
@@ -57,17 +66,31 @@ def average_features(
 ) -> AverageFeatures:
     r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
 
-    ``start`` and ``end`` are state dicts θ₀ and θ₁. Gauss-Legendre nodes are doubled until the relative residual of the
-    identity is at most ``tol`` (ReLU networks converge slowly: their features jump along the path), or fixed by ``nodes``.
-    A tolerance not met at ``max_nodes`` gives a TangentWarning and the average at that many. Parameters that ``wrt`` leaves
-    out must not change along the path. Source: LeJeune & Alemohammad, CPAL 2024, §4.
+    The integral is computed by Gauss-Legendre quadrature. ReLU networks converge slowly: their features jump along the
+    path. If buffers b move with the parameters, then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, and g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds is the part
+    of the change that the buffers made, ``buffer_change``. It is computed by forward mode at each node, or by central
+    differences if an operation has no forward mode.
 
-    ``buffers="same"`` refuses floating buffers b (a batch norm's running statistics, say) that differ between the ends;
-    "path" moves them along the segment with the parameters. Then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds being
-    the share of the change that the buffers made, ``buffer_change``, by forward mode at each node (by central differences
-    where an operation has no forward mode). Integer buffers stay at the start's.
+    Args:
+        model: the network f; it is left as it was.
+        start: the state dict θ₀.
+        end: the state dict θ₁.
+        x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        tol: nodes are doubled until the relative residual of the identity is at most this; if it is larger at
+            ``max_nodes``, the result comes with a TangentWarning.
+        nodes: a fixed number of quadrature nodes; None doubles them from 4.
+        max_nodes: the most quadrature nodes.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient. The
+            others must not change along the path.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        memory_limit: bytes that may be used; None is half of what is free.
+        buffers: "same" refuses floating buffers that differ between the ends (a batch norm's running statistics, for
+            example); "path" moves them along the path with the parameters. Integer buffers stay as at the start.
 
-    Raises TangentError where the state dicts do not fit, nothing changes between them, or memory would not suffice.
+    Raises:
+        TangentError: when the state dicts do not fit, nothing changes between them, or memory would exceed the limit.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §4.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -144,7 +167,7 @@ def _average(
         for name, block in features.blocks.items():
             weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
             if weighted.dense is not None and kept:
-                # Materialized features add up at once; only factors are kept for every node.
+                # Materialized features are added up at once; only factors are kept for every node.
                 weighted = sum_blocks([kept.pop(), weighted])
             kept.append(weighted)
         if shift:
@@ -157,19 +180,19 @@ def _average(
 def _moved_buffers(
     call: str, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, refuse: bool
 ) -> dict[str, Tensor]:
-    """b₁ − b₀ of the floating buffers that move."""
+    """b₁ − b₀ for the floating buffers that move."""
     moved = {k: end[k] - b for k, b in start.items() if b.is_floating_point() and not torch.equal(b, end[k])}
     if moved and refuse:
         raise TangentError(
             f"{call}: buffer {next(iter(moved))!r} differs between start and end, so the outputs change by more than the "
-            "parameters do; give both ends the same buffers (a batch norm's running statistics, say), or move them along "
+            "parameters do; give both ends the same buffers, such as a batch norm's running statistics, or move them along "
             "the path with buffers='path'"
         )
     return moved
 
 
 class _PlainBatchNorm(TorchFunctionMode):
-    """Batch norm in evaluation mode by its formula: torch's own has no derivative by its running statistics, silently."""
+    """Batch norm in evaluation mode by its formula: torch's own silently drops the derivative by its running statistics."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -190,7 +213,7 @@ def _batch_norm(
 
 
 def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> Tensor:
-    """∂f/∂b (b₁ − b₀) for every sample (n, c), at a node."""
+    """∂f/∂b (b₁ − b₀) at a node, for every sample and output (n, c)."""
     base = {name: node.network.buffers[name] for name in shift}
 
     def outputs(buffers: Mapping[str, Tensor]) -> Tensor:

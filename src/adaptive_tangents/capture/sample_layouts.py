@@ -1,4 +1,4 @@
-"""Where the n samples are in a tensor that a layer saw: first, second, or after other things in the first dimension."""
+"""Where the n samples are in a tensor inside the network: in its first or second dimension."""
 
 from typing import Literal
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from adaptive_tangents.features.summands import Dense, Lookup, Outer
 
 Layout = Literal["first", "second", "last"]
-"""Where samples are: in the first dimension, alone or before other things; in the second; or in the first after them."""
+"""Where samples are: "first" dimension, alone or as its outer index; "second" dimension; "last": inner index of the first."""
 
 
 def layouts(shape: tuple[int, ...], n: int) -> tuple[Layout, ...]:
-    """Where the n samples may be in a tensor, likeliest first."""
+    """The possible layouts of n samples in a tensor, likeliest first."""
     first = bool(shape) and shape[0] > 0 and shape[0] % n == 0
     second = n > 1 and len(shape) > 1 and shape[1] == n
     ways: list[Layout] = ["first"] if first and (shape[0] == n or not second) else []
@@ -21,7 +21,7 @@ def layouts(shape: tuple[int, ...], n: int) -> tuple[Layout, ...]:
 
 
 def arranged(tensor: Tensor, way: Layout, n: int, *, lead: int = 0) -> Tensor:
-    """The same with samples first after ``lead`` dimensions, what goes with each sample following it."""
+    """The tensor with the samples as outer index of dimension ``lead``; what belongs to a sample follows it."""
     if way == "second":
         return tensor.transpose(lead, lead + 1)
     if way == "last":
@@ -31,7 +31,7 @@ def arranged(tensor: Tensor, way: Layout, n: int, *, lead: int = 0) -> Tensor:
 
 
 def gathered(part: Outer | Lookup | Dense, n: int) -> Outer | Lookup | Dense:
-    """Features of n·k rows as those of n samples: rows of a sample are more positions of it."""
+    """Features of n·k rows as features of n samples: a sample's k rows become its positions."""
     if isinstance(part, Dense):
         return part if len(part.values) == n else Dense(part.values.reshape(n, -1, *part.values.shape[1:]).sum(1))
     if len(part.backward) == n:

@@ -1,4 +1,7 @@
-"""One parameter block's features, Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ: a sum of at most one summand of each kind, and its place."""
+"""The features of one parameter block, Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ, and where its parameters sit in the matrix.
+
+A block is a sum of summands (features.summands), at most one of each kind.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +32,14 @@ from adaptive_tangents.features.transforms import Side
 from adaptive_tangents.linalg.factor_products import joined
 
 _Factors = TypeVar("_Factors", Outer, Flipped)
-_WORTH_SUMMING = 4_000_000  # bytes; below, factors stay as they are
+_WORTH_SUMMING = 4_000_000  # bytes; for smaller savings, factors stay as they are
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter sits in its block's matrix: columns ``column`` to ``column + width``.
+    """Where a parameter sits in its block's matrix: in the columns from ``column`` to ``column + width``.
 
-    ``transposed``: the parameter's leading dimensions are the columns, as layers that store their weights inputs first.
+    ``transposed`` says that the parameter's leading dimensions are the columns: its layer stores weights inputs first.
     """
 
     parameter: str
@@ -46,26 +49,37 @@ class Slot:
     transposed: bool = False
 
     def place(self, values: Tensor, rows: int) -> Tensor:
-        """The parameter's values (*lead, *shape), whatever dimensions come first, as its columns (*lead, o, width)."""
+        """Values (*lead, *shape) of the parameter, with any leading dimensions, as its columns (*lead, o, width)."""
         lead = values.shape[: values.ndim - len(self.shape)]
         if self.transposed:
             return values.reshape(*lead, self.width, rows).mT
         return values.reshape(*lead, rows, self.width)
 
     def take(self, matrix: Tensor) -> Tensor:
-        """The parameter's values (*lead, *shape) out of the block's matrix (*lead, o, i)."""
+        """The parameter's values (*lead, *shape) from the block's matrix (*lead, o, i)."""
         columns = matrix[..., self.column : self.column + self.width]
         return (columns.mT if self.transposed else columns).reshape((*matrix.shape[:-2], *self.shape))
 
 
 @dataclass(frozen=True)
 class Block:
-    """The features of one parameter block, a sum of outer products over positions for every sample and output.
+    """The features Φ(x) = Σ_t δ_t(x) h_t(x)ᵀ of one parameter block, a matrix (o, i) for every sample and output.
 
-    ``shape`` is (o, i), ``slots`` say which parameters make up the matrix, ``modes`` into which modes (name, size) the
-    input side unfolds, the first slowest ("in" × "spatial" for convolutions; a bias column comes after them), ``positions``
-    is t. ``kind`` is "factored"; "summed" where factors were summed over positions because that takes less room; or
-    "materialized" where there are no factors.
+    Φ is the sum of the summands that are not None; their types are in ``features.summands``.
+
+    Attributes:
+        name: the name of the block.
+        shape: output and input units (o, i) of the matrix; a bias is its last input column.
+        slots: which parameters fill which columns of the matrix.
+        outer: factors δ (n, t, c, o) and h (n, t, i).
+        dense: materialized features (n, c, o, i).
+        shared: directions that all samples share, with coefficients.
+        lookup: factors with inputs kept as indices, for embeddings.
+        flipped: factors with the signals on the input side.
+        weighted: factors times one gain per matrix entry.
+        modes: name and size of each mode that the input side unfolds into, the slowest first ("in" × "spatial" for
+            convolutions); a bias column comes after them.
+        summed: whether ``dense`` was made by summing factors over positions.
     """
 
     name: str
@@ -82,12 +96,18 @@ class Block:
 
     @property
     def kind(self) -> str:
+        """The form of the features.
+
+        "factored"; "summed" where factors were summed over positions to take less memory; "materialized" where there
+        are no factors.
+        """
         if self.dense is None:
             return "factored"
         return "summed" if self.summed else "materialized"
 
     @property
     def positions(self) -> int:
+        """Number of positions t."""
         return sum(factors.backward.shape[1] for part in self.summands for factors in factors_of(part))
 
     @property
@@ -108,36 +128,66 @@ class Block:
 
     @property
     def bytes(self) -> int:
-        """Memory held by this block's features."""
+        """Bytes that this block's features take."""
         return sum(tensor.numel() * tensor.element_size() for part in self.summands for tensor in tensors_of(part))
 
     def features(self, rows: slice = slice(None)) -> Float[Tensor, "n c r i"]:
-        """Φ of a range of output units, materialized."""
+        """Φ of a range of output units, materialized.
+
+        Args:
+            rows: the output units; all of them by default.
+        """
         return sum_tensors([part.features(rows) for part in self.summands])
 
     def inner(self, directions: Float[Tensor, "k o i"]) -> Float[Tensor, "n c k"]:
-        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D."""
+        """⟨Φ(x)_c, D_k⟩ for each of the fixed matrices D.
+
+        Args:
+            directions: the matrices D (k, o, i).
+        """
         return sum_tensors([part.inner(directions) for part in self.summands])
 
     def combine(self, weights: Float[Tensor, "n c"]) -> Float[Tensor, "o i"]:
-        """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
+        """Σ_{k,c} a_{k,c} Φ(x_k)_c.
+
+        Args:
+            weights: one weight a per sample and output (n, c).
+        """
         return sum_tensors([part.combine(weights) for part in self.summands])
 
     def transformed(self, left: Side | None, right: Side | None, scale: float = 1.0) -> "Block":
-        """The block of scale · M_L Φ M_Rᵀ, again in factors."""
+        """The block of scale · M_L Φ M_Rᵀ, again in factors.
+
+        Args:
+            left: M_L on the output units; None is the identity.
+            right: M_R on the input units; None is the identity.
+            scale: a factor for the whole block.
+        """
         block = self.of([part.transformed(left, right) for part in self.summands])
         return block if scale == 1.0 else block.scaled(scale)
 
     def entrywise(self, gains: Float[Tensor, "o i"]) -> "Block":
-        """The block of Z ∘ Φ: factors are kept, with the gains beside them."""
+        """The block of Z ∘ Φ; factors are kept, and the gains beside them.
+
+        Args:
+            gains: one gain Z per matrix entry (o, i).
+        """
         return self.of([entrywise(part, gains) for part in self.summands])
 
     def scaled(self, scale: float) -> "Block":
-        """The block of scale · Φ."""
+        """The block of scale · Φ.
+
+        Args:
+            scale: a factor for the whole block.
+        """
         return self.of([part.scaled(scale) for part in self.summands])
 
     def plus(self, shared: Shared) -> "Block":
-        """The block of Φ plus a shared summand."""
+        """The block of Φ plus a shared summand.
+
+        Args:
+            shared: fixed directions with a coefficient for each sample and output.
+        """
         return self.of([*self.summands, shared])
 
     def without_shared(self) -> "Block":
@@ -145,15 +195,24 @@ class Block:
         return self if self.shared is None else replace(self, shared=None)
 
     def map(self, *, index: Index | None = None, dtype: torch.dtype | None = None) -> "Block":
-        """The block of some of the samples, or in another dtype."""
+        """The block of some of the samples, or in another dtype.
+
+        Args:
+            index: a slice of samples or a vector of their indices; None is all of them.
+            dtype: the dtype to convert to; None keeps it.
+        """
         function = SampleMap(index, dtype)
         return self.of([part.map(function) for part in self.summands])
 
     def of(self, parts: Sequence[Summand]) -> "Block":
-        """A block in this one's place whose features are the sum of ``parts``."""
+        """A block with this one's name and slots, whose features are the sum of some summands.
+
+        Args:
+            parts: the summands, of any kinds; those of the same kind are joined.
+        """
         weighted = [part for part in parts if isinstance(part, Weighted)]
         if any(not torch.equal(part.gains, weighted[0].gains) for part in weighted):
-            # Factors under different gains have no common form but the features.
+            # Factors under different gains can only be joined once they are materialized.
             made = [Dense(part.features(slice(None))) for part in weighted]
             return self.of([*(part for part in parts if not isinstance(part, Weighted)), *made])
         outer, lookup, flipped = _by_kind(parts)
@@ -168,9 +227,11 @@ class Block:
         )
 
     def compact(self, *, copies: int = 1, least: int | None = None) -> "Block":
-        """The block with positions summed, Σ_t δ_t h_tᵀ once for all, where that saves at least ``least`` bytes.
+        """The block with Σ_t δ_t h_tᵀ summed over positions, if that saves memory.
 
-        ``copies``: the positions of as many blocks like this one would be held side by side.
+        Args:
+            copies: how many blocks like this one would be held with their positions side by side.
+            least: bytes that summing must save; None is 4 MB.
         """
         factors = [part for part in self.summands if isinstance(part, Outer)]
         if not factors:
@@ -185,17 +246,25 @@ class Block:
         return replace(made, summed=self.dense is None or self.summed)
 
     def split(self, matrix: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """A block matrix as its parameters."""
+        """A block matrix as its parameters, by name.
+
+        Args:
+            matrix: a matrix (o, i).
+        """
         return {slot.parameter: slot.take(matrix) for slot in self.slots}
 
     def join(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "o i"]:
-        """Parameters as the block matrix."""
+        """Parameters as a block matrix (o, i); the inverse of ``split``.
+
+        Args:
+            parameters: the values of the block's parameters, by name.
+        """
         columns = [slot.place(parameters[slot.parameter], self.shape[0]) for slot in self.slots]
         return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def sum_blocks(blocks: list[Block]) -> Block:
-    """The block of Σ_q Φ_q: positions of all the blocks, one after the other."""
+    """The block of Σ_q Φ_q: the positions of all the blocks, concatenated."""
     total = blocks[0].of([part for block in blocks for part in block.summands])
     return replace(
         total, summed=all(block.dense is None or block.summed for block in blocks) and total.dense is not None
@@ -203,7 +272,7 @@ def sum_blocks(blocks: list[Block]) -> Block:
 
 
 def stack_blocks(blocks: list[Block]) -> Block:
-    """The block of all the samples of several, one after the other."""
+    """The block of all the samples of several blocks, concatenated."""
     if len(blocks) == 1:
         return blocks[0]
     kinds = {tuple(type(held) for part in block.summands for held in (part, *factors_of(part))) for block in blocks}
@@ -216,12 +285,12 @@ def stack_blocks(blocks: list[Block]) -> Block:
 
 
 def _stacked(same: Sequence[Summand]) -> Summand:
-    """Summands of one kind as one over all their samples."""
+    """Summands of one kind as one summand over all their samples."""
     first = same[0]
     if isinstance(first, Weighted):
         held = zip(*(factors_of(part) for part in same), strict=True)
         return Weighted(first.gains, tuple(part for parts in held for part in factors_of(_stacked(parts))))
-    # Of one sample the graph may show other uses than of several, and so other numbers of positions.
+    # A batch of one sample may use the parameter by other operations than a larger one, with other numbers of positions.
     positions = max((factors.backward.shape[1] for part in same for factors in factors_of(part)), default=0)
     tensors = {
         name: value if name == "directions" else joined([_lengthened(getattr(part, name), positions) for part in same])
@@ -231,13 +300,13 @@ def _stacked(same: Sequence[Summand]) -> Summand:
 
 
 def _lengthened(tensor: Tensor, positions: int) -> Tensor:
-    """The same with zeros for the positions it has not; what has none at all is left alone."""
+    """The tensor padded with zeros to this many positions; with 0 positions it stays as it is."""
     missing = positions - tensor.shape[1] if positions else 0
     return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, missing)) if missing else tensor
 
 
 def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Flipped | None]:
-    """At most one summand of each kind of factors."""
+    """The factors joined by kind: at most one summand of each."""
     return (
         _joined([part for part in parts if isinstance(part, Outer)]),
         _joined_lookups([part for part in parts if isinstance(part, Lookup)]),
@@ -246,7 +315,7 @@ def _by_kind(parts: Sequence[Summand]) -> tuple[Outer | None, Lookup | None, Fli
 
 
 def _joined_weighted(parts: list[Weighted]) -> Weighted | None:
-    """Factors under the same gains."""
+    """Factors under the same gains, joined."""
     if len(parts) <= 1:
         return parts[0] if parts else None
     held: list[Factors] = [factors for part in parts for factors in part.parts]
@@ -254,7 +323,7 @@ def _joined_weighted(parts: list[Weighted]) -> Weighted | None:
 
 
 def _joined(parts: list[_Factors]) -> _Factors | None:
-    """Positions of all, one after the other."""
+    """The positions of all summands, concatenated."""
     if len(parts) <= 1:
         return parts[0] if parts else None
     return type(parts[0])(
@@ -263,13 +332,13 @@ def _joined(parts: list[_Factors]) -> _Factors | None:
 
 
 def _joined_lookups(parts: list[Lookup]) -> Lookup | None:
-    """Positions of all, one after the other; of lookups at the same places, at every node of a path say, their sum."""
+    """The positions of all lookups, concatenated; lookups of the same entries (the nodes of a path) are summed instead."""
     if len(parts) <= 1:
         return parts[0] if parts else None
     first = parts[0]
     if all(_at_places_of(first, part) for part in parts):
         return replace(first, backward=sum_tensors([part.backward for part in parts]))
-    # Directions lie one after the other too, and each position moves by those of its own part.
+    # Directions are concatenated too; a position has coefficients only on the directions of its own summand.
     ends = list(accumulate(len(part.directions) for part in parts))
     coefficients = [
         torch.nn.functional.pad(part.coefficients, (end - len(part.directions), ends[-1] - end))
@@ -285,7 +354,7 @@ def _joined_lookups(parts: list[Lookup]) -> Lookup | None:
 
 
 def _at_places_of(first: Lookup, part: Lookup) -> bool:
-    """Whether both look up the same entries, equally weighted and unmoved."""
+    """Whether both look up the same entries with the same weights, and no transform has moved them."""
     same = torch.equal(part.index, first.index) and torch.equal(part.weights, first.weights)
     return same and len(part.directions) == 0
 

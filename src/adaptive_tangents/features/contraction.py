@@ -1,10 +1,10 @@
-"""Blocks to kernels: K = ⟨Φ, Φ′⟩, by whichever of three routes is expected to be quickest for the block.
+"""From blocks to kernels, K = ⟨Φ, Φ′⟩, by the route that features.plans expects to be fastest for the block.
 
-- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed;
-- nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first, for several outputs and positions;
+- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}); features are never formed;
+- nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum, inner one first; for several outputs and positions;
 - materialize: Φ of a range of output units at a time, then one matrix product.
 
-Kernels are kept as (batch, N, M) until the end: full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
+Kernels stay in the (batch, N, M) layout of features.kernel_layout until the end.
 """
 
 import math
@@ -31,9 +31,9 @@ from adaptive_tangents.features.summands import (
 from adaptive_tangents.linalg.factor_products import product
 from adaptive_tangents.runtime.chunks import ranges
 
-_CACHED_BYTES = 4_000_000  # what the nested route works on at a time
-_WHOLE = 128  # rows of a symmetric kernel below which its triangle is not worth making by itself
-_EIGHT = 8  # rows that a product does at a time
+_CACHED_BYTES = 4_000_000  # of signals that the nested route works on at a time
+_WHOLE = 128  # rows; a smaller symmetric kernel is made whole, since making only its triangle is no faster
+_EIGHT = 8  # rows that a matrix product computes at a time
 
 
 def accumulate(
@@ -46,14 +46,14 @@ def accumulate(
     symmetric: bool,
     budget: int,
 ) -> None:
-    """Add one block's kernel in place; where symmetric, the upper triangle only (`mirror` makes the rest)."""
+    """Add one block's kernel in place; if symmetric, only the upper triangle (`mirror` fills the rest)."""
     rest_a, rest_b = narrowed(a.without_shared(), b.without_shared())
     if route != "materialize" and common_factors(a, b) is not None:
         factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
         assert not isinstance(factors_a, Dense | Shared | Weighted)
         assert not isinstance(factors_b, Dense | Shared | Weighted)
         walk = _accumulate_gram if route == "gram" else _accumulate_nested
-        # Walks flatten ranges of the inputs over and over, which must not copy.
+        # The routes flatten ranges of the inputs over and over; contiguous inputs avoid copies.
         rows_a = _in_rows(factors_a)
         rows_b = rows_a if factors_b is factors_a else _in_rows(factors_b)
         walk(kernel, rows_a, rows_b, outputs, symmetric=symmetric, budget=budget)
@@ -64,19 +64,19 @@ def accumulate(
 
 
 def _rows(features: Float[Tensor, "n c q"], outputs: Outputs) -> Float[Tensor, "batch N Q"]:
-    """Features as rows whose inner products are the kernel's entries."""
+    """Features as rows; the inner products of rows are the kernel's entries."""
     if outputs == "full":
         return features.flatten(0, 1)[None]
     return features.flatten(1)[None] if outputs == "trace" else features.transpose(0, 1)
 
 
 def _panel(rows: int) -> int:
-    """The rows of a panel of a symmetric kernel: few, so that little is made twice, and enough to run at full speed."""
+    """Rows per panel of a symmetric kernel: few, so that little is computed twice, but enough for full speed."""
     return rows if rows < _WHOLE else _EIGHT * math.ceil(0.4 * math.sqrt(rows))
 
 
 def _panels(total: int, group: int, size: int) -> list[slice]:
-    """Sample ranges for a symmetric kernel with ``group`` rows a sample."""
+    """Sample ranges for a symmetric kernel with ``group`` rows per sample."""
     if total * group >= _WHOLE:
         samples, step = _panel(total * group) / group, _EIGHT // math.gcd(_EIGHT, group)
         size = min(size, step * round(samples / step) if samples > step else max(1, round(samples)))
@@ -84,7 +84,7 @@ def _panels(total: int, group: int, size: int) -> list[slice]:
 
 
 def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:
-    """h·h′ for all pairs of positions of ranges of samples."""
+    """h·h′ for all pairs of positions of two ranges of samples."""
     if isinstance(a, Lookup):
         assert isinstance(b, Lookup)
         return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
@@ -93,7 +93,7 @@ def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N 
 
 
 def _in_rows(factors: Factors) -> Factors:
-    """The same with the inputs of one position after the other in memory."""
+    """The same factors, with the inputs contiguous in memory position by position."""
     return factors if isinstance(factors, Lookup) else replace(factors, inputs=factors.inputs.contiguous())
 
 
@@ -103,7 +103,7 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
     if t * s == 0:
         return
     group, batch = (c, 1) if outputs == "full" else (1, kernel.shape[0])
-    # One sample pair's working memory: gram of δ and of h, and their product where positions are summed.
+    # Working memory of one pair of samples: the Gram matrices of δ and of h, and their product if positions are summed.
     pair = 2 * batch * (t * group) * (s * group) * kernel.element_size()
     columns = max(1, min(m, budget // pair))
     rows_a, rows_b = _rows(a.backward.flatten(0, 1), outputs), _rows(b.backward.flatten(0, 1), outputs)
@@ -131,7 +131,7 @@ def _accumulate_nested(
     n, t, c, o = a.backward.shape
     m, s = b.backward.shape[:2]
     blocks = kernel.view(n, c, m, c)
-    # Where positions lie together in memory, as convolutions leave them, sums over them end where they are wanted.
+    # If positions are adjacent in memory, as convolutions leave them, products over them need no copies.
     inner = all(part.backward.permute(0, 2, 3, 1).is_contiguous() for part in (a, b))
     width = max(1, min(_CACHED_BYTES, budget) // (t * c * o * kernel.element_size()))
     for k in range(n):
@@ -165,7 +165,7 @@ def _accumulate_features(kernel: Tensor, a: Block, b: Block, outputs: Outputs, *
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             tile = (a if n == size else a.map(index=p), b if m == size else b.map(index=q))
             diagonal = symmetric and p == q
-            # One side is the other there, and leaves its room.
+            # On the diagonal both sides are the same features, so twice as many rows fit.
             rows = max(1, (2 if diagonal else 1) * budget // (unit * size))
             _accumulate_tile(target, *tile, outputs, symmetric=diagonal, rows=rows)
 
@@ -180,7 +180,7 @@ def _accumulate_tile(target: Tensor, a: Block, b: Block, outputs: Outputs, *, sy
 
 
 def _accumulate_shared(kernel: Tensor, a: Block, b: Block, outputs: Outputs) -> None:
-    """⟨Φ + sD, Φ′ + s′D′⟩ − ⟨Φ, Φ′⟩, through inner products with the few directions D."""
+    """Add ⟨Φ + sD, Φ′ + s′D′⟩ − ⟨Φ, Φ′⟩, by inner products with the few directions D."""
 
     def add(left: Tensor, right: Tensor) -> None:
         kernel.baddbmm_(_rows(left, outputs), _rows(right, outputs).mT)
@@ -202,7 +202,7 @@ def contract_blocks(
     symmetric: bool,
     precision: Precision = "float32",
 ) -> None:
-    """Add every block's kernel to its target in ``kernels`` (one common tensor, or one a block)."""
+    """Add every block's kernel to its target in ``kernels`` (one common tensor, or one per block)."""
     for step in plan.blocks:
         target = kernels[step.name]
         dtype = working_dtype(tensors_of(a[step.name].summands[0])[0].dtype, precision)

@@ -1,4 +1,7 @@
-"""What a kernel looks like: its kind over outputs, its shape and dtype, and the form it has while it is added up."""
+"""The layout of a kernel: its kind over outputs, its shape and dtype, and the form it has while it is summed.
+
+While it is summed a kernel is (batch, N, M): full (1, n·c, m·c), trace (1, n, m), diagonal (c, n, m).
+"""
 
 from typing import Literal, get_args
 
@@ -27,12 +30,12 @@ def entries(outputs: Outputs, c: int) -> int:
 
 
 def column_axis(outputs: Outputs) -> int:
-    """The dimension of a kernel that the second samples are along."""
+    """The dimension of a kernel along which the second samples run."""
     return 2 if outputs == "full" else 1
 
 
 def swapped(kernel: Float[Tensor, "..."], outputs: Outputs) -> Float[Tensor, "..."]:
-    """K(x₂, x) of K(x, x₂)."""
+    """K(x₂, x) from K(x, x₂)."""
     return kernel.permute(2, 3, 0, 1) if outputs == "full" else kernel.transpose(0, 1)
 
 
@@ -51,7 +54,7 @@ def check_precision(call: str, precision: str) -> None:
 def empty_kernel(
     n: int, m: int, c: int, outputs: Outputs, like: Tensor, precision: Precision = "float32"
 ) -> Float[Tensor, "batch N M"]:
-    """A kernel of zeros in the layout of this module."""
+    """A kernel of zeros, in the (batch, N, M) layout."""
     shape = {"full": (1, n * c, m * c), "trace": (1, n, m), "diagonal": (c, n, m)}[outputs]
     return empty(shape, like, kernel_dtype(like.dtype, precision)).zero_()
 
@@ -62,7 +65,7 @@ def working_dtype(dtype: torch.dtype, precision: Precision = "float32") -> torch
 
 
 def kernel_dtype(dtype: torch.dtype, precision: Precision = "float32") -> torch.dtype:
-    """The dtype that blocks are added up in, which is the kernel's."""
+    """The dtype in which blocks are added up, which is the kernel's."""
     return torch.float64 if precision == "mixed" else working_dtype(dtype, precision)
 
 
@@ -75,7 +78,7 @@ def mirror(kernel: Float[Tensor, "batch N N"]) -> None:
 
 
 def finish(kernel: Float[Tensor, "batch N M"], n: int, m: int, c: int, outputs: Outputs) -> Tensor:
-    """From this module's layout to the user's: (n, c, m, c), (n, m) or (n, m, c)."""
+    """From the (batch, N, M) layout to the user's: (n, c, m, c), (n, m) or (n, m, c)."""
     if outputs == "full":
         return kernel.reshape(n, c, m, c)
     return kernel[0] if outputs == "trace" else kernel.permute(1, 2, 0).contiguous()

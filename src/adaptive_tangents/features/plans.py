@@ -1,4 +1,4 @@
-"""Which route each block takes to a kernel, counted before it runs: multiply-adds, working memory, expected time."""
+"""Which route each block takes to a kernel, planned before it runs: operations, working memory, expected time."""
 
 import time
 from dataclasses import dataclass, replace
@@ -20,15 +20,15 @@ from adaptive_tangents.features.summands import (
 from adaptive_tangents.runtime.memory import format_bytes
 
 RouteName = Literal["gram", "nested", "materialize"]
-WORKING_BYTES = 64_000_000  # more buys no speed, and features of a whole block are never held at once
-_TILE_BYTES = 8_000_000  # features of a range of output units; larger ones leave the caches
+_WORKING_BYTES = 64_000_000  # more is no faster
+_TILE_BYTES = 8_000_000  # of features of a range of output units; larger ones do not fit into the caches
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How one block will be contracted: its route, multiply-adds counted twice, and bytes of working memory.
+    """How one block will be contracted: its route, floating-point operations, and bytes of working memory.
 
-    ``share`` is that of the speed of a large matrix product which the route is expected to reach.
+    ``share`` is the fraction of a large matrix product's speed that the route is expected to reach.
     """
 
     name: str
@@ -43,21 +43,21 @@ class BlockPlan:
 
     @property
     def effort(self) -> float:
-        """Operations that a large matrix product would make in the same time."""
+        """Operations that a large matrix product would do in the same time."""
         return self.operations / self.share
 
     @property
     def seconds(self) -> float:
-        """Seconds expected."""
+        """Expected seconds."""
         return self.effort / matmul_speed(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """What a kernel will cost before it is made; ``print`` it.
+    """What a kernel will cost, before it is made; ``print`` it.
 
-    Seconds are expected ones: operations at the speed that a large matrix product has on this machine, measured once, and
-    the share of it that each route reaches.
+    Expected seconds are the operations over the speed of a large matrix product on this machine, which is measured once,
+    times the share of it that each route reaches.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -72,12 +72,12 @@ class KernelPlan:
 
     @property
     def seconds(self) -> float:
-        """Seconds expected of all blocks."""
+        """Expected seconds for all blocks."""
         return sum(block.seconds for block in self.blocks)
 
     @property
     def bytes(self) -> int:
-        """Peak memory: features held, the kernel, and the largest block's working memory."""
+        """Peak memory: the features, the kernel, and the largest block's working memory."""
         return self.feature_bytes + self.kernel_bytes + max((b.working_bytes for b in self.blocks), default=0)
 
     def __str__(self) -> str:
@@ -100,8 +100,8 @@ class KernelPlan:
 class Pair:
     """What the cost of a route depends on: two blocks (o, i) of n and m samples with t and s positions, and their kernel.
 
-    ``pairs`` counts the pairs of samples, ``depth`` those of outputs, ``made`` the entries of features summed over
-    positions, ``kind`` is that of the factors that both have.
+    ``pairs`` counts the pairs of samples, ``depth`` the pairs of outputs, and ``made`` the multiply-adds that materialize
+    the features. ``kind`` is the kind of factors that both blocks have, or None.
     """
 
     kind: type[Factors] | None
@@ -120,7 +120,7 @@ class Pair:
 
 
 class Gram:
-    """⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}), features never formed."""
+    """⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}); features are never formed."""
 
     name: RouteName = "gram"
 
@@ -131,20 +131,20 @@ class Gram:
         return 2 * p.pairs * p.t * p.s * (p.i + p.depth * (p.o + 1))
 
     def share(self, p: Pair) -> float:
-        """Where there are no positions to sum over, these are two large products."""
+        """The share of a large product's speed; with one position per sample the route is just two large products."""
         return 0.8 if p.t == p.s == 1 and min(p.o, p.i) > 1 else 0.4
 
     def least_bytes(self, p: Pair) -> int:
-        """Without which it cannot work: those of one pair of samples."""
-        return 2 * entries(p.outputs, p.c) * p.t * p.s * p.itemsize
+        """The least working memory: that of one pair of samples."""
+        return 2 * {"full": p.c**2, "trace": 1, "diagonal": p.c}[p.outputs] * p.t * p.s * p.itemsize
 
     def most_bytes(self, p: Pair) -> int:
-        """Beyond which more is of no use."""
-        return min(self.least_bytes(p) * p.n * p.m, WORKING_BYTES)
+        """The most working memory that is of use."""
+        return min(self.least_bytes(p) * p.n * p.m, _WORKING_BYTES)
 
 
 class Nested(Gram):
-    """Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum with the inner one first."""
+    """Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}): the same sum, inner one first."""
 
     name: RouteName = "nested"
 
@@ -173,21 +173,21 @@ class Materialize:
         return 0.6
 
     def least_bytes(self, p: Pair) -> int:
-        """Both sides of one sample, one output unit."""
+        """The least working memory: one output unit of one sample, on both sides."""
         return 2 * p.c * p.i * p.itemsize
 
     def most_bytes(self, p: Pair) -> int:
         return min(self.least_bytes(p) * max(p.n, p.m) * p.o, _TILE_BYTES)
 
 
-# Shares of a large product's speed are those seen in the benchmarks.
+# Their shares of a large product's speed were measured in the benchmarks.
 ROUTES = (Gram(), Nested(), Materialize())
 
 
 def plan_block(
     a: Block, b: Block, n: int, m: int, c: int, outputs: Outputs, *, symmetric: bool, budget: int, itemsize: int
 ) -> BlockPlan:
-    """The quickest route for one block by counted operations (theory §6) and the speed that each reaches, that fits."""
+    """The fastest route for one block that fits into memory, by its operations (theory §6) and expected speed."""
     kind, like = common_factors(a, b), tensors_of(a.summands[0])[0]
     a, b = narrowed(a, b)
     (o, i), t, s = a.shape, a.positions, b.positions
@@ -209,7 +209,7 @@ def plan_block(
 
 @cache
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second that a product of two 768 × 768 matrices runs at, measured once."""
+    """Floating-point operations per second of a product of two 768 × 768 matrices, measured once."""
     one = torch.ones(768, 768, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):
@@ -220,14 +220,14 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def common_factors(a: Block, b: Block) -> type[Factors] | None:
-    """The one kind of factors that both blocks are made of, if so (a shared summand aside)."""
+    """The kind of factors that both blocks consist of (besides a shared summand), or None if there is no single kind."""
     own = [{type(part) for part in block.summands} - {Shared} for block in (a, b)]
     kind = next(iter(own[0]), None)
     return kind if own[0] == own[1] == {kind} and kind in (Outer, Lookup, Flipped) else None
 
 
 def narrowed(a: Block, b: Block) -> tuple[Block, Block]:
-    """Blocks of lookups with only those columns that any sample looks up."""
+    """Blocks of lookups, reduced to the columns that some sample looks up; other blocks as they are."""
     if common_factors(a, b) is not Lookup:
         return a, b
     looked = [block.lookup for block in (a, b) if block.lookup is not None]

@@ -1,11 +1,11 @@
-"""What a block's features are sums of: each kind of summand with the same few products.
+"""The summands of a block's features; every kind has the same few products.
 
-- ``Outer``: a sum of outer products over positions t, the factors of every layer that has them;
-- ``Lookup``: the same where a layer's inputs are rows of an identity, kept as indices: embeddings;
-- ``Flipped``: outer products whose signals are on the input side: a weight used the other way round;
-- ``Dense``: the features themselves, for a parameter that has no factors, or where they take less room;
-- ``Shared``: fixed directions D_k with coefficients s_k(x), what a joint transform of all blocks adds to each;
-- ``Weighted``: factors times one gain an entry, Z ∘ Σ_t δ_t h_tᵀ, what an entrywise transform makes of factors.
+- ``Outer``: a sum of outer products over positions t, the form of most layers;
+- ``Lookup``: the same for inputs that are rows of an identity, kept as indices: embeddings;
+- ``Flipped``: outer products with the signals on the input side: a weight that is used transposed;
+- ``Dense``: the features themselves, for a parameter without factors, or where they take less memory;
+- ``Shared``: fixed directions D_k with coefficients s_k(x), which a joint transform adds to every block;
+- ``Weighted``: factors times one gain per entry, Z ∘ Σ_t δ_t h_tᵀ, which an entrywise transform makes of factors.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class Outer:
 class Lookup:
     """Φ(x_k)_c = Σ_t δ_{k,t,c} h_{k,t}ᵀ with h_t = w_t (e_{j_t} + Σ_r s_{t,r} d_r): rows of an identity, moved by M_R.
 
-    ``index`` j (n, t) and ``weights`` w (n, t) are what an embedding saw; ``coefficients`` s (n, t, r) on ``directions`` d
-    (r, i) are what a transform of the input side adds, r = 0 before any. The identity is never formed.
+    ``index`` j (n, t) and ``weights`` w (n, t) are an embedding's inputs. A transform of the input side adds
+    ``coefficients`` s (n, t, r) on ``directions`` d (r, i); before any transform, r = 0. The identity is never formed.
     """
 
     backward: Float[Tensor, "n t c o"]
@@ -138,7 +138,7 @@ class Lookup:
         return Lookup(function(self.backward), index, *kept)
 
     def input_gram(self, other: "Lookup") -> Float[Tensor, "N M"]:
-        """h·h′ for all pairs of positions, samples and positions as one dimension."""
+        """h·h′ for all pairs of positions; samples and positions are one dimension."""
         a, b = self.index.flatten(), other.index.flatten()
         u, v = self.coefficients.flatten(0, 1), other.coefficients.flatten(0, 1)
         gram = (a[:, None] == b[None]).to(u.dtype)
@@ -148,14 +148,14 @@ class Lookup:
         return gram * self.weights.flatten()[:, None] * other.weights.flatten()
 
     def restricted(self, kept: Int[Tensor, " k"]) -> "Lookup":
-        """The same with the columns ``kept`` only, sorted and holding every index; without directions."""
+        """The same with only the columns ``kept``, which are sorted and hold every index; it has no directions."""
         position = torch.searchsorted(kept, self.index.contiguous())
         return Lookup(self.backward, position, self.weights, self.coefficients, self.directions[:, kept])
 
 
 @dataclass(frozen=True)
 class Flipped:
-    """Φ(x_k)_c = Σ_t h_{k,t} δ_{k,t,c}ᵀ: as ``Outer``, transposed, its signals (n, t, c, i) on the input side."""
+    """Φ(x_k)_c = Σ_t h_{k,t} δ_{k,t,c}ᵀ: ``Outer`` transposed, with the signals (n, t, c, i) on the input side."""
 
     backward: Float[Tensor, "n t c i"]
     inputs: Float[Tensor, "n t o"]
@@ -208,7 +208,7 @@ class Dense:
     def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         n, _, o, i = self.values.shape
-        # Positions are the units of the narrower side, their inputs unit vectors.
+        # Written as factors: a position is a unit of the narrower side, and its input is a unit vector.
         if o < i:
             return _paired(right.apply(self.values.transpose(1, 2)), left.of_units(self._units(o)).expand(n, o, -1))
         return _paired(left.apply(self.values.permute(0, 3, 1, 2)), right.of_units(self._units(i)).expand(n, i, -1))
@@ -229,7 +229,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Shared:
-    """Φ(x_k)_c = Σ_j s_{k,c,j} D_j: coefficients s (n, c, k) on directions D (k, o, i) common to all samples."""
+    """Φ(x_k)_c = Σ_j s_{k,c,j} D_j: coefficients s (n, c, k) on directions D (k, o, i) that all samples share."""
 
     coefficients: Float[Tensor, "n c k"]
     directions: Float[Tensor, "k o i"]
@@ -262,9 +262,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Φ(x_k)_c = Z ∘ Σ_j Φ_j(x_k)_c: factors of one kind or several under one gain Z (o, i) an entry.
+    """Φ(x_k)_c = Z ∘ Σ_j Φ_j(x_k)_c: factors of one or several kinds, times one gain Z (o, i) per entry.
 
-    The gains mix no entries but are no product of sides, so kernels are made from the features, some rows at a time.
+    Z is not a product of two sides, so kernels are made from materialized features, some output units at a time.
     """
 
     gains: Float[Tensor, "o i"]
@@ -300,7 +300,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class SampleMap:
-    """What happens to every tensor that runs over samples: selection, then conversion."""
+    """A map for every tensor that runs over samples: it selects samples, then converts the dtype."""
 
     index: Index | None = None
     dtype: torch.dtype | None = None
@@ -322,7 +322,7 @@ def factors_of(part: Summand) -> tuple[Factors, ...]:
 
 
 def tensors_of(part: Summand) -> list[Tensor]:
-    """The tensors that a summand holds, one over samples first."""
+    """The tensors that a summand holds; the first runs over samples."""
     if isinstance(part, Weighted):
         return [*(tensor for inner in part.parts for tensor in tensors_of(inner)), part.gains]
     return list(vars(part).values())
@@ -338,7 +338,7 @@ def entrywise(part: Summand, gains: Float[Tensor, "o i"]) -> Summand:
 
 
 def _paired(signals: Float[Tensor, "n t c k"], inputs: Float[Tensor, "n t k"]) -> Float[Tensor, "n c k"]:
-    """Σ_t of the products, coordinate by coordinate."""
+    """Σ_t signals · inputs, for each coordinate."""
     product = signals * inputs.to(signals)[:, :, None]
     return product[:, 0] if product.shape[1] == 1 else product.sum(1)
 

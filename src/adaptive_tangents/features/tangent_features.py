@@ -1,4 +1,4 @@
-"""Tangent features of a network on a batch: every block in factors, with products, kernels and adaptation."""
+"""The tangent features of a network on a batch: every block in factors, with products, kernels and transforms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,8 +33,15 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 class TangentFeatures:
     r"""Tangent features φ(x) = ∂f/∂θ of n samples with c outputs, held block by block as Σ_t δ_t h_tᵀ.
 
-    ``parameters`` gives names and shapes in the order of ``model.named_parameters()``, which is the order of every vector
-    of p entries. Adapted and averaged features are of this same type.
+    ``tangent_features`` makes them. Adapted and averaged features have this type, too.
+
+    Attributes:
+        n: number of samples.
+        c: number of outputs.
+        blocks: the features of each parameter block, by name.
+        parameters: name and shape of each parameter, in the order of ``model.named_parameters()``; every vector of p
+            entries has this order.
+        limit: bytes that ``dense`` and ``kernel`` may use; None is half of what is free.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 2), torch.randn(5, 3))
@@ -58,7 +65,7 @@ class TangentFeatures:
 
     @property
     def bytes(self) -> int:
-        """Memory held by the features."""
+        """Bytes that the features take."""
         return sum(block.bytes for block in self.blocks.values())
 
     @property
@@ -73,7 +80,7 @@ class TangentFeatures:
 
     @property
     def origin(self) -> str:
-        """What the features are where not exact; only those of one origin go together."""
+        """How the features were made: "exact", or by which sketch; only features of one origin can be combined."""
         return "exact"
 
     @property
@@ -91,12 +98,23 @@ class TangentFeatures:
         return TangentFeatures(n, self.c, blocks, self.parameters, self.limit)
 
     def to(self, dtype: torch.dtype) -> "TangentFeatures":
-        """The features in another floating dtype."""
+        """The features in another floating dtype.
+
+        Args:
+            dtype: the dtype to convert to.
+        """
         blocks = {name: block.map(dtype=dtype) for name, block in self.blocks.items()}
         return TangentFeatures(self.n, self.c, blocks, self.parameters, self.limit)
 
     def split(self, vector: Float[Tensor, " p"]) -> dict[str, Float[Tensor, "_o _i"]]:
-        """A vector over parameters as one matrix a block."""
+        """A vector over parameters as one matrix per block.
+
+        Args:
+            vector: one entry per parameter (p,).
+
+        Raises:
+            TangentError: when the vector does not have p entries.
+        """
         if vector.shape != (self.p,):
             raise TangentError(f"split: expected a vector of p = {self.p} entries, got shape {tuple(vector.shape)}")
         sizes = [torch.Size(shape).numel() for shape in self.parameters.values()]
@@ -105,14 +123,19 @@ class TangentFeatures:
         return {name: block.join(named) for name, block in self.blocks.items()}
 
     def join(self, matrices: Mapping[str, Float[Tensor, "_o _i"]]) -> Float[Tensor, " p"]:
-        """One matrix a block as a vector over parameters."""
+        """One matrix per block as a vector over parameters (p,); the inverse of ``split``.
+
+        Args:
+            matrices: a matrix (o, i) for each block, by name.
+        """
         named = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
         return torch.cat([named[name].flatten() for name in self.parameters])
 
     def dense(self) -> Float[Tensor, "n c p"]:
         """φ as one array, parameters in the order of ``model.named_parameters()``.
 
-        Raises TangentError where that array would exceed the memory limit.
+        Raises:
+            TangentError: when the array would exceed the memory limit.
         """
         needed = self.n * self.c * self.p * self._like.element_size()
         limit = limit_for(self.limit, self.device)
@@ -129,25 +152,54 @@ class TangentFeatures:
         return out
 
     def matvec(self, v: Float[Tensor, " p"]) -> Float[Tensor, "n c"]:
-        """φ v: the first-order change of every output when the parameters move by v (p,)."""
+        """φ v: the first-order change of every output when the parameters move by v.
+
+        Args:
+            v: a vector over parameters (p,), in the features' dtype and on their device.
+
+        Raises:
+            TangentError: when shape, dtype or device do not fit.
+        """
         self._check("matvec", v, (self.p,))
         return self.inner(self.split(v))
 
     def rmatvec(self, a: Float[Tensor, "n c"]) -> Float[Tensor, " p"]:
-        """φᵀ a = Σ_{k,j} a_{kj} ∂f_j(x_k)/∂θ, a vector over parameters (p,)."""
+        """φᵀ a = Σ_{k,j} a_{kj} ∂f_j(x_k)/∂θ, a vector over parameters (p,).
+
+        Args:
+            a: one weight per sample and output (n, c), in the features' dtype and on their device.
+
+        Raises:
+            TangentError: when shape, dtype or device do not fit.
+        """
         self._check("rmatvec", a, (self.n, self.c))
         return self.join(self.combine(a))
 
     def inner(self, matrices: Mapping[str, Float[Tensor, "_o _i"]]) -> Float[Tensor, "n c"]:
-        """φ β for β given as one matrix B a block."""
+        """φ β for coefficients β that are given block by block.
+
+        Args:
+            matrices: a matrix B (o, i) for each block, by name.
+        """
         return sum_tensors([block.inner(matrices[name][None])[..., 0] for name, block in self.blocks.items()])
 
     def combine(self, a: Float[Tensor, "n c"]) -> dict[str, Float[Tensor, "_o _i"]]:
-        """Σ_k α_k Φ_ℓ(x_k) for every block ℓ."""
+        """Σ_{k,j} a_{kj} Φ_ℓ(x_k)_j for every block ℓ: φᵀ a as one matrix (o, i) per block.
+
+        Args:
+            a: one weight per sample and output (n, c).
+        """
         return {name: block.combine(a) for name, block in self.blocks.items()}
 
     def transformed(self, transforms: Mapping[str, Transform]) -> "TangentFeatures":
-        """Adapted features Mφ, again in factors: δ → M_L δ, h → M_R h; a block without a transform stays as it is."""
+        """Adapted features Mφ, again in factors: δ → M_L δ, h → M_R h.
+
+        Args:
+            transforms: a transform for each block to adapt, by name; other blocks stay as they are.
+
+        Raises:
+            TangentError: when there is no block of a name.
+        """
         blocks = dict(self.blocks)
         for name, transform in transforms.items():
             if name not in blocks:
@@ -166,7 +218,16 @@ class TangentFeatures:
         return TangentFeatures(self.n, self.c, blocks, self.parameters, self.limit)
 
     def plan(self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full") -> KernelPlan:
-        """Route, operations and bytes of ``kernel`` with the same arguments, before anything runs."""
+        """Route, operations and bytes of ``kernel`` with the same arguments, before anything runs.
+
+        Args:
+            other: features of the columns' samples; None is these features.
+            outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with
+                itself.
+
+        Raises:
+            TangentError: when the two features do not belong together.
+        """
         return self._plan(other, outputs, kernels=1)
 
     @overload
@@ -183,13 +244,19 @@ class TangentFeatures:
         self, other: "TangentFeatures | None" = None, *, outputs: Outputs = "full", by_block: bool = False,
         precision: Precision = "float32",
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        """K(x, x′) = φ(x) φ(x′)ᵀ with ``other``, or among these samples, then exactly symmetric.
+        """K(x, x′) = φ(x) φ(x′)ᵀ; among the same samples it is exactly symmetric.
 
-        ``outputs``: "full" (n, c, m, c), "trace" (n, m) summed over outputs, "diagonal" (n, m, c) each output with itself.
-        ``by_block`` gives one kernel a block; they add up to the whole. ``precision``: "float32" or the features' own dtype
-        where that is better; "mixed", the same with blocks added up in float64; "float64" throughout; "bfloat16", float32 on
-        features rounded to bfloat16. Errors of each in docs/precision.md.
-        Raises TangentError where features do not belong together or memory would exceed the limit.
+        Args:
+            other: features of the columns' samples; None is these features.
+            outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with
+                itself.
+            by_block: whether to give one kernel per block, by name; they add up to the whole.
+            precision: "float32" contracts in float32, or in the features' own dtype if that is better; "mixed" adds up
+                the blocks in float64; "float64" contracts in float64; "bfloat16" rounds features to bfloat16 and
+                contracts in float32. The error of each is in docs/precision.md.
+
+        Raises:
+            TangentError: when the two features do not belong together, or memory would exceed the limit.
         """
         check_outputs("kernel", outputs)
         check_precision("kernel", precision)
@@ -226,8 +293,8 @@ class TangentFeatures:
         result = kernel_dtype(self.dtype, precision).itemsize
         count = self.n * partner.n * entries(outputs, self.c)
         limit = limit_for(self.limit, self.device)
-        # A block's share is a kernel of its own before it is added to one of another dtype.
-        kernel_bytes = kernels * count * result + (count * itemsize if result != itemsize else 0)
+        # If the kernel has another dtype than a block's share, the share is held beside it until it is added.
+        kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
         budget = max(limit - kernel_bytes, itemsize)
         steps = tuple(
             plan_block(
@@ -238,7 +305,7 @@ class TangentFeatures:
         )  # fmt: skip
         held = self.bytes + (0 if other is None else other.bytes)
         if itemsize > self.dtype.itemsize:
-            # One block at a time is converted.
+            # Blocks are converted one at a time.
             pairs = (
                 (block.bytes, 0 if other is None else other.blocks[name].bytes) for name, block in self.blocks.items()
             )
@@ -246,7 +313,12 @@ class TangentFeatures:
         return KernelPlan(steps, kernel_bytes, held, limit)
 
     def check_origin(self, call: str, other: "TangentFeatures") -> None:
-        """Raise TangentError where these features and others are not of one origin."""
+        """Raise TangentError unless these features and others have one origin.
+
+        Args:
+            call: the name of the calling function, for the message.
+            other: the features to compare with.
+        """
         if self.origin != other.origin:
             raise TangentError(
                 f"{call}: the features are {self.origin} and {other.origin}; make both exact, or both with the same sketch"
@@ -266,7 +338,7 @@ class TangentFeatures:
         if mine != theirs or self.c != other.c:
             raise TangentError(
                 f"kernel: the two features differ: blocks {mine} with {self.c} outputs and {theirs} with {other.c}; "
-                "make both from the same model, wrt and output"
+                "make both with the same model, wrt and output_fn"
             )
         if (self.dtype, self.device) != (other.dtype, other.device):
             raise TangentError(

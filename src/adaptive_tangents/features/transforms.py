@@ -1,7 +1,7 @@
-"""Feature transforms M: what the structures return and what features are adapted by (theory: φ → Mφ).
+"""Feature transforms M: structures return them, and features are adapted by them (theory: φ → Mφ).
 
-A matrix block is transformed on its sides, Φ → M_L Φ M_Rᵀ, or entry by entry, Φ → Z ∘ Φ; the joint transform of the Full
-structure moves one direction that runs through all blocks.
+A block is transformed on its sides, Φ → M_L Φ M_Rᵀ, or entry by entry, Φ → Z ∘ Φ. The joint transform of the Full
+structure scales one direction that runs through all blocks.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,20 @@ from adaptive_tangents.linalg.factor_products import times
 class LowRank:
     """A symmetric side factor kept as identity plus low rank, M = I + U diag(g - 1) Uᵀ.
 
-    ``directions`` U has orthonormal columns (d, k); ``gains`` g (k,) are the singular values of M along them.
+    Attributes:
+        directions: U, orthonormal columns (d, k).
+        gains: g, the singular values of M along them (k,).
     """
 
     directions: Float[Tensor, "d k"]
     gains: Float[Tensor, " k"]
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """M times each row vector of the last dimension."""
+        """M times each row vector of the last dimension.
+
+        Args:
+            rows: row vectors (..., d).
+        """
         directions = self.directions.to(rows.dtype)
         return rows + times(times(rows, directions) * (self.gains - 1).to(rows.dtype), directions.mT)
 
@@ -45,7 +51,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A diagonal side factor, M = diag(g): one gain g (d,) a unit.
+    """A diagonal side factor, M = diag(g): one gain per unit.
+
+    Attributes:
+        gains: the gains g (d,).
 
     >>> Scaled(torch.tensor([1.0, 3.0])).apply(torch.tensor([[5.0, 5.0]]))
     tensor([[ 5., 15.]])
@@ -54,7 +63,11 @@ class Scaled:
     gains: Float[Tensor, " d"]
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """M times each row vector of the last dimension."""
+        """M times each row vector of the last dimension.
+
+        Args:
+            rows: row vectors (..., d).
+        """
         return rows * self.gains.to(rows.dtype)
 
     def matrix(self) -> Float[Tensor, "d d"]:
@@ -72,12 +85,20 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A side factor given as any square matrix."""
+    """A side factor M given as any square matrix.
+
+    Attributes:
+        values: the matrix M (d, d).
+    """
 
     values: Float[Tensor, "d d"]
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """M times each row vector of the last dimension."""
+        """M times each row vector of the last dimension.
+
+        Args:
+            rows: row vectors (..., d).
+        """
         return times(rows, self.values.to(rows.dtype).mT)
 
     def matrix(self) -> Float[Tensor, "d d"]:
@@ -87,17 +108,22 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Modal:
-    """A side factor that acts on modes of its side, M₁ ⊗ M₂ ⊗ ..., and leaves what comes after them (a bias column).
+    """A side factor that acts on the modes of its side, M = M₁ ⊗ M₂ ⊗ ...; a bias column after them stays as it is.
 
-    ``sizes`` are those of ``Block.modes``, the first slowest ("in" × "spatial" for a convolution's inputs); ``factors`` one
-    side for each, None the identity.
+    Attributes:
+        sizes: the size of each mode as in ``Block.modes``, the slowest first ("in" × "spatial" for a convolution).
+        factors: a side factor for each mode; None is the identity.
     """
 
     sizes: tuple[int, ...]
     factors: "tuple[LowRank | Scaled | Matrix | None, ...]"
 
     def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """M times each row vector of the last dimension."""
+        """M times each row vector of the last dimension.
+
+        Args:
+            rows: row vectors (..., d); d is at least the product of the sizes.
+        """
         total = prod(self.sizes)
         modes = rows[..., :total].reshape(*rows.shape[:-1], *self.sizes)
         for k, factor in enumerate(self.factors):
@@ -107,7 +133,7 @@ class Modal:
         return torch.cat([modes.reshape(*rows.shape[:-1], total), rows[..., total:]], -1)
 
     def matrix(self) -> Float[Tensor, "d d"]:
-        """M on the modes alone, without what comes after them."""
+        """M on the modes alone, without a bias column."""
         parts = [None if factor is None else factor.matrix().contiguous() for factor in self.factors]
         like = next((part for part in parts if part is not None), torch.empty(0))
         whole = like.new_ones(1, 1)
@@ -121,7 +147,13 @@ Side = LowRank | Scaled | Matrix | Modal
 
 @dataclass(frozen=True)
 class Sides:
-    """The transform Φ → scale · M_L Φ M_Rᵀ of one matrix block; an absent side is the identity."""
+    """The transform Φ → scale · M_L Φ M_Rᵀ of one block.
+
+    Attributes:
+        left: M_L on the output units; None is the identity.
+        right: M_R on the input units; None is the identity.
+        scale: a factor for the whole block.
+    """
 
     left: Side | None = None
     right: Side | None = None
@@ -130,14 +162,23 @@ class Sides:
 
 @dataclass(frozen=True)
 class Entrywise:
-    """The transform Φ → Z ∘ Φ of one matrix block, one gain Z (o, i) an entry: a diagonal M."""
+    """The transform Φ → Z ∘ Φ of one block: a diagonal M.
+
+    Attributes:
+        gains: one gain Z per matrix entry (o, i).
+    """
 
     gains: Float[Tensor, "o i"] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Joint:
-    """The transform M = I + (z - 1) b bᵀ over all parameters at once, for a unit vector b given block by block."""
+    """The transform M = I + (z - 1) b bᵀ over all parameters at once.
+
+    Attributes:
+        direction: the unit vector b, as a matrix (o, i) for each block, by name.
+        gain: the gain z along b.
+    """
 
     direction: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
     gain: float
@@ -147,7 +188,7 @@ Transform = Sides | Entrywise | Joint
 
 
 def is_identity(transforms: Mapping[str, Transform]) -> bool:
-    """Whether transforms, as structures return them, leave everything as it is."""
+    """Whether transforms, as structures return them, are all the identity."""
     return all(
         transform.gain == 1
         if isinstance(transform, Joint)
@@ -168,7 +209,7 @@ def does_nothing(side: Side | None) -> bool:
 
 
 def squared(transforms: Mapping[str, Transform]) -> dict[str, Transform]:
-    """MᵀM of transforms as structures return them, symmetric, in the form quickest to apply to matrices."""
+    """MᵀM of symmetric transforms as structures return them, in the form that is fastest to apply to matrices."""
     joint = {id(t): Joint(t.direction, t.gain**2) for t in transforms.values() if isinstance(t, Joint)}
     found: dict[str, Transform] = {}
     for name, transform in transforms.items():
@@ -196,7 +237,12 @@ def _squared_factor(side: LowRank | Scaled | Matrix) -> LowRank | Scaled | Matri
 def transform_matrices(
     matrices: Mapping[str, Float[Tensor, "_o _i"]], transforms: Mapping[str, Transform]
 ) -> dict[str, Float[Tensor, "_o _i"]]:
-    """M applied to one matrix a block: B → scale · M_L B M_Rᵀ, Z ∘ B, or the joint transform of all of them."""
+    """M applied to one matrix per block: B → scale · M_L B M_Rᵀ, Z ∘ B, or the joint transform of all of them.
+
+    Args:
+        matrices: a matrix B (o, i) for each block, by name.
+        transforms: a transform for each block to change, by name; other matrices stay as they are.
+    """
     moved = dict(matrices)
     for name, transform in transforms.items():
         if isinstance(transform, Sides):

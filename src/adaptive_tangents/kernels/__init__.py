@@ -1,4 +1,8 @@
-"""Tangent kernels by tiles: made from a network, seen as operators, and used for regression."""
+"""Tangent kernels, tile by tile.
+
+It makes kernels of a network in memory, reads any kernel by tiles, and has products, eigenvalues, operators and ridge
+regression of kernels. It imports from sketching, capture, features, linalg and runtime.
+"""
 
 from adaptive_tangents.kernels.eigen import KernelEigen, kernel_eigen
 from adaptive_tangents.kernels.regression import KernelRegression, kernel_regression

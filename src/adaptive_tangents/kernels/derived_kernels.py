@@ -1,4 +1,4 @@
-"""Kernels made of others tile by tile, and inner products of kernels: all that measures of them need."""
+"""Kernels derived from others tile by tile, and inner products of kernels, as the measures need them."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from adaptive_tangents.kernels.tiles import Sum, Tiled, View, share
 
 
 class OuterKernel(View):
-    """Y Yᵀ of columns Y (n·w, k), tiled as another kernel."""
+    """Y Yᵀ of columns Y (n·w, k), in the tiles of another kernel."""
 
     def __init__(self, of: Tiled, columns: Float[Tensor, "N k"]) -> None:
         super().__init__(of)
@@ -21,10 +21,10 @@ class OuterKernel(View):
 
 
 class CenteredKernel(View):
-    """HKH, H = I − 11ᵀ/n over samples, for each pair of outputs; takes one pass over the tiles to make.
+    """HKH with H = I − 11ᵀ/n over samples, for each pair of outputs; making it takes one pass over the tiles.
 
-    ``unbiased`` is the centring of unbiased HSIC instead (Székely & Rizzo, 2014): sums over other samples, a zero diagonal.
-    ``before`` is ‖K‖, without its diagonal if unbiased.
+    With ``unbiased`` it has the centering of unbiased HSIC (Székely & Rizzo, 2014): sums over other samples, and a zero
+    diagonal. ``before`` is ‖K‖, without its diagonal if unbiased.
     """
 
     def __init__(self, of: Tiled, *, unbiased: bool = False) -> None:
@@ -57,7 +57,7 @@ class CenteredKernel(View):
         return tile.reshape(tile.shape[1] // self.width, self.width, -1, self.width)
 
     def _hollow(self, rows: slice, columns: slice, tile: Tensor) -> Tensor:
-        """Without the diagonal, if unbiased."""
+        """The tile, with the kernel's diagonal set to zero if unbiased."""
         first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
         if not self.unbiased or first >= last:
             return tile
@@ -68,7 +68,7 @@ class CenteredKernel(View):
 
 
 def gram(kernels: Sequence[Tiled]) -> Float[Tensor, "k k"]:
-    """⟨K_i, K_j⟩ in Frobenius inner product, in one pass over the tiles of one of them."""
+    """The Frobenius inner products ⟨K_i, K_j⟩, in one pass over the tiles."""
     whole = Sum(kernels)
     total = whole.zeros(len(kernels), len(kernels))
     for rows, columns in share(whole.grid, whole.group):

@@ -1,4 +1,4 @@
-"""The largest eigenvalues of a kernel, by Lanczos on products tile by tile or from the matrix where it is small."""
+"""The largest eigenvalues of a kernel: by Lanczos with products tile by tile, or from the matrix if it is small."""
 
 from dataclasses import dataclass, field
 
@@ -14,16 +14,21 @@ from adaptive_tangents.kernels.products import KernelProducts, cached
 from adaptive_tangents.kernels.tiles import Kernels, Request, tiled
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
-_SMALL = 400  # rows of a matrix that is decomposed outright
-_COPIES = 4  # a matrix, its eigenvectors, and what finding them takes
+_SMALL = 400  # rows; a matrix of at most so many is decomposed directly
+_COPIES = 4  # of a matrix: itself, its eigenvectors, and the working memory of eigh
 
 
 @dataclass(frozen=True)
 class KernelEigen:
-    """The largest eigenvalues of a kernel, falling, with unit eigenvectors as columns.
+    """The largest eigenvalues of a kernel; ``kernel_eigen`` makes it.
 
-    ``residual`` is the largest ‖Kv − λv‖ over the largest eigenvalue; ``form`` "dense" or "lanczos", ``products`` how many
-    products the latter took; ``trace`` tr K, so that ``values.sum()/trace`` is the share explained.
+    Attributes:
+        values: the eigenvalues (k,), largest first.
+        vectors: unit eigenvectors as columns (n·c, k), in the order of (n, c).
+        residual: the largest ‖Kv − λv‖ over the largest eigenvalue.
+        trace: tr K; ``values.sum()/trace`` is the share explained.
+        form: "dense" or "lanczos".
+        products: the number of products with K that Lanczos took; 0 if dense.
     """
 
     values: Float[Tensor, " k"] = field(repr=False)
@@ -35,13 +40,21 @@ class KernelEigen:
 
 
 def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | None = None) -> KernelEigen:
-    r"""The k largest eigenvalues λ of a kernel and their eigenvectors, K v = λ v, by Lanczos on products tile by tile.
+    r"""The k largest eigenvalues λ of a kernel and their eigenvectors, K v = λ v, by Lanczos with products tile by tile.
 
-    ``vectors`` (n·c, k) are in the order of (n, c). Those of a small kernel, and many of any, are found from the matrix
-    itself where ``memory_limit`` allows it. ``tol`` is relative to each eigenvalue. Source: Lehoucq, Sorensen & Yang, 1998
-    (ARPACK).
+    If the kernel is small or k is large, and memory allows it, they are computed from the matrix itself.
 
-    Raises TangentError for k out of range, a kernel not symmetric, and where memory does not hold what it takes.
+    Args:
+        K: a kernel (n, c, n, c) or (n, n): a tensor, or a store; a kernel by block counts as the sum of its blocks.
+        k: the number of eigenvalues, from 1 to the rows of the kernel.
+        tol: the accuracy of Lanczos, relative to each eigenvalue.
+        memory_limit: bytes that may be used; None is half of what is free.
+
+    Raises:
+        TangentError: when k is out of range, the kernel is not of samples with themselves, Lanczos does not converge, or
+            memory would exceed the limit.
+
+    Source: Lehoucq, Sorensen & Yang, 1998 (ARPACK).
 
     >>> import torch, adaptive_tangents as at
     >>> at.kernel_eigen(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).values
@@ -54,7 +67,7 @@ def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | 
 
 
 def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: int | None) -> KernelEigen:
-    """``kernel_eigen`` of a kernel by its products."""
+    """``kernel_eigen`` of a kernel given by its products."""
     kernel, size = of.kernel, of.kernel.size
     products, form = 0, "dense"
     needed, limit = _COPIES * 8 * size**2, limit_for(memory_limit, kernel.device)

@@ -1,4 +1,4 @@
-"""A kernel as scipy's linear operator, for scipy's solvers."""
+"""A kernel as a scipy linear operator, for scipy's solvers."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from adaptive_tangents.kernels.tiles import Kernels, Request, Tiled, tiled
 
 
 class KernelOperator(KernelProducts, LinearOperator):  # type: ignore[misc]
-    """K + ρI as a scipy ``LinearOperator``, products tile by tile, accumulated in float64: made by ``kernel_operator``.
+    """K + ρI as a scipy ``LinearOperator``, with products tile by tile in float64; ``kernel_operator`` makes it.
 
-    Vectors are (n·c,) in the order of (n, c), or (n,) of a trace kernel; several at once are columns. ``apply`` is the same
-    on torch tensors.
+    Vectors are (n·c,) in the order of (n, c), or (n,) for a trace kernel; several vectors are columns. ``apply`` takes torch
+    tensors instead.
     """
 
     def __init__(self, kernel: Tiled, *, ridge: float = 0.0) -> None:
@@ -39,14 +39,18 @@ class KernelOperator(KernelProducts, LinearOperator):  # type: ignore[misc]
 
 
 def kernel_operator(K: Kernels, *, ridge: float = 0.0, memory_limit: int | None = None) -> KernelOperator:
-    r"""A kernel as the linear operator x ↦ (K + ρI)x, whose products go tile by tile.
+    r"""A kernel as the linear operator x ↦ (K + ρI)x, with products tile by tile in float64.
 
-    ``K`` is a store or a tensor; of outputs "full" the operator acts on (n·c,) in the order of (n, c), of "diagonal"
-    likewise but with each output by itself, of "trace" on (n,). Sums are in float64. A kernel of x with other samples gives a
-    rectangular operator. Tiles are kept in memory as far as ``memory_limit`` (default: half of what is free) allows, and
-    read again where it does not.
+    With outputs "full" the operator acts on (n·c,) in the order of (n, c), with "diagonal" likewise but on each output by
+    itself, with "trace" on (n,). A kernel of x with other samples gives a rectangular operator.
 
-    Raises TangentError for a store that is not complete, or a ridge for a rectangular kernel.
+    Args:
+        K: a kernel: a tensor, or a store; a kernel by block counts as the sum of its blocks.
+        ridge: ρ, at least 0.
+        memory_limit: bytes for tiles that are kept in memory; None is half of what is free. Other tiles are read again.
+
+    Raises:
+        TangentError: when a store is not complete, or a rectangular kernel has a ridge.
 
     >>> import torch, adaptive_tangents as at
     >>> from adaptive_tangents.kernels.operators import kernel_operator

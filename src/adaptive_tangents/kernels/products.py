@@ -1,4 +1,4 @@
-"""Products with a kernel tile by tile, accumulated in float64: all that solving and decomposing needs of one."""
+"""Products with a kernel tile by tile, accumulated in float64, as solvers and decompositions need them."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,14 +9,17 @@ from adaptive_tangents.runtime.memory import limit_for
 
 
 class KernelProducts:
-    """K + ρI by its products. Vectors are (n·c,) in the order of (n, c), or (n,) of a trace kernel; several are columns."""
+    """K + ρI by its products.
+
+    Vectors are (n·c,) in the order of (n, c), or (n,) for a trace kernel; several vectors are columns.
+    """
 
     def __init__(self, kernel: Tiled, *, ridge: float = 0.0) -> None:
         self.kernel, self.ridge = kernel, ridge
         self.n, self.c = kernel.n, kernel.width * kernel.batch
 
     def apply(self, x: Float[Tensor, "k *m"], *, mirrored: bool = False) -> Float[Tensor, "q *m"]:
-        """(K + ρI) x, or Kᵀ x of a kernel that is not symmetric."""
+        """(K + ρI) x, or with ``mirrored`` Kᵀ x of a kernel that is not symmetric."""
         kernel = self.kernel
         given = x.to(kernel.device, torch.float64).reshape(-1, kernel.batch, kernel.width, x[0].numel())
         rows_of = given.movedim(1, 0).flatten(1, 2)  # (g, n·w, vectors)
@@ -41,7 +44,7 @@ class KernelProducts:
         return self.kernel.diagonal().flatten()
 
     def columns(self, chosen: Int[Tensor, " q"]) -> Float[Tensor, "k m"]:
-        """The columns of K of these samples, each with all of its outputs; tiles that hold none are not read."""
+        """The columns of K of these samples, for all outputs; only tiles that hold some of them are read."""
         kernel, w = self.kernel, self.kernel.width
         found = kernel.zeros(kernel.n, w, len(chosen), w)
 
@@ -61,5 +64,5 @@ class KernelProducts:
 
 
 def cached(kernel: Tiled, memory_limit: int | None) -> Tiled:
-    """The kernel with tiles kept within the limit."""
+    """The kernel, with as many tiles kept in memory as the limit allows."""
     return Cached(kernel, limit_for(memory_limit, kernel.device))

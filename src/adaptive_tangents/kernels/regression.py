@@ -1,4 +1,4 @@
-"""Kernel ridge regression on a kernel in memory or on disk: by its factor where that fits, else by products tile by tile."""
+"""Kernel ridge regression on a kernel in memory or on disk: by a factor if it fits, or by products tile by tile."""
 
 import warnings
 from collections.abc import Iterable
@@ -20,19 +20,27 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 KernelForm = Literal["auto", "dense", "matrix-free"]
 
-DENSE_COPIES = 4  # the kernel, shifted, its factor, and what the solves take
-ROUNDED_COPIES = 2  # in float32, for a preconditioner
+DENSE_COPIES = 4  # of the kernel: itself, with the ridge, its factor, and working memory of the solves
+ROUNDED_COPIES = 2  # of the kernel in float32, for a preconditioner
 _MOST_RANK, _COLUMN_COPIES = 1000, 4
-_CHUNK = 128  # samples chosen at a time: each choice takes a pass over the tiles
+_CHUNK = 128  # samples chosen at a time: each choice takes one pass over the tiles
 
 
 @dataclass(frozen=True)
 class KernelRegression:
-    """A solution α of (K + ρI)α = r with its certificates; made by ``kernel_regression``.
+    """A solution α of (K + ρI)α = r with its certificates; ``kernel_regression`` makes it.
 
-    ``dual`` α (n, c); ``residual`` ‖(K + ρI)α − r‖/‖r‖ in float64, ``feasibility`` ‖Kα − r‖/‖r‖; ``objective`` rᵀα, which
-    at a solution is ‖β‖² + (1/ρ)‖r − φβ‖², and ‖β‖² where ρ = 0; ``form`` "dense" or "matrix-free" with the ``steps`` of
-    conjugate gradients, 0 if dense; ``jitter`` what was added to the diagonal to factorize it.
+    Attributes:
+        dual: α (n, c).
+        ridge: ρ.
+        objective: rᵀα; at a solution it is ‖β‖² + (1/ρ)‖r − φβ‖², or ‖β‖² if ρ = 0.
+        residual: ‖(K + ρI)α − r‖/‖r‖ in float64.
+        feasibility: ‖Kα − r‖/‖r‖.
+        converged: whether the residual is at most the tolerance.
+        reason: the residual, the tolerance, and what to do if it did not converge.
+        form: "dense" or "matrix-free".
+        steps: the steps of conjugate gradients; 0 if dense.
+        jitter: what was added to the diagonal so that a factor exists.
     """
 
     dual: Float[Tensor, "n c"] = field(repr=False)
@@ -47,10 +55,14 @@ class KernelRegression:
     jitter: float
 
     def predict(self, K: Kernels) -> Float[Tensor, "m c"]:
-        r"""K(x, x_train) α, what the model adds to f(x; θ₀) at other samples.
+        r"""K(x, x_train) α (m, c): what the model adds to f(x; θ₀) at other samples.
 
-        ``K`` is the kernel of those samples with the training samples, in this order and with the outputs that the
-        regression's kernel had: ``tangent_kernel(model, x, x_train)``, or a store of it. Raises TangentError for others.
+        Args:
+            K: the kernel of the m new samples with the n training samples, ``tangent_kernel(model, x, x_train)`` or a
+                store of it, with the same ``outputs`` as the regression's kernel.
+
+        Raises:
+            TangentError: when the kernel does not fit the regression.
 
         >>> import torch
         >>> found = kernel_regression(torch.eye(3), torch.ones(3), ridge=1.0)
@@ -81,17 +93,27 @@ def kernel_regression(
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> KernelRegression:
-    r"""Kernel ridge regression: (K + ρI)α = r, the coefficients β = φᵀα of min ‖β‖² + (1/ρ)Σ‖r_k − φ(x_k)β‖².
+    r"""Kernel ridge regression (K + ρI)α = r, which minimizes ‖β‖² + (1/ρ)Σ‖r_k − φ(x_k)β‖² by β = φᵀα.
 
-    ``K`` is a tensor or a store; ``r`` (n, c), or (n,) where there is one output, holds targets minus f(x;θ₀). A kernel of
-    outputs "full" couples them, one of their "trace" (n, n) is used for each, one of their "diagonal" gives each its own.
-    ρ = 0 interpolates. ``form`` "dense" factorizes K + ρI; "matrix-free" runs conjugate gradients on products tile by tile,
-    preconditioned by a factor in float32, or by some of its columns where memory does not allow that; "auto" is dense where
-    ``memory_limit`` (default: half of what is free) allows it.
+    Every result has its residual. If that is above ``tol``, ``converged`` is False and a TangentWarning is given.
 
-    Every result tells its residual; one above ``tol`` comes with ``converged=False`` and a TangentWarning. Raises
-    TangentError for targets that do not fit or are not finite, a negative ρ, an incomplete store, or a kernel that memory
-    does not hold. Source: docs/theory.md, §4.
+    Args:
+        K: a kernel: a tensor, or a store. With outputs "full" (n, c, n, c) it couples the outputs; "trace" (n, n) is used
+            for each output; "diagonal" (n, n, c) gives each output its own. A kernel by block counts as the sum.
+        r: targets minus f(x;θ₀), (n, c), or (n,) for one output.
+        ridge: ρ, at least 0; 0 interpolates.
+        form: "dense" factorizes K + ρI. "matrix-free" runs conjugate gradients on products tile by tile, preconditioned by
+            a factor in float32, or by some of its columns if memory is short. "auto" is dense if the memory limit allows.
+        tol: the largest relative residual to accept.
+        max_steps: the most steps of conjugate gradients.
+        memory_limit: bytes that may be used; None is half of what is free.
+        progress: called with the steps of conjugate gradients so far, and the relative residual there.
+
+    Raises:
+        TangentError: when targets do not fit or are not finite, ρ is negative, a store is incomplete, or memory would
+            exceed the limit.
+
+    Source: docs/theory.md, §4.
 
     >>> import torch, adaptive_tangents as at
     >>> K = at.tangent_kernel(torch.nn.Linear(3, 1), torch.randn(20, 3))
@@ -105,7 +127,7 @@ def kernel_regression(
     targets = residual_targets(call, r, kernel)
     room = limit_for(memory_limit, kernel.device)
     dense = is_dense(call, kernel, form, room)
-    # Outputs that do not meet are solved one by one.
+    # Outputs that are not coupled are solved one by one.
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
     found = []
     with raised_as(call, "fit"):
@@ -134,7 +156,7 @@ def kernel_regression(
 
 @dataclass(frozen=True)
 class _Solved:
-    """A right side with its solution, (K + ρI) times that, and what it took."""
+    """A right side, its solution, (K + ρI) times the solution, and the effort."""
 
     right: Tensor
     solution: Tensor
@@ -144,7 +166,7 @@ class _Solved:
 
 
 class _Output(View):
-    """One output of a kernel of each output by itself."""
+    """One output of a kernel with outputs="diagonal"."""
 
     def __init__(self, of: Tiled, output: int) -> None:
         super().__init__(of)
@@ -155,14 +177,14 @@ class _Output(View):
 
 
 def _columns(kernel: Tiled, targets: Float[Tensor, "n c"]) -> list[Float[Tensor, "_k _m"]]:
-    """Right sides for each matrix of a kernel."""
+    """The right sides for each matrix of a kernel."""
     if kernel.batch > 1:
         return list(targets.mT[:, :, None])
     return [targets.reshape(-1, 1) if kernel.full else targets]
 
 
 def _samples(kernel: Tiled, solutions: list[Tensor]) -> Float[Tensor, "n c"]:
-    """Solutions as (n, c)."""
+    """The solutions as (n, c)."""
     return torch.cat(solutions, 1) if kernel.batch > 1 else solutions[0].reshape(kernel.n, -1)
 
 
@@ -171,7 +193,7 @@ def _norm(parts: Iterable[Tensor]) -> float:
 
 
 def is_dense(call: str, kernel: Tiled, form: str, room: int, *, copies: int = DENSE_COPIES) -> bool:
-    """Whether to factorize the kernel: where that is asked for, or "auto" and there is room; else a TangentError."""
+    """Whether to factorize the kernel: always for "dense" (or TangentError if memory is short), if it fits for "auto"."""
     needed = copies * 8 * kernel.size**2
     if form == "dense":
         require_memory(
@@ -184,7 +206,7 @@ def is_dense(call: str, kernel: Tiled, form: str, room: int, *, copies: int = DE
 def dense_solved(
     call: str, kernel: Tiled, right: Float[Tensor, "k m"], ridge: float
 ) -> tuple[Float[Tensor, "k m"], int, float]:
-    """(K + ρI)⁻¹ of right sides by a factor, with no steps and the jitter it took."""
+    """(K + ρI)⁻¹ times right sides by a factor; with 0 steps, and the jitter that was needed."""
     dense = DenseKernel(kernel.matrices()[0])
     try:
         solve = dense.shifted(ridge)
@@ -212,8 +234,8 @@ def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> N
         raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
 
 
-def residual_targets(call: str, r: object, kernel: Tiled) -> Float[Tensor, "n c"]:
-    """Targets (n, c) of a kernel, in float64, after checking that they fit it."""
+def residual_targets(call: str, r: Values, kernel: Tiled) -> Float[Tensor, "n c"]:
+    """Targets (n, c) in float64, after checking that they fit the kernel."""
     outputs = max(kernel.width, kernel.batch)
     r = as_tensor(call, "targets", r, kernel.device)
     targets = r[:, None] if r.ndim == 1 else r
@@ -239,13 +261,13 @@ def solved(
     start: Float[Tensor, "k m"] | None = None,
     progress: Progress | None = None,
 ) -> Iterated:
-    """(K + ρI)⁻¹ of right sides by preconditioned conjugate gradients, the preconditioner within so many bytes."""
+    """(K + ρI)⁻¹ times right sides by conjugate gradients, with a preconditioner of at most ``room`` bytes."""
     near = preconditioner(operator, room)
     return iterate(operator.apply, right, near, tol=tol, most=most, start=start, progress=progress)
 
 
 def preconditioner(operator: KernelProducts, room: int) -> Solve:
-    """Nearly (K + ρI)⁻¹: by a factor in float32, or of as many columns as there is room for."""
+    """An approximate (K + ρI)⁻¹: from a factor in float32, or from as many of its columns as fit."""
     size = operator.kernel.size
     if ROUNDED_COPIES * 4 * size**2 <= room:
         with suppress(TangentError):  # not positive definite in single precision

@@ -1,18 +1,18 @@
-"""In which order the tiles of a kernel are made, by whom, and which captured features are kept for the next ones."""
+"""In which order the tiles of a kernel are made, by which process, and which features are kept for the next tiles."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-Place = tuple[int, int]  # a tile, by its row and column among the tiles
-Key = tuple[int, int]  # features of a tile's samples: 0 for x and 1 for x2, and which
+Place = tuple[int, int]  # a tile: its row and column among the tiles
+Key = tuple[int, int]  # features of a range of samples: 0 for x or 1 for x2, and the number of the range
 _Features = TypeVar("_Features")
 
 
 class FeatureCache(Generic[_Features]):
-    """Features of the tiles' samples, made when first needed, at most ``capacity`` at a time.
+    """Features of ranges of samples, made when first needed; at most ``capacity`` are held at a time.
 
-    The order of the tiles is known, so the ones to go are those that are needed again last: no rule captures less often.
+    The order of the tiles is known, so the features dropped first are those needed again last. No rule captures less often.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class FeatureCache(Generic[_Features]):
             del self._held[max(free, key=lambda key: self._next(key, now))]
 
     def _next(self, key: Key, now: int) -> int:
-        """When features are needed next, in tiles from the first."""
+        """When features are needed next, as the number of that tile in the order."""
         uses = self._uses[key]
         following = bisect_right(uses, now)
         return uses[following] if following < len(uses) else len(self._places)
@@ -57,7 +57,7 @@ def keys_of(place: Place, *, symmetric: bool) -> tuple[Key, Key]:
 
 
 def captures(order: Sequence[Place], capacity: int, *, symmetric: bool) -> int:
-    """How many times features are captured when tiles are made in this order."""
+    """The number of captures when tiles are made in this order."""
     held = FeatureCache(lambda key: key, order, capacity, symmetric=symmetric)
     for place in order:
         held.pair(place)
@@ -65,9 +65,9 @@ def captures(order: Sequence[Place], capacity: int, *, symmetric: bool) -> int:
 
 
 def ordered(places: Sequence[Place], capacity: int, *, symmetric: bool) -> list[Place]:
-    """Tiles in the order of fewest captures: as many rows as are held at a time, columns streamed past them.
+    """The tiles in an order with few captures: as many rows as fit are held, and the columns stream past them.
 
-    For N tiles a side of which k are held that is about N²/2k captures, N where all are held.
+    For N ranges of which k are held, this takes about N²/2k captures, or N if all are held.
     """
     height = max(1, capacity - 1)
     if symmetric:
@@ -78,7 +78,7 @@ def ordered(places: Sequence[Place], capacity: int, *, symmetric: bool) -> list[
 
 
 def _past_ranges(places: Sequence[Place], height: int, *, own_first: bool) -> list[Place]:
-    """Columns past ranges of ``height`` rows: to and fro, or the columns of the range's own samples, then toward them."""
+    """Stream columns past ranges of ``height`` rows: back and forth, or the range's own samples first, then toward them."""
     wanted = set(places)
     rows, columns = sorted({i for i, _ in places}), sorted({j for _, j in places})
     order: list[Place] = []
@@ -86,7 +86,7 @@ def _past_ranges(places: Sequence[Place], height: int, *, own_first: bool) -> li
         here = rows[start : start + height]
         own = [j for j in columns if own_first and here[0] <= j <= here[-1]]
         rest = [j for j in columns if j not in own]
-        # The last column is held already where the next range begins: by its first row, or by its own last column.
+        # The next range begins with a column that is still held: this range's last one.
         rest = rest[::-1] if own_first or turn % 2 else rest
         order += [(i, j) for j in own + rest for i in here if (i, j) in wanted]
     return order
@@ -95,10 +95,10 @@ def _past_ranges(places: Sequence[Place], height: int, *, own_first: bool) -> li
 def dealt(
     places: Sequence[Place], costs: Mapping[Place, float], ranks: int, capacity: int, *, symmetric: bool, capture: float
 ) -> list[list[Place]]:
-    """Tiles for every rank, of equal cost to within a tile, and dealt so that few features are captured twice.
+    """The tiles of every rank: of equal cost up to one tile, and chosen so that few features are captured twice.
 
-    Either whole rows go to one rank after the other, or ranges along a curve that stays in one neighborhood;
-    ``capture`` is the cost of a capture. The deal with the smaller cost of the busiest rank is taken.
+    Ranks get consecutive tiles, either row by row or along a curve that keeps neighbors together; of these two the one
+    with the smaller cost for the busiest rank is taken. ``capture`` is the cost of one capture.
     """
 
     def busiest(shares: list[list[Place]]) -> float:
@@ -115,7 +115,7 @@ def dealt(
 
 
 def _along_curve(place: Place) -> int:
-    """A tile's place along the curve that visits quadrant after quadrant."""
+    """A tile's place along the Morton curve, which visits quadrant after quadrant."""
     i, j = place
     return sum(((i >> bit & 1) << (2 * bit + 1)) | ((j >> bit & 1) << (2 * bit)) for bit in range(32))
 
@@ -125,7 +125,7 @@ def _split(places: Sequence[Place], costs: Mapping[Place, float], ranks: int) ->
     total, passed = sum(costs[place] for place in places) or 1.0, 0.0
     parts: list[list[Place]] = [[] for _ in range(ranks)]
     for place in places:
-        # By its middle, so that no part is off by more than half a tile at either end.
+        # A tile belongs where its middle falls: then no part is off by more than half a tile at either end.
         middle = passed + costs[place] / 2
         parts[min(ranks - 1, int(ranks * middle / total))].append(place)
         passed += costs[place]

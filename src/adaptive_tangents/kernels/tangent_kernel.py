@@ -1,4 +1,4 @@
-"""Kernels larger than their features: tiles of samples, captured and contracted one pair at a time, in memory or on disk."""
+"""Tangent kernels in memory, made from pairs of tiles of samples: features of all samples are never held at once."""
 
 from collections.abc import Mapping
 from typing import Literal, overload
@@ -63,12 +63,28 @@ def tangent_kernel(
     sketch: Sketch | None = None,
     precision: Precision = "float32",
 ) -> Tensor | dict[str, Tensor] | SketchedKernel:
-    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile so that features of all samples are never held.
+    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile: features of all samples are never held at once.
 
-    Arguments as for ``tangent_features`` and ``TangentFeatures.kernel``; ``tile`` is the samples a tile holds (default:
-    as many as memory allows); features are kept for the next tiles as far as there is room. With ``x2`` absent the kernel
-    is of x with itself and exactly symmetric. ``sketch`` gives an unbiased estimate from a sketch instead, a
-    ``SketchedKernel`` with the error of every entry.
+    Features are kept for the next tiles as far as memory allows. The kernel of x with itself is exactly symmetric.
+
+    Args:
+        model: the network f; it is left as it was.
+        x: samples of the rows first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x2: samples of the columns, (m, ...), in the same form; None is x.
+        outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
+        params: a state dict to evaluate the model at; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        by_block: whether to give one kernel per block, by name; they add up to the whole.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        memory_limit: bytes that may be used; None is half of what is free.
+        tile: samples along a side of a tile; None is as many as memory allows.
+        sketch: gives an unbiased estimate from this sketch, a ``SketchedKernel`` with the error of every entry; None is
+            the exact kernel.
+        precision: "float32", "mixed", "float64" or "bfloat16", as in ``TangentFeatures.kernel``.
+
+    Raises:
+        TangentError: when samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite, or
+            memory would exceed the limit.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
@@ -82,7 +98,7 @@ def tangent_kernel(
     if sketch is not None:
         if by_block or tile is not None or precision != "float32":
             raise TangentError(
-                f"{call}: with sketch, kernels are made whole and in float32; leave by_block, tile and precision, or use "
+                f"{call}: with sketch, kernels are made whole and in float32; leave out by_block, tile and precision, or use "
                 "sketch_features(...).kernel(...)"
             )
         return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output_fn, memory_limit)
@@ -94,10 +110,12 @@ def tangent_kernel(
     n, m = samples(x), samples(x if x2 is None else x2)
     limit, c = capture.limit, capture.probe.c
     copies = capture.probe.blocks if by_block else 1
-    kernel_bytes = copies * n * m * entries(outputs, c) * kernel_dtype(capture.probe.dtype, precision).itemsize
-    require_memory(call, kernel_bytes, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples")
-    # Two tiles of features, and what it takes to make them; each is checked to add up to a gradient.
-    room = max(1, (limit - kernel_bytes - capture.gradient_bytes) // 4)
+    itemsize = kernel_dtype(capture.probe.dtype, precision).itemsize
+    require_memory(
+        call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
+    )
+    # A quarter of what is left: for two tiles of features, and for making and checking them.
+    room = max(1, (limit - copies * entries * itemsize - capture.gradient_bytes) // 4)
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)

@@ -1,8 +1,8 @@
-"""Kernels seen as tiles: what every measure and solver asks of one, whether it is a tensor or a store on disk.
+"""Kernels read by tiles, be it a tensor or a store on disk: the form in which measures and solvers use them.
 
-A kernel is g matrices of n·w rows: (1, n·c, n·c) of all outputs, (1, n, n) of their trace, (c, n, n) of their diagonal.
-Nothing here holds more than a few tiles of one, except a tensor that its caller holds anyway. Sums over tiles are in
-float64, in the order of the tiles, and over the ranks of a group where the tiles are dealt out to several processes.
+A kernel is g matrices of n·w rows: (1, n·c, n·c) for "full", (1, n, n) for "trace", (c, n, n) for "diagonal". Only a few
+tiles are held at a time, except for a tensor, which its caller holds anyway. Sums over tiles are in float64 and in the
+order of the tiles. If tiles are dealt out to the processes of a group, sums run over its ranks, too.
 """
 
 from abc import ABC, abstractmethod
@@ -26,11 +26,11 @@ _HELD_TILE = 1024  # rows of a matrix in memory that are worked on at a time
 
 @runtime_checkable
 class StoredKernel(Protocol):
-    """What is asked of a kernel on disk: its sizes, and any part of it read as ``tangent_kernel`` lays it out.
+    """A kernel on disk: its sizes, and any part of it, read in the layout of ``tangent_kernel``.
 
-    ``n`` and ``m`` samples, ``c`` outputs, ``outputs`` "full", "trace" or "diagonal"; ``symmetric``: of x with itself;
-    ``blocks`` the names of its kernels, () if it is one; ``tile`` the samples that a tile holds; ``complete`` whether all
-    tiles are there. Samples are read by slices of step one.
+    It has ``n`` and ``m`` samples, ``c`` outputs, and ``outputs`` "full", "trace" or "diagonal". ``symmetric`` means that
+    it is of x with itself. ``blocks`` names its kernels, () for a single one. ``tile`` is the samples along a side of a
+    tile, and ``complete`` says whether all tiles are there. Samples are read by slices of step one.
     """
 
     @property
@@ -56,14 +56,19 @@ class StoredKernel(Protocol):
 
 @dataclass(frozen=True)
 class KernelBlock:
-    """One block's kernel K_ℓ of a store by block, for every measure and solver that takes a kernel.
+    """One block's kernel K_ℓ from a store made with ``by_block``, for every measure and solver that takes a kernel.
 
-    Raises TangentError where there is no such block.
+    Args:
+        store: the store.
+        name: the name of the block.
+
+    Raises:
+        TangentError: when the store has no such block.
 
     >>> import torch, adaptive_tangents as at
     >>> at.kernels.KernelBlock("layer", "3")
     Traceback (most recent call last):
-    adaptive_tangents.errors.TangentError: KernelBlock: asks for a store by block, got str
+    adaptive_tangents.errors.TangentError: KernelBlock: expects a store made with by_block=True, got str
     """
 
     store: Any
@@ -71,25 +76,33 @@ class KernelBlock:
 
     def __post_init__(self) -> None:
         if not isinstance(self.store, StoredKernel):
-            raise TangentError(f"KernelBlock: asks for a store by block, got {type(self.store).__name__}")
+            raise TangentError(f"KernelBlock: expects a store made with by_block=True, got {type(self.store).__name__}")
         if self.name not in self.store.blocks:
-            listed = ", ".join(self.store.blocks) or "none: the store is not by block"
+            listed = ", ".join(self.store.blocks) or "none: the store was made without by_block"
             raise TangentError(f"KernelBlock: there is no block {self.name!r}; the blocks are {listed}")
 
     def opened(self, request: "Request") -> "Tiled":
-        """The block, by tiles."""
+        """The block's kernel by tiles; measures and solvers call this.
+
+        Args:
+            request: who asks for the kernel, and which kinds of kernel will do.
+        """
         return Stored(request, self.store, self.name)
 
 
 @dataclass(frozen=True)
 class SharedKernel:
-    """A kernel whose tiles are dealt out to the processes of a torch.distributed group, which add up what they make of them.
+    """A kernel whose tiles are dealt out to the processes of a torch.distributed group, which add up their results.
 
-    ``kernel`` is a store, a tensor, or a mapping of block names to tensors, the same on every process; ``group`` None is the
-    group of all. Every measure and solver takes it in place of the kernel; all processes call it, and all get the result.
-    Tiles are in host memory, so the group's backend is one for that, such as gloo.
+    Every measure and solver takes it in place of the kernel. All processes make the same call, and all get the result.
+    Tiles are in host memory, so the group needs a backend for it, such as gloo.
 
-    Raises TangentError where torch.distributed is not initialized, or its backend moves GPU memory only.
+    Args:
+        kernel: a store, a tensor, or a mapping of block names to tensors, the same on every process.
+        group: the process group; None is all processes.
+
+    Raises:
+        TangentError: when torch.distributed is not initialized, or the group's backend moves only GPU memory.
 
     >>> import torch, adaptive_tangents as at
     >>> at.kernels.SharedKernel(torch.eye(3))
@@ -114,13 +127,21 @@ class SharedKernel:
             )
 
     def opened(self, request: "Request") -> "Tiled":
-        """The kernel, by tiles dealt out."""
+        """The kernel with its tiles dealt out; measures and solvers call this.
+
+        Args:
+            request: who asks for the kernel, and which kinds of kernel will do.
+        """
         return DealtKernel(tiled(request, self.kernel), self.group or torch.distributed.group.WORLD)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Who asks for a kernel, for errors, and whether one of x with other samples, or of each output by itself, will do."""
+    """Who asks for a kernel, and which kinds will do.
+
+    ``call`` names the caller in errors. ``rectangular`` allows a kernel of x with other samples, ``diagonal`` one with
+    outputs="diagonal".
+    """
 
     call: str
     rectangular: bool = False
@@ -131,9 +152,9 @@ Grid = tuple[tuple[slice, slice], ...]
 
 
 class Tiled(ABC):
-    """g matrices of n·width rows and m·width columns, read tile by tile; a symmetric one lists its upper triangle only.
+    """g matrices of n·width rows and m·width columns, read tile by tile; if symmetric, only the upper triangle is listed.
 
-    ``full`` says that its shape is (n, c, m, c), for one output too.
+    ``full`` means that the kernel's shape is (n, c, m, c), also for c = 1.
     """
 
     n: int
@@ -148,14 +169,14 @@ class Tiled(ABC):
     @property
     @abstractmethod
     def grid(self) -> Grid:
-        """The samples of every tile; mirrored tiles of a symmetric kernel are not listed."""
+        """The samples of every tile; tiles below the diagonal of a symmetric kernel are not listed."""
 
     @abstractmethod
     def read(self, rows: slice, columns: slice) -> Float[Tensor, "g a b"]:
-        """The kernel of these samples, in a dtype of its own."""
+        """The kernel of these samples, in the kernel's own dtype."""
 
     def tiles(self) -> Iterator[tuple[slice, slice, Float[Tensor, "g _a _b"]]]:
-        """The tiles that are for this process to do, in float64, with the samples of each."""
+        """The tiles of this process in float64, with the samples of each."""
         for rows, columns in share(self.grid, self.group):
             yield rows, columns, self.read(rows, columns).double()
 
@@ -175,7 +196,7 @@ class Tiled(ABC):
         return value
 
     def zeros(self, *shape: int) -> Tensor:
-        """Where sums are made."""
+        """Zeros in float64 on the kernel's device, to add sums to."""
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def opened(self, request: Request) -> "Tiled":
@@ -183,7 +204,7 @@ class Tiled(ABC):
         return self
 
     def diagonal(self) -> Tensor:
-        """The diagonal of a kernel of x with itself, (n,), or (n, c) of all outputs or of each."""
+        """The diagonal of a kernel of x with itself: (n, c), or (n,) for a trace kernel."""
         found = self.zeros(self.batch, self.size)
         for rows, columns in share(self.grid, self.group):
             if max(rows.start, columns.start) < min(rows.stop, columns.stop):
@@ -193,7 +214,7 @@ class Tiled(ABC):
         return found.mT if self.batch > 1 else found.reshape(self.n, self.width) if self.full else found[0]
 
     def matrices(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "g N M"]:
-        """All of it in memory."""
+        """The whole kernel in memory, as g matrices."""
         found = torch.zeros(self.batch, self.size, self.m * self.width, dtype=dtype, device=self.device)
         for rows, columns in share(self.grid, self.group):
             tile = self.read(rows, columns).to(dtype)
@@ -203,7 +224,7 @@ class Tiled(ABC):
         return self.reduced(found)
 
     def dense(self, *, memory_limit: int | None = None) -> Tensor:
-        """All of it in memory as ``tangent_kernel`` lays it out, in float64; raises TangentError above the limit."""
+        """The whole kernel in memory, float64, in the layout of ``tangent_kernel``; TangentError if above the limit."""
         require_memory(
             "dense", 8 * self.batch * self.size * self.m * self.width, limit_for(memory_limit, self.device),
             remedy="read some samples at a time, or ask for tiles()",
@@ -215,14 +236,14 @@ class Tiled(ABC):
 
 
 def share(grid: Grid, group: Any) -> Grid:
-    """The tiles of this process: every so many-th."""
+    """The tiles of this process: with r ranks, every r-th."""
     if group is None:
         return grid
     return grid[torch.distributed.get_rank(group) :: torch.distributed.get_world_size(group)]
 
 
 class TensorKernel(Tiled):
-    """A tensor, (n, m), (n, c, m, c), or (n, m, c) of each output by itself, as its caller holds it."""
+    """A kernel that is a tensor: (n, m), (n, c, m, c) or (n, m, c)."""
 
     def __init__(self, request: Request, values: Tensor) -> None:
         shape = tuple(values.shape)
@@ -293,7 +314,7 @@ class View(Tiled):
 
 
 class DealtKernel(View):
-    """A kernel with its tiles dealt out to a group."""
+    """A kernel with its tiles dealt out to the processes of a group."""
 
     def __init__(self, of: Tiled, group: Any) -> None:
         super().__init__(of)
@@ -301,7 +322,7 @@ class DealtKernel(View):
 
 
 class Cached(View):
-    """A kernel with as many of its tiles kept in memory, from when they are first read, as there is room for."""
+    """A kernel that keeps tiles in memory once they are read, as many as fit."""
 
     def __init__(self, of: Tiled, budget: int) -> None:
         super().__init__(of)
@@ -320,7 +341,7 @@ class Cached(View):
 
 
 class Sum(View):
-    """Σ_ℓ w_ℓ K_ℓ, by the smallest tiles that any of them has."""
+    """Σ_ℓ w_ℓ K_ℓ, in the smallest tiles that any of the kernels has."""
 
     def __init__(self, parts: Sequence[Tiled], weights: Sequence[float] | None = None) -> None:
         super().__init__(min(parts, key=lambda part: part.grid[0][0].stop))
@@ -330,7 +351,7 @@ class Sum(View):
 
     @property
     def grid(self) -> Grid:
-        # The upper triangle of a symmetric one tells nothing of one that is not.
+        # If only some kernels are symmetric, the sum is not: its tiles below the diagonal are needed, too.
         mirrored = self.of.symmetric and not self.symmetric
         return self.of.grid + tuple((b, a) for a, b in self.of.grid if mirrored and a != b)
 
@@ -348,7 +369,7 @@ Kernels = Kernel | Mapping[str, Tensor]
 
 
 def check_store(request: Request, store: StoredKernel) -> None:
-    """Raise TangentError for a store that is not whole, or is of other samples or outputs than what is asked of it."""
+    """Raise TangentError if a store is incomplete, or is not of the requested kind."""
     call = request.call
     if not store.complete:
         raise TangentError(f"{call}: the store is not complete; finish it with kernel_to_store(..., resume=True)")
@@ -365,7 +386,7 @@ def check_store(request: Request, store: StoredKernel) -> None:
 
 
 def tiled(request: Request, K: object) -> Tiled:
-    """A kernel by tiles, whatever it comes as; of several blocks their sum."""
+    """Any kernel by tiles; several blocks count as their sum."""
     opened = getattr(K, "opened", None)
     if opened is not None:
         found: Tiled = opened(request)
@@ -383,7 +404,7 @@ def tiled(request: Request, K: object) -> Tiled:
 
 
 def blocks_of(request: Request, K: object) -> dict[str, Tiled]:
-    """The kernels of a store by block, or of a mapping of blocks to tensors; none where there is only the whole."""
+    """The kernels by block, of a store or of a mapping of names to tensors; none if there is only the whole."""
     if isinstance(K, SharedKernel):
         group = K.group or torch.distributed.group.WORLD
         return {name: DealtKernel(part, group) for name, part in blocks_of(request, K.kernel).items()}

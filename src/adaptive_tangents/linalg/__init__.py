@@ -1,1 +1,5 @@
-"""Solving without networks: Cholesky factors, conjugate gradients, systems of kernels, products of factors, Hadamard rows."""
+"""Numerical linear algebra that knows no networks.
+
+It has Cholesky factors, conjugate gradients, the linear systems of kernels, products with feature factors, and rows of
+Hadamard matrices. It imports from runtime.
+"""

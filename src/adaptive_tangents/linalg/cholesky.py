@@ -1,4 +1,4 @@
-"""Cholesky factors of kernels: whole ones with as little jitter as they take, and partial ones by pivots."""
+"""Cholesky factors of kernels: whole ones with as little jitter as possible, and partial ones with random pivots."""
 
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -15,13 +15,13 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Factorized:
-    """A Cholesky factor of K + ρI, with the jitter that was added to make it exist."""
+    """A Cholesky factor of K + ρI, and the jitter that was added to the diagonal to make it exist."""
 
     factor: Float[Tensor, "k k"] = field(repr=False)
     jitter: float
 
     def solve(self, r: Float[Tensor, "k *m"]) -> Float[Tensor, "k *m"]:
-        """(K + ρI)⁻¹ r, of one right side or of several."""
+        """(K + ρI)⁻¹ r for one right side or several."""
         # Two triangular solves: several times faster than cholesky_solve for one right side.
         half = torch.linalg.solve_triangular(self.factor, r.reshape(len(r), -1), upper=False)
         found: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
@@ -29,12 +29,12 @@ class Factorized:
 
 
 def factorize(kernel: Float[Tensor, "k k"], ridge: float) -> Factorized:
-    """Cholesky of K + ρI, with as little jitter as it takes; raises TangentError where even a visible one fails."""
+    """The Cholesky factor of K + ρI with the least jitter that works; raises TangentError if even the largest fails."""
     diagonal = kernel.diagonal().clone()
     scale = float(diagonal.mean())
     try:
         for jitter in _JITTERS:
-            kernel.diagonal().copy_(diagonal + (ridge + jitter * scale))  # a shifted copy would be one more in memory
+            kernel.diagonal().copy_(diagonal + (ridge + jitter * scale))  # in place: a shifted copy would double memory
             factor, failed = torch.linalg.cholesky_ex(kernel)
             if not int(failed):
                 return Factorized(factor, jitter * scale)
@@ -48,7 +48,7 @@ def factorize(kernel: Float[Tensor, "k k"], ridge: float) -> Factorized:
 
 @runtime_checkable
 class Products(Protocol):
-    """What is asked of a kernel that is never formed in float64: products, and parts of it for a preconditioner."""
+    """A kernel that is never formed in float64: its products, and the parts that a preconditioner needs."""
 
     n: int
     c: int
@@ -57,19 +57,19 @@ class Products(Protocol):
         """K x."""
 
     def rounded(self) -> Float[Tensor, "k k"]:
-        """All of it, in float32."""
+        """The whole kernel in float32."""
 
     def entries(self) -> Float[Tensor, " k"]:
         """Its diagonal."""
 
     def columns(self, chosen: Int[Tensor, " q"]) -> Float[Tensor, "k m"]:
-        """All outputs' columns of these samples."""
+        """The columns of these samples, for all outputs."""
 
 
 def partial_cholesky(kernel: Products, rank: int, chunk: int = CHUNK) -> tuple[Float[Tensor, "k m"], float]:
-    """L with LLᵀ close to the kernel, of about ``rank`` columns, and the mean of the diagonal that is left.
+    """L with LLᵀ close to the kernel, about ``rank`` columns, and the mean of the remaining diagonal.
 
-    ``chunk`` samples are chosen at a time.
+    Samples are chosen ``chunk`` at a time.
     """
     n, c = kernel.n, kernel.c
     diagonal = kernel.entries()
@@ -83,7 +83,7 @@ def partial_cholesky(kernel: Products, rank: int, chunk: int = CHUNK) -> tuple[F
         chosen = torch.multinomial(weights, count, generator=generator)
         rows = (chosen[:, None] * c + torch.arange(c, device=chosen.device)).flatten()
         block = kernel.columns(chosen) - columns @ columns[rows].mT
-        # Directions of the pivots that others among them already give are left out.
+        # Pivots that depend on each other add no direction: keep the independent ones.
         values, vectors = torch.linalg.eigh(block[rows])
         wanted = values > 1e-12 * float(diagonal.max())
         if not bool(wanted.any()):

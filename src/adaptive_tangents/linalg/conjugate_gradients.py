@@ -1,4 +1,4 @@
-"""Conjugate gradients with a preconditioner, several right sides at once."""
+"""Preconditioned conjugate gradients, for several right sides at once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 Solve = Callable[[Tensor], Tensor]
-Progress = Callable[[int, float], None]  # called with the steps so far, and the residual or objective there
+Progress = Callable[[int, float], None]  # called with the number of steps so far, and the residual or objective
 _CG_TOLERANCE = 1e-12
 _CG_STEPS = 2000
 
 
 @dataclass(frozen=True)
 class Iterated:
-    """What conjugate gradients found of A⁻¹B: the largest relative residual of a column, and after how many products."""
+    """An approximate A⁻¹B, the largest relative residual of its columns, and the number of products it took."""
 
     solution: Float[Tensor, "k *m"] = field(repr=False)
     residual: float
@@ -23,7 +23,7 @@ class Iterated:
 
 
 def conjugate_gradients(apply: Solve, b: Float[Tensor, "k *m"], near: Solve) -> Float[Tensor, "k *m"]:
-    """A⁻¹b to a relative residual of 1e-12, or as near as float64 comes; ``near`` is about A⁻¹."""
+    """A⁻¹b to a relative residual of 1e-12, or as close as float64 allows; ``near`` approximates A⁻¹."""
     return iterate(apply, b, near).solution
 
 
@@ -37,7 +37,7 @@ def iterate(
     start: Float[Tensor, "k *m"] | None = None,
     progress: Progress | None = None,
 ) -> Iterated:
-    """Conjugate gradients on A x = b, all columns of b at once, each with directions of its own; the best iterate of each."""
+    """Solve A x = b by conjugate gradients, all columns of b side by side; returns the best iterate of each column."""
     x = torch.zeros_like(b) if start is None else start.clone()
     residual = b.clone() if start is None else b - apply(x)
     size = b.norm(dim=0)
@@ -56,7 +56,7 @@ def iterate(
         if progress is not None:
             progress(steps, float(_ratio(best_size, size).max()))
         moved = near(residual)
-        # The change alone, as ``near`` may be rounded more than the rest: directions stay conjugate.
+        # Uses only the change of the residual: this keeps directions conjugate though ``near`` is rounded more coarsely.
         ratio = _ratio(_inner(residual - before, moved), product)
         product = _inner(residual, moved)
         direction = moved + ratio * direction
@@ -68,5 +68,5 @@ def _inner(x: Float[Tensor, "k *m"], y: Float[Tensor, "k *m"]) -> Float[Tensor, 
 
 
 def _ratio(a: Float[Tensor, "*m"], b: Float[Tensor, "*m"]) -> Float[Tensor, "*m"]:
-    """a/b, and zero where b is: a column that is solved moves no further."""
+    """a/b, and zero where b is zero: a solved column stays where it is."""
     return torch.where(b != 0, a / b, 0.0)

@@ -1,6 +1,6 @@
-"""Products with factors, whichever way they lie in memory: units of a position together, or pixels of a unit.
+"""Products with factors in either memory order: the units of a position adjacent, or the pixels of a unit.
 
-Convolutions leave pixels innermost. A product that goes through memory the other way takes up to sixty times as long.
+Convolutions leave pixels innermost. A product that reads memory in the other order takes up to sixty times as long.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from adaptive_tangents.runtime.memory import empty
 
-_FEW = 32  # positions, below which products of single samples are too small to be quick
+_FEW = 32  # positions; with fewer, products of single samples are too small to be fast
 
 
 def pixels_innermost(x: Tensor) -> bool:
-    """Whether positions, the second dimension, lie together in memory and what each is made of does not."""
+    """Whether positions (the second dimension) are adjacent in memory and the units of a position (the last) are not."""
     return x.ndim > 2 and x.stride(1) == 1 and x.stride(-1) != 1
 
 
 def times(x: Float[Tensor, "*batch d"], matrix: Float[Tensor, "d k"]) -> Float[Tensor, "*batch k"]:
-    """The product x · matrix, in memory as x is."""
+    """The product x · matrix, in x's memory order."""
     if pixels_innermost(x):
         return (matrix.mT @ x.movedim(1, -1)).movedim(-1, 1)
     return x @ matrix
 
 
 def over_positions(signals: Float[Tensor, "n t c o"], vectors: Float[Tensor, "n t k o"]) -> Float[Tensor, "n c k"]:
-    """Σ_t δ_{t,c} · v_{t,k}, over positions and units."""
+    """Σ_t δ_{t,c} · v_{t,k}, summed over positions and units."""
     if pixels_innermost(signals) and pixels_innermost(vectors):
         left, right = (x.permute(0, 2, 3, 1).flatten(2) for x in (signals, vectors))
         return left @ right.mT
@@ -44,7 +44,7 @@ def weighted_outer(
     mixed = (weights[:, None] @ signals.permute(0, 2, 3, 1).reshape(n, c, o * t)).reshape(n, o, t)
     if t < _FEW or (torch.is_grad_enabled() and (mixed.requires_grad or inputs.requires_grad)):
         return mixed.mT.flatten(0, 1).mT @ inputs.flatten(0, 1)
-    # One sample after the other, as that product copies the positions of all side by side.
+    # One sample after the other: a product of all samples at once would copy all their positions.
     total = mixed.new_zeros(o, inputs.shape[2])
     for left, right in zip(mixed, inputs, strict=True):
         total.addmm_(left, right)
@@ -52,7 +52,7 @@ def weighted_outer(
 
 
 def joined(parts: Sequence[Shaped[Tensor, "_n ..."]], *, positions: bool = False) -> Shaped[Tensor, "n ..."]:
-    """Samples of several, one after the other, or their ``positions``, in memory as they are."""
+    """The tensors concatenated along samples, or along ``positions``, in their memory order."""
     inner = all(map(pixels_innermost, parts))
     moved = [part.movedim(1, -1) for part in parts] if inner else list(parts)
     axis = (-1 if inner else 1) if positions else 0
@@ -66,7 +66,7 @@ def joined(parts: Sequence[Shaped[Tensor, "_n ..."]], *, positions: bool = False
 
 
 def product(a: Float[Tensor, "n q t"], b: Float[Tensor, "n t i"]) -> Float[Tensor, "n q i"]:
-    """A batch of matrix products, in memory as `empty` gives it."""
+    """A batch of matrix products, written to memory from `empty`."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return a @ b
     return torch.bmm(a, b, out=empty((*a.shape[:2], b.shape[2]), b))

@@ -1,9 +1,10 @@
-"""Random coordinates of a matrix that only ever meet its factors: y_j = s_jᵀΦr_j, the s and r rows of Hadamard matrices.
+"""Random coordinates y_j = s_jᵀΦr_j of a matrix, computed from its factors; s and r are rows of Hadamard matrices.
 
-HD is a Hadamard matrix with random signs on its columns: orthogonal rows, each a vector of random signs. Pairs of rows
-(s_j, r_j) are drawn so that every row of either side comes up equally often, no pair twice. Then the mean over j of
-y_j y′_j is ⟨Φ, Φ′⟩ on average over the signs and the order of the rows; with all pairs it is so exactly. Signs and orders
-are the output of SHAKE-256 on a key, so that they are the same on every machine and in every version, and never stored.
+HD is a Hadamard matrix with random signs on its columns. Its rows are orthogonal, and each is a vector of random signs.
+Pairs of rows (s_j, r_j) are drawn so that every row of either side appears equally often and no pair appears twice. The
+mean over j of y_j y′_j then has expectation ⟨Φ, Φ′⟩ over the signs and the order of the rows, and equals it if all pairs
+are used. Signs and orders come from SHAKE-256 of a key. They are the same on every machine and in every version, so they
+need not be stored.
 """
 
 import hashlib
@@ -17,18 +18,18 @@ from torch import Tensor
 
 from adaptive_tangents.linalg.factor_products import times
 
-_ALONE = 4  # rows made one by one, rather than all at once, up to this many times the cost of a column of the quick transform
+_ALONE = 4  # single rows are made up to this multiple of the fast transform's cost for one column; then all at once
 
 
 @dataclass(frozen=True)
 class SignRows:
-    """Some rows of HD, each a vector of signs (d,), drawn in pairs with those of another side."""
+    """Some rows of HD, each a vector of signs (d,), drawn in pairs with rows of the other side."""
 
     signs: Float[Tensor, " d"]
     chosen: Int[Tensor, " k"]
 
     def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        """sᵀx for each of the rows s."""
+        """sᵀx for each row s."""
         size, signs = padded(len(self.signs)), self.signs.to(x)
         height, width = _split(size)
         chosen = self.chosen.to(x.device)
@@ -48,7 +49,7 @@ class SignRows:
 
 @dataclass(frozen=True)
 class Row:
-    """One vector of signs (d,), in the place of rows of HD."""
+    """A single vector of signs (d,), with the methods of `SignRows`."""
 
     values: Float[Tensor, " d"]
 
@@ -62,7 +63,7 @@ class Row:
 
 
 def paired_rows(key: tuple[int | str, ...], shape: tuple[int, int], count: int) -> tuple[SignRows, SignRows]:
-    """The rows of both sides of a block (o, i), for ``count`` coordinates; all else follows from the key."""
+    """The rows of both sides of a block (o, i) for ``count`` coordinates; they depend on the key alone."""
     left, right = pairs(padded(shape[0]), padded(shape[1]), count)
     sides = zip(("left", "right"), shape, (left, right), strict=True)
     made = [
@@ -73,9 +74,9 @@ def paired_rows(key: tuple[int | str, ...], shape: tuple[int, int], count: int) 
 
 
 def pairs(o: int, i: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` different pairs of o × i, powers of two, in which every row and every column comes up equally often.
+    """``count`` different pairs out of o × i, both powers of two; every row and every column appears equally often.
 
-    One diagonal after the other, each wound around the shorter side.
+    Pairs follow one diagonal after another, each wrapped around the shorter side.
     """
     places = np.arange(count)
     turn = places // max(o, i)
@@ -85,8 +86,9 @@ def pairs(o: int, i: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def projection_variance(a: Float[Tensor, "o i"], b: Float[Tensor, "o i"], count: int) -> float:
     r"""Variance of (1/k) Σ_j (s_jᵀAr_j)(s_jᵀBr_j), an unbiased estimate of ⟨A, B⟩ from k = ``count`` coordinates.
 
-    About (‖A‖²‖B‖² + ⟨A, B⟩² + ‖AᵀB‖² + ‖ABᵀ‖²)/k, at most 4‖A‖²‖B‖²/k, where k is a multiple of both sides; a projection
-    without structure, k Gaussian vectors of o·i entries, has (‖A‖²‖B‖² + ⟨A, B⟩²)/k. Derived in docs/theory.md, §8.
+    If k is a multiple of both sides, it is about (‖A‖²‖B‖² + ⟨A, B⟩² + ‖AᵀB‖² + ‖ABᵀ‖²)/k, at most 4‖A‖²‖B‖²/k. A
+    projection without structure, by k Gaussian vectors of o·i entries, has (‖A‖²‖B‖² + ⟨A, B⟩²)/k. Derived in
+    docs/theory.md, §8.
 
     >>> A = torch.ones(2, 4)
     >>> projection_variance(A, A, 8)  # all coordinates: exact
@@ -130,12 +132,12 @@ def _mean_square(a: Float[Tensor, "o i"], b: Float[Tensor, "o i"]) -> float:
 
 
 def padded(size: int) -> int:
-    """The least power of two that holds ``size``."""
+    """The least power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()
 
 
 def hadamard(rows: Int[Tensor, " k"], columns: Int[Tensor, " d"]) -> Int[Tensor, "k d"]:
-    """Entries ±1 of the Hadamard matrix H_ab = (−1)^(number of ones that a and b share in binary)."""
+    """Entries ±1 of the Hadamard matrix, H_ab = (−1)^(number of binary ones that a and b share)."""
     common = rows[:, None] & columns[None]
     for shift in (32, 16, 8, 4, 2, 1):
         common = common ^ (common >> shift)
@@ -143,13 +145,13 @@ def hadamard(rows: Int[Tensor, " k"], columns: Int[Tensor, " d"]) -> Int[Tensor,
 
 
 def _split(size: int) -> tuple[int, int]:
-    """A Hadamard matrix is the Kronecker product of two of these sizes."""
+    """Two sizes: the Hadamard matrix is the Kronecker product of Hadamard matrices of these."""
     height = 1 << ((size.bit_length() - 1) // 2)
     return height, size // height
 
 
 def _bytes(key: tuple[int | str, ...], what: str, count: int) -> np.ndarray:
-    """Bytes that look random and follow from the key alone."""
+    """Pseudorandom bytes that depend on the key alone."""
     return np.frombuffer(hashlib.shake_256(json.dumps([*key, what]).encode()).digest(count), dtype=np.uint8)
 
 
@@ -159,5 +161,5 @@ def _signs(key: tuple[int | str, ...], size: int) -> Float[Tensor, " d"]:
 
 
 def _order(key: tuple[int | str, ...], size: int) -> np.ndarray:
-    """A random order of ``size`` things."""
+    """A random permutation of ``size`` indices."""
     return np.argsort(_bytes(key, "order", 8 * size).view("<u8"), kind="stable")

@@ -1,4 +1,4 @@
-"""The linear systems of a kernel over nc outputs: factorized, by products alone, or preconditioned."""
+"""The linear systems of a kernel over nc outputs, solved by a factor or by preconditioned conjugate gradients."""
 
 from abc import ABC, abstractmethod
 
@@ -15,7 +15,7 @@ _ROUNDING = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5)  # shifts of a single-precision kerne
 
 
 class Kernel(ABC):
-    """An adapted kernel K_M over nc outputs: its products, and the inverses that the losses ask for."""
+    """An adapted kernel K_M over nc outputs: its products, and the inverses that the losses need."""
 
     jitter = 0.0
 
@@ -29,7 +29,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def rooted(self, root: Root) -> Solve:
-        """The map x ↦ (I + ½SᵀKS)⁻¹ x, S block-diagonal with a block a sample."""
+        """The map x ↦ (I + ½SᵀKS)⁻¹ x; S is block-diagonal, one block per sample."""
 
 
 class DenseKernel(Kernel):
@@ -43,7 +43,7 @@ class DenseKernel(Kernel):
         return self.matrix @ x
 
     def factorized(self, ridge: float) -> Factorized:
-        """The whole of K + ρI, factorized once."""
+        """The factor of K + ρI over all rows, computed once."""
         if self._whole is None or self._whole[0] != ridge:
             self._whole = ridge, factorize(self.matrix, ridge)
         return self._whole[1]
@@ -52,14 +52,14 @@ class DenseKernel(Kernel):
         kept = self.kept
         matrix = self.matrix if kept is None else self.matrix[kept][:, kept]
         factor = self.factorized(ridge) if kept is None else factorize(matrix, ridge)
-        self._whole = None  # as long as the inverse lives, and no longer
+        self._whole = None  # the factor lives as long as the inverse does, and no longer
         self.jitter = factor.jitter
 
         def solve(x: Tensor) -> Tensor:
             wanted = x if kept is None else x[kept]
             found = factor.solve(wanted)
             if ridge == 0 or factor.jitter > 0:
-                # Directions that leave the constraints would add up over many steps: refined once, jitter and all.
+                # One refinement step against jitter and rounding: their errors would add up and violate the constraints.
                 found = found + factor.solve(wanted - matrix @ found - ridge * found)
             return found if kept is None else torch.zeros_like(x).index_copy_(0, kept, found)
 
@@ -74,7 +74,7 @@ class DenseKernel(Kernel):
 
 
 class FreeKernel(Kernel):
-    """The kernel by its products in float64, its systems by conjugate gradients with what ``near`` knows of it."""
+    """A kernel known by its products in float64; systems are solved by conjugate gradients with a preconditioner."""
 
     def __init__(self, products: Products) -> None:
         self.products = products
@@ -97,18 +97,18 @@ class FreeKernel(Kernel):
 
     @abstractmethod
     def near_shifted(self, ridge: float) -> Solve:
-        """About x ↦ (K + ρI)⁻¹ x."""
+        """Approximates x ↦ (K + ρI)⁻¹ x."""
 
     @abstractmethod
     def near_rooted(self, root: Root) -> Solve:
-        """About x ↦ (I + ½SᵀKS)⁻¹ x."""
+        """Approximates x ↦ (I + ½SᵀKS)⁻¹ x."""
 
 
 class PivotedKernel(FreeKernel):
-    """Never formed: preconditioned by a partial Cholesky factor.
+    """A kernel that is never formed, preconditioned by a partial Cholesky factor of ``rank`` columns.
 
-    ``rank`` columns are chosen by random pivoting, of probability the diagonal that is left (Chen, Epperly, Tropp & Webber,
-    2023), some at a time; the seed is fixed.
+    Columns are chosen ``chunk`` samples at a time by random pivoting, with probability proportional to the remaining
+    diagonal and a fixed seed. Source: Chen, Epperly, Tropp & Webber, 2023.
     """
 
     def __init__(self, products: Products, rank: int, chunk: int = CHUNK) -> None:
@@ -123,7 +123,7 @@ class PivotedKernel(FreeKernel):
 
 
 class RoundedKernel(FreeKernel):
-    """Formed and factorized in float32, a preconditioner so close that few products in float64 are needed."""
+    """A kernel formed and factorized in float32; as a preconditioner this needs only a few products in float64."""
 
     def near_shifted(self, ridge: float) -> Solve:
         matrix = self.products.rounded()
@@ -133,7 +133,7 @@ class RoundedKernel(FreeKernel):
     def near_rooted(self, root: Root) -> Solve:
         n, c = root.shape[:2]
         matrix, small = self.products.rounded(), root.float()
-        # In place, some samples at a time: copies of the whole would be what memory is short of.
+        # In place, a few samples at a time: there is no memory for copies of the whole matrix.
         rows, columns = matrix.reshape(n, c, n * c), matrix.reshape(n * c, n, c)
         for k in range(0, n, CHUNK):
             part = slice(k, k + CHUNK)
@@ -144,7 +144,7 @@ class RoundedKernel(FreeKernel):
 
 
 def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
-    """The map x ↦ A⁻¹x to single precision; A, positive definite up to its rounding, is given up."""
+    """The map x ↦ A⁻¹x in single precision; A, positive definite up to rounding, is overwritten."""
     rounding = torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
     added = 0.0
     for multiple in _ROUNDING:
@@ -158,7 +158,7 @@ def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
     solve = Factorized(factor, added).solve
 
     def near(x: Tensor) -> Tensor:
-        size = x.norm(dim=0)  # single precision has a narrower range
+        size = x.norm(dim=0)  # normalized, since single precision has a narrower range
         size = torch.where(size > 0, size, 1.0)
         return solve((x / size).to(factor.dtype)).to(x.dtype) * size
 

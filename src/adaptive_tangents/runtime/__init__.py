@@ -1,1 +1,5 @@
-"""What every wing stands on: memory that is free and the limit in force, files written whole or not at all."""
+"""Memory and files: what every other wing needs.
+
+It has the free memory and the limit in force, ranges to work through step by step, and tensor files that are written
+whole or not at all. It imports only the error types.
+"""

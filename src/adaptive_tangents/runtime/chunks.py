@@ -1,4 +1,4 @@
-"""TODO runtime.chunks."""
+"""Ranges of indices, to work through a large dimension step by step."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""How much memory there is, how much a call may take, and the refusal when it would take more."""
+"""How much memory is free, how much a call may use, and the error when it would use more."""
 
 import math
 import re
@@ -16,18 +16,18 @@ from torch import Tensor
 from adaptive_tangents.errors import TangentError
 
 _PREFIXES = ("", "k", "m", "g", "t")
-_HUGE = 4 << 20  # from here on NumPy asks for huge pages, where the system has them to give
-_LARGEST_KEPT = (32 << 20) - 8192  # and some bytes of its own
-_LINE = 64  # bytes, as PyTorch aligns its own
+_HUGE = 4 << 20  # bytes; from this size on, NumPy asks the system for huge pages
+_LARGEST_KEPT = (32 << 20) - 8192  # glibc's limit, less room for its own bookkeeping
+_LINE = 64  # bytes; PyTorch aligns its own tensors so
 _GROUPS = Path("/sys/fs/cgroup")
-_GROUP_FILES = {  # the limit, what is used, and which part of that is cached files, in both versions of control groups
+_GROUP_FILES = {  # the limit, the memory used, and the part of it that is cached files, in both versions of control groups
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated on ``device``, limits of the process, a container and a Slurm job included.
+    """Bytes that can still be allocated on ``device``, within the limits of the process, a container and a Slurm job.
 
     >>> available_bytes() > 0
     True
@@ -42,7 +42,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def limit_for(requested: int | None, device: torch.device | str = "cpu") -> int:
-    """The limit in force: what was asked for, else half of what is free on ``device``."""
+    """The limit in force: the requested one, or half of what is free on ``device``."""
     if requested is None:
         return available_bytes(device) // 2
     if requested <= 0:
@@ -51,7 +51,7 @@ def limit_for(requested: int | None, device: torch.device | str = "cpu") -> int:
 
 
 def require_memory(call: str, needed: int, limit: int, *, remedy: str) -> None:
-    """Raise TangentError where ``needed`` bytes exceed ``limit``."""
+    """Raise TangentError if ``needed`` bytes exceed ``limit``."""
     if needed > limit:
         raise TangentError(
             f"{call}: needs {format_bytes(needed)} of memory and the limit is {format_bytes(limit)}; "
@@ -62,7 +62,7 @@ def require_memory(call: str, needed: int, limit: int, *, remedy: str) -> None:
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized tensor of ``like``'s device and dtype, in huge pages where that helps.
 
-    A fifth of the time that ordinary new memory takes to be written to first, which is as long as many a product.
+    The first write to huge pages takes a fifth of the time of ordinary new memory, which takes as long as many products.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
@@ -71,24 +71,24 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     try:
         room = torch.from_numpy(np.empty(size + _LINE, np.uint8))
     except MemoryError:
-        return like.new_empty(shape, dtype=dtype)  # which says so as PyTorch does
+        return like.new_empty(shape, dtype=dtype)  # fails with PyTorch's own message
     start = -room.data_ptr() % _LINE
     return room[start : start + size].view(dtype).view(shape)
 
 
 @cache
 def keep_freed() -> None:
-    """Have the C library keep up to 64 MB of freed memory for what comes next.
+    """Let the C library keep up to 64 MB of freed memory for reuse.
 
-    glibc keeps twice the largest block of 32 MB or less that it has given back to the system, and networks take and leave
-    their tensors over and over: in new memory, a tenth of the time of a kernel.
+    glibc keeps twice the largest block of 32 MB or less that it has returned to the system. Networks allocate and free
+    their tensors over and over; with new memory each time, that is a tenth of the time of a kernel.
     """
     with suppress(RuntimeError):
         torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def format_bytes(count: float) -> str:
-    """A byte count for people.
+    """A byte count in readable units.
 
     >>> format_bytes(2_500_000)
     '2.5 MB'
@@ -101,9 +101,9 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(call: str, text: str) -> int:
-    """A byte count as people write it, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
+    """A byte count from text, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
 
-    Raises TangentError where it is none.
+    Raises TangentError if the text is no byte count.
 
     >>> parse_bytes("kernel", "2.5 MB")
     2500000
@@ -118,7 +118,7 @@ def parse_bytes(call: str, text: str) -> int:
 
 
 def _group_bytes(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The least that the control groups of this process leave: those of a container, of a Slurm job and of its steps."""
+    """The least room in this process's control groups: those of a container, of a Slurm job and of its steps."""
     left = []
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -131,7 +131,7 @@ def _group_bytes(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) 
 
 
 def _room(group: Path, limit: str, used: str, cached: str) -> int | None:
-    """What a group leaves; the files it has cached would be given up."""
+    """Bytes that a group still allows; its cached files count as free, since the system would drop them."""
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int((group / limit).read_text()) - int((group / used).read_text()) + int(stat.get(cached, 0))

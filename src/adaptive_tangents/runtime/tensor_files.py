@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors, each file whole or absent, with metadata that is checked; hashes of what they belong to."""
+"""Tensor files (safetensors), each whole or absent, with metadata; and hashes of tensors and settings."""
 
 import dataclasses
 import hashlib
@@ -18,9 +18,9 @@ ReadError = (OSError, SafetensorError)
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, replace: bool = True
 ) -> None:
-    """Write a file in one step, after its folder: whatever stops this, ``path`` holds all of it or what it held before.
+    """Write a file in one step, and make its folder; if interrupted, ``path`` keeps what it held before.
 
-    Raises OSError where it cannot be written, and FileExistsError where it is there and ``replace`` is false.
+    Raises OSError if the file cannot be written, and FileExistsError if it exists and ``replace`` is false.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -30,7 +30,7 @@ def write_tensors(
         if replace:
             os.replace(draft, path)
         else:
-            os.link(draft, path)  # fails where another was quicker
+            os.link(draft, path)  # fails if another process has just written it
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:
@@ -38,19 +38,21 @@ def write_tensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file; raises one of ``ReadError``."""
+    """The metadata of a file; raises one of ``ReadError`` if it cannot be read."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; raises one of ``ReadError``."""
+    """The tensors of a file; raises one of ``ReadError`` if it cannot be read."""
     found: dict[str, Tensor] = load_file(path)
     return found
 
 
 def fingerprint(value: Any) -> str:
-    """A hash of tensors and numbers in mappings, in any order, sequences and dataclasses, with names, dtypes and shapes.
+    """A hash of tensors and numbers, in mappings (in any order), sequences and dataclasses.
+
+    Names, dtypes and shapes count.
 
     >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(3)})
     False
@@ -62,7 +64,7 @@ def fingerprint(value: Any) -> str:
 
 
 def _parts(value: Any) -> Iterable[bytes | memoryview]:
-    """A value as bytes that no other value gives."""
+    """A value as bytes; different values give different bytes."""
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous()
         yield f"tensor {plain.dtype} {tuple(plain.shape)}".encode()

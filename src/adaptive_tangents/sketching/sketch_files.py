@@ -1,7 +1,7 @@
-"""Sketched features on disk: a folder of parts, each whole or absent, that later samples are appended to.
+"""Sketched features on disk: a folder of parts, each whole or absent, to which later samples are appended.
 
-Every part says which sketch it is of, of which blocks and at which parameters, how many samples come before it, and the
-hash of its numbers. Parts are never written to again, so a run that is killed loses its own samples only.
+Every part records its sketch, its blocks and parameters, the number of samples before it, and the hash of its numbers.
+Parts are never changed, so a run that is killed loses only its own samples.
 """
 
 import json
@@ -24,10 +24,17 @@ _PART = "sketch-{:05d}.safetensors"
 
 
 def save_sketch(path: str | Path, feats: SketchedFeatures) -> None:
-    r"""Write sketched features into a new folder, φ̂ of n samples as one file; the projections follow from their seed.
+    r"""Write sketched features of n samples into a new folder, as one file.
 
-    Raises TangentError where the folder holds a sketch already, the parameters that the features are of are not known, or
-    nothing can be written.
+    The projections are not stored: they follow from the sketch's seed.
+
+    Args:
+        path: the folder; it is made if needed.
+        feats: the features to write.
+
+    Raises:
+        TangentError: when the folder holds a sketch already, the features have no fingerprint of their parameters, or
+            nothing can be written.
 
     >>> import tempfile, torch, adaptive_tangents as at
     >>> model, sketch = torch.nn.Linear(40, 30), at.Sketch(256)
@@ -44,10 +51,15 @@ def save_sketch(path: str | Path, feats: SketchedFeatures) -> None:
 
 
 def append_sketch(path: str | Path, feats: SketchedFeatures) -> None:
-    """Write the features of more samples after those a folder holds.
+    """Write the features of more samples after those that a folder holds.
 
-    Raises TangentError where the folder holds no sketch, or one of another dim, seed, model or parameters, where another
-    process appended at the same time, and as ``load_sketch`` does for parts that are missing.
+    Args:
+        path: the folder of the sketch.
+        feats: the features to append, of the same sketch, model and parameters.
+
+    Raises:
+        TangentError: when the folder holds no sketch or another one, a part is missing, or another process appended at
+            the same time.
     """
     folder = Path(path)
     heads = _heads("append_sketch", folder)
@@ -60,9 +72,13 @@ def append_sketch(path: str | Path, feats: SketchedFeatures) -> None:
 
 
 def load_sketch(path: str | Path) -> SketchedFeatures:
-    """The features of all samples that a folder holds, in the order they were added.
+    """The features of all samples that a folder holds, in the order in which they were added.
 
-    Raises TangentError where there are none, a part is missing, cannot be read or was changed, or is of a later format.
+    Args:
+        path: the folder of the sketch.
+
+    Raises:
+        TangentError: when there is no sketch, or a part is missing, cannot be read, was changed, or has a later format.
     """
     folder = Path(path)
     heads = _heads("load_sketch", folder)
@@ -88,10 +104,10 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _head(call: str, feats: SketchedFeatures, before: int) -> dict[str, Any]:
-    """All that identifies features and their place, as JSON gives it back."""
+    """What identifies features and their place, as plain JSON values."""
     if feats.fingerprint is None:
         raise TangentError(
-            f"{call}: the parameters that these features are of are not known; make them with sketch_features, or give "
+            f"{call}: the features do not say which parameters they belong to; make them with sketch_features, or give "
             "sketch.apply a fingerprint"
         )
     head = {
@@ -108,7 +124,7 @@ def _write(call: str, folder: Path, feats: SketchedFeatures, number: int, before
     tensors = {}
     for name, block in feats.blocks.items():
         if len(block.summands) > 1 or block.dense is None:
-            raise TangentError(f"{call}: block {name!r} was moved by a joint transform; save the features before it")
+            raise TangentError(f"{call}: block {name!r} has a joint transform; save the features before the transform")
         tensors[name] = block.dense.values
     head = _head(call, feats, before) | {"hash": fingerprint(tensors)}
     path = folder / _PART.format(number)
@@ -123,7 +139,7 @@ def _write(call: str, folder: Path, feats: SketchedFeatures, number: int, before
 
 
 def _heads(call: str, folder: Path) -> list[dict[str, Any]]:
-    """What every part says of itself, checked to be one sequence."""
+    """The records of all parts, checked to be one sequence."""
     found: list[dict[str, Any]] = []
     before = 0
     for number, path in enumerate(_parts(folder)):

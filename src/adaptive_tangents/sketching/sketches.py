@@ -1,7 +1,7 @@
 """Sketches: unbiased, seeded projections of tangent features, for networks whose features are too large to keep.
 
-Every block is projected by its factors, y_j = s_jᵀΦr_j = Σ_t (s_j·δ_t)(r_j·h_t), so that p numbers a sample never exist,
-in several independent repetitions, whose spread is the error. A block that is no larger than its sketch stays exact.
+Every block is projected through its factors, y_j = s_jᵀΦr_j = Σ_t (s_j·δ_t)(r_j·h_t), so a sample's p numbers never
+exist at once. Several independent repetitions give the error by their spread. A block no larger than its sketch stays exact.
 """
 
 import math
@@ -29,19 +29,27 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
 
-_CHUNK_BYTES = 256_000_000  # factors held at a time while a sketch is made: more at once buys no speed
-_LEAST_SHARE = 0.01  # of an equal one: what was small in a few samples need not be in all
+_WORKING_BYTES = 64_000_000  # for products of factors, before positions are summed
+_CHUNK_BYTES = 256_000_000  # of factors held at a time while a sketch is made: more is no faster
+_LEAST_SHARE = 0.01  # of an equal share: a block that is small on a few samples may be larger on others
 
 
 @dataclass(frozen=True)
 class Sketch:
-    r"""How to sketch features: ``dim`` coordinates in all, from ``seed``, in independent ``repetitions``.
+    r"""How to sketch features, without bias: E⟨SΦ, SΦ′⟩ = ⟨Φ, Φ′⟩.
 
     A repetition's coordinates of block ℓ are s_jᵀΦ_ℓr_j/√k_ℓ for k_ℓ pairs of rows of Hadamard matrices with random signs.
-    These follow from seed, block and repetition alone, and E⟨SΦ, SΦ′⟩ = ⟨Φ, Φ′⟩. Every block gets as many coordinates as any
-    other, or its share in ``shares``, which ``fitted`` measures; blocks with no more entries than that stay exact.
+    They depend on seed, block and repetition alone. Derivation in docs/theory.md, §8.
 
-    Raises TangentError for dimensions, seeds, repetitions or shares that are none. Derivation in docs/theory.md, §8.
+    Args:
+        dim: the number of coordinates of all blocks and repetitions together.
+        seed: the seed of the projections, at least 0.
+        repetitions: the number of independent repetitions, at least 2; their spread gives the error.
+        shares: each block's share of the coordinates, as ``fitted`` measures it; None is the same for every block. Blocks
+            with no more entries than their share stay exact.
+
+    Raises:
+        TangentError: when a value is out of range.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(40, 30), torch.randn(5, 40)
@@ -59,19 +67,26 @@ class Sketch:
         if self.dim < 1:
             raise TangentError(f"Sketch: dim is a positive number of coordinates, got {self.dim}")
         if self.repetitions < 2:
-            raise TangentError(f"Sketch: repetitions is at least 2, or no error can be told, got {self.repetitions}")
+            raise TangentError(
+                f"Sketch: repetitions is at least 2, as their spread is the error, got {self.repetitions}"
+            )
         if self.seed < 0:
-            raise TangentError(f"Sketch: seed is a whole number from 0 on, got {self.seed}")
+            raise TangentError(f"Sketch: seed is a whole number of at least 0, got {self.seed}")
         for name, share in (self.shares or {}).items():
             if not (math.isfinite(share) and share > 0):
                 raise TangentError(f"Sketch: shares are positive numbers, got {share} for block {name!r}")
 
     def fitted(self, feats: TangentFeatures) -> "Sketch":
-        r"""The same sketch with the shares that give the least error on features like these: √(mean of K_ℓ(x, x)²).
+        r"""The same sketch, with the shares that give the least error on features like these: the mean of K_ℓ(x, x).
 
-        Errors of blocks add up to Σ_ℓ V_ℓ/k_ℓ, least for k_ℓ ∝ √V_ℓ, and V_ℓ grows as the square of the block's kernel. A few
-        samples suffice. The shares are part of the sketch, so use this same one for all data. Raises TangentError for
-        features that are a sketch.
+        The error is Σ_ℓ V_ℓ/k_ℓ, least for k_ℓ ∝ √V_ℓ, and V_ℓ grows as the square of the block's kernel. The shares are
+        part of the sketch, so use the result for all data.
+
+        Args:
+            feats: exact features; a few samples suffice.
+
+        Raises:
+            TangentError: when the features are a sketch, or zero.
 
         >>> import torch, adaptive_tangents as at
         >>> model = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.ReLU(), torch.nn.Linear(50, 50))
@@ -88,9 +103,13 @@ class Sketch:
         return replace(self, shares={name: max(size / total, least) for name, size in sizes.items()})
 
     def sizes(self, shapes: Shapes) -> dict[str, int]:
-        """Coordinates of one repetition of every block that is sketched; blocks left out of it stay exact.
+        """Number of coordinates in one repetition of each block that is sketched; the other blocks stay exact.
 
-        Raises TangentError where dim leaves less than one a block and repetition, or shares are of other blocks.
+        Args:
+            shapes: the shape (o, i) of each block, by name.
+
+        Raises:
+            TangentError: when ``dim`` is too small for these blocks, or the shares are of other blocks.
         """
         if self.shares is not None and set(self.shares) != set(shapes):
             raise TangentError(
@@ -115,15 +134,20 @@ class Sketch:
         return {name: 1 + int(free * shares[name] / total) for name in rest}
 
     def apply(self, feats: TangentFeatures, *, fingerprint: str | None = None) -> "SketchedFeatures":
-        """The sketch of features, of averages and adapted ones too; ``fingerprint`` says of which parameters they are.
+        """The sketch of exact, averaged or adapted features.
 
-        Raises TangentError for features that are a sketch already, and where ``sizes`` does.
+        Args:
+            feats: the features.
+            fingerprint: a hash of the model's parameters, which ``save_sketch`` needs; None leaves it unknown.
+
+        Raises:
+            TangentError: when the features are a sketch already, or as in ``sizes``.
         """
         _refuse_sketch("apply", feats)
         return _sketched(self, feats, _projections(self, _shapes(feats)), fingerprint)
 
     def describe(self) -> dict[str, object]:
-        """What the sketch is, as JSON can hold it."""
+        """The sketch's settings, as plain JSON values."""
         return {
             "method": "pairs of rows of signed Hadamard matrices", "dim": self.dim, "seed": self.seed,
             "repetitions": self.repetitions, "shares": None if self.shares is None else dict(self.shares),
@@ -132,11 +156,19 @@ class Sketch:
 
 @dataclass(frozen=True, repr=False)
 class SketchedFeatures(TangentFeatures):
-    """A sketch of tangent features, TangentFeatures again: a block's matrix is (repetitions, coordinates of each).
+    """A sketch of tangent features, used like any TangentFeatures; a sketched block is (repetitions, coordinates).
 
-    Kernels are unbiased estimates. A vector over parameters is one over the p coordinates. Only what treats a block as a
-    whole can transform a sketched block: ``Fixed``, ``LayerScale`` and ``Full``. ``shapes`` are those of the blocks before,
-    ``fingerprint`` the hash of the parameters, where known.
+    Kernels are unbiased estimates. A vector over parameters is one over the p coordinates. A sketched block can only be
+    transformed as a whole: by the structures ``Fixed``, ``LayerScale`` and ``Full``.
+
+    Attributes:
+        n, c: number of samples and of outputs.
+        blocks: the sketched or exact features of each parameter block, by name.
+        parameters: name and shape of each sketched block or exact parameter.
+        limit: bytes that ``dense`` and ``kernel`` may use; None is half of what is free.
+        sketch: the sketch.
+        shapes: the shape (o, i) of each block before it was sketched, by name.
+        fingerprint: a hash of the model's parameters; None if unknown.
     """
 
     sketch: Sketch = field(kw_only=True)
@@ -150,7 +182,7 @@ class SketchedFeatures(TangentFeatures):
 
     @property
     def origin(self) -> str:
-        # Not in the order of the blocks, which says nothing of their features.
+        # Sorted, because the order of the blocks does not matter.
         of = files.fingerprint([sorted(self.shapes.items()), sorted((self.sketch.shares or {}).items())])
         sketch = self.sketch
         return f"a sketch (dim {sketch.dim}, seed {sketch.seed}, {sketch.repetitions} repetitions, of blocks {of[:8]})"
@@ -170,12 +202,20 @@ class SketchedFeatures(TangentFeatures):
         return self.of(super().to(dtype))
 
     def transformed(self, transforms: Mapping[str, Transform]) -> "SketchedFeatures":
-        """Adapted features Mφ; a sketched block by one factor, or by a joint transform found from the same sketch."""
+        """Adapted features Mφ.
+
+        Args:
+            transforms: a transform for each block to adapt, by name; for a sketched block a factor, or a joint transform
+                that was found from the same sketch.
+
+        Raises:
+            TangentError: when a transform acts on the sides or entries of a sketched block.
+        """
         for name, transform in transforms.items():
             if name in self.sketched and not _acts_on(transform, self.blocks[name]):
                 raise TangentError(
-                    f"transformed: block {name!r} is a sketch, on which a {type(transform).__name__} of its sides or entries "
-                    "does not act; transform the features first and sketch them then, sketch.apply(feats.transformed(M))"
+                    f"transformed: block {name!r} is a sketch, on which {type(transform).__name__} cannot act by sides or "
+                    "entries; transform first and sketch then, sketch.apply(feats.transformed(M))"
                 )
         return self.of(super().transformed(transforms))
 
@@ -184,7 +224,12 @@ class SketchedFeatures(TangentFeatures):
     ) -> "SketchedKernel":
         r"""The kernel with the standard error of every entry, √(Σ_r(K_r − K̄)²/(R(R − 1))) from the R repetitions K_r.
 
-        Arguments as of ``kernel``. Raises TangentError as it does; three kernels must fit into memory.
+        Args:
+            other: features of the columns' samples, by the same sketch; None is these features.
+            outputs: "full" (n, c, m, c), "trace" (n, m) or "diagonal" (n, m, c), as in ``kernel``.
+
+        Raises:
+            TangentError: as ``kernel``; when three kernels would exceed the memory limit; after a joint transform.
         """
         if any(block.shared is not None for feats in (self, other or self) for block in feats.blocks.values()):
             raise TangentError(
@@ -205,7 +250,11 @@ class SketchedFeatures(TangentFeatures):
         return SketchedKernel(kernel, (spread / (count * (count - 1))).sqrt(), self.sketch, self, other, outputs)
 
     def only(self, repetitions: list[int]) -> TangentFeatures:
-        """The features of some of the repetitions, an estimate of the same; exact blocks as they are."""
+        """The features of some of the repetitions, again an unbiased sketch; exact blocks stay as they are.
+
+        Args:
+            repetitions: indices of the repetitions.
+        """
         blocks = dict(self.blocks)
         for name in self.sketched:
             (part,), (total, size) = blocks[name].summands, blocks[name].shape
@@ -226,8 +275,11 @@ class SketchedFeatures(TangentFeatures):
 class SketchedKernel:
     """An unbiased estimate of a kernel from a sketch, with the standard error of every entry.
 
-    ``kernel`` and ``standard_error`` are shaped as ``TangentFeatures.kernel`` says for ``outputs``; ``left`` and ``right``
-    are the features it is of (``right`` None: of ``left`` with itself).
+    Attributes:
+        kernel, standard_error: the estimate and its errors, both (n, c, m, c), (n, m) or (n, m, c).
+        sketch: the sketch.
+        left, right: the features of the rows and of the columns; a ``right`` of None is ``left``.
+        outputs: "full", "trace" or "diagonal".
     """
 
     kernel: Tensor = field(repr=False)
@@ -243,11 +295,15 @@ class SketchedKernel:
         return float(self.standard_error.double().norm() / self.kernel.double().norm())
 
     def error_of(self, measure: Callable[[Tensor], float]) -> "SketchedMeasure":
-        r"""Any measure of the kernel with its standard error and bias, by the jackknife over repetitions.
+        r"""Any measure of the kernel with its standard error and bias, by the jackknife over the R repetitions.
 
-        ``measure`` takes a kernel: with v of all R repetitions and v_r of all but the r-th, the standard error is
-        √((R − 1)/R Σ_r(v_r − v̄)²) and the bias (R − 1)(v̄ − v). Measures that are not linear are biased by a sketch: errors
-        add to the norm that an alignment is divided by. It costs R kernels. Source: Efron & Stein, Ann. Stat. 1981.
+        With v from all repetitions and v_r from all but the r-th, the standard error is √((R − 1)/R Σ_r(v_r − v̄)²) and the
+        bias (R − 1)(v̄ − v). A sketch biases nonlinear measures: its errors add to the norm in an alignment, for example.
+
+        Args:
+            measure: maps a kernel to a number; it is called on R + 1 kernels.
+
+        Source: Efron & Stein, Ann. Stat. 1981.
 
         >>> import torch, adaptive_tangents as at
         >>> model, x, y = torch.nn.Linear(40, 1), torch.randn(12, 40), torch.randn(12)
@@ -266,14 +322,23 @@ class SketchedKernel:
         return SketchedMeasure(value, error, (count - 1) * (mean - value), count)
 
     def of_repetitions(self, repetitions: list[int]) -> Tensor:
-        """The kernel from some of the repetitions alone."""
+        """The kernel from some of the repetitions alone.
+
+        Args:
+            repetitions: indices of the repetitions.
+        """
         right = None if self.right is None else self.right.only(repetitions)
         return self.left.only(repetitions).kernel(right, outputs=self.outputs)
 
 
 @dataclass(frozen=True)
 class SketchedMeasure:
-    """A measure of a sketched kernel: its value there, standard error, and bias, from ``repetitions``."""
+    """A measure of a sketched kernel, with its error.
+
+    Attributes:
+        value, standard_error, bias: the measure of the estimate, its standard error, and its bias.
+        repetitions: the number of repetitions they are from.
+    """
 
     value: float
     standard_error: float
@@ -282,7 +347,7 @@ class SketchedMeasure:
 
     @property
     def corrected(self) -> float:
-        """The value less its bias."""
+        """The value minus its bias."""
         return self.value - self.bias
 
 
@@ -296,10 +361,21 @@ def sketch_features(
     output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
 ) -> SketchedFeatures:
-    r"""The sketch of tangent features, made some samples at a time, so that factors of all samples are never held.
+    r"""The sketch of tangent features, made a few samples at a time: the factors of all samples are never held.
 
-    Arguments as of ``tangent_features``. Equal to ``sketch.apply(tangent_features(...))`` up to rounding, however samples are
-    divided. Raises TangentError as those do, and where the sketch itself does not fit into memory.
+    Up to rounding it equals ``sketch.apply(tangent_features(...))``, in whatever batches the samples come.
+
+    Args:
+        model: the network f; it is left as it was.
+        x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        sketch: the sketch.
+        params: a state dict to evaluate the model at; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        memory_limit: bytes that may be used; None is half of what is free.
+
+    Raises:
+        TangentError: as ``tangent_features`` and ``Sketch.apply``, and when the sketch would exceed the memory limit.
 
     >>> import torch, adaptive_tangents as at
     >>> model, x, sketch = torch.nn.Linear(40, 30), torch.randn(8, 40), at.Sketch(256)
@@ -320,7 +396,7 @@ def sketch_features(
             projections = _projections(sketch, _shapes(feats))
         made.append(_sketched(sketch, feats, projections, made_from))
         del feats
-        # Twice: parts are copied once while they are put together.
+        # Twice, because joining the parts copies them once.
         needed = 2 * n * made[0].bytes // made[0].n
         require_memory(call, needed, capture.limit, remedy="take a smaller dim or fewer samples")
     first = made[0]
@@ -334,7 +410,7 @@ def sketched_kernel(
     model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Mapping[str, Tensor] | None,
     wrt: Selection | None, output_fn: OutputFn | None, memory_limit: int | None,
 ) -> SketchedKernel:  # fmt: skip
-    """``tangent_kernel`` by a sketch."""
+    """``tangent_kernel`` from a sketch."""
     left, right = (
         None if batch is None else
         sketch_features(model, batch, sketch, params=params, wrt=wrt, output_fn=output_fn, memory_limit=memory_limit)
@@ -345,7 +421,7 @@ def sketched_kernel(
 
 
 def _projections(sketch: Sketch, shapes: Shapes) -> Projections:
-    """The rows of every repetition of the blocks that are sketched."""
+    """The Hadamard rows of every repetition, for the blocks that are sketched."""
     return {
         name: tuple(paired_rows((sketch.seed, name, r), shapes[name], size) for r in range(sketch.repetitions))
         for name, size in sketch.sizes(shapes).items()
@@ -376,7 +452,7 @@ def _projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...])
     made = []
     for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size)):
         some = block.map(index=part)
-        # Each of shape (n, c, k); all are wanted as (n, c, r, k).
+        # From one (n, c, k) per repetition to (n, c, r, k).
         rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]
         made.append(torch.stack(rows, 2) / math.sqrt(size * len(repetitions)))
     dense = Dense(made[0] if len(made) == 1 else torch.cat(made))
@@ -384,10 +460,10 @@ def _projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...])
 
 
 def _bytes_per_sample(block: Block, size: int) -> int:
-    """Working memory for one sample: its signals transformed, and their products with the inputs."""
+    """Working memory for one sample: its projected signals, and their products with the inputs."""
     factored = block.dense is None and block.weighted is None and block.shared is None
     positions = max(1, block.positions if factored else min(block.shape))
-    # Only where signals are on the output side is the input side, a table of words say, out of play.
+    # With signals on the output side, the width of the input side (a table of words, for example) does not count.
     width = block.shape[0] if factored and block.flipped is None else max(block.shape)
     return positions * block.outputs * (2 * size + 2 * width) * tensors_of(block.summands[0])[0].element_size()
 
@@ -399,12 +475,12 @@ def _shapes(feats: TangentFeatures) -> dict[str, tuple[int, int]]:
 def _refuse_sketch(call: str, feats: TangentFeatures) -> None:
     if isinstance(feats, SketchedFeatures):
         raise TangentError(
-            f"{call}: the features are {feats.origin} already; give exact ones, as tangent_features makes"
+            f"{call}: the features are {feats.origin} already; give exact ones, as tangent_features makes them"
         )
 
 
 def _acts_on(transform: Transform, block: Block) -> bool:
-    """Whether a transform means the same to the coordinates of a block as to the block."""
+    """Whether a transform acts on the coordinates of a sketched block as it acts on the block."""
     if isinstance(transform, Joint):
         return tuple(transform.direction[block.name].shape) == block.shape
     return isinstance(transform, Sides) and transform.left is None and transform.right is None

@@ -1,4 +1,4 @@
-"""Which kernel is to be made, and what a tile is: features of two ranges of samples contracted, blocks added in float64."""
+"""The features that a stored kernel is made from, and the kernel of a tile: blocks contracted, then added in float64."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -19,25 +19,25 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.storage.planning import Sizes
 
-_MEASURED = 16  # samples whose features are made to see what one takes
+_MEASURED = 16  # samples whose features are made to measure the memory of one
 
 
 @runtime_checkable
 class Sketching(Protocol):
-    """What makes features smaller, and says how."""
+    """A way to make features smaller, such as `Sketch`."""
 
     def apply(self, feats: TangentFeatures) -> TangentFeatures:
-        """The features that take their place."""
+        """The smaller features."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Its settings, as they are stored with the kernel."""
+        """Its settings; they are stored with the kernel."""
         ...
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Features of any range of samples of x and x₂, as the kernel is made of them: adapted, sketched, in their dtype."""
+    """Features of any range of samples of x and x₂ in the form that is contracted: adapted, sketched, in their dtype."""
 
     capture: Capture
     x: Batch
@@ -50,17 +50,17 @@ class Stream:
 
     @property
     def n(self) -> int:
-        """Samples of the rows."""
+        """Number of samples of the rows."""
         return samples(self.x)
 
     @property
     def m(self) -> int:
-        """Samples of the columns."""
+        """Number of samples of the columns."""
         return samples(self.x if self.x2 is None else self.x2)
 
     @property
     def c(self) -> int:
-        """Outputs of the network."""
+        """Number of outputs of the network."""
         return self.capture.probe.c
 
     def features(self, x: Batch, pass_samples: int | None = None) -> TangentFeatures:
@@ -78,25 +78,26 @@ class Stream:
         return self.features(batch if whole else take(batch, rows), pass_samples)
 
     def probed(self) -> Float[Tensor, " k"]:
-        """The kernel's trace of each of a few samples with itself: nearly the same for the same network anywhere."""
+        """The kernel's trace for a few samples, each with itself: nearly the same for the same network on any machine."""
         index = self.capture.probe.index
         feats = self.features(take(self.x, index.to(_device(self.x))), len(index))
         return feats.kernel(outputs="trace").diagonal()
 
     def some(self) -> TangentFeatures:
-        """The features of a few samples, from which the cost of all of them is known."""
+        """The features of a few samples, to estimate the cost of all of them."""
         most = max(1, self.capture.limit // 4 // self.capture.bytes_per_sample)
         return self.features(take(self.x, slice(0, min(_MEASURED, self.n, most))))
 
     def sizes(self, feats: TangentFeatures) -> Sizes:
-        """What a sample takes, from the features of a few."""
+        """The memory of one sample, measured on the features of a few."""
         probe = self.capture.probe
-        # What all samples share, the directions of a transform say, is there once.
+        entries = {"full": self.c**2, "trace": 1, "diagonal": self.c}[self.outputs]
+        # Without what all samples share, for example the directions of a transform.
         held = feats.bytes if feats.n == 1 else -(-(feats.bytes - feats[:1].bytes) // (feats.n - 1))
         made = 2 * probe.held_bytes() - probe.whole_bytes
         made += held if self.transforms is not None or self.sketch is not None or self.cast is not None else 0
         itemsize = torch.empty((), dtype=working_dtype(feats.dtype)).element_size()
-        # Gradients of all parameters, and the largest once more as a block's matrix.
+        # The gradients of all parameters, and the largest once more, as a block's matrix.
         gradients = [self.capture.network.parameters[name].nbytes for name in self.capture.network.selected]
         checking = sum(gradients) + max(gradients)
         needed = (max(1, held), made, probe.pass_bytes, checking, feats.bytes)
@@ -108,7 +109,10 @@ def stream(
     wrt: Selection | None, by_block: bool, output_fn: OutputFn | None, memory_limit: int | None, dtype: torch.dtype | None,
     transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
 ) -> Stream:  # fmt: skip
-    """The features of a kernel, after all checks. ``dtype``: of the network's evaluation, or bfloat16: of its features."""
+    """The features of a kernel, after all checks.
+
+    ``dtype`` is that of the network's evaluation; bfloat16 is that of its features only.
+    """
     if dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
         raise TangentError(f"{call}: dtype is torch.float64, torch.float32, torch.bfloat16 or None, got {dtype}")
     cast = torch.bfloat16 if dtype == torch.bfloat16 else None
@@ -125,7 +129,7 @@ def stream(
 def contracted(
     left: TangentFeatures, right: TangentFeatures | None, outputs: Outputs, working_bytes: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The kernel of every block, one after the other, within ``working_bytes`` besides each kernel."""
+    """The kernel of every block, one after the other, with at most ``working_bytes`` beside each kernel."""
     m, c = (left if right is None else right).n, left.c
     itemsize = torch.empty((), dtype=working_dtype(left.dtype)).element_size()
     limit = left.n * m * entries(outputs, c) * itemsize + working_bytes
@@ -136,7 +140,7 @@ def contracted(
 
 
 def summed(kernels: Iterator[tuple[str, Tensor]]) -> Tensor:
-    """Σ of the blocks' kernels, added in float64 and rounded once to what they are in."""
+    """The sum of the blocks' kernels, added in float64 and rounded once to their dtype."""
     _, first = next(kernels)
     total = first
     for k, (_, kernel) in enumerate(kernels):
@@ -146,7 +150,7 @@ def summed(kernels: Iterator[tuple[str, Tensor]]) -> Tensor:
 
 
 def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model in another dtype, or the model itself where it is in that dtype."""
+    """A copy of the model in another dtype, or the model itself if it has that dtype."""
     floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     if all(t.dtype == dtype for t in floating):
         return model
@@ -154,7 +158,7 @@ def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return deepcopy(model).to(dtype)
     except (RuntimeError, TypeError) as error:
         raise TangentError(
-            f"{call}: the model cannot be copied to be evaluated in {dtype} ({error}); pass it in that dtype already"
+            f"{call}: the model cannot be copied in order to evaluate it in {dtype} ({error}); pass it in that dtype"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A kernel to disk: planned, tile by tile, resumed where it was left, by one process or by all that torchrun started."""
+"""Write a kernel to disk: planned, tile by tile, resumable, by one process or by all that torchrun started."""
 
 import errno
 import os
@@ -34,8 +34,8 @@ from adaptive_tangents.storage.store import CLAIMS, LOCK, KernelStore, create_st
 
 Progress = Callable[[str, float], None]
 
-_TELLING = 0.2  # seconds of capturing that tell what more of it takes
-_COMPRESSED = 0.7  # of its bytes a kernel takes on disk at least: usually 0.9
+_TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
+_COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
 
 
 def kernel_to_store(
@@ -57,16 +57,34 @@ def kernel_to_store(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> KernelStore:
-    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, (n, c, m, c), (n, m) or (n, m, c), made tile by tile into a Zarr store.
+    """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, written tile by tile into a Zarr store.
 
-    Arguments as for ``tangent_kernel``. ``dtype``: float64 or float32 evaluate the network in it, bfloat16 keeps features
-    in it (an entry is then off by at most about 2⁻⁶ of √(K(x,x)K(x₂,x₂))); contraction is in float32 or better, blocks are
-    added in float64. ``transforms`` make it the adapted kernel of a ``Fit``; ``sketch`` contracts sketched features.
-    ``resume`` goes on with a store of the same model, data and settings, and makes missing and damaged tiles only. The
-    result is bit for bit the same however often it was interrupted, in whatever order and by however many processes, for
-    the same tile. Under torchrun the processes share the tiles; ``memory_limit`` is of each of them.
+    Contraction is in float32 or better, and blocks are added in float64. For the same ``tile`` the result is the same bit
+    for bit, no matter how often it was interrupted or how many processes made it. Under torchrun the processes share the
+    tiles.
 
-    Raises TangentError where the store is another's, is being written or cannot be written, and as ``tangent_kernel`` does.
+    Args:
+        model: the network f; it is left as it was.
+        x: samples of the rows first, (n, ...): a tensor, or a tuple or dict of tensors.
+        path: the folder of the store, for example ``K.zarr``; it is made.
+        x2: samples of the columns, (m, ...), in the same form; None is x.
+        outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
+        params: a state dict to evaluate the model at; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        by_block: whether to store one kernel per block, by name; they add up to the whole.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        tile: samples along a side of a tile; None is chosen by memory.
+        memory_limit: bytes that each process may use; None is half of what is free, shared by the processes of a machine.
+        dtype: float64 or float32 evaluates the network in it; bfloat16 keeps features in it, with an error of at most about
+            2⁻⁶·√(K(x,x)K(x₂,x₂)) per entry; None keeps the model's dtype.
+        transforms: a transform for each block to adapt, such as ``Fit.transforms``; None is the plain kernel.
+        sketch: contracts sketched features instead of exact ones; None is exact.
+        resume: whether to continue a store of the same model, data and settings; only missing and damaged tiles are made.
+        progress: called with what is being done ("verifying", "tiles") and the fraction that is done.
+
+    Raises:
+        TangentError: when the path holds something else or another kernel, another process writes it, or it cannot be
+            written; and as ``tangent_kernel``.
 
     >>> import tempfile, torch, adaptive_tangents as at
     >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
@@ -118,10 +136,28 @@ def plan_kernel(
     sketch: Sketching | None = None,
     processes: int = 1,
 ) -> StorePlan:
-    """What ``kernel_to_store`` will take: tiles, routes, bytes on disk and in memory, operations and seconds; ``print`` it.
+    """What ``kernel_to_store`` will cost: tiles, routes, bytes on disk and in memory, operations, seconds; ``print`` it.
 
-    Arguments as there. Only a few samples' features are made, to see what they take. Raises TangentError where the memory
-    limit does not allow it at all.
+    Only the features of a few samples are made, to measure their cost.
+
+    Args:
+        model: the network f; it is left as it was.
+        x: samples of the rows first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x2: samples of the columns, (m, ...), in the same form; None is x.
+        outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
+        params: a state dict to evaluate the model at; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        by_block: whether to store one kernel per block, by name; they add up to the whole.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        tile: samples along a side of a tile; None is chosen by memory.
+        memory_limit: bytes that each process may use; None is half of what is free, shared by the processes of a machine.
+        dtype: as in ``kernel_to_store``.
+        transforms: a transform for each block to adapt, such as ``Fit.transforms``; None is the plain kernel.
+        sketch: contracts sketched features instead of exact ones; None is exact.
+        processes: the number of processes that will share the tiles.
+
+    Raises:
+        TangentError: as ``kernel_to_store``, for example when the memory limit is too small.
 
     >>> import torch, adaptive_tangents as at
     >>> plan = at.plan_kernel(torch.nn.Linear(3, 2), torch.randn(1000, 3), outputs="full")
@@ -140,7 +176,7 @@ def plan_kernel(
 
 
 def _seconds_a_sample(made: Stream, count: int, layout: Layout) -> float:
-    """What capturing takes: of so many samples, or of more, up to a tile, where those take next to no time."""
+    """Seconds of capturing per sample, measured on ``count`` samples, or on up to a tile if those take too little time."""
     most = max(count, min(layout.tile, made.n))
     while True:
         batch = take(made.x, slice(0, count))
@@ -153,7 +189,7 @@ def _seconds_a_sample(made: Stream, count: int, layout: Layout) -> float:
 
 
 def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, each: float) -> StorePlan:
-    """The plan of a layout, where capturing takes ``each`` seconds a sample."""
+    """The plan of a layout, if capturing takes ``each`` seconds per sample."""
     sizes, symmetric = made.sizes(some), made.x2 is None
     grid = _grid(made, some, layout)
     costs = tile_costs(grid.places, layout.tile, made.n, made.m, symmetric=symmetric)
@@ -187,7 +223,7 @@ def _shares(
 ) -> list[list[Place]]:
     """The tiles of every process, in the order it makes them."""
     costs = tile_costs(places, layout.tile, made.n, made.m, symmetric=made.x2 is None)
-    # Of one pass forward and one backward for every output, through the products that the blocks' weights are in.
+    # One forward pass and one backward pass per output, through the products with the blocks' weights.
     pass_operations = sum(2 * max(1, b.positions) * b.shape[0] * b.shape[1] for b in some.blocks.values()) * (
         1 + made.c
     )
@@ -196,7 +232,7 @@ def _shares(
 
 
 def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
-    """The store of a layout, before there is one."""
+    """The store of a layout as an object only, before it is on disk."""
     dtype = str(working_dtype(some.dtype)).removeprefix("torch.")
     blocks = list(some.blocks) if made.by_block else []
     meta = {"n": made.n, "m": made.m, "c": made.c, "outputs": made.outputs, "dtype": dtype, "blocks": blocks}
@@ -204,7 +240,7 @@ def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
 
 
 def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
-    """What the kernel is made from, as it is compared and stored."""
+    """What the kernel is made from, to store and to compare."""
     net, probe = made.capture.network, made.probed()
     _check_entries(call, probe)
     given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
@@ -229,13 +265,11 @@ def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) 
 
 
 def _folder_for(call: str, path: Path) -> Path:
-    """The folder of a store, made where it is not there, and refused where it holds something else."""
+    """The folder of a store; made if needed, refused if it holds something else."""
     if path.exists() and not path.is_dir():
-        raise TangentError(f"{call}: {path} is a file; give the path of a folder that is to be made, K.zarr say")
+        raise TangentError(f"{call}: {path} is a file; give the path of a folder to make, such as K.zarr")
     if path.is_dir() and read_meta(path) is None and any(path.iterdir()) and not (path / LOCK).exists():
-        raise TangentError(
-            f"{call}: {path} is a folder that holds something else; give a path where there is nothing yet"
-        )
+        raise TangentError(f"{call}: {path} is a folder that holds something else; give a path that does not exist yet")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -244,7 +278,7 @@ def _begin(
     call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
     *, resume: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Make the store, or see that the one that is there is the same and sound."""
+    """Make the store, or check that the existing one is of the same kernel and sound."""
     if read_meta(path) is None:
         layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
         _check_room(call, path, _plan(made, some, layout, 1, 0.0))
@@ -254,8 +288,8 @@ def _begin(
         store = open_kernel(path)
         if not resume:
             raise TangentError(
-                f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; go on with it "
-                "by resume=True (--resume), give another path, or delete it"
+                f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
+                "with resume=True (--resume), give another path, or delete it"
             )
         check_same(call, path, store.meta, asked)
         store.tidy()
@@ -279,15 +313,15 @@ def _check_room(call: str, path: Path, plan: StorePlan) -> None:
         pairs = plan.shape[0] * plan.shape[1 if len(plan.shape) < 4 else 2]
         less = format_bytes(plan.disk_bytes * pairs // prod(plan.shape))
         raise TangentError(
-            f"{call}: the kernel takes up to {format_bytes(plan.disk_bytes)} and {path} has {format_bytes(free)} of room; "
-            f"free some, give a path elsewhere, or store outputs='trace', which takes up to {less}"
+            f"{call}: the kernel takes up to {format_bytes(plan.disk_bytes)} and the disk of {path} has {format_bytes(free)} "
+            f"free; free more, give a path elsewhere, or store outputs='trace', which takes up to {less}"
         )
 
 
 def _fill(
     call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, progress: Progress | None
 ) -> None:
-    """Make the missing tiles: this process its own share, then what is left of the others'."""
+    """Make the missing tiles: this process's own share, then what the others have left."""
     before = Layout(store.tile, 1, store.meta["pass_samples"], store.meta["working_bytes"], 0)
     layout = lay_out(call, made.sizes(some), made.capture.limit, fixed=before)
     missing = store.missing()
@@ -306,14 +340,14 @@ def _fill(
                 continue
             store.write(place, _tile(call, made, store, held, place, layout))
             if progress is not None and crew.leads:
-                # A tile that is claimed is nearly made.
+                # Claimed tiles count as made.
                 progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
 
 
 def _tile(
     call: str, made: Stream, store: KernelStore, held: FeatureCache[TangentFeatures], place: Place, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    """The kernels of one tile, one a block or their sum."""
+    """The kernels of one tile: one per block, or their sum."""
     left, other = held.pair(place)
     right = None if other is left else other
     blocks = contracted(left, right, made.outputs, layout.working_bytes)
@@ -330,36 +364,36 @@ def _check_entries(call: str, kernel: Tensor) -> None:
 
 
 def _finish(call: str, store: KernelStore) -> None:
-    """Say that the store is complete, if it is."""
+    """Mark the store as complete; raises TangentError if it is not."""
     left = len(store.missing())
     if left:
         raise TangentError(
-            f"{call}: {left} of {len(store.places)} tiles are missing from {store.path}, those of a process that ended "
-            "early; make them with resume=True (--resume)"
+            f"{call}: {left} of {len(store.places)} tiles are missing from {store.path}, because a process ended early; "
+            "make them with resume=True (--resume)"
         )
     shutil.rmtree(store.path / CLAIMS, ignore_errors=True)
     store.marked(complete=True)
 
 
 def _share(limit: int | None, x: Batch, processes: int) -> int | None:
-    """The memory limit of one of the processes on this machine: by default they share what is free."""
+    """The memory limit of one process; by default the processes of a machine share what is free."""
     device = tensors(x)[0].device
     return limit if limit is not None or device.type != "cpu" else max(1, limit_for(None, device) // processes)
 
 
 @contextmanager
 def _worded(call: str, path: Path) -> Iterator[None]:
-    """What the system refuses, in words."""
+    """Turn errors of the operating system into TangentError."""
     try:
         yield
     except OSError as error:
         store = read_meta(path)
         if error.errno == errno.ENOSPC:
             raise TangentError(
-                f"{call}: there is no room left for {path}; the tiles that are there stay: free some room and go on with "
+                f"{call}: there is no room left for {path}; the finished tiles stay: free some room and continue with "
                 "resume=True (--resume)"
             ) from error
         raise TangentError(
             f"{call}: {path} cannot be written ({error}); "
-            + ("give another path" if store is None else "mend that and go on with resume=True (--resume)")
+            + ("give another path" if store is None else "fix that and continue with resume=True (--resume)")
         ) from error

@@ -1,7 +1,7 @@
-"""One writer at a time: a lock file that names its holder, given up by the dead, and claims on single tiles.
+"""One writer at a time: a lock file that names its holder, and claims on single tiles.
 
-A holder on this machine is asked for by its process; one on another is watched for a while, as a living holder keeps
-writing to its lock.
+The lock of a dead holder is taken over. On this machine, a holder is alive if its process exists. On another machine, the
+lock is watched for a while: a living holder keeps writing to it.
 """
 
 import json
@@ -17,14 +17,14 @@ from typing import Any
 from adaptive_tangents.errors import TangentError
 
 _BEAT = 5.0  # seconds between signs of life
-_WATCHED = 6 * _BEAT  # after which another machine's holder without any is dead
+_WATCHED = 6 * _BEAT  # seconds; a holder on another machine without signs of life for so long is dead
 
 
 @contextmanager
 def writer_lock(call: str, path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` while in the context.
 
-    Raises TangentError where a living process holds it; that of a dead one is taken over.
+    Raises TangentError if a living process holds it; the lock of a dead process is taken over.
     """
     _acquire(call, path)
     stop = threading.Event()
@@ -48,7 +48,7 @@ def claim(folder: Path, name: str) -> bool:
 
 
 def _acquire(call: str, path: Path) -> None:
-    # Whole before it has the name, so that nobody reads half a lock.
+    # The file is complete before it gets its name, so that nobody reads half a lock.
     draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     draft.write_text(json.dumps(_myself(0)), "utf-8")
     try:
@@ -58,11 +58,11 @@ def _acquire(call: str, path: Path) -> None:
                 return
             holder = _read(path)
             if holder is None:
-                continue  # given up just now
+                continue  # released just now
             if _alive(path, holder):
                 raise TangentError(
                     f"{call}: {path.parent} is being written by process {holder.get('process')} on {holder.get('host')}; "
-                    f"wait for it or end it (if it is long gone, delete {path})"
+                    f"wait for it or end it (if it no longer exists, delete {path})"
                 )
             _take_away(path, holder)
     finally:
@@ -70,7 +70,7 @@ def _acquire(call: str, path: Path) -> None:
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> None:
-    """Remove the lock of a dead holder, unless another process was quicker and it is that one's by now."""
+    """Remove the lock of a dead holder, unless another process has taken it over in the meantime."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.stale")
     with suppress(FileNotFoundError):
         os.rename(path, aside)
@@ -86,7 +86,7 @@ def _myself(beats: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds a lock; nobody where there is none, and a holder without a name where it cannot be read."""
+    """The holder of a lock; None if there is no lock, and {} if it cannot be read."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
     if holder.get("host") == socket.gethostname():
-        # A process of the same number that started at another time is another process.
+        # A process with the same number but another start time is another process.
         started = _started(int(holder["process"]))
         return started is not None and started == holder.get("started")
     end = time.monotonic() + _WATCHED
@@ -110,7 +110,7 @@ def _alive(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in the kernel's count; None where there is none of that number."""
+    """The start time of a process, in the kernel's clock ticks; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -130,6 +130,6 @@ def _beat(path: Path, stop: threading.Event) -> None:
         with suppress(OSError):
             holder = _read(path) or {}
             if (holder.get("host"), holder.get("process")) != (socket.gethostname(), os.getpid()):
-                return  # taken for dead, after being suspended say
+                return  # another process took over, for example while this one was suspended
             draft.write_text(json.dumps(_myself(beats)), "utf-8")
             os.replace(draft, path)

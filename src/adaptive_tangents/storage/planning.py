@@ -1,4 +1,4 @@
-"""What a stored kernel will take before it is made: tiles, room for features, bytes, operations, seconds."""
+"""What a stored kernel will cost, before it is made: tiles, features held, bytes, operations, seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,21 @@ from adaptive_tangents.features.kernel_layout import Outputs
 from adaptive_tangents.features.plans import WORKING_BYTES, KernelPlan
 from adaptive_tangents.runtime.memory import format_bytes, require_memory
 
-_CHUNK_BYTES = 32_000_000  # of a tile on disk: larger ones save nothing, and less is lost by a kill
-_SIDE = 8  # tiles a side at least, so that there is something to share and to resume
-_SMALLEST, _SMALL = 128, 32  # samples a tile: not fewer for the sake of more tiles; for the sake of room
+_CHUNK_BYTES = 32_000_000  # of a tile on disk: larger tiles save no time, and a kill loses more
+_SIDE = 8  # least number of tiles along a side, so that there is something to share and to resume
+_SMALLEST, _SMALL = 128, 32  # least samples per tile: when made smaller for more tiles; when made smaller for memory
 _MOST = 500  # ranges of samples
-_STORED_A_SECOND = 1e8  # bytes compressed, written and read back
+_PASS_BYTES = 1_000_000_000
+_WORKING_BYTES = 64_000_000
+_STORED_A_SECOND = 1e8  # bytes compressed, written and read back per second
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that the features of one sample take: ``held``, while they are ``made``, and in the pass that makes them.
+    """Bytes for the features of one sample: when ``held``, while they are ``made``, and ``passing`` in a pass.
 
-    ``checking`` is what comparing them with autograd's gradients takes in every pass, ``always`` what is held throughout.
-    ``entries`` of the kernel there are for a pair of samples, each of ``itemsize`` bytes.
+    ``checking`` is what the comparison with autograd takes in every pass, ``always`` what is held throughout. A pair of
+    samples has ``entries`` kernel entries of ``itemsize`` bytes.
     """
 
     n: int
@@ -39,7 +41,7 @@ class Sizes:
     itemsize: int
 
     def ranges(self, tile: int) -> int:
-        """How many ranges of ``tile`` samples there are."""
+        """The number of ranges of ``tile`` samples."""
         return -(-self.n // tile) + (0 if self.symmetric else -(-self.m // tile))
 
 
@@ -47,8 +49,8 @@ class Sizes:
 class Layout:
     """How a kernel is cut into tiles, and what is held at a time.
 
-    ``tile`` samples a side; ``cached`` tiles' features; features of ``pass_samples`` samples are made at once;
-    ``working_bytes`` for contracting them; ``bytes`` of memory altogether.
+    ``tile`` is the samples along a side. Features of ``cached`` ranges are held, and features of ``pass_samples`` samples
+    are made at once. Contraction uses ``working_bytes``; everything together takes ``bytes``.
     """
 
     tile: int
@@ -60,11 +62,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What a kernel store will cost before it is made; ``print`` it.
+    """What a kernel store will cost, before it is made; ``print`` it.
 
-    ``tile`` samples a side of each of ``tiles`` tiles; ``cached`` of N ranges of samples have their features held, so that
-    features are captured ``captures`` times by all ``processes`` together; ``contraction`` is the plan of one tile. Seconds
-    are expected ones: operations at this machine's speed, captures as measured on a few samples, processes in parallel.
+    There are ``tiles`` tiles. All ``processes`` together capture the features of a range ``captures`` times.
+    ``contraction`` is the plan of one tile. Expected seconds are from operations at this machine's speed, captures as
+    measured on a few samples, and processes that run in parallel.
     """
 
     outputs: Outputs
@@ -90,12 +92,12 @@ class StorePlan:
 
     @property
     def store_seconds(self) -> float:
-        """Seconds expected for compressing, writing and reading back."""
+        """Expected seconds for compressing, writing and reading back."""
         return self.disk_bytes / _STORED_A_SECOND
 
     @property
     def seconds(self) -> float:
-        """Seconds expected."""
+        """Expected seconds."""
         return (self.capture_seconds + self.contract_seconds + self.store_seconds) / self.processes
 
     def __str__(self) -> str:
@@ -119,9 +121,10 @@ class StorePlan:
 
 
 def lay_out(call: str, sizes: Sizes, limit: int, *, tile: int | None = None, fixed: Layout | None = None) -> Layout:
-    """The tiles of a kernel within a memory limit; their size given, or all but what is held as in an earlier layout.
+    """The tiles of a kernel within a memory limit.
 
-    Raises TangentError where even tiles of one sample, or those given, exceed it, or would be too many.
+    ``tile`` fixes their size. ``fixed`` is an earlier layout: only the number of features held is chosen anew. Raises
+    TangentError if the tiles given, or even tiles of one sample, exceed the limit, or if there would be too many.
     """
     longest = max(sizes.n, sizes.m)
     if fixed is not None:
@@ -133,7 +136,7 @@ def lay_out(call: str, sizes: Sizes, limit: int, *, tile: int | None = None, fix
     layout = _laid_out(sizes, limit, side)
     while layout.tile > 1 and layout.bytes > limit:
         layout = _laid_out(sizes, limit, layout.tile // 2)
-    # Smaller tiles waste less of the room, but are slower to contract.
+    # Smaller tiles use memory better, but are slower to contract.
     while layout.tile > 2 * _SMALL and layout.cached < min(_SIDE, sizes.ranges(layout.tile)):
         layout = _laid_out(sizes, limit, layout.tile // 2)
     return _checked(call, sizes, limit, layout)
@@ -144,8 +147,8 @@ def _checked(call: str, sizes: Sizes, limit: int, layout: Layout) -> Layout:
     require_memory(call, layout.bytes, limit, remedy=f"use {smaller}, outputs='trace' or a sketch")
     if sizes.ranges(layout.tile) > _MOST:
         raise TangentError(
-            f"{call}: tiles of {layout.tile} samples would cut the kernel at {sizes.ranges(layout.tile)} places, and {_MOST} "
-            "are the most that makes sense; use a larger tile, a larger memory_limit, or a sketch"
+            f"{call}: tiles of {layout.tile} samples would make {sizes.ranges(layout.tile)} ranges of samples, and {_MOST} "
+            "is the most that makes sense; use a larger tile, a larger memory_limit, or a sketch"
         )
     return layout
 
@@ -156,10 +159,10 @@ def _laid_out(sizes: Sizes, limit: int, tile: int) -> Layout:
 
 
 def _held(sizes: Sizes, limit: int, layout: Layout) -> Layout:
-    """With as many tiles' features held as there is room for."""
+    """The layout with as many ranges' features held as fit."""
     tile, ranges = layout.tile, sizes.ranges(layout.tile)
     features = tile * sizes.held
-    # A tile in float64, one block's kernel, and the tile as stored, as compressed and as read back.
+    # A tile in float64; one block's kernel; and the tile as stored, compressed, and read back.
     entries = tile * tile * sizes.entries * (8 + 4 * sizes.itemsize)
     making = tile * sizes.made + layout.pass_samples * sizes.passing + sizes.checking
     least = sizes.always + max(making, features + entries + layout.working_bytes)
@@ -170,7 +173,7 @@ def _held(sizes: Sizes, limit: int, layout: Layout) -> Layout:
 def tile_costs(
     places: Sequence[tuple[int, int]], tile: int, n: int, m: int, *, symmetric: bool
 ) -> dict[tuple[int, int], float]:
-    """Contracting each tile, in full tiles: those at the edges are smaller, of those on the diagonal half is made."""
+    """The cost of contracting each tile, relative to a full one: less at the edges, and about half on the diagonal."""
 
     def share(k: int, total: int) -> float:
         return (min((k + 1) * tile, total) - k * tile) / tile
@@ -179,7 +182,7 @@ def tile_costs(
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """A time in readable units.
 
     >>> duration(7300)
     '2 h 2 min'

@@ -1,4 +1,4 @@
-"""Several processes at one task: what torch.distributed is asked for, and the same for a process alone."""
+"""Several processes on one task, through torch.distributed; a single process uses the same interface."""
 
 import os
 import time
@@ -16,13 +16,13 @@ from torch import Tensor
 from adaptive_tangents.errors import TangentError
 
 _Result = TypeVar("_Result")
-_PATIENCE = timedelta(days=1)  # one process waits for the others' last tile, however long that takes
-_PAUSE = 0.02  # seconds between two looks at who has come
+_PATIENCE = timedelta(days=1)  # a process waits for the others' last tile, however long that takes
+_PAUSE = 0.02  # seconds between two checks of which processes have joined
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a task: this one's ``rank`` of ``size``, and how many of them run on this machine."""
+    """The processes of a task: this one's ``rank`` out of ``size``, and the number ``beside`` on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -30,11 +30,11 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one process that does what is done once."""
+        """Whether this is the process that does what is done only once."""
         return self.rank == 0
 
     def settled(self, function: Callable[[], _Result]) -> _Result:
-        """What ``function`` gives here, once it is done on every process; if one raises TangentError, all do."""
+        """The result of ``function`` here, after all processes have run it; if one raises TangentError, all do."""
         result: list[_Result] = []
         problem = ""
         try:
@@ -48,7 +48,7 @@ class Team:
         return result[0]
 
     def _raise_first(self, problem: str) -> None:
-        """Raise the problem of the first process that has one."""
+        """Raise the problem of the first process that has one, on all processes."""
         sizes = self._all_sizes(len(problem.encode()))
         source = next((rank for rank, size in enumerate(sizes) if size), None)
         if source is not None:
@@ -68,7 +68,7 @@ class Team:
 
 @contextmanager
 def team() -> Iterator[Team]:
-    """The processes that torchrun has started, in the process group that is there or in one of their own; else this one.
+    """The processes that torchrun started, in the existing process group or a new one; without torchrun, this process.
 
     >>> with team() as crew:
     ...     crew.size
@@ -77,7 +77,7 @@ def team() -> Iterator[Team]:
     named = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", "1")) > 1
     own = named and dist.is_available() and not dist.is_initialized()
     if own:
-        # Not in every build of torch.
+        # Imported here, since not every build of torch has them.
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
@@ -97,7 +97,10 @@ def team() -> Iterator[Team]:
 
 
 def _agreed(store: Any, rank: int, size: int) -> str:
-    """A name of this start of all processes: in a store that outlives restarts, addresses of dead ones would be found."""
+    """A name for this start of all processes.
+
+    torchrun's store outlives restarts, so without it processes would find the addresses of dead ones.
+    """
     own = uuid4().hex
     if rank:
         store.set(f"come/{rank}", own)
@@ -108,9 +111,9 @@ def _agreed(store: Any, rank: int, size: int) -> str:
     started = time.monotonic()
     while not store.check([f"{own}/{other}" for other in range(1, size)]):
         if time.monotonic() - started > _PATIENCE.total_seconds():
-            raise TangentError(f"torch.distributed: of {size} processes, not all have come within {_PATIENCE}")
+            raise TangentError(f"torch.distributed: not all of {size} processes have joined within {_PATIENCE}")
         for other in range(1, size):
-            # It may be one of an earlier start who came; then its successor will.
+            # This may be a process of an earlier start; its successor will still join.
             if store.check([f"come/{other}"]) and (who := store.get(f"come/{other}").decode()) != answered.get(other):
                 answered[other] = who
                 store.set(f"answer/{who}", own)

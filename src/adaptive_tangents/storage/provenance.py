@@ -1,4 +1,4 @@
-"""What a stored kernel was made from, in hashes: another model, other data or settings are told apart before work goes on."""
+"""What a stored kernel was made from, as hashes: work continues only with the same model, data and settings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _WORDS = {
     "dtype": "in another dtype",
     "features": "from features in another dtype",
     "wrt": "for other parameters (wrt)",
-    "blocks": "by blocks, and now it is not, or the other way round",
+    "blocks": "with the other choice of by_block, or of other blocks",
     "transforms": "with other transforms",
     "sketch": "with another sketch",
     "n": "of another number of samples",
@@ -27,7 +27,7 @@ _WORDS = {
     "tile": "in tiles of another size",
 }
 _SHOWN = ("version", "outputs", "dtype", "features", "tile", "n", "m", "c", "sketch")
-_FULL, _REDUCED = 1e-3, 5e-2  # of a probe: another model is further off, another machine nearer
+_FULL, _REDUCED = 1e-3, 5e-2  # relative to a probe: other models differ by more, other machines by less
 
 
 def batch_fingerprint(x: Batch) -> str:
@@ -36,7 +36,7 @@ def batch_fingerprint(x: Batch) -> str:
 
 
 def check_same(call: str, path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise TangentError unless a store was made from what is asked for now; the message says every difference."""
+    """Raise TangentError unless a store was made from what is asked for now; the message lists every difference."""
     other = [
         words + (f" ({stored.get(key)}, now {asked[key]})" if key in _SHOWN else "")
         for key, words in _WORDS.items()
@@ -44,12 +44,12 @@ def check_same(call: str, path: Path, stored: Mapping[str, Any], asked: Mapping[
     ]
     if other:
         raise TangentError(
-            f"{call}: {path} was made {', '.join(other)}; resume it with what it was begun with, or give another path"
+            f"{call}: {path} was made {', '.join(other)}; resume it with its original arguments, or give another path"
         )
     if not _near(stored["probe"], asked["probe"], _REDUCED if asked["features"] in ("bfloat16", "float16") else _FULL):
         raise TangentError(
             f"{call}: {path} was made with another network: parameters and data are the same, but the kernel of the first "
-            f"sample is {asked['probe'][0]:.6g} and was {stored['probe'][0]:.6g}; give the same model, output and "
+            f"sample is {asked['probe'][0]:.6g} and was {stored['probe'][0]:.6g}; give the same model, output_fn and "
             "transforms, or another path"
         )
 

@@ -1,7 +1,7 @@
-"""Kernels on disk: a Zarr v3 folder, one chunk a tile, compressed and checksummed, the triangle only where symmetric.
+"""The kernel store: a Zarr v3 folder with one chunk per tile, compressed and checksummed; if symmetric, one triangle only.
 
-A chunk is written beside its place and renamed into it, so that a tile is whole or absent whenever the process ends. The
-folder says of itself what it was made from, and that it is complete only once every tile is there.
+A chunk is written beside its place and then renamed, so a tile is whole or absent whenever the process ends. The folder
+records what the kernel was made from, and it is marked complete only once every tile is there.
 """
 
 import json
@@ -25,21 +25,24 @@ from adaptive_tangents.kernels.schedule import Place
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 FORMAT = 1
-LOCK, CLAIMS = ".lock", ".claims"  # there only while a store is written
+LOCK, CLAIMS = ".lock", ".claims"  # exist only while a store is written
 _META = "adaptive_tangents"
 _KERNEL, _BLOCKS = "kernel", "blocks"
-_DRAFT = "*.partial"  # what zarr calls a chunk until it is whole
+_DRAFT = "*.partial"  # zarr's name for a chunk until it is whole
 
 Tile = tuple[slice, slice, Tensor]
 
 
 @dataclass(frozen=True)
 class KernelStore:
-    """A kernel K (n, c, m, c), (n, m) or (n, m, c) on disk, in tiles of ``tile`` samples a side; ``open_kernel`` opens one.
+    """A kernel (n, c, m, c), (n, m) or (n, m, c) on disk, in tiles; ``open_kernel`` opens one.
 
-    ``meta`` is all it says of itself; ``complete`` whether every tile is there; ``blocks`` the names of its kernels, none
-    where it holds one kernel only; ``symmetric`` whether it is of samples with themselves: then only tiles on and above
-    the diagonal are stored. ``limit`` is the memory that reading may take (default: half of what is free).
+    Of a symmetric kernel, only tiles on and above the diagonal are stored.
+
+    Attributes:
+        path: the folder.
+        meta: what the folder records: sizes, dtype, and what the kernel was made from.
+        limit: bytes that reading may use; None is half of what is free.
     """
 
     path: Path
@@ -54,44 +57,44 @@ class KernelStore:
 
     @property
     def n(self) -> int:
-        """Samples of the rows."""
+        """Number of samples of the rows."""
         return int(self.meta["n"])
 
     @property
     def m(self) -> int:
-        """Samples of the columns."""
+        """Number of samples of the columns."""
         return int(self.meta["m"])
 
     @property
     def c(self) -> int:
-        """Outputs of the network."""
+        """Number of outputs of the network."""
         return int(self.meta["c"])
 
     @property
     def outputs(self) -> Outputs:
-        """Which kernel: "full", "trace" or "diagonal"."""
+        """The kind of kernel: "full" (n, c, m, c), "trace" (n, m) or "diagonal" (n, m, c)."""
         found: Outputs = self.meta["outputs"]
         return found
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its entries are stored in."""
+        """The dtype of its entries."""
         found: torch.dtype = getattr(torch, self.meta["dtype"])
         return found
 
     @property
     def symmetric(self) -> bool:
-        """Whether columns are the samples of the rows."""
+        """Whether the columns are the same samples as the rows."""
         return bool(self.meta["symmetric"])
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks whose kernels it holds; none where it holds their sum."""
+        """Names of the blocks whose kernels it holds; empty if it holds only their sum."""
         return tuple(self.meta["blocks"])
 
     @property
     def tile(self) -> int:
-        """Samples a side of a tile."""
+        """Samples along a side of a tile."""
         return int(self.meta["tile"])
 
     @property
@@ -106,12 +109,16 @@ class KernelStore:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """All tiles that belong into the store, row by row."""
+        """All tiles that belong to the store, row by row: the row and the column of each among the tiles."""
         rows, columns = -(-self.n // self.tile), -(-self.m // self.tile)
         return tuple((i, j) for i, j in product(range(rows), range(columns)) if not self.symmetric or i <= j)
 
     def slices(self, place: Place) -> tuple[slice, slice]:
-        """The samples of a tile: rows and columns."""
+        """The samples of a tile: its rows and its columns.
+
+        Args:
+            place: the tile's row and column among the tiles.
+        """
         rows, columns = (
             slice(k * self.tile, min((k + 1) * self.tile, total))
             for k, total in zip(place, (self.n, self.m), strict=True)
@@ -119,11 +126,15 @@ class KernelStore:
         return rows, columns
 
     def missing(self) -> list[Place]:
-        """Tiles that are not stored, by row and column among the tiles."""
+        """The tiles that are not stored, as their row and column among the tiles."""
         return [place for place in self.places if not all(path.is_file() for path in self._files(place))]
 
     def verify(self, progress: Callable[[str, float], None] | None = None) -> list[Place]:
-        """Stored tiles that cannot be read back whole: their checksum is another, or entries are not finite."""
+        """The damaged tiles: their checksum is wrong, or entries are not finite.
+
+        Args:
+            progress: called with "verifying" and the fraction that is done.
+        """
         damaged, missing = [], set(self.missing())
         for done, place in enumerate(self.places):
             if place not in missing and not all(self._sound(place, name) for name in self._names):
@@ -133,19 +144,29 @@ class KernelStore:
         return damaged
 
     def tiles(self, block: str | None = None) -> Iterator[Tile]:
-        """Rows, columns and entries of every stored tile, row by row: of a symmetric kernel those of the upper triangle.
+        """Rows, columns and entries of every stored tile, row by row; of a symmetric kernel, only the upper triangle.
 
-        Raises TangentError where the store is not complete, or a tile is missing or damaged.
+        Args:
+            block: the name of the block, if the store is by block; None otherwise.
+
+        Raises:
+            TangentError: when the store is not complete, or a tile is missing or damaged.
         """
         name = self._readable("tiles", block)
         for place in self.places:
             yield *self.slices(place), self._tile("tiles", place, name)
 
     def read(self, rows: Index | None = None, columns: Index | None = None, block: str | None = None) -> Tensor:
-        """A part of the kernel, laid out as ``tangent_kernel`` does, its lower triangle mirrored from the upper.
+        """A part of the kernel, in the layout of ``tangent_kernel``.
 
-        ``rows`` and ``columns`` are slices or vectors of indices. Raises TangentError where the part exceeds the memory
-        limit, the store is not complete, or a tile is missing or damaged.
+        Args:
+            rows: a slice of the rows' samples or a vector of their indices; None is all of them.
+            columns: the same for the columns' samples.
+            block: the name of the block, if the store is by block; None otherwise.
+
+        Raises:
+            TangentError: when the part exceeds the memory limit, the store is not complete, or a tile is missing or
+                damaged.
 
         >>> import tempfile, torch, adaptive_tangents as at
         >>> model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
@@ -178,30 +199,46 @@ class KernelStore:
                 out[here] = torch.cat(parts, axis).index_select(axis, order)
         return out
 
-    # writing: for the maker of a store, which holds its lock
+    # For writers, which hold the store's lock.
 
     def write(self, place: Place, kernels: Iterable[tuple[str, Tensor]]) -> None:
-        """Store a tile, every block's kernel as it comes, or one under "", and read it back."""
+        """Store a tile and read it back to check it.
+
+        Args:
+            place: the tile's row and column among the tiles.
+            kernels: each block's name and kernel of this tile; "" is the name if there is one kernel.
+
+        Raises:
+            OSError: when the tile cannot be written or reads back differently.
+        """
         for name, kernel in kernels:
             entries = kernel.to(device="cpu", dtype=self.dtype).contiguous()
             self._array(name, "r+")[self._selection(place)] = entries.numpy()
             _settle(self._file(place, name))
             if not torch.equal(self._decoded(place, name), entries):
-                raise OSError(f"what was written to {self._file(place, name)} reads back otherwise")
+                raise OSError(f"what was written to {self._file(place, name)} reads back differently")
 
     def discard(self, places: list[Place]) -> None:
-        """Take tiles away, to be made again."""
+        """Remove tiles, which are then missing.
+
+        Args:
+            places: the row and column of each among the tiles.
+        """
         for place in places:
             for path in self._files(place):
                 path.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove what writers that were killed have left half written."""
+        """Remove the unfinished files of writers that were killed."""
         for draft in self.path.rglob(_DRAFT):
             draft.unlink(missing_ok=True)
 
     def marked(self, *, complete: bool) -> "KernelStore":
-        """The store, its folder saying whether it is complete; all tiles are on the disk before it does."""
+        """The store, marked on disk as complete or not; all tiles are flushed to the disk before it counts as complete.
+
+        Args:
+            complete: whether every tile is there.
+        """
         if complete:
             for folder in {path.parent for place in self.places for path in self._files(place)}:
                 _settle(folder)
@@ -251,7 +288,7 @@ class KernelStore:
             short, total = len(self.missing()), len(self.places)
             raise TangentError(
                 f"{call}: {self.path} lacks {short} of its {total} tiles; finish it first: kernel_to_store with resume=True, "
-                "or adaptive-tangents kernel with --resume, and otherwise as it was begun"
+                "or adaptive-tangents kernel with --resume, and otherwise the original arguments"
             )
         if (block is None) != (not self.blocks) or (block is not None and block not in self.blocks):
             asked = "no block was named" if block is None else f"block {block!r} was asked for"
@@ -272,23 +309,29 @@ class KernelStore:
         return entries
 
     def _either(self, call: str, place: Place, name: str) -> Tensor:
-        """A tile on either side of the diagonal."""
+        """A tile on either side of the diagonal; below the diagonal, the mirrored one."""
         if self.symmetric and place[0] > place[1]:
             return swapped(self._tile(call, (place[1], place[0]), name), self.outputs)
         return self._tile(call, place, name)
 
 
 def open_kernel(path: str | Path, *, memory_limit: int | None = None) -> KernelStore:
-    """A stored kernel, its tiles left on disk until they are asked for.
+    """A stored kernel; its tiles stay on disk until they are read.
 
-    ``memory_limit`` is in bytes, for what reading may take (default: half of what is free). An incomplete store opens, says
-    what is ``missing()``, and refuses to be read. Raises TangentError where there is no store of this format.
+    An incomplete store can be opened: it lists what is ``missing()``, but cannot be read.
+
+    Args:
+        path: the folder of the store.
+        memory_limit: bytes that reading may use; None is half of what is free.
+
+    Raises:
+        TangentError: when there is no store, or it has another format.
 
     >>> import tempfile, torch, adaptive_tangents as at
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     made = at.kernel_to_store(torch.nn.Linear(3, 2), torch.randn(7, 3), f"{folder}/K.zarr", tile=3)
     ...     at.open_kernel(f"{folder}/K.zarr").shape
-    (7, 7)
+    (7, 2, 7, 2)
     """
     meta = read_meta(Path(path))
     if meta is None:
@@ -302,7 +345,7 @@ def open_kernel(path: str | Path, *, memory_limit: int | None = None) -> KernelS
 
 
 def read_meta(path: Path) -> dict[str, Any] | None:
-    """What the store in a folder says of itself; None where there is none."""
+    """What the store in a folder records; None if there is no store."""
     try:
         attributes = json.loads((path / "zarr.json").read_text("utf-8")).get("attributes", {})
     except (OSError, ValueError, AttributeError):
@@ -312,9 +355,9 @@ def read_meta(path: Path) -> dict[str, Any] | None:
 
 
 def create_store(path: Path, meta: Mapping[str, Any]) -> KernelStore:
-    """An empty store in a folder that holds nothing but this writer's lock and what one that was killed here began.
+    """An empty store in a folder that holds only this writer's lock, and perhaps the remains of one that was killed.
 
-    What makes it a store is written last.
+    The record that makes it a store is written last.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -340,7 +383,7 @@ def create_store(path: Path, meta: Mapping[str, Any]) -> KernelStore:
 
 
 def _emptied(path: Path) -> None:
-    """Remove all but the lock from the folder of a store that is not one yet."""
+    """Remove everything but the lock from the folder of an unfinished store."""
     for left in path.iterdir():
         if not left.name.startswith(LOCK):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -359,7 +402,7 @@ def _folder(name: str) -> str:
 
 
 def _settle(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
