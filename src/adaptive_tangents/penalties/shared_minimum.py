@@ -15,9 +15,9 @@ from torch import Tensor
 
 from adaptive_tangents.penalties.scalar_search import convex_root, global_minimum, increasing_root
 
-LARGEST = 345.0  # log z up to here: z² is finite in float64
+LARGEST = 345.0  # of log z: z² is finite in float64
 HALF = 0.5 + 1e-12
-_LARGEST_LEVEL = 640.0  # log u up to here
+_LARGEST_LEVEL = 640.0  # of log u
 _SMALLEST = 1e-150  # smaller v underflow when squared
 _CHUNK = 2048
 _REACHED = 1e-11  # how closely the parts' log z must add up

@@ -130,7 +130,7 @@ def _subspace(block: Block, left: bool, right: bool) -> Subspace:
 
 
 def _span(rows: Sequence[Float[Tensor, "*_batch d"]]) -> Span | None:
-    """A basis of the rows' span; None unless there are fewer rows than entries in each."""
+    """A basis of the rows' span; None unless rows are fewer than columns."""
     count, size = sum(part[..., 0].numel() for part in rows), rows[0].shape[-1]
     if count >= size:
         return None

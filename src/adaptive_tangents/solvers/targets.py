@@ -20,7 +20,7 @@ def check_features(call: str, given: object) -> None:
 
 
 def check_features_or_kernel(call: str, given: object) -> None:
-    """Raise TangentError unless features or a kernel are given, but say the samples themselves."""
+    """Raise TangentError unless features or a kernel are given (not, say, the samples themselves)."""
     kernel = isinstance(given, TangentFeatures | Mapping | StoredKernel) or hasattr(given, "opened")
     if isinstance(given, Tensor | np.ndarray):
         shape = tuple(given.shape)

@@ -14,7 +14,7 @@ from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Inn
 
 
 class Grouped(BlockStructure):
-    """Ω̃(B) = Σ ω̃(‖B_g‖) over groups g of a block's entries, one factor z a group: Φ_g → z_g Φ_g.
+    """Ω̃(B) = Σ ω̃(‖B_g‖) over groups g of a block's entries, with one factor z_g for each: Φ_g → z_g Φ_g.
 
     A group runs along ``dimensions`` of the matrix: both (the block), 1 (a row), 0 (a column), none (an entry).
     """

@@ -49,7 +49,7 @@ class Mixed(Structure):
         return all(structure.whole_blocks for structure in self.structures.values())
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The blocks that each pattern matches, without empty patterns.
+        """The blocks that each pattern matches; "*" is absent if it matches none.
 
         Args:
             names: names of all blocks.
