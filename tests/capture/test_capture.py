@@ -247,7 +247,7 @@ def test_a_difference_at_rounding_is_no_influence() -> None:
 def test_non_finite_inputs_are_refused_naming_the_first_sample(bad: float) -> None:
     model, x = by_name["Tanh"].build()
     x[3, 1] = x[5, 0] = bad
-    refused("the input of sample 3 is not finite; remove the sample or mend what made it so", model, x)
+    refused("the input of sample 3 is not finite; remove the sample or fix its values", model, x)
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
