@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
+from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
 from adaptive_tangents.features.summands import (
     Factors,
     Flipped,
