@@ -294,7 +294,7 @@ class TangentFeatures:
         count = self.n * partner.n * entries(outputs, self.c)
         limit = limit_for(self.limit, self.device)
         # If the kernel has another dtype than a block's share, the share is held beside it until it is added.
-        kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
+        kernel_bytes = kernels * count * result + (count * itemsize if result != itemsize else 0)
         budget = max(limit - kernel_bytes, itemsize)
         steps = tuple(
             plan_block(

@@ -29,7 +29,6 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
 
-_WORKING_BYTES = 64_000_000  # for products of factors, before positions are summed
 _CHUNK_BYTES = 256_000_000  # of factors held at a time while a sketch is made: more is no faster
 _LEAST_SHARE = 0.01  # of an equal share: a block that is small on a few samples may be larger on others
 

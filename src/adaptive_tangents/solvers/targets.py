@@ -37,7 +37,7 @@ def _described(given: object) -> str:
     return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
 
 
-def goal_of(feats: TangentFeatures, r: Values, *, loss: str, offset: Values | None, ridge: float) -> Loss:
+def goal_of(feats: TangentFeatures, r: object, *, loss: str, offset: object, ridge: float) -> Loss:
     """The loss on the outputs of these features; raises TangentError when shapes, dtypes or values do not fit."""
     check_choice("fit", "loss", loss, get_args(LossName))
     r = as_tensor("fit", "targets" if loss == "squared" else "labels", r, feats.device)

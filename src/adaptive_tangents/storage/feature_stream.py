@@ -91,7 +91,6 @@ class Stream:
     def sizes(self, feats: TangentFeatures) -> Sizes:
         """The memory of one sample, measured on the features of a few."""
         probe = self.capture.probe
-        entries = {"full": self.c**2, "trace": 1, "diagonal": self.c}[self.outputs]
         # Without what all samples share, for example the directions of a transform.
         held = feats.bytes if feats.n == 1 else -(-(feats.bytes - feats[:1].bytes) // (feats.n - 1))
         made = 2 * probe.held_bytes() - probe.whole_bytes

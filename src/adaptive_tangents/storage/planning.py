@@ -16,8 +16,6 @@ _CHUNK_BYTES = 32_000_000  # of a tile on disk: larger tiles save no time, and a
 _SIDE = 8  # least number of tiles along a side, so that there is something to share and to resume
 _SMALLEST, _SMALL = 128, 32  # least samples per tile: when made smaller for more tiles; when made smaller for memory
 _MOST = 500  # ranges of samples
-_PASS_BYTES = 1_000_000_000
-_WORKING_BYTES = 64_000_000
 _STORED_A_SECOND = 1e8  # bytes compressed, written and read back per second
 
 
