@@ -18,8 +18,9 @@ from rich.console import Console
 
 import adaptive_tangents as at
 from adaptive_tangents.data import load_digits, normalize_digits
-from adaptive_tangents.drawing import COLOURS, DASHES, Arrays, Results, grid, render
 from adaptive_tangents.experiments.training import relu_network
+from adaptive_tangents.reporting.drawing import COLOURS, DASHES, grid, render
+from adaptive_tangents.runs.results import Arrays, Results
 from adaptive_tangents.systems import factorise
 from common import OUT, drawn, write
 

@@ -27,11 +27,12 @@ Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first vers
 
 def keep(runs: Path) -> None:
     """Keep of every experiment in a folder of runs what the page needs."""
-    from adaptive_tangents.experiments.registry import EXPERIMENTS
-    from adaptive_tangents.overview import summary
+    from adaptive_tangents.runs.summary import summary
+
+    from adaptive_tangents.experiments.registry import STUDIES
 
     KEPT.mkdir(exist_ok=True)
-    for source in sorted(path for name in EXPERIMENTS for path in runs.glob(f"{name}*/results.json")):
+    for source in sorted(path for name in STUDIES for path in runs.glob(f"{name}*/results.json")):
         kept = summary(json.loads(source.read_text("utf-8")))
         text = json.dumps(kept | {"command": anywhere(kept["command"])}, indent=1, ensure_ascii=False, sort_keys=True)
         (KEPT / f"{source.parent.name}.json").write_text(text + "\n", "utf-8")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaptive_tangents import report
 from adaptive_tangents.data import Dataset
-from adaptive_tangents.drawing import grid
-from adaptive_tangents.experiments.common import Tensors, Units
+from adaptive_tangents.reporting import report
+from adaptive_tangents.reporting.drawing import grid
+from adaptive_tangents.runs.units import Tensors, Units
 
 
 def made_up_digits(name: str, *, data_dir: str | None = None, classes: Sequence[int] | None = None) -> Dataset:

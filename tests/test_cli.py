@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
-from adaptive_tangents.experiments import alignment_setup, kernel_alignment
-from adaptive_tangents.experiments.common import Asked
-from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig
+from adaptive_tangents.experiments.kernel_alignment import run as kernel_alignment
+from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
+from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
 from adaptive_tangents.experiments.registry import EXPERIMENTS
+from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD, relu_network
 from experiment_cases import explained_in_rounds, plain_figures
 
@@ -168,7 +169,7 @@ def test_another_experiments_folder_is_refused(folder) -> None:
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
-from adaptive_tangents.experiments.checkpoints import StoredUnits
+from adaptive_tangents.runs.units import StoredUnits
 
 def run(folder, killed_before, resume):
     units = StoredUnits(Path(sys.argv[1], folder), {"seed": 0}, resume=resume)

@@ -4,7 +4,7 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,23 +27,36 @@ from rich.table import Table
 from adaptive_tangents import __version__
 from adaptive_tangents.contraction import check_outputs
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiment_pages.overview import counts
-from adaptive_tangents.experiments.checkpoints import StoredUnits
-from adaptive_tangents.experiments.common import Asked, settings
-from adaptive_tangents.experiments.common import Progress as StageProgress
-from adaptive_tangents.experiments.registry import EXPERIMENTS, LONGEST_FIRST, Experiment
-from adaptive_tangents.experiments.side_by_side import side_by_side
+from adaptive_tangents.experiments.overview_page import counts
+from adaptive_tangents.experiments.pages import PAGES as STUDY_PAGES
+from adaptive_tangents.experiments.registry import STUDIES
+from adaptive_tangents.experiments.study import Asked, Study
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection.outputs import pick
-from adaptive_tangents.inspection_report import findings
-from adaptive_tangents.loading import check_runs, find_checkpoints, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.inspection.page import PAGE as INSPECT_PAGE
+from adaptive_tangents.inspection.page import findings
 from adaptive_tangents.memory import parse_bytes
-from adaptive_tangents.overview import NAME as NAME_OF_ALL
-from adaptive_tangents.overview import collect
-from adaptive_tangents.report import ARRAYS_FILE, RESULTS_FILE, build_report, load_results, summary_table, write_results
+from adaptive_tangents.reporting.report import Finding, build_report, page_of, summary_table
+from adaptive_tangents.runs.parallel import side_by_side
+from adaptive_tangents.runs.record import Progress as StageProgress
+from adaptive_tangents.runs.record import settings
+from adaptive_tangents.runs.results import ARRAYS_FILE, RESULTS_FILE, load_results, write_results
+from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
+from adaptive_tangents.runs.summary import collect
+from adaptive_tangents.runs.units import StoredUnits
+from adaptive_tangents.runs.user_files import (
+    check_runs,
+    find_checkpoints,
+    fit_data,
+    load_checkpoint,
+    load_data,
+    load_model,
+)
 from adaptive_tangents.sketches import Sketch
 from adaptive_tangents.storing import kernel_to_store, plan_kernel
+
+PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE}
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -63,7 +76,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help=f"The experiment: {', '.join(EXPERIMENTS)}, or all.")],
+    name: Annotated[str, typer.Argument(help=f"The experiment: {', '.join(STUDIES)}, or all.")],
     data: Annotated[
         str, typer.Option(help="mnist5k (embedded), mnist (files, else OpenML), cifar10, openml:NAME.")
     ] = "mnist5k",
@@ -89,11 +102,11 @@ def reproduce(
 ) -> None:
     """Run a published experiment and write results.json, figures, checkpoints and report.html."""
     with _worded_errors():
-        names = tuple(EXPERIMENTS) if name == "all" else (name,)
-        if not set(names) <= set(EXPERIMENTS):
-            near = difflib.get_close_matches(name, (*EXPERIMENTS, "all"), n=1)
+        names = tuple(STUDIES) if name == "all" else (name,)
+        if not set(names) <= set(STUDIES):
+            near = difflib.get_close_matches(name, (*STUDIES, "all"), n=1)
             raise TangentError(
-                f"reproduce: there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)} or all"
+                f"reproduce: there is no experiment {name!r}; choose from {', '.join(STUDIES)} or all"
                 + (f" (did you mean {near[0]}?)" if near else "")
             )
         if quick and full:
@@ -112,12 +125,12 @@ def reproduce(
         )  # fmt: skip
         root = out or Path("runs")
         folders = {each: root if out and name != NAME_OF_ALL else root / each for each in names}
-        missing = [each for each in names if not (_complete(EXPERIMENTS[each], asked, folders[each]) and resume)]
+        missing = [each for each in names if not (_complete(STUDIES[each], asked, folders[each]) and resume)]
         at_once = min(jobs or _jobs(device), len(missing))
         if at_once > 1:
             works = {
                 each: partial(_reproduce, each, asked, folders[each], device, command=_command(each), resume=resume)
-                for each in LONGEST_FIRST
+                for each in sorted(names, key=lambda name: -STUDIES[name].minutes)
                 if each in missing
             }
             with _bars() as progress:
@@ -140,22 +153,22 @@ def _jobs(device: str) -> int:
     return min(_cores(), 4) if device == "cpu" else 1
 
 
-def _complete(experiment: Experiment, asked: Asked, folder: Path) -> bool:
+def _complete(study: Study, asked: Asked, folder: Path) -> bool:
     """Whether the folder holds all results of a run with these settings."""
-    StoredUnits(folder, _settings(experiment, asked))
+    StoredUnits(folder, _settings(study, asked))
     return (folder / RESULTS_FILE).is_file() and (folder / ARRAYS_FILE).is_file()
 
 
-def _settings(experiment: Experiment, asked: Asked) -> dict[str, Any]:
-    return {"experiment": experiment.NAME, **settings(experiment.configured(asked))}
+def _settings(study: Study, asked: Asked) -> dict[str, Any]:
+    return {"experiment": study.name, **settings(study.configured(asked))}
 
 
 def _reproduce(
     name: str, asked: Asked, folder: Path, device: str, progress: StageProgress, *, command: str, resume: bool
 ) -> None:
-    experiment = EXPERIMENTS[name]
-    units = StoredUnits(folder, _settings(experiment, asked), resume=resume)
-    result = experiment.run(experiment.configured(asked), device=device, progress=progress, units=units)
+    study = STUDIES[name]
+    units = StoredUnits(folder, _settings(study, asked), resume=resume)
+    result = study.run(study.configured(asked), device=device, progress=progress, units=units)
     units.settle()
     write_results(result.results | {"command": command}, result.arrays, folder)
 
@@ -301,8 +314,9 @@ def report(directory: Annotated[Path, typer.Argument(help="Folder of an earlier 
 
 def _finish(folder: Path) -> None:
     with console.status("Drawing the report"):
-        page = build_report(folder)
+        page = build_report(folder, PAGES)
     results, _ = load_results(folder)
+    table = summary_table(results, page_of(results, PAGES))
     if results["experiment"] == "inspect":
         for sentence in findings(results):
             console.print(f"• {sentence}", highlight=False)
@@ -312,8 +326,8 @@ def _finish(folder: Path) -> None:
                 f"{count} {verdict}" for verdict, count in counts(run["claims"].values()).items() if count
             )
             console.print(f"{each}: {found}", highlight=False)
-    elif summary_table(results):
-        _print_table(results)
+    elif table:
+        _print_table(results, table)
     for claim in results.get("claims", {}).values():
         mark = {"holds": "✓", "holds in part": "~"}.get(claim["verdict"], "✗")
         console.print(f"{mark} {claim['claim']}: {claim['evidence']}", highlight=False)
@@ -321,13 +335,13 @@ def _finish(folder: Path) -> None:
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
 
 
-def _print_table(results: Mapping[str, Any]) -> None:
+def _print_table(results: Mapping[str, Any], rows: Iterable[Finding]) -> None:
     table = Table(
         title=f"{results['experiment']} on {results['data']['name']}, {results['data']['train']} training samples"
     )
     for k, heading in enumerate(("", "this run", "paper", "project, 2,850 samples")):
         table.add_column(heading, justify="right" if k else "left", no_wrap=k > 0)
-    for label, *values in summary_table(results):
+    for label, *values in rows:
         table.add_row(label.replace("_0", "₀"), *values)
     console.print(table)
 

@@ -1,0 +1,108 @@
+"""The paper's figure of penalties: curves as defined, claims judged by numbers, and the page that says so."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import theory_reference as reference
+from adaptive_tangents import cli
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.penalties import run as penalties
+from adaptive_tangents.experiments.penalties.run import PenaltiesConfig, run
+from adaptive_tangents.reporting import report
+
+OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
+CLAIMS = ["near", "far", *(f"omega{k}.{kind}" for k in (1, 2, 3) for kind in ("slope", "convex"))]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.2])
+def test_curves_are_the_penalties_and_the_minima_that_they_induce(strength: float) -> None:
+    arrays = run(PenaltiesConfig(strength=strength, points=9)).arrays
+    one, two = (make(strength) for make in OMEGA.values())
+    omegas = {"omega1": one, "omega2": two, "omega3": reference.composed(one, two)}
+    np.testing.assert_allclose(arrays["square"], arrays["v"] ** 2)
+    for name, omega in omegas.items():
+        np.testing.assert_allclose(arrays[f"{name}.value"], omega(arrays["z"] - 1), rtol=1e-8, atol=1e-12)
+        if name == "omega3":
+            least = [reference.induced_by_two(one, two, float(v)) for v in arrays["v"]]
+        else:
+            least = [reference.induced(omega, float(v))[0] for v in arrays["v"]]
+        np.testing.assert_allclose(arrays[f"{name}.induced"], least, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 300.0])
+def test_every_claim_holds_at_any_strength(strength: float) -> None:
+    results = run(PenaltiesConfig(strength=strength)).results
+    assert list(results["claims"]) == CLAIMS
+    assert [name for name, claim in results["claims"].items() if not claim["holds"]] == []
+    slopes = [results["penalties"][name]["slope"] for name in penalties.EXPECTED]
+    assert slopes == pytest.approx([1, 2 / 3, 1 / 2], abs=2e-3)
+    assert results["metrics"]["omega3.slope"] == slopes[2]
+
+
+def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
+    measured = run(PenaltiesConfig()).results["penalties"]
+    wrong = {
+        "near": ("omega2", "departure_near_zero", 0.1),
+        "far": ("omega1", "share_of_square", 0.5),
+        "omega3.slope": ("omega3", "slope", 0.6),
+        "omega1.convex": ("omega1", "convex", False),
+    }
+    for claim, (name, key, value) in wrong.items():
+        spoiled = {**measured, name: {**measured[name], key: value}}
+        claims = penalties._claims(spoiled, PenaltiesConfig())
+        assert [k for k, v in claims.items() if not v["holds"]] == [claim]
+        verdict = report._penalties_context({"experiment": "penalties", "claims": claims})["verdict"]
+        assert verdict == f"7 of 8 claims hold; these do not: {claims[claim]['claim']}."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"points": 2}, "at least 3 points"),
+        ({"largest_z": 1.0}, "largest_z above 1"),
+        ({"largest_v": 0.0}, "largest_v positive"),
+        ({"near": 1e9}, "near below far"),
+        ({"far": (1e9, 1e8)}, "far goes from a smaller v to a larger one"),
+    ],
+)
+def test_settings_that_make_no_figure_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TangentError, match=f"penalties: .*{message}"):
+        PenaltiesConfig(**changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("penalties")
+    done = CliRunner().invoke(cli.app, ["reproduce", "penalties", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return out, done.output
+
+
+def test_reproduce_prints_each_claim_with_its_verdict_and_writes_results_and_figure(folder: tuple[Path, str]) -> None:
+    out, printed = folder
+    assert printed.count("✓") == len(CLAIMS)
+    assert "✗" not in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["claims"]["omega1.convex"]["holds"] is True
+    assert {path.name for path in (out / "figures").iterdir()} == {"penalties.png", "penalties.svg"}
+
+
+def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing(folder: tuple[Path, str]) -> None:
+    text = (folder[0] / "report.html").read_text("utf-8")
+    assert "every claim holds." in text
+    results = json.loads((folder[0] / "results.json").read_text())
+    for claim in results["claims"].values():
+        assert claim["claim"] in text
+    assert text.count("<figure ") == 1
+    assert "Look for" in text
+    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
+
+
+def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
+    before = (folder[0] / "report.html").read_bytes()
+    assert report.build_report(folder[0]).read_bytes() == before
