@@ -27,9 +27,8 @@ Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first vers
 
 def keep(runs: Path) -> None:
     """Keep of every experiment in a folder of runs what the page needs."""
-    from adaptive_tangents.runs.summary import summary
-
     from adaptive_tangents.experiments.registry import STUDIES
+    from adaptive_tangents.runs.summary import summary
 
     KEPT.mkdir(exist_ok=True)
     for source in sorted(path for name in STUDIES for path in runs.glob(f"{name}*/results.json")):

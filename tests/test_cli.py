@@ -16,10 +16,10 @@ from adaptive_tangents import __version__, cli
 from adaptive_tangents.experiments.kernel_alignment import run as kernel_alignment
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
-from adaptive_tangents.experiments.registry import EXPERIMENTS
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD, relu_network
-from experiment_cases import explained_in_rounds, plain_figures
+from study_cases import explained_in_rounds, plain_figures
 
 runner = CliRunner()
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
@@ -115,7 +115,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
     [
         (
             ["reproduce", "alchemy"],
-            f"no experiment 'alchemy'; choose from {', '.join(EXPERIMENTS)} or all",
+            f"no experiment 'alchemy'; choose from {', '.join(STUDIES)} or all",
         ),
         (["reproduce", "kernel-aligment"], "or all (did you mean kernel-alignment?)"),
         (["reproduce", "penalty"], "or all (did you mean penalties?)"),
@@ -148,7 +148,7 @@ def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch
     monkeypatch.setattr(cli, "collect", lambda folder, names, *, command: asked.append(folder))
     done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert asked == [tmp_path / name for name in EXPERIMENTS] + [tmp_path]
+    assert asked == [tmp_path / name for name in STUDIES] + [tmp_path]
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_run(folder) -> None:

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.claims import over_seeds
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
-from adaptive_tangents.experiments.kernel_alignment.claims import claims, over_seeds
+from adaptive_tangents.experiments.kernel_alignment.claims import claims
 from adaptive_tangents.experiments.kernel_alignment.measures import first_crossing
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig, configured, run
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.reporting.report import build_report
-from adaptive_tangents.runs.record import ExperimentResult
+from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
-from experiment_cases import Remembered, explained_in_rounds
+from study_cases import Remembered, explained_in_rounds
 
 SMALL = KernelAlignmentConfig(
     seeds=2,
@@ -33,7 +35,7 @@ SMALL = KernelAlignmentConfig(
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, Remembered]:
+def small() -> tuple[RunResult, Remembered]:
     units = Remembered()
     with explained_in_rounds(1):
         return run(SMALL, units=units), units
@@ -147,7 +149,7 @@ def test_evidence_has_the_spread_over_seeds(small) -> None:
 
 def test_the_page_shows_every_claim_and_both_seeds(small, tmp_path) -> None:
     write_results(small[0].results, small[0].arrays, tmp_path)
-    text = build_report(tmp_path).read_text("utf-8")
+    text = build_report(tmp_path, cli.PAGES).read_text("utf-8")
     assert text.count("what would refute it") == 1
     assert "over 2 seeds" in text
     assert "0.40 against 0.17" in text

@@ -16,20 +16,20 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.exact_solvers import page as exact_page
 from adaptive_tangents.experiments.exact_solvers import run as exact_solvers
 from adaptive_tangents.experiments.exact_solvers.run import ExactSolversConfig, run
-from adaptive_tangents.experiments.kernel_alignment import figures
 from adaptive_tangents.experiments.training import relu_network
 from adaptive_tangents.reporting import report
 from adaptive_tangents.reporting.drawing import render
-from adaptive_tangents.runs.record import ExperimentResult
+from adaptive_tangents.runs.record import RunResult
 
 CLAIMS = ["agree", "certified", "monotone", "rounds", "bound", "rank.Left", "rank.TwoSided"]
 SMALL = ExactSolversConfig(samples=30, width=24)
 
 
 @pytest.fixture(scope="module")
-def small() -> ExperimentResult:
+def small() -> RunResult:
     return run(SMALL)
 
 
@@ -53,14 +53,14 @@ def kernel_regression() -> dict[str, np.ndarray]:
 
 
 def test_singular_values_of_the_fixed_kernel_are_those_of_regression_with_the_jacobian(
-    small: ExperimentResult,
+    small: RunResult,
 ) -> None:
     for layer, matrix in kernel_regression().items():
         expected = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(small.arrays[f"Fixed.{layer}"], expected, rtol=1e-3, atol=1e-4 * expected[0])
 
 
-def test_objectives_are_the_induced_penalties_of_the_singular_values(small: ExperimentResult) -> None:
+def test_objectives_are_the_induced_penalties_of_the_singular_values(small: RunResult) -> None:
     one = at.Quadratic(1.0)
     penalties = {"Fixed": at.NoAdaptation(), "Left": one, "TwoSided": one.compose(one)}
     for model, penalty in penalties.items():
@@ -69,7 +69,7 @@ def test_objectives_are_the_induced_penalties_of_the_singular_values(small: Expe
         assert small.results["model"][model]["objective"] == pytest.approx(total, rel=1e-10)
 
 
-def test_effective_ranks_are_those_of_the_singular_values(small: ExperimentResult) -> None:
+def test_effective_ranks_are_those_of_the_singular_values(small: RunResult) -> None:
     for model, ranks in small.results["rank"].items():
         for layer, rank in ranks.items():
             values = small.arrays[f"{model}.{layer}"]
@@ -79,7 +79,7 @@ def test_effective_ranks_are_those_of_the_singular_values(small: ExperimentResul
             assert rank["participation"] == pytest.approx((values**2).sum() ** 2 / (values**4).sum(), rel=1e-10)
 
 
-def test_the_course_of_each_solver_ends_at_its_solution(small: ExperimentResult) -> None:
+def test_the_course_of_each_solver_ends_at_its_solution(small: RunResult) -> None:
     for solver, found in small.results["solver"].items():
         course = {key: small.arrays[f"{solver}.{key}"] for key in ("seconds", "solves", "objective", "temper")}
         assert {len(values) for values in course.values()} == {found["steps"]}
@@ -90,7 +90,7 @@ def test_the_course_of_each_solver_ends_at_its_solution(small: ExperimentResult)
         assert course["temper"][-1] == 1
 
 
-def test_every_claim_holds_on_a_small_network(small: ExperimentResult) -> None:
+def test_every_claim_holds_on_a_small_network(small: RunResult) -> None:
     assert list(small.results["claims"]) == CLAIMS
     assert [name for name, claim in small.results["claims"].items() if not claim["holds"]] == []
     assert small.results["metrics"]["solver.newton.rounds"] == small.results["solver"]["newton"]["rounds"]
@@ -111,7 +111,7 @@ def test_every_claim_holds_on_a_small_network(small: ExperimentResult) -> None:
     ],
 )
 def test_a_claim_that_does_not_hold_is_said_not_to(
-    small: ExperimentResult, claim: str, path: tuple[str, ...], value: Any, evidence: str
+    small: RunResult, claim: str, path: tuple[str, ...], value: Any, evidence: str
 ) -> None:
     spoiled = copy.deepcopy({key: small.results[key] for key in ("solver", "model", "rank", "layers")})
     *way, last = path
@@ -122,7 +122,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(
     claims = exact_solvers.claims(spoiled, SMALL)
     assert [name for name, found in claims.items() if not found["holds"]] == [claim]
     assert evidence in claims[claim]["evidence"]
-    verdict = report._solvers_context({**spoiled, "experiment": "exact-solvers", "claims": claims})["verdict"]
+    verdict = exact_page.PAGE.context({**spoiled, "experiment": "exact-solvers", "claims": claims})["verdict"]
     assert verdict == f"6 of 7 claims hold; these do not: {claims[claim]['claim']}."
 
 
@@ -147,20 +147,20 @@ def test_settings_that_cannot_be_run_are_refused(changes: dict[str, Any], messag
         run(ExactSolversConfig(**changes))
 
 
-def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: ExperimentResult) -> None:
-    left, right = figures.draw_solvers(small.results, small.arrays).axes
+def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: RunResult) -> None:
+    left, right = exact_page.draw_solvers(small.results, small.arrays).axes
     early = int((small.arrays["newton.temper"] > 1).sum())
     assert early > 0
     for axes in (left, right):
         dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
         assert [len(line.get_xdata()) for line in dashed] == [early + 1]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == list(figures.SOLVERS.values())
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(exact_page.SOLVERS.values())
 
 
-def test_layers_of_one_row_have_no_panel(small: ExperimentResult) -> None:
-    figure = figures.draw_coefficients(small.results, small.arrays)
+def test_layers_of_one_row_have_no_panel(small: RunResult) -> None:
+    figure = exact_page.draw_coefficients(small.results, small.arrays)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["hidden1, 24 × 785", "hidden2, 24 × 25"]
-    assert render(figures.draw_coefficients, "coefficients", small.results, small.arrays).png.startswith(b"\x89PNG")
+    assert render(exact_page.draw_coefficients, "coefficients", small.results, small.arrays).png.startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
@@ -196,4 +196,4 @@ def test_the_page_shows_the_verdict_every_claim_and_the_figures_and_loads_nothin
 @pytest.mark.slow
 def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
     before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0]).read_bytes() == before
+    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before

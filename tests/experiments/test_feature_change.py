@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.feature_change import run as feature_change
@@ -22,7 +23,8 @@ from adaptive_tangents.experiments.feature_change.transform_match import directi
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import train
 from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult
+from adaptive_tangents.runs.record import RunResult
+from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.units import Tensors, Units
 from adaptive_tangents.transforms import Matrix, Sides
 
@@ -50,7 +52,7 @@ def digits_read_once() -> Iterator[None]:
         yield
 
 
-def run_coarsely(units: Units) -> ExperimentResult:
+def run_coarsely(units: Units) -> RunResult:
     """A run on images of 9 × 9 pixels, means over 3 × 3 of the digits."""
     read = feature_change._images
 
@@ -65,7 +67,7 @@ def run_coarsely(units: Units) -> ExperimentResult:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, Recorded]:
+def small() -> tuple[RunResult, Recorded]:
     units = Recorded()
     return run_coarsely(units), units
 
@@ -157,7 +159,7 @@ def test_r2_of_given_transforms_are_those_of_the_features_written_out() -> None:
         assert feature_change._r2(grams[0], grams[1], regressors) == pytest.approx(written(regressors), rel=1e-4)
 
 
-def test_every_layer_has_r2_for_both_changes_and_every_structure(small: tuple[ExperimentResult, Recorded]) -> None:
+def test_every_layer_has_r2_for_both_changes_and_every_structure(small: tuple[RunResult, Recorded]) -> None:
     numbers = small[0].results["networks"]["cnn"]
     blocks = {"conv1", "conv2", "conv3", "readout"}
     assert set(numbers["blocks"]) == blocks
@@ -169,7 +171,7 @@ def test_every_layer_has_r2_for_both_changes_and_every_structure(small: tuple[Ex
 
 
 def test_a_second_run_from_what_the_first_kept_trains_and_explains_nothing_and_finds_the_same(
-    small: tuple[ExperimentResult, Recorded], monkeypatch: pytest.MonkeyPatch
+    small: tuple[RunResult, Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("train", "explain"):
         monkeypatch.setattr(feature_change, name, lambda *a, **k: pytest.fail("made again"))
@@ -234,7 +236,7 @@ def test_too_few_images_and_training_that_diverges_are_errors() -> None:
 # ------------------------------------------------------------------------------------------------------ the claims
 
 
-def _numbers(small: tuple[ExperimentResult, Recorded]) -> dict:
+def _numbers(small: tuple[RunResult, Recorded]) -> dict:
     """A network all of whose numbers bear the claims out."""
     numbers = json.loads(json.dumps(small[0].results["networks"]["cnn"]))
     good = {"layer_scale": 0.1, "left": 0.3, "right": 0.4, "two_sided": 0.8, "full": 0.2}
@@ -281,9 +283,7 @@ SPOILS = {
 
 
 @pytest.mark.parametrize("name", SPOILS)
-def test_each_claim_holds_by_its_own_number_and_falls_with_it(
-    small: tuple[ExperimentResult, Recorded], name: str
-) -> None:
+def test_each_claim_holds_by_its_own_number_and_falls_with_it(small: tuple[RunResult, Recorded], name: str) -> None:
     good, bad = _numbers(small), _numbers(small)
     assert [key for key, made in claims([{"cnn": good}]).items() if not made["holds"]] == []
     SPOILS[name](bad)
@@ -295,7 +295,7 @@ def test_each_claim_holds_by_its_own_number_and_falls_with_it(
     assert name == "few" or not claims([{"cnn": good}, {"cnn": bad}])[name]["holds"] or name == "layers"
 
 
-def test_the_earlier_r2_are_met_within_their_margin_only(small: tuple[ExperimentResult, Recorded]) -> None:
+def test_the_earlier_r2_are_met_within_their_margin_only(small: tuple[RunResult, Recorded]) -> None:
     numbers = _numbers(small)
     found = {"hidden1": 0.5, "hidden2": 0.7, "readout": 0.9}
     numbers["blocks"] = {key: [9, 9] for key in found}
@@ -338,9 +338,9 @@ def test_the_verdict_says_what_the_claims_say(premise: str, layers: str, same: s
 
 
 def test_the_page_shows_every_claim_and_figure_and_loads_nothing(
-    small: tuple[ExperimentResult, Recorded], tmp_path: Path
+    small: tuple[RunResult, Recorded], tmp_path: Path
 ) -> None:
-    page = report.build_report(report.write_results(small[0].results, small[0].arrays, tmp_path))
+    page = report.build_report(write_results(small[0].results, small[0].arrays, tmp_path), cli.PAGES)
     text = page.read_text("utf-8")
     for made in small[0].results["claims"].values():
         assert made["verdict"] in text

@@ -28,14 +28,14 @@ from adaptive_tangents.experiments.hard_targets.run import (
     sizes,
 )
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.explain import explain
-from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult, settings
+from adaptive_tangents.runs.record import RunResult, settings
 from adaptive_tangents.runs.units import StoredUnits
 from adaptive_tangents.transforms import LowRank, Matrix, Sides
-from experiment_cases import Remembered, made_up_digits
+from study_cases import Remembered, made_up_digits
 
 SMALL = HardTargetsConfig(
     seeds=1, width=12, training=SGD(epochs=3), kernel_samples=24, path_nodes=2, temperatures=(10.0, 0.5, 0.01)
@@ -52,7 +52,7 @@ def cheap() -> Any:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, Remembered]:
+def small() -> tuple[RunResult, Remembered]:
     units = Remembered()
     return run(SMALL, units=units), units
 
@@ -136,7 +136,7 @@ def test_correlations_are_spearmans_over_temperatures_seed_by_seed() -> None:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def _numbers(result: ExperimentResult) -> str:
+def _numbers(result: RunResult) -> str:
     return json.dumps([result.results["measured"], result.results["claims"], result.results["correlations"]])
 
 
@@ -242,7 +242,7 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path
 
 
 def test_the_verdict_follows_the_claims(small) -> None:
-    page = report._PAGES["hard-targets"]
+    page = STUDIES["hard-targets"].page()
     told = page.context(dict(small[0].results) | {"claims": _claims()})["story"].verdict
     assert told.endswith("does the exact model’s kernel align more: yes.")
     told = page.context(dict(small[0].results) | {"claims": _claims(gain=[4.0, 3.0, 2.0, 1.0])})["story"].verdict

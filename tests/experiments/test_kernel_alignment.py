@@ -15,9 +15,9 @@ from adaptive_tangents.experiments.kernel_alignment import run as kernel_alignme
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig, config_dict, run
 from adaptive_tangents.experiments.training import SGD, relu_network, train
-from adaptive_tangents.runs.record import ExperimentResult, flatten
+from adaptive_tangents.runs.record import RunResult, flatten
 from adaptive_tangents.runs.units import StoredUnits, Tensors, Units, read_checkpoints, write_checkpoint
-from experiment_cases import explained_in_rounds
+from study_cases import explained_in_rounds
 
 SMALL = KernelAlignmentConfig(
     width=24, training=SGD(epochs=4), kernel_samples=60, path_nodes=4, strengths=(10.0,), linearization_points=4
@@ -33,7 +33,7 @@ class Recorded(Units):
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, dict[str, dict[str, torch.Tensor]], list[tuple[str, float]]]:
+def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]], list[tuple[str, float]]]:
     saved: dict[str, dict[str, torch.Tensor]] = {}
     heard: list[tuple[str, float]] = []
     with explained_in_rounds(1):

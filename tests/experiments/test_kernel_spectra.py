@@ -18,15 +18,15 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import rank_correlation
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.spectra import kernels as kernel_spectra
 from adaptive_tangents.experiments.spectra.claims import kernel_claims
 from adaptive_tangents.experiments.spectra.kernels import KERNELS, KernelSpectraConfig, decomposed, run
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult, settings
+from adaptive_tangents.runs.record import RunResult, settings
 from adaptive_tangents.runs.units import StoredUnits
-from experiment_cases import Remembered, made_up_digits
+from study_cases import Remembered, made_up_digits
 
 SMALL = KernelSpectraConfig(seeds=2, width=12, training=SGD(epochs=3), kernel_samples=30, path_nodes=3)
 
@@ -39,7 +39,7 @@ def digits() -> Any:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, Remembered]:
+def small() -> tuple[RunResult, Remembered]:
     units = Remembered()
     return run(SMALL, units=units), units
 
@@ -132,7 +132,7 @@ def test_a_target_of_one_value_is_an_error() -> None:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def _numbers(result: ExperimentResult) -> str:
+def _numbers(result: RunResult) -> str:
     return json.dumps([result.results["over_seeds"], result.results["claims"], result.results["metrics"]])
 
 
@@ -241,8 +241,8 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path
 
 def test_the_verdict_follows_the_claims(small) -> None:
     results = dict(small[0].results) | {"claims": kernel_claims(_seeds())}
-    story = report._PAGES["kernel-spectra"].context(results)["story"]
+    story = STUDIES["kernel-spectra"].page().context(results)["story"]
     assert story.verdict.endswith("does the exact model do the same: yes.")
     results["claims"] = kernel_claims(_seeds() | {"sign.top.average": [0.15, 0.15]})
-    story = report._PAGES["kernel-spectra"].context(results)["story"]
+    story = STUDIES["kernel-spectra"].page().context(results)["story"]
     assert "do the leading ten gain more for the sign: no" in story.verdict

@@ -24,7 +24,7 @@ from adaptive_tangents.experiments.low_rank_targets.peers import (
 )
 from adaptive_tangents.experiments.low_rank_targets.run import EARLIER, FORMULAS, LowRankConfig, draw, run
 from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult
+from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.units import Tensors, Units
 
 EXACT = LowRankConfig(
@@ -47,7 +47,7 @@ FIGURES = [
 
 
 @pytest.fixture(scope="module")
-def measured() -> ExperimentResult:
+def measured() -> RunResult:
     config = LowRankConfig(sizes=(200, 400, 800), beyond=(), structures=("Fixed", "TwoSided"), targets=tuple(EARLIER))
     return run(replace(config, peers=(), other_inputs=(), seeds=4, test_samples=4000))
 
@@ -55,7 +55,7 @@ def measured() -> ExperimentResult:
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "n", "name", "figure"), FIGURES)
 def test_errors_measured_earlier_are_met_within_a_fifth(
-    measured: ExperimentResult, target: str, n: int, name: str, figure: float
+    measured: RunResult, target: str, n: int, name: str, figure: float
 ) -> None:
     assert WITHIN == 0.2
     assert measured.results["targets"][target]["errors"][name][str(n)] == pytest.approx(figure, rel=0.2)
@@ -63,7 +63,7 @@ def test_errors_measured_earlier_are_met_within_a_fifth(
 
 @pytest.mark.slow
 def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_the_samples(
-    measured: ExperimentResult,
+    measured: RunResult,
 ) -> None:
     errors = measured.results["targets"]["product"]["errors"]
     assert errors["TwoSided"]["200"] < errors["Fixed"]["800"]
@@ -75,11 +75,11 @@ def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_t
 
 
 @pytest.fixture(scope="module")
-def small() -> ExperimentResult:
+def small() -> RunResult:
     return run(EXACT)
 
 
-def test_fixed_errors_are_those_of_kernel_regression_written_out(small: ExperimentResult) -> None:
+def test_fixed_errors_are_those_of_kernel_regression_written_out(small: RunResult) -> None:
     """The kernel of the first layer is Σ_j a_j² 1[w_j·x > 0] 1[w_j·x′ > 0] x·x′."""
     drawn = draw(EXACT, 1)
     w, a = drawn.model[0].weight.detach(), drawn.model[2].weight.detach()[0]
@@ -106,13 +106,13 @@ def test_networks_have_the_stated_weights_and_directions_of_unit_length() -> Non
     assert drawn.train.shape == (3200, 40)
 
 
-def test_left_and_right_have_the_same_errors(small: ExperimentResult) -> None:
+def test_left_and_right_have_the_same_errors(small: RunResult) -> None:
     for target in EARLIER:
         np.testing.assert_allclose(small.arrays[f"{target}.Left"], small.arrays[f"{target}.Right"], rtol=1e-3)
     assert small.results["claims"]["sides"]["holds"]
 
 
-def test_samples_saved_are_the_ratio_of_what_both_need(small: ExperimentResult) -> None:
+def test_samples_saved_are_the_ratio_of_what_both_need(small: RunResult) -> None:
     for found in small.results["targets"].values():
         for name, saved in found["saved"].items():
             for level, factor in saved.items():
@@ -150,13 +150,13 @@ def test_targets_are_the_stated_functions_of_the_directions() -> None:
     assert found.held_back == 6
 
 
-def test_sizes_beyond_are_fitted_by_the_fixed_kernel_only(small: ExperimentResult) -> None:
+def test_sizes_beyond_are_fitted_by_the_fixed_kernel_only(small: RunResult) -> None:
     for found in small.results["targets"].values():
         assert list(found["errors"]["Fixed"]) == ["40", "80", "120"]
         assert all(list(found["errors"][name]) == ["40", "80"] for name in ("Left", "Right", "TwoSided"))
 
 
-def test_another_dimension_is_the_same_experiment_with_as_many_inputs(small: ExperimentResult) -> None:
+def test_another_dimension_is_the_same_experiment_with_as_many_inputs(small: RunResult) -> None:
     other = replace(EXACT, inputs=4, other_inputs=(), structures=("Fixed", "TwoSided"), targets=("product",))
     again = run(other).results["targets"]["product"]["errors"]
     assert small.results["dimensions"]["4"]["errors"] == again
@@ -280,11 +280,11 @@ def test_without_xrfm_the_machines_are_left_out_and_the_results_say_so(monkeypat
 # ------------------------------------------------------------------------------------------------------ the claims
 
 
-def _spoilt(small: ExperimentResult) -> tuple[dict, dict]:
+def _spoilt(small: RunResult) -> tuple[dict, dict]:
     return json.loads(json.dumps(small.results["targets"])), json.loads(json.dumps(small.results["dimensions"]))
 
 
-def test_a_claim_that_does_not_hold_is_said_not_to(small: ExperimentResult) -> None:
+def test_a_claim_that_does_not_hold_is_said_not_to(small: RunResult) -> None:
     targets, dimensions = _spoilt(small)
     targets["product"]["errors"]["TwoSided"]["80"] = 2.0
     targets["product"]["earlier"] = {
@@ -316,7 +316,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(small: ExperimentResult) -> N
     ],
 )
 def test_the_factor_grows_where_it_rises_at_every_error_that_all_dimensions_reach(
-    small: ExperimentResult, factors: dict[str, float | None], outcome: str, why: str
+    small: RunResult, factors: dict[str, float | None], outcome: str, why: str
 ) -> None:
     _, dimensions = _spoilt(small)
     for d, found in dimensions.items():
@@ -325,7 +325,7 @@ def test_the_factor_grows_where_it_rises_at_every_error_that_all_dimensions_reac
     assert (made["verdict"], made["why"]) == (outcome, why)
 
 
-def test_as_few_samples_as_a_quarter_are_enough_only_where_the_error_says_so(small: ExperimentResult) -> None:
+def test_as_few_samples_as_a_quarter_are_enough_only_where_the_error_says_so(small: RunResult) -> None:
     found = {
         "formula": "f",
         "errors": {"Fixed": {"40": 0.9, "160": 0.5}, "TwoSided": {"40": 0.5, "160": 0.1}},
@@ -412,7 +412,7 @@ def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing
 
 def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
     before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0]).read_bytes() == before
+    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before
 
 
 def test_quick_is_one_seed_and_few_samples() -> None:

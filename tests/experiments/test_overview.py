@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import claim
-from adaptive_tangents.experiments.registry import EXPERIMENTS
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.reporting.report import build_report
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.summary import KEPT, collect, summary
@@ -60,8 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_of_all_has_every_claim_of_every_experiment_and_counts_verdicts(runs: Path) -> None:
-    folder = collect(runs, EXPERIMENTS, command="adaptive-tangents reproduce all")
-    page = build_report(folder).read_text("utf-8")
+    folder = collect(runs, STUDIES, command="adaptive-tangents reproduce all")
+    page = build_report(folder, cli.PAGES).read_text("utf-8")
     for name in ("kernel-alignment", "penalties"):
         for kept in _results(name)["claims"].values():
             assert kept["claim"] in page
@@ -81,7 +82,7 @@ def test_a_summary_keeps_claims_settings_machine_and_total_seconds_only(runs: Pa
 
 def test_a_folder_without_experiments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TangentError, match=r"overview: no experiment's folder in .*reproduce all first"):
-        collect(tmp_path, EXPERIMENTS, command="")
+        collect(tmp_path, STUDIES, command="")
 
 
 def test_docs_keep_no_folder_of_a_machine_and_show_every_claim(
@@ -112,6 +113,4 @@ def test_docs_keep_no_folder_of_a_machine_and_show_every_claim(
 def test_the_page_in_docs_is_what_the_kept_results_say_and_lacks_no_experiment() -> None:
     assert make_results.main(["--check"]) == 0
     kept = [path.stem for path in make_results.KEPT.glob("*.json")]
-    assert (
-        {next(name for name in EXPERIMENTS if stem.startswith(name)) for stem in kept} == set(EXPERIMENTS) <= set(kept)
-    )
+    assert {next(name for name in STUDIES if stem.startswith(name)) for stem in kept} == set(STUDIES) <= set(kept)

@@ -13,6 +13,7 @@ from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.penalties import run as penalties
 from adaptive_tangents.experiments.penalties.run import PenaltiesConfig, run
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.reporting import report
 
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
@@ -56,7 +57,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
         spoiled = {**measured, name: {**measured[name], key: value}}
         claims = penalties._claims(spoiled, PenaltiesConfig())
         assert [k for k, v in claims.items() if not v["holds"]] == [claim]
-        verdict = report._penalties_context({"experiment": "penalties", "claims": claims})["verdict"]
+        verdict = STUDIES["penalties"].page().context({"experiment": "penalties", "claims": claims})["verdict"]
         assert verdict == f"7 of 8 claims hold; these do not: {claims[claim]['claim']}."
 
 
@@ -105,4 +106,4 @@ def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing
 
 def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
     before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0]).read_bytes() == before
+    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before

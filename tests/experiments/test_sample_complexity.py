@@ -42,7 +42,8 @@ from adaptive_tangents.experiments.sample_complexity.training import (
 )
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult, settings
+from adaptive_tangents.runs.record import RunResult, settings
+from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.units import StoredUnits, Tensors, Units
 
 TINY = SampleComplexityConfig(
@@ -92,7 +93,7 @@ class Recorded(Units):
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tuple[ExperimentResult, dict[str, Tensors], list[float]]:
+def tiny() -> tuple[RunResult, dict[str, Tensors], list[float]]:
     units, heard = Recorded(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_complexity, "load_images", lambda name, *, data_dir=None: toy(name))
@@ -596,7 +597,7 @@ def test_the_page_says_what_the_published_curve_measures_and_every_claim(models,
         TINY, models=models, datasets=("toy",) if every else ("toy", "openml:toys"), exact=12 * every, seeds=1
     )
     found = run(replace(config, max_epochs=1, strengths=(10.0,)))
-    page = report.build_report(report.write_results(found.results, found.arrays, tmp_path)).read_text("utf-8")
+    page = report.build_report(write_results(found.results, found.arrays, tmp_path), cli.PAGES).read_text("utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     assert "every epoch is a fresh random subset of size n" in text
     assert "the number of samples an epoch, out of all 60,000 (MNIST)" in text

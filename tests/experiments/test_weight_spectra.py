@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.spectra import weights as weight_spectra
 from adaptive_tangents.experiments.spectra.claims import weight_claims
 from adaptive_tangents.experiments.spectra.weights import PROTOCOLS, Job, WeightSpectraConfig, run, sgd
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import ExperimentResult, settings
+from adaptive_tangents.runs.record import RunResult, settings
 from adaptive_tangents.runs.units import StoredUnits
 from adaptive_tangents.spectral import TwoSided
-from experiment_cases import Remembered, made_up_digits
+from study_cases import Remembered, made_up_digits
 
 WIDTH = 20
 SMALL = WeightSpectraConfig(
@@ -41,7 +41,7 @@ def digits() -> Any:
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[ExperimentResult, Remembered]:
+def small() -> tuple[RunResult, Remembered]:
     units = Remembered()
     return run(SMALL, units=units), units
 
@@ -65,7 +65,7 @@ def _descend(parameters: torch.Tensor, gradient: Callable[[torch.Tensor, torch.T
     return parameters
 
 
-def _svd(small: ExperimentResult, kind: str, layer: str, matrix: torch.Tensor) -> None:
+def _svd(small: RunResult, kind: str, layer: str, matrix: torch.Tensor) -> None:
     found = small.arrays[f"{kind}.{layer}"][1]
     np.testing.assert_allclose(found, torch.linalg.svdvals(matrix.double()).numpy(), rtol=2e-3, atol=1e-5 * found.max())
 
@@ -160,7 +160,7 @@ def test_ranks_are_of_each_seeds_own_matrix_and_scores_of_test_digits(small) -> 
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def _numbers(result: ExperimentResult) -> str:
+def _numbers(result: RunResult) -> str:
     return json.dumps([result.results["metrics"], result.results["ranks"], result.results["claims"]])
 
 
@@ -301,7 +301,7 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path
 def test_the_verdict_follows_the_claims(small) -> None:
     results = dict(small[0].results)
     results["claims"] = {key: {**found, "verdict": "holds"} for key, found in results["claims"].items()}
-    page = report._PAGES["weight-spectra"]
+    page = STUDIES["weight-spectra"].page()
     told = page.context(results)["story"].verdict
     assert told.endswith("change: yes; the B of adaptive features trained by SGD: yes; their exact fit: yes.")
     results["claims"]["fixed subset.network"]["verdict"] = "does not hold"

@@ -16,13 +16,15 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
-from adaptive_tangents.inspection import InspectConfig, InspectResult, outputs, run
+from adaptive_tangents.explain import explain_operations
+from adaptive_tangents.inspection import InspectConfig, outputs, run
 from adaptive_tangents.inspection import figures as inspection_figures
 from adaptive_tangents.inspection import page as inspection_report
-from adaptive_tangents.explain import explain_operations
 from adaptive_tangents.inspection.measures import only, singular_values
 from adaptive_tangents.inspection.tangents import Cost, Tangents, collapsed, fitting_chunk
 from adaptive_tangents.reporting import report
+from adaptive_tangents.runs.record import RunResult
+from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import Data
 
 runner = CliRunner()
@@ -87,7 +89,7 @@ LIGHT = InspectConfig(samples=20, nodes=6, explain_operations=3e7)
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, InspectResult]:
+def found() -> dict[str, RunResult]:
     results = {}
     for name in ("mlp", "conv"):
         model, start, end, data = problem(name)
@@ -117,7 +119,7 @@ def direct(name: str) -> tuple[dict[str, at.TangentFeatures], Tensor, Any]:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_numbers_are_those_of_the_public_functions(found: dict[str, InspectResult], name: str) -> None:
+def test_numbers_are_those_of_the_public_functions(found: dict[str, RunResult], name: str) -> None:
     r, arrays = found[name].results, found[name].arrays
     feats, change, average = direct(name)
     kernels = {stage: f.kernel(outputs="trace") for stage, f in feats.items()}
@@ -148,7 +150,7 @@ def test_numbers_are_those_of_the_public_functions(found: dict[str, InspectResul
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_blocks_are_those_of_the_public_functions(found: dict[str, InspectResult], name: str) -> None:
+def test_blocks_are_those_of_the_public_functions(found: dict[str, RunResult], name: str) -> None:
     r = found[name].results
     feats, change, _ = direct(name)
     kernels = {stage: f.kernel(outputs="trace", by_block=True) for stage, f in feats.items()}
@@ -175,7 +177,7 @@ def test_blocks_are_those_of_the_public_functions(found: dict[str, InspectResult
     assert r["explain"]["two_sided"]["layer_scale_there"] == pytest.approx(scaled.total, rel=1e-6)
 
 
-def test_models_are_fitted_to_the_networks_own_change(found: dict[str, InspectResult]) -> None:
+def test_models_are_fitted_to_the_networks_own_change(found: dict[str, RunResult]) -> None:
     r = found["mlp"].results
     feats, change, _ = direct("mlp")
     fixed = at.fit(feats["initial"], change, structure=at.Fixed())
@@ -190,7 +192,7 @@ def test_models_are_fitted_to_the_networks_own_change(found: dict[str, InspectRe
     )
 
 
-def test_labels_are_one_hot_centred_along_the_outputs_measured(found: dict[str, InspectResult]) -> None:
+def test_labels_are_one_hot_centred_along_the_outputs_measured(found: dict[str, RunResult]) -> None:
     arrays, r = found["conv"].arrays, found["conv"].results
     weights = np.array(list(r["outputs"]["weights"].values()))
     onehot = np.eye(3)[np.arange(20) % 3]
@@ -202,7 +204,7 @@ def test_labels_are_one_hot_centred_along_the_outputs_measured(found: dict[str, 
     assert weights.sum() == pytest.approx(0, abs=1e-9)
 
 
-def test_the_share_that_went_through_the_buffers_is_told(found: dict[str, InspectResult]) -> None:
+def test_the_share_that_went_through_the_buffers_is_told(found: dict[str, RunResult]) -> None:
     _, _, average = direct("conv")
     share = float((average.buffer_change * average.change).sum() / average.change.norm() ** 2)
     assert found["conv"].results["path"]["through_buffers"] == pytest.approx(share, rel=1e-5)
@@ -210,7 +212,7 @@ def test_the_share_that_went_through_the_buffers_is_told(found: dict[str, Inspec
     assert found["mlp"].results["path"]["through_buffers"] == 0
 
 
-def test_checkpoints_in_between_are_measured_alike(found: dict[str, InspectResult]) -> None:
+def test_checkpoints_in_between_are_measured_alike(found: dict[str, RunResult]) -> None:
     first, half, last = found["mlp"].results["trajectory"]
     assert (first["growth"], first["cka_start"], last["cka_end"]) == (1.0, pytest.approx(1.0), pytest.approx(1.0))
     model, start, end, data = problem("mlp")
@@ -245,7 +247,7 @@ def test_what_passes_a_limit_is_left_out_and_told() -> None:
     assert list(r["models"]) == ["fixed"]
 
 
-def test_new_norms_at_the_start_are_told(found: dict[str, InspectResult]) -> None:
+def test_new_norms_at_the_start_are_told(found: dict[str, RunResult]) -> None:
     assert any(
         "1 norms, 1 first, have the running statistics 0 and 1" in limit for limit in found["conv"].results["limits"]
     )
@@ -394,11 +396,11 @@ def test_states_that_say_nothing_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def page(found: dict[str, InspectResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(found: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     extra = {"command": "adaptive-tangents inspect", "model": "networks:conv", "data_file": "data.npz"}
-    report.write_results(found["conv"].results | extra, found["conv"].arrays, folder)
-    report.build_report(folder)
+    write_results(found["conv"].results | extra, found["conv"].arrays, folder)
+    report.build_report(folder, cli.PAGES)
     return folder
 
 
@@ -421,7 +423,7 @@ def test_every_figure_that_applies_is_on_the_page_with_how_to_read_it(page: Path
     assert {path.stem for path in (page / "figures").iterdir()} == set(inspection_report.PAGE.figures)
 
 
-def test_findings_are_sentences_with_the_numbers(found: dict[str, InspectResult]) -> None:
+def test_findings_are_sentences_with_the_numbers(found: dict[str, RunResult]) -> None:
     r = found["conv"].results
     told = " ".join(inspection_report.findings(r))
     for part in ("The kernel ", "sim ", "effective rank", "lies along the kernel of what was learned", "dB", "R² ="):
@@ -447,7 +449,7 @@ def test_the_headline_follows_the_numbers(growth: float, sims: tuple[float | Non
     assert inspection_report.headline(results) == line
 
 
-def test_images_shown_are_those_that_grew_most_and_least(found: dict[str, InspectResult]) -> None:
+def test_images_shown_are_those_that_grew_most_and_least(found: dict[str, RunResult]) -> None:
     arrays = found["conv"].arrays
     growth = inspection_figures.sample_growth(arrays)
     assert arrays["images"].shape == (20, 5, 5, 3)

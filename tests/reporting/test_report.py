@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.claims import over_seeds
 from adaptive_tangents.experiments.kernel_alignment import page as kernel_alignment
-from adaptive_tangents.experiments.kernel_alignment.claims import claims, over_seeds
+from adaptive_tangents.experiments.kernel_alignment.claims import claims
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.reporting import report
-from experiment_cases import plain_figures
+from adaptive_tangents.reporting.pages import given, number
+from adaptive_tangents.runs.results import PAGE_FILE, load_results, write_results
+from study_cases import plain_figures
 
 BLOCKS = ["hidden1", "hidden2", "readout"]
 STAGES = ("initial", "average", "final")
@@ -131,8 +136,8 @@ def _arrays(n: int = 24) -> dict[str, np.ndarray]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result folder with its report, never changed by a test."""
     directory = tmp_path_factory.mktemp("run")
-    report.write_results(_results(), _arrays(), directory)
-    report.build_report(directory)
+    write_results(_results(), _arrays(), directory)
+    report.build_report(directory, cli.PAGES)
     return directory
 
 
@@ -164,7 +169,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def _page(directory: Path) -> _Page:
-    return _Page((directory / report.PAGE_FILE).read_text(encoding="utf-8"))
+    return _Page((directory / PAGE_FILE).read_text(encoding="utf-8"))
 
 
 def _set(results: dict[str, Any], path: str, value: Any) -> None:
@@ -179,8 +184,8 @@ def _set(results: dict[str, Any], path: str, value: Any) -> None:
 
 def test_results_and_arrays_come_back_as_written(tmp_path: Path) -> None:
     results, arrays = _results(), _arrays()
-    report.write_results(results, arrays, tmp_path / "new" / "folder")
-    read_results, read_arrays = report.load_results(tmp_path / "new" / "folder")
+    write_results(results, arrays, tmp_path / "new" / "folder")
+    read_results, read_arrays = load_results(tmp_path / "new" / "folder")
     assert read_results == results
     assert read_arrays.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -196,7 +201,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
         "c": {"d": np.array([1.0, -np.inf])},
         "e": (np.int64(3), True, None, Path("data")),
     }
-    report.write_results(results, {}, tmp_path)
+    write_results(results, {}, tmp_path)
     read = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"holds {name}"))
     expected = {
         "experiment": "demo",
@@ -210,9 +215,9 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 def test_a_value_that_cannot_be_kept_is_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TangentError, match=r"report: results\.config\.rate is a complex.*; give a number"):
-        report.write_results({"experiment": "demo", "config": {"rate": 1j}}, {}, tmp_path / "run")
+        write_results({"experiment": "demo", "config": {"rate": 1j}}, {}, tmp_path / "run")
     with pytest.raises(TangentError, match=r"report: array 'x' holds Python objects; give an array of numbers"):
-        report.write_results({"experiment": "demo"}, {"x": np.array([{}])}, tmp_path / "run")
+        write_results({"experiment": "demo"}, {"x": np.array([{}])}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -220,7 +225,7 @@ def test_a_value_that_cannot_be_kept_is_refused_by_name_before_anything_is_writt
 def test_a_failing_write_leaves_the_old_files_untouched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    report.write_results({"experiment": "old"}, {"x": np.ones(3)}, tmp_path)
+    write_results({"experiment": "old"}, {"x": np.ones(3)}, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*arguments: Any, **_: Any) -> None:
@@ -230,7 +235,7 @@ def test_a_failing_write_leaves_the_old_files_untouched(
 
     monkeypatch.setattr(*((np, "savez_compressed") if moment == "while writing" else (os, "replace")), fail)
     with pytest.raises(OSError, match="no space left"):
-        report.write_results({"experiment": "new"}, {"x": np.zeros(3)}, tmp_path)
+        write_results({"experiment": "new"}, {"x": np.zeros(3)}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -238,10 +243,10 @@ def test_a_page_that_cannot_be_built_leaves_the_old_page_untouched(built: Path, 
     shutil.copytree(built, tmp_path / "run")
     results = _results()
     del results["versions"]
-    report.write_results(results, _arrays(), tmp_path / "run")
+    write_results(results, _arrays(), tmp_path / "run")
     message = r"report: results\.json is incomplete \(.*versions.*\); run the experiment"
     with plain_figures("kernel-alignment", but="kernels"), pytest.raises(TangentError, match=message):
-        report.build_report(tmp_path / "run")
+        report.build_report(tmp_path / "run", cli.PAGES)
     assert (tmp_path / "run" / "report.html").read_bytes() == (built / "report.html").read_bytes()
 
 
@@ -260,13 +265,13 @@ def _rewrite(path: str, value: Any) -> Any:
     def change(directory: Path) -> None:
         results = _results()
         _set(results, path, value)
-        report.write_results(results, _arrays(), directory)
+        write_results(results, _arrays(), directory)
 
     return change
 
 
 def _without_array(directory: Path) -> None:
-    report.write_results(_results(), {k: v for k, v in _arrays().items() if k != "sign.kernel.final"}, directory)
+    write_results(_results(), {k: v for k, v in _arrays().items() if k != "sign.kernel.final"}, directory)
 
 
 @pytest.mark.parametrize(
@@ -290,17 +295,17 @@ def _without_array(directory: Path) -> None:
     ],
 )
 def test_an_unusable_folder_is_refused_with_the_remedy(tmp_path: Path, spoil: Any, message: str) -> None:
-    report.write_results(_results(), _arrays(), tmp_path / "run")
+    write_results(_results(), _arrays(), tmp_path / "run")
     spoil(tmp_path / "run")
     with plain_figures("kernel-alignment", but="models"), pytest.raises(TangentError, match=f"^report: {message}"):
-        report.build_report(tmp_path / "run")
+        report.build_report(tmp_path / "run", cli.PAGES)
 
 
 # --- the findings
 
 
 def test_findings_stand_beside_the_paper_and_the_project() -> None:
-    rows = {row.label: tuple(row[1:]) for row in report.summary_table(_results())}
+    rows = {row.label: tuple(row[1:]) for row in report.summary_table(_results(), kernel_alignment.PAGE)}
     assert rows["sign: sim(K̄, K_y)"] == ("0.352", "0.40", "0.352")
     assert rows["sign: mean K̄(x, x) near the boundary"] == ("13.8", "20–30", "—")
     assert rows["smooth: sim(K_0, K_y)"] == ("0.0500", "—", "0.05")
@@ -328,12 +333,12 @@ def test_findings_stand_beside_the_paper_and_the_project() -> None:
     ],
 )
 def test_numbers_read_to_three_figures(value: Any, text: str) -> None:
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 def test_given_values_keep_the_figures_they_came_with() -> None:
     values = [0.4, 0.05, "kernel-alignment", [0.01, 1.0], -3, 0.1]
-    assert [report.given(v) for v in values] == ["0.40", "0.05", "kernel-alignment", "0.01, 1", "−3", "0.10"]
+    assert [given(v) for v in values] == ["0.40", "0.05", "kernel-alignment", "0.01, 1", "−3", "0.10"]
 
 
 CLAIM = "the initial features represent the target poorly."
@@ -363,13 +368,13 @@ def test_the_verdict_follows_the_numbers(changes: dict[str, Any], verdict: str) 
     results = copy.deepcopy(_results())
     for path, value in changes.items():
         _set(results["targets"], path, value)
-    assert kernel_alignment._alignment_context(results)["verdict"] == verdict
+    assert kernel_alignment.PAGE.context(results)["verdict"] == verdict
 
 
 def test_the_answer_counts_the_measures_that_agree() -> None:
     results = _results()
     _set(results["targets"], "sign.representability.rkhs_norm", 1.0)
-    answer = " ".join(kernel_alignment._alignment_context(results)["answer"])
+    answer = " ".join(kernel_alignment.PAGE.context(results)["answer"])
     assert "By two of three measures K_0 represents the sign target worse" in answer
     assert "0.35 for the sign target (up from 0.04 at the start)" in answer
     assert "rises more than the other’s: by 0.31 against 0.12." in answer
@@ -377,7 +382,7 @@ def test_the_answer_counts_the_measures_that_agree() -> None:
 
 
 def test_the_exact_models_are_said_to_turn_the_kernel_as_far_as_the_best_of_them_does() -> None:
-    full, two_sided = kernel_alignment._alignment_context(_results())["turns"]
+    full, two_sided = kernel_alignment.PAGE.context(_results())["turns"]
     assert full.startswith("Full takes sim(K_M, K_y) to at most 0.810 at λ = 1 for the smooth target (K_0: ")
     assert "to at most 0.490 at λ = 0.1 for the smooth target" in two_sided
     assert "and 0.490 at λ = 0.1 for the sign target (K_0: 0.0400)" in two_sided
@@ -388,7 +393,7 @@ def test_the_exact_models_are_said_to_turn_the_kernel_as_far_as_the_best_of_them
 
 def test_the_page_shows_every_finding_beside_the_papers(built: Path) -> None:
     shown = [tuple(row) for row in _page(built).rows]
-    findings = report.summary_table(_results())
+    findings = report.summary_table(_results(), kernel_alignment.PAGE)
     assert len(findings) == 13
     for row in findings:
         assert (re.sub("[_̄]", "", row.label), *row[1:]) in shown
@@ -437,7 +442,7 @@ def test_every_link_and_shape_on_the_page_refers_to_one_place(built: Path) -> No
 
 def test_every_figure_exists_as_png_and_svg(built: Path) -> None:
     names = {path.stem for path in (built / "figures").iterdir()}
-    assert names == set(report._PAGES["kernel-alignment"].figures)
+    assert names == set(STUDIES["kernel-alignment"].page().figures)
     for name in names:
         assert (built / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert ElementTree.parse(built / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
@@ -447,7 +452,7 @@ def test_every_figure_exists_as_png_and_svg(built: Path) -> None:
 def test_every_figure_has_a_caption_and_words_for_those_who_cannot_see_it(built: Path) -> None:
     text = (built / "report.html").read_text(encoding="utf-8")
     figures = re.findall(r"<figure .*?</figure>", text, flags=re.DOTALL)
-    assert len(figures) == len(report._PAGES["kernel-alignment"].figures)
+    assert len(figures) == len(STUDIES["kernel-alignment"].page().figures)
     for k, figure in enumerate(figures, start=1):
         assert f"<b>Figure {k}.</b>" in figure
         assert "Look for" in figure
@@ -464,7 +469,7 @@ def test_no_notation_is_left_unset(built: Path) -> None:
 def test_the_same_results_give_the_same_page(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
-    assert report.build_report(tmp_path / "run").read_bytes() == (built / "report.html").read_bytes()
+    assert report.build_report(tmp_path / "run", cli.PAGES).read_bytes() == (built / "report.html").read_bytes()
 
 
 def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path) -> None:
@@ -476,8 +481,8 @@ def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path
     results = _results()
     results["targets"] = emptied(results["targets"])
     results["metrics"] = _flat(results["targets"])
-    report.write_results(results, _arrays(), tmp_path)
-    text = report.build_report(tmp_path).read_text(encoding="utf-8")
+    write_results(results, _arrays(), tmp_path)
+    text = report.build_report(tmp_path, cli.PAGES).read_text(encoding="utf-8")
     assert "Unanswered" in text
 
 
@@ -501,7 +506,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chr
 @needs_chromium
 def test_a_browser_renders_the_page(built: Path, tmp_path: Path) -> None:
     dom = _browse(tmp_path, built / "report.html", "--dump-dom")
-    assert dom.count("<figure ") == len(report._PAGES["kernel-alignment"].figures)
+    assert dom.count("<figure ") == len(STUDIES["kernel-alignment"].page().figures)
     assert "How this was made" in dom
     picture = tmp_path / "page.png"
     _browse(tmp_path, built / "report.html", "--window-size=1100,2000", f"--screenshot={picture}")

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
 from adaptive_tangents import TangentError, cli
-from adaptive_tangents.experiments.registry import EXPERIMENTS, LONGEST_FIRST
+from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.runs.parallel import side_by_side
 from adaptive_tangents.runs.results import load_results
 
@@ -112,8 +112,8 @@ def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> Non
 
 
 def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monkeypatch) -> None:
-    few = {name: EXPERIMENTS[name] for name in ("penalties", "kernel-spectra")}
-    monkeypatch.setattr(cli, "EXPERIMENTS", few)
+    few = {name: STUDIES[name] for name in ("penalties", "kernel-spectra")}
+    monkeypatch.setattr(cli, "STUDIES", few)
     monkeypatch.setattr(cli, "_cores", lambda: 2)  # a thread each: other sums have other roundings
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,7 +135,7 @@ def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monke
 
 
 def test_every_experiment_has_its_place_among_the_longest_first() -> None:
-    assert sorted(LONGEST_FIRST) == sorted(EXPERIMENTS)
+    assert sorted(LONGEST_FIRST) == sorted(STUDIES)
 
 
 if __name__ == "__main__":

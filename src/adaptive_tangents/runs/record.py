@@ -44,6 +44,7 @@ class Clock:
         self.progress(name, self.done / self.total)
         yield lambda fraction: self.progress(name, (self.done + work * fraction) / self.total)
         self.done += work
+        self.progress(name, self.done / self.total)
         self.seconds[name] = time.perf_counter() - began
 
 

@@ -98,7 +98,7 @@ def run(
             solved[solver] = _fitted(config, feats, r, TwoSided(Quadratic(config.strength)), solver, advance)
     with clock.stage("Left", _WORK["Left"]) as advance:
         models = {
-            "Fixed": _fitted(config, feats, r, Fixed(), "newton", advance),
+            "Fixed": _fitted(config, feats, r, Fixed(), "newton", lambda fraction: None),
             "Left": _fitted(config, feats, r, Left(Quadratic(config.strength)), "newton", advance),
             "TwoSided": solved["newton"],
         }
