@@ -178,11 +178,11 @@ def explained_in_rounds(rounds: int) -> Iterator[None]:
 
 
 @contextmanager
-def plain_figures(study: str, *, but: str) -> Iterator[None]:
+def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
     """A page whose figures but one are empty axes: what commands do with a page is no matter of what it shows."""
-    page = STUDIES[study].page()
+    page = cli.PAGES[experiment]()
     figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
     plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cli.PAGES, study, plain)
+        patch.setitem(cli.PAGES, experiment, plain)
         yield

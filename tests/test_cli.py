@@ -1,8 +1,6 @@
 """The commands: what they print, what they write, and how they refuse."""
 
 import json
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,16 +20,20 @@ from adaptive_tangents.experiments.training import SGD, relu_network
 from study_cases import explained_in_rounds, plain_figures
 
 runner = CliRunner()
+WIDTH = 16
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller() -> Iterator[None]:
-    """A quick run in seconds: what the commands do with it is no matter of its numbers."""
+    """A quick run in a second: what the commands do with it is no matter of its numbers."""
     configured = kernel_alignment.configured
 
     def small(asked: Asked) -> KernelAlignmentConfig:
-        return replace(configured(asked), training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,))
+        return replace(
+            configured(asked), width=WIDTH, training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,),
+            linearization_points=3,
+        )  # fmt: skip
 
     plain = plain_figures(kernel_alignment.NAME, but="kernels")
     with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1), plain:
@@ -67,7 +69,7 @@ def test_reproduce_writes_results_figures_checkpoints_and_one_page(folder) -> No
 
 def test_checkpoints_load_into_the_network_as_plain_state_dicts(folder) -> None:
     out, _ = folder
-    model = relu_network((784, 256, 256, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
+    model = relu_network((784, WIDTH, WIDTH, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
     for kind in ("start", "end"):
         model.load_state_dict(load_file(out / "checkpoints" / f"sign.{kind}.safetensors"))
 
@@ -163,46 +165,6 @@ def test_another_experiments_folder_is_refused(folder) -> None:
     done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(folder[0])])
     assert done.exit_code == 1
     assert "experiment" in done.output
-
-
-# One process imports torch, and the runs are forked from it.
-SCRIPT = """
-import os, signal, sys, torch
-from pathlib import Path
-from adaptive_tangents.runs.units import StoredUnits
-
-def run(folder, killed_before, resume):
-    units = StoredUnits(Path(sys.argv[1], folder), {"seed": 0}, resume=resume)
-    made = []
-
-    def make(k):
-        if k == killed_before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        made.append(k)
-        return {"x": torch.randn(3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)}
-
-    total = sum(units(f"part{k}", lambda k=k: make(k))["x"] for k in range(4))
-    print(made, total.tolist(), flush=True)
-
-for given in (("whole", -1, False), ("killed", 2, False), ("killed", -1, True)):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            run(*given)
-            code = 0
-        finally:
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def test_a_killed_run_resumed_makes_only_what_is_missing_and_ends_the_same(tmp_path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
-    whole, code, killed, rest, resumed = done.stdout.splitlines()
-    assert (code, killed, resumed) == ("0", str(-signal.SIGKILL), "0")
-    assert whole.startswith("[0, 1, 2, 3] ")
-    assert rest == whole.replace("[0, 1, 2, 3] ", "[2, 3] ")
 
 
 def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_one(tmp_path) -> None:

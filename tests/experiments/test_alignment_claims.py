@@ -1,6 +1,7 @@
 """Kernel alignment over seeds: claims judged by numbers, the place on the path, and what each seed keeps."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,56 +18,44 @@ from adaptive_tangents.experiments.kernel_alignment.claims import claims
 from adaptive_tangents.experiments.kernel_alignment.measures import first_crossing
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig, configured, run
 from adaptive_tangents.experiments.study import Asked
-from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.reporting.report import build_report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
-from study_cases import Remembered, explained_in_rounds
+from study_cases import SMALL as CONFIGS
+from study_cases import made_up_data, plain_figures, small_run
 
-SMALL = KernelAlignmentConfig(
-    seeds=2,
-    width=12,
-    training=SGD(epochs=3),
-    kernel_samples=40,
-    path_nodes=4,
-    strengths=(10.0,),
-    linearization_points=5,
-)
+SMALL = CONFIGS["kernel-alignment"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data() -> Iterator[None]:
+    with made_up_data():
+        yield
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[RunResult, Remembered]:
-    units = Remembered()
-    with explained_in_rounds(1):
-        return run(SMALL, units=units), units
+def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
+    found = small_run("kernel-alignment")
+    return found.result, found.parts
 
 
 def test_every_seed_is_a_run_of_its_own(small) -> None:
     results = small[0].results
-    for k in range(2):
-        with explained_in_rounds(1):
-            alone = run(replace(SMALL, seed=k, seeds=1)).results["metrics"]
-        for key in (
-            "sign.alignment.average",
-            "smooth.diagonal.near",
-            "sign.place.all",
-            "smooth.block.hidden2.alignment.final",
-        ):
-            assert results["over_seeds"][key][k] == alone[key]
+    alone = run(replace(SMALL, seed=1, seeds=1)).results["metrics"]
+    for key in (
+        "sign.alignment.average",
+        "smooth.diagonal.near",
+        "sign.place.all",
+        "smooth.block.hidden2.alignment.final",
+    ):
+        first, second = results["over_seeds"][key]
+        assert first != second == alone[key]
     assert results["metrics"]["sign.alignment.average"] == results["over_seeds"]["sign.alignment.average"][0]
-
-
-def test_resumed_seeds_train_nothing_again_and_give_the_same_numbers(small, monkeypatch) -> None:
-    monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
-    with explained_in_rounds(1):
-        again = run(SMALL, units=small[1])
-    assert again.results["over_seeds"] == small[0].results["over_seeds"]
-    assert {"sign.end", "seed1.sign.end", "seed1.smooth.training"} <= set(small[1].parts)
 
 
 def test_place_is_where_the_kernel_on_the_path_equals_the_average(small) -> None:
     """Between the two points around it K_s(x, x) lies on either side of K̄(x, x), before them on one."""
-    arrays, parts = small[0].arrays, small[1].parts
+    arrays, parts = small[0].arrays, small[1]
     problem = alignment_setup.problem(replace(SMALL, seed=0), "cpu")
     student = alignment_setup.student(replace(SMALL, seed=0), problem, "cpu")
     x = problem.x[problem.chosen]
@@ -149,7 +138,8 @@ def test_evidence_has_the_spread_over_seeds(small) -> None:
 
 def test_the_page_shows_every_claim_and_both_seeds(small, tmp_path) -> None:
     write_results(small[0].results, small[0].arrays, tmp_path)
-    text = build_report(tmp_path, cli.PAGES).read_text("utf-8")
+    with plain_figures("kernel-alignment", but="path"):
+        text = build_report(tmp_path, cli.PAGES).read_text("utf-8")
     assert text.count("what would refute it") == 1
     assert "over 2 seeds" in text
     assert "0.40 against 0.17" in text

@@ -1,44 +1,46 @@
 """The experiment on exact solvers: what is measured, claims judged by numbers, refusals, and the page that says so."""
 
 import copy
-import json
 import math
-import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import adaptive_tangents as at
-from adaptive_tangents import cli
-from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.exact_solvers import page as exact_page
 from adaptive_tangents.experiments.exact_solvers import run as exact_solvers
 from adaptive_tangents.experiments.exact_solvers.run import ExactSolversConfig, run
 from adaptive_tangents.experiments.training import relu_network
-from adaptive_tangents.reporting import report
 from adaptive_tangents.reporting.drawing import render
 from adaptive_tangents.runs.record import RunResult
+from study_cases import SMALL as CONFIGS
+from study_cases import as_vectors, made_up_data, made_up_digits, small_run
 
+SMALL = CONFIGS["exact-solvers"]
 CLAIMS = ["agree", "certified", "monotone", "rounds", "bound", "rank.Left", "rank.TwoSided"]
-SMALL = ExactSolversConfig(samples=30, width=24)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data() -> Iterator[None]:
+    with made_up_data():
+        yield
 
 
 @pytest.fixture(scope="module")
 def small() -> RunResult:
-    return run(SMALL)
+    return small_run("exact-solvers").result
 
 
 def kernel_regression() -> dict[str, np.ndarray]:
     """Coefficients of the fixed kernel by the Jacobian outright: β = Jᵀ(JJᵀ)⁻¹r, a matrix [weight, bias] a layer."""
-    digits = load_digits("mnist5k", classes=(2, 3))
-    x, labels = normalize_digits(digits.train_images[:30]), digits.train_labels[:30]
+    digits = made_up_digits("", classes=(2, 3))
+    x, labels = as_vectors(digits.train_images[:30]), digits.train_labels[:30]
     generator = torch.Generator().manual_seed(0)
-    network = relu_network((784, 24, 24, 1), exact_solvers.LAYERS, bias=True, generator=generator)
+    network = relu_network((x.shape[1], 24, 24, 1), exact_solvers.LAYERS, bias=True, generator=generator)
     r = (2.0 * labels[:, None] - 5).double() - network(x).detach().double()  # digit 2 is −1, digit 3 is 1
     network, x = network.double(), x.double()
     parameters = dict(network.named_parameters())
@@ -138,7 +140,7 @@ def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
     [
         ({"samples": 1}, "at least 2 samples and a width of 2"),
         ({"width": 1}, "at least 2 samples and a width of 2"),
-        ({"samples": 900}, r"mnist5k holds 800 training digits \(2, 3\), fewer than samples = 900"),
+        ({"samples": 900}, r"made up holds 120 training digits \(2, 3\), fewer than samples = 900"),
         ({"strength": -1.0}, "strength"),
     ],
 )
@@ -159,41 +161,5 @@ def test_a_curve_is_dashed_only_while_adaptation_sets_in(small: RunResult) -> No
 
 def test_layers_of_one_row_have_no_panel(small: RunResult) -> None:
     figure = exact_page.draw_coefficients(small.results, small.arrays)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["hidden1, 24 × 785", "hidden2, 24 × 25"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["hidden1, 24 × 82", "hidden2, 24 × 25"]
     assert render(exact_page.draw_coefficients, "coefficients", small.results, small.arrays).png.startswith(b"\x89PNG")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("exact-solvers")
-    done = CliRunner().invoke(cli.app, ["reproduce", "exact-solvers", "--quick", "--seed", "1", "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    return out, done.output
-
-
-@pytest.mark.slow
-def test_reproduce_prints_each_claim_with_its_verdict_and_writes_results_and_figures(folder: tuple[Path, str]) -> None:
-    out, printed = folder
-    assert printed.count("✓") == len(CLAIMS)
-    assert "✗" not in printed
-    results = json.loads((out / "results.json").read_text())
-    assert (results["config"]["samples"], results["seed"]) == (60, 1)
-    expected = {f"{name}.{kind}" for name in ("solvers", "coefficients") for kind in ("png", "svg")}
-    assert {path.name for path in (out / "figures").iterdir()} == expected
-
-
-@pytest.mark.slow
-def test_the_page_shows_the_verdict_every_claim_and_the_figures_and_loads_nothing(folder: tuple[Path, str]) -> None:
-    text = (folder[0] / "report.html").read_text("utf-8")
-    assert "every claim holds." in text
-    results = json.loads((folder[0] / "results.json").read_text())
-    for claim in results["claims"].values():
-        assert claim["claim"] in text
-    assert text.count("<figure ") == text.count("Look for") == 2
-    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
-
-
-@pytest.mark.slow
-def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
-    before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before

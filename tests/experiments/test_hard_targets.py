@@ -1,19 +1,14 @@
 """Targets from smooth to sign: what is measured of each, what is correlated with what, and the verdicts."""
 
-import json
-import re
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from typer.testing import CliRunner
 
-from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.hard_targets import run as hard_targets
@@ -31,30 +26,24 @@ from adaptive_tangents.experiments.kernel_alignment import setup as alignment_se
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.explain import explain
-from adaptive_tangents.runs.record import RunResult, settings
-from adaptive_tangents.runs.units import StoredUnits
+from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.transforms import LowRank, Matrix, Sides
-from study_cases import Remembered, made_up_digits
+from study_cases import SMALL as CONFIGS
+from study_cases import made_up_data, small_run
 
-SMALL = HardTargetsConfig(
-    seeds=1, width=12, training=SGD(epochs=3), kernel_samples=24, path_nodes=2, temperatures=(10.0, 0.5, 0.01)
-)
+SMALL = CONFIGS["hard-targets"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cheap() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment_setup, "load_digits", made_up_digits)
-        # A strong pull toward the identity, and no other: the fit is done after a few rounds.
-        patch.setattr(hard_targets, "explain", partial(explain, strengths=(10.0,)))
+def data() -> Iterator[None]:
+    with made_up_data():
         yield
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[RunResult, Remembered]:
-    units = Remembered()
-    return run(SMALL, units=units), units
+def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
+    found = small_run("hard-targets")
+    return found.result, found.parts
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -89,7 +78,7 @@ def test_hardness_and_alignment_are_those_of_kernels_of_dense_features(small) ->
     posed = alignment_setup.problem(SMALL, "cpu")
     model, x = alignment_setup.student(SMALL, posed, "cpu"), posed.x[posed.chosen]
     y = hard_target(posed.targets["smooth"], 0.5)[posed.chosen, 0].double().numpy()
-    states = [units.parts[f"seed0.tau0.5.{kind}"] for kind in ("start", "end")]
+    states = [units[f"seed0.tau0.5.{kind}"] for kind in ("start", "end")]
     change = (
         torch.func.functional_call(model, states[1], (x,)) - torch.func.functional_call(model, states[0], (x,))
     ).detach()
@@ -131,32 +120,6 @@ def test_correlations_are_spearmans_over_temperatures_seed_by_seed() -> None:
             for seed in range(2):
                 assert found[hard][key][seed] == pytest.approx(spearmanr(arrays[hard][seed], arrays[key][seed])[0])
         assert found[hard]["sharpness"][0] == pytest.approx(spearmanr(arrays[hard][0], range(4))[0])
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
-
-
-def _numbers(result: RunResult) -> str:
-    return json.dumps([result.results["measured"], result.results["claims"], result.results["correlations"]])
-
-
-def test_a_run_interrupted_between_training_and_measuring_goes_on_to_the_same_numbers(small) -> None:
-    cut = Remembered(left=7)
-    with pytest.raises(KeyboardInterrupt):
-        run(SMALL, units=cut)
-    assert "seed0.tau0.5.training" in cut.parts
-    assert "seed0.tau0.5.measured" not in cut.parts
-    cut.left = 10**6
-    assert _numbers(run(SMALL, units=cut)) == _numbers(small[0])
-
-
-def test_a_finished_run_is_read_from_its_checkpoints(small, tmp_path, monkeypatch) -> None:
-    stored = StoredUnits(tmp_path, settings(SMALL))
-    for name, tensors in small[1].parts.items():
-        stored.put(name, tensors)
-    monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(hard_targets, "tangent_features", lambda *_, **__: pytest.fail("measured again"))
-    assert _numbers(run(SMALL, units=StoredUnits(tmp_path, settings(SMALL), resume=True))) == _numbers(small[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- claims
@@ -223,22 +186,6 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the page
-
-
-def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(hard_targets, "configured", lambda asked: SMALL)
-    monkeypatch.setattr(hard_targets, "run", lambda *_, **__: small[0])
-    done = CliRunner().invoke(cli.app, ["reproduce", "hard-targets", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    text = (tmp_path / "report.html").read_text("utf-8")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert sum(done.output.count(mark) for mark in "✓~✗") == len(results["claims"])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"curve", "against"}
-    assert text.count("<figure ") == 2
-    assert text.count('<td class="wrap">') == len(results["claims"])
-    words = re.sub(r"<(style|svg|pre)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)
-    assert re.findall(r"\b\w_\w\b|\w̄|\{\{|\bNone\b|\bnan\b", words) == []
-    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
 
 
 def test_the_verdict_follows_the_claims(small) -> None:

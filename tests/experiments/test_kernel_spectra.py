@@ -1,18 +1,13 @@
 """Spectra of tangent kernels: eigenvalues, eigenvectors and energies as defined, and the verdicts that follow from them."""
 
-import json
-import re
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from typer.testing import CliRunner
 
-from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import rank_correlation
@@ -24,24 +19,23 @@ from adaptive_tangents.experiments.spectra.claims import kernel_claims
 from adaptive_tangents.experiments.spectra.kernels import KERNELS, KernelSpectraConfig, decomposed, run
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD
-from adaptive_tangents.runs.record import RunResult, settings
-from adaptive_tangents.runs.units import StoredUnits
-from study_cases import Remembered, made_up_digits
+from adaptive_tangents.runs.record import RunResult
+from study_cases import SMALL as CONFIGS
+from study_cases import Remembered, made_up_data, small_run
 
-SMALL = KernelSpectraConfig(seeds=2, width=12, training=SGD(epochs=3), kernel_samples=30, path_nodes=3)
+SMALL = CONFIGS["kernel-spectra"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def digits() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment_setup, "load_digits", made_up_digits)
+def data() -> Iterator[None]:
+    with made_up_data():
         yield
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[RunResult, Remembered]:
-    units = Remembered()
-    return run(SMALL, units=units), units
+def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
+    found = small_run("kernel-spectra")
+    return found.result, found.parts
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -89,7 +83,7 @@ def test_kernels_are_of_the_weights_before_after_and_between(small) -> None:
     config = replace(SMALL, seed=1)
     posed = alignment_setup.problem(config, "cpu")
     model, x = alignment_setup.student(config, posed, "cpu"), posed.x[posed.chosen]
-    start, end = (units.parts[f"seed1.sign.{kind}"] for kind in ("start", "end"))
+    start, end = (units[f"seed1.sign.{kind}"] for kind in ("start", "end"))
 
     def features(s: float) -> torch.Tensor:
         return tangent_features(model, x, params={key: torch.lerp(start[key], end[key], s) for key in start}).dense()
@@ -127,34 +121,6 @@ def test_a_target_of_one_value_is_an_error() -> None:
         TangentError, match="kernel-spectra: the target has one value on all 4 samples; use more of them"
     ):
         decomposed(torch.eye(4), torch.ones(4))
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
-
-
-def _numbers(result: RunResult) -> str:
-    return json.dumps([result.results["over_seeds"], result.results["claims"], result.results["metrics"]])
-
-
-def test_a_run_interrupted_anywhere_goes_on_to_the_same_numbers(small) -> None:
-    cut = Remembered(left=6)
-    with pytest.raises(KeyboardInterrupt):
-        run(SMALL, units=cut)
-    assert "seed0.smooth.kernels" in cut.parts
-    assert "seed0.sign.kernels" not in cut.parts
-    cut.left = 10**6
-    assert _numbers(run(SMALL, units=cut)) == _numbers(small[0])
-
-
-def test_a_finished_run_is_read_from_its_checkpoints(small, tmp_path, monkeypatch) -> None:
-    stored = StoredUnits(tmp_path, settings(SMALL))
-    for name, tensors in small[1].parts.items():
-        stored.put(name, tensors)
-    for name in ("train", "student"):
-        monkeypatch.setattr(
-            alignment_setup if name == "train" else kernel_spectra, name, lambda *_, **__: pytest.fail("made again")
-        )
-    assert _numbers(run(SMALL, units=StoredUnits(tmp_path, settings(SMALL), resume=True))) == _numbers(small[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- claims
@@ -221,22 +187,6 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the page
-
-
-def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(kernel_spectra, "configured", lambda asked: SMALL)
-    monkeypatch.setattr(kernel_spectra, "run", lambda *_, **__: small[0])
-    done = CliRunner().invoke(cli.app, ["reproduce", "kernel-spectra", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    text = (tmp_path / "report.html").read_text("utf-8")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert sum(done.output.count(mark) for mark in "✓~✗") == len(results["claims"])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"spectra", "vectors", "energy", "diagonals"}
-    assert text.count("<figure ") == 4
-    assert text.count('<td class="wrap">') == len(results["claims"])
-    words = re.sub(r"<(style|svg|pre)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)
-    assert re.findall(r"\b\w_\w\b|\w̄|\{\{|\bNone\b|\bnan\b", words) == []
-    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
 
 
 def test_the_verdict_follows_the_claims(small) -> None:

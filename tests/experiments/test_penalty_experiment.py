@@ -14,7 +14,6 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.penalties import run as penalties
 from adaptive_tangents.experiments.penalties.run import PenaltiesConfig, run
 from adaptive_tangents.experiments.registry import STUDIES
-from adaptive_tangents.reporting import report
 
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
 CLAIMS = ["near", "far", *(f"omega{k}.{kind}" for k in (1, 2, 3) for kind in ("slope", "convex"))]
@@ -102,8 +101,3 @@ def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing
     assert text.count("<figure ") == 1
     assert "Look for" in text
     assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
-
-
-def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
-    before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
+import study_cases
 from adaptive_tangents import cli
-from adaptive_tangents.data import Dataset
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.sample_complexity import run as sample_complexity
 from adaptive_tangents.experiments.sample_complexity import training as subset_training
@@ -42,34 +42,12 @@ from adaptive_tangents.experiments.sample_complexity.training import (
 )
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.reporting import report
-from adaptive_tangents.runs.record import RunResult, settings
+from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
-from adaptive_tangents.runs.units import StoredUnits, Tensors, Units
+from adaptive_tangents.runs.units import Tensors
+from study_cases import SMALL, Remembered, plain_figures, small_run, toy
 
-TINY = SampleComplexityConfig(
-    datasets=("toy",),
-    seeds=2,
-    sizes=(12, 30),
-    width=8,
-    depth=3,
-    patience=1,
-    max_epochs=4,
-    validation=20,
-    test=40,
-    exact=12,
-)
-
-
-def toy(
-    name: str = "toy", *, data_dir: str | None = None, train: int = 160, shape: tuple[int, ...] = (6, 6)
-) -> Dataset:
-    """Three classes, each with a bright row of its own under noise."""
-    generator = torch.Generator().manual_seed(7)
-    labels = torch.arange(train + 60) % 3
-    images = torch.randint(0, 160, (train + 60, *shape), generator=generator, dtype=torch.uint8)
-    for k, label in enumerate(labels.tolist()):
-        images[k, ..., label, :] += 60
-    return Dataset(name, images[:train], labels[:train], images[train:], labels[train:], "Made up.")
+TINY = SMALL["sample-complexity"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,21 +62,10 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-class Recorded(Units):
-    def __init__(self) -> None:
-        self.made: dict[str, Tensors] = {}
-
-    def put(self, name: str, tensors: Tensors) -> None:
-        self.made[name] = tensors
-
-
 @pytest.fixture(scope="module")
-def tiny() -> tuple[RunResult, dict[str, Tensors], list[float]]:
-    units, heard = Recorded(), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_complexity, "load_images", lambda name, *, data_dir=None: toy(name))
-        found = run(TINY, units=units, progress=lambda stage, fraction: heard.append(fraction))
-    return found, units.made, heard
+def tiny() -> tuple[RunResult, dict[str, Tensors]]:
+    found = small_run("sample-complexity")
+    return found.result, found.parts
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -304,7 +271,7 @@ def test_generators_differ_by_seed_and_by_every_word_and_are_the_same_again() ->
 
 
 def test_errors_are_those_of_the_kept_courses_at_the_epoch_either_rule_chooses(tiny) -> None:
-    found, units, _ = tiny
+    found, units = tiny
     for protocol in (FRESH, SAME):
         for kind in ("fixed", "adaptive", "network"):
             for n in TINY.sizes:
@@ -343,11 +310,6 @@ def test_held_out_images_are_an_eighth_and_are_not_trained_on() -> None:
     assert float(part.pool[0].max()) <= 1
 
 
-def test_progress_never_goes_back_and_ends_at_the_end(tiny) -> None:
-    assert tiny[2] == sorted(tiny[2])
-    assert 0.9 < tiny[2][-1] <= 1.0 + 1e-9
-
-
 def test_exact_fixed_fits_are_kernel_ridge_regression_written_out(tiny) -> None:
     """(K + ρ)α = onehot − f(x;θ₀), with features from torch.func."""
     part = split(TINY, "toy", 0)
@@ -368,7 +330,7 @@ def test_exact_fixed_fits_are_kernel_ridge_regression_written_out(tiny) -> None:
 
 
 def test_the_strength_is_chosen_by_the_validation_split(tiny) -> None:
-    found, units, _ = tiny
+    found, units = tiny
     for loss in ("squared", "cross-entropy"):
         held = found.results["exact"]["toy"][loss]["12"]
         assert set(held["errors"]) == {"fixed", "λ = 1", "λ = 10"}
@@ -385,32 +347,12 @@ def test_the_strength_is_chosen_by_the_validation_split(tiny) -> None:
 
 
 def test_what_a_unit_makes_hangs_on_no_other_unit(tiny) -> None:
-    alone = Recorded()
+    alone = Remembered()
     run(replace(TINY, seeds=1, seed=1, sizes=(30,), models=("network", "fixed"), exact=0), units=alone)
-    assert len(alone.made) == 4
-    for name, tensors in alone.made.items():
+    assert len(alone.parts) == 4
+    for name, tensors in alone.parts.items():
         for key in tensors.keys() - {"seconds"}:
             assert torch.equal(tensors[key], tiny[1][name][key]), name
-
-
-def test_a_run_stopped_in_the_middle_and_resumed_ends_the_same(tiny, tmp_path: Path) -> None:
-    class Stopping(StoredUnits):
-        left = 9
-
-        def put(self, name: str, tensors: Tensors) -> None:
-            super().put(name, tensors)
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-
-    config = settings(TINY)
-    with pytest.raises(KeyboardInterrupt):
-        run(TINY, units=Stopping(tmp_path, config))
-    units = StoredUnits(tmp_path, config, resume=True)
-    assert len(units.found) == 9
-    again = run(TINY, units=units).results
-    for key in ("errors", "runs", "exact", "claims", "left_out", "data"):
-        assert again[key] == tiny[0].results[key], key
 
 
 def test_all_the_data_hold_is_a_size_of_a_full_run_and_sizes_beyond_are_left_out_by_name() -> None:
@@ -597,7 +539,8 @@ def test_the_page_says_what_the_published_curve_measures_and_every_claim(models,
         TINY, models=models, datasets=("toy",) if every else ("toy", "openml:toys"), exact=12 * every, seeds=1
     )
     found = run(replace(config, max_epochs=1, strengths=(10.0,)))
-    page = report.build_report(write_results(found.results, found.arrays, tmp_path), cli.PAGES).read_text("utf-8")
+    with plain_figures("sample-complexity"):
+        page = report.build_report(write_results(found.results, found.arrays, tmp_path), cli.PAGES).read_text("utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     assert "every epoch is a fresh random subset of size n" in text
     assert "the number of samples an epoch, out of all 60,000 (MNIST)" in text
@@ -613,7 +556,8 @@ SCRIPT = """
 import os, signal, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 sys.path.insert(0, sys.argv[2])
-from test_sample_complexity import toy
+from study_cases import toy
+import study_cases
 from adaptive_tangents import cli
 from adaptive_tangents.experiments.sample_complexity import run as sample_complexity
 
@@ -636,7 +580,7 @@ def test_a_command_killed_in_the_middle_and_resumed_ends_as_one_that_was_not(tmp
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = CliRunner().invoke(cli.app, [*ASKED, "--out", str(whole)])
     assert done.exit_code == 0, done.output
-    given = [str(torch.get_num_threads()), str(Path(__file__).parent), *ASKED, "--out", str(killed)]
+    given = [str(torch.get_num_threads()), str(Path(study_cases.__file__).parent), *ASKED, "--out", str(killed)]
     dead = subprocess.run([sys.executable, "-c", SCRIPT, *given], capture_output=True, check=False)
     assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
     assert len(list((killed / "checkpoints").glob("*.safetensors"))) == 3

@@ -1,19 +1,13 @@
 """Singular values of what training changes: the matrices compared are those they are called, and the verdicts theirs."""
 
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from adaptive_tangents import cli
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.registry import STUDIES
@@ -22,28 +16,25 @@ from adaptive_tangents.experiments.spectra.claims import weight_claims
 from adaptive_tangents.experiments.spectra.weights import PROTOCOLS, Job, WeightSpectraConfig, run, sgd
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.modules import TangentModule
-from adaptive_tangents.runs.record import RunResult, settings
-from adaptive_tangents.runs.units import StoredUnits
+from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.spectral import TwoSided
-from study_cases import Remembered, made_up_digits
+from study_cases import SMALL as CONFIGS
+from study_cases import made_up_data, made_up_digits, small_run
 
-WIDTH = 20
-SMALL = WeightSpectraConfig(
-    seeds=2, samples=10, depth=3, width=WIDTH, epochs=2, batch_size=5, learning_rate=0.002, strengths=(0.1,)
-)
+SMALL = CONFIGS["weight-spectra"]
+WIDTH, PIXELS = SMALL.width, 81
 
 
 @pytest.fixture(scope="module", autouse=True)
-def digits() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_spectra, "load_digits", made_up_digits)
+def data() -> Iterator[None]:
+    with made_up_data():
         yield
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[RunResult, Remembered]:
-    units = Remembered()
-    return run(SMALL, units=units), units
+def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
+    found = small_run("weight-spectra")
+    return found.result, found.parts
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -51,7 +42,7 @@ def small() -> tuple[RunResult, Remembered]:
 
 def _problem(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     data = made_up_digits("")
-    network = weight_spectra._network(SMALL, 784, seed, "cpu")
+    network = weight_spectra._network(SMALL, PIXELS, seed, "cpu")
     return network, data.train_images.flatten(1).float() / 255, data.train_labels
 
 
@@ -83,7 +74,7 @@ def test_the_networks_matrices_are_its_change_by_sgd_weights_and_biases_side_by_
         return torch.autograd.grad(nn.functional.cross_entropy(outputs, labels[index]), leaf)[0]
 
     moved = _descend(start, gradient) - start
-    weight, bias = moved[: WIDTH * 784].reshape(WIDTH, 784), moved[WIDTH * 784 : WIDTH * 785, None]
+    weight, bias = moved[: WIDTH * PIXELS].reshape(WIDTH, PIXELS), moved[WIDTH * PIXELS : WIDTH * (PIXELS + 1), None]
     _svd(small[0], "fixed subset.network", "layer1", torch.cat([weight, bias], 1))
 
 
@@ -148,43 +139,14 @@ def test_a_fixed_subset_is_the_first_n_and_a_fresh_one_is_drawn_from_all(protoco
 
 def test_ranks_are_of_each_seeds_own_matrix_and_scores_of_test_digits(small) -> None:
     results, arrays = small[0].results, small[0].arrays
+    assert len(small[1]) == SMALL.seeds * (2 * 3 + 2)
     values = arrays["fixed subset.fixed.layer2"]
     found = results["ranks"]["fixed subset"]["fixed"]["layer2"]
     assert found["stable"] == pytest.approx((values**2).sum(1) / values[:, 0] ** 2, rel=1e-6)
     assert found["leading"] == pytest.approx((values[:, :10] ** 2).sum(1) / (values**2).sum(1))
-    assert results["layers"] == {"layer1": [WIDTH, 785], "layer2": [WIDTH, WIDTH + 1], "layer3": [10, WIDTH + 1]}
+    assert results["layers"] == {"layer1": [WIDTH, PIXELS + 1], "layer2": [WIDTH, WIDTH + 1], "layer3": [10, WIDTH + 1]}
     assert all(0 <= error <= 1 for models in results["errors"].values() for of in models.values() for error in of)
     assert results["metrics"]["error.exact.Fixed"] == np.mean(results["errors"]["exact"]["Fixed"])
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
-
-
-def _numbers(result: RunResult) -> str:
-    return json.dumps([result.results["metrics"], result.results["ranks"], result.results["claims"]])
-
-
-def test_a_run_interrupted_at_any_part_goes_on_to_the_same_numbers(small, monkeypatch) -> None:
-    whole, units = small
-    assert len(units.parts) == SMALL.seeds * (2 * 3 + 2)
-    cut = Remembered(left=3)
-    with pytest.raises(KeyboardInterrupt):
-        run(SMALL, units=cut)
-    assert set(cut.parts) == set(list(units.parts)[:3])
-    cut.left = 10**6
-    made = list(cut.parts)
-    again = run(SMALL, units=cut)
-    assert list(cut.parts)[:3] == made
-    assert _numbers(again) == _numbers(whole)
-
-
-def test_a_finished_part_is_not_made_again_from_its_checkpoint(small, tmp_path, monkeypatch) -> None:
-    stored = StoredUnits(tmp_path, settings(SMALL))
-    for name, tensors in small[1].parts.items():
-        stored.put(name, tensors)
-    monkeypatch.setattr(weight_spectra, "_made", lambda *_: pytest.fail("a part was made again"))
-    again = run(SMALL, units=StoredUnits(tmp_path, settings(SMALL), resume=True))
-    assert _numbers(again) == _numbers(small[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- claims
@@ -280,22 +242,6 @@ def test_what_is_asked_decides_sizes() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the page
-
-
-def test_the_page_shows_every_claim_and_figure_and_loads_nothing(small, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(weight_spectra, "configured", lambda asked: SMALL)
-    monkeypatch.setattr(weight_spectra, "run", lambda *_, **__: small[0])
-    done = CliRunner().invoke(cli.app, ["reproduce", "weight-spectra", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    text = (tmp_path / "report.html").read_text("utf-8")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert sum(done.output.count(mark) for mark in "✓~✗") == len(results["claims"])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"spectra", "ranks"}
-    assert text.count("<figure ") == 2
-    assert text.count('<td class="wrap">') == len(results["claims"])
-    words = re.sub(r"<(style|svg|pre)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)
-    assert re.findall(r"\b\w_\w\b|\w̄|\{\{|\bNone\b|\bnan\b", words) == []
-    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
 
 
 def test_the_verdict_follows_the_claims(small) -> None:

@@ -26,6 +26,7 @@ from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import Data
+from study_cases import plain_figures
 
 runner = CliRunner()
 State = dict[str, Tensor]
@@ -489,9 +490,9 @@ def inspect(*arguments: str) -> Any:
 
 
 def test_a_trajectory_of_checkpoints_gives_a_page_with_images(files: Path) -> None:
-    done = inspect(
-        "--model", "networks_of_test.py:conv", "--checkpoints", "step_*.pt", "--data", "images.npz", "--out", "run"
-    )
+    given = ["--model", "networks_of_test.py:conv", "--checkpoints", "step_*.pt", "--data", "images.npz"]
+    with plain_figures("inspect", but="images"):
+        done = inspect(*given, "--out", "run")
     assert done.exit_code == 0, done.output
     assert "• The kernel " in done.output
     assert f"Report: {(files / 'run' / 'report.html').resolve()}" in done.output
@@ -499,7 +500,8 @@ def test_a_trajectory_of_checkpoints_gives_a_page_with_images(files: Path) -> No
     assert [point["name"] for point in results["trajectory"]] == ["step_0", "step_9", "step_10"]
     assert results["command"].startswith("adaptive-tangents")
     assert (files / "run" / "figures" / "images.png").stat().st_size > 1000
-    again = runner.invoke(cli.app, ["report", "run"])
+    with plain_figures("inspect"):
+        again = runner.invoke(cli.app, ["report", "run"])
     assert again.exit_code == 0
     assert "• The kernel " in again.output
 
@@ -529,7 +531,8 @@ def test_the_command_runs_as_a_process_on_a_table(files: Path) -> None:
 
 def test_tokens_by_argument_name_and_logits_in_a_dict(files: Path) -> None:
     arguments = ["--model", "networks_of_test.py:tokens", "--start", "words_0.pt", "--end", "words_1.pt"]
-    done = inspect(*arguments, "--data", "text.npz", "--out", "run", "--outputs", "margin")
+    with plain_figures("inspect"):
+        done = inspect(*arguments, "--data", "text.npz", "--out", "run", "--outputs", "margin")
     assert done.exit_code == 0, done.output
     assert list(json.loads((files / "run" / "results.json").read_text())["blocks"]) == ["embed", "out"]
 

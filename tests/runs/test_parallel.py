@@ -13,37 +13,12 @@ import torch
 from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
+import parallel_works
 from adaptive_tangents import TangentError, cli
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.runs.parallel import side_by_side
 from adaptive_tangents.runs.results import load_results
-
-
-def _write(folder: Path, name: str, progress) -> None:
-    progress("writing", 0.5)
-    (folder / name).write_text(f"{os.getpid()} {torch.get_num_threads()}")
-
-
-def _together(folder: Path, name: str, patience: float, progress) -> None:
-    (folder / name).touch()
-    end = time.monotonic() + patience
-    while len(list(folder.iterdir())) < 2:
-        if time.monotonic() > end:
-            raise TangentError("alone")
-        time.sleep(0.01)
-
-
-def _fail(progress) -> None:
-    raise TangentError("reproduce: no data")
-
-
-def _die(progress) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _wait(folder: Path, progress) -> None:
-    (folder / str(os.getpid())).touch()
-    time.sleep(600)
+from study_cases import plain_figures
 
 
 def _alive(pid: int) -> bool:
@@ -60,13 +35,9 @@ def _ended(pids: list[int]) -> bool:
     return not any(map(_alive, pids))
 
 
-def _ignore(name: str, stage: str, fraction: float) -> None:
-    pass
-
-
 def test_each_work_has_a_process_and_its_threads_and_is_heard_under_its_name(tmp_path) -> None:
     heard = []
-    works = {name: partial(_write, tmp_path, name) for name in ("a", "b")}
+    works = {name: partial(parallel_works.write, tmp_path, name) for name in ("a", "b")}
     side_by_side(works, at_once=2, threads=1, progress=lambda *told: heard.append(told))
     assert sorted(heard) == [("a", "writing", 0.5), ("b", "writing", 0.5)]
     processes, threads = zip(*((tmp_path / name).read_text().split() for name in works), strict=True)
@@ -78,28 +49,35 @@ def test_as_many_run_together_as_asked_and_no_more(tmp_path) -> None:
     for name in "two", "one":
         (tmp_path / name).mkdir()
     together, alone = (
-        {each: partial(_together, tmp_path / name, each, 60) for each in "ab"} for name in ("two", "one")
+        {each: partial(parallel_works.together, tmp_path / name, each, 60) for each in "ab"} for name in ("two", "one")
     )
-    side_by_side(together, at_once=2, threads=1, progress=_ignore)
-    alone["a"] = partial(_together, tmp_path / "one", "a", 1)
+    side_by_side(together, at_once=2, threads=1, progress=parallel_works.ignore)
+    alone["a"] = partial(parallel_works.together, tmp_path / "one", "a", 1)
     with pytest.raises(TangentError, match="alone"):
-        side_by_side(alone, at_once=1, threads=1, progress=_ignore)
+        side_by_side(alone, at_once=1, threads=1, progress=parallel_works.ignore)
 
 
 @pytest.mark.parametrize(
     ("work", "message"),
-    [(_fail, "reproduce: no data"), (_die, f"the process of bad ended with status -{int(signal.SIGKILL)}; .*--resume")],
+    [
+        (parallel_works.fail, "reproduce: no data"),
+        (parallel_works.die, f"the process of bad ended with status -{int(signal.SIGKILL)}; .*--resume"),
+    ],
 )
 def test_a_work_that_fails_ends_the_others_and_its_error_is_raised(work, message, tmp_path) -> None:
     with pytest.raises(TangentError, match=message):
-        side_by_side({"long": partial(_wait, tmp_path), "bad": work}, at_once=2, threads=1, progress=_ignore)
+        side_by_side(
+            {"long": partial(parallel_works.wait, tmp_path), "bad": work},
+            at_once=2,
+            threads=1,
+            progress=parallel_works.ignore,
+        )
     assert _ended([int(path.name) for path in tmp_path.iterdir()])
 
 
-# The works are the module's own, so the script is this file.
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> None:
-    parent = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    parent = subprocess.Popen([sys.executable, parallel_works.__file__, str(tmp_path)])
     end = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
         time.sleep(0.05)
@@ -112,13 +90,13 @@ def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> Non
 
 
 def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monkeypatch) -> None:
-    few = {name: STUDIES[name] for name in ("penalties", "kernel-spectra")}
+    few = {name: STUDIES[name] for name in ("penalties", "weight-spectra")}
     monkeypatch.setattr(cli, "STUDIES", few)
     monkeypatch.setattr(cli, "_cores", lambda: 2)  # a thread each: other sums have other roundings
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with threadpool_limits(1), plain_figures("penalties"), plain_figures("weight-spectra"):
             for jobs in (1, 2):
                 small = [
                     "--quick", "--epochs", "1", "--samples", "40", "--seeds", "1", "--out", str(tmp_path / str(jobs)),
@@ -132,13 +110,3 @@ def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monke
         alone, beside = (load_results(tmp_path / str(jobs) / name)[0] for jobs in (1, 2))
         assert alone["metrics"] == beside["metrics"]
         assert alone["claims"] == beside["claims"]
-
-
-def test_every_experiment_has_its_place_among_the_longest_first() -> None:
-    assert sorted(LONGEST_FIRST) == sorted(STUDIES)
-
-
-if __name__ == "__main__":
-    # A shell that starts tests in the background has them ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    side_by_side({name: partial(_wait, Path(sys.argv[1])) for name in "ab"}, at_once=2, threads=1, progress=_ignore)
