@@ -99,11 +99,11 @@ def place_of_code(name: str) -> tuple[Path, int]:
 
 
 def place_of_test(name: str) -> tuple[Path, int]:
-    """File and line of a test named as test_file::test_name."""
+    """File and line of a test named as test_file::test_name, in whatever folder of the tests the file lies."""
     file, _, function = name.partition("::")
-    path = ROOT / "tests" / f"{file}.py"
-    if not path.is_file():
-        raise UnknownName(f"{name}: there is no {path.relative_to(ROOT)}")
+    path = next((ROOT / "tests").rglob(f"{file}.py"), None)
+    if path is None:
+        raise UnknownName(f"{name}: there is no {file}.py in tests or a folder of it")
     node = member(tree(path).body, function)
     if not isinstance(node, ast.FunctionDef) or not function.startswith("test_"):
         raise UnknownName(f"{name}: {path.relative_to(ROOT)} has no test {function}")

@@ -168,7 +168,7 @@ def test_a_statement_and_a_line_that_names_code_and_test_are_all_it_takes() -> N
         ("nowhere.fit", r"nowhere\.fit: there is no module src/adaptive_tangents/nowhere\.py"),
         ("solvers.fitt", r"solvers\.fitt: src/adaptive_tangents/solvers\.py has no fitt"),
         ("fits.Fit.nothing", r"has no nothing"),
-        ("test_nowhere::test_a", r"there is no tests/test_nowhere\.py"),
+        ("test_nowhere::test_a", r"there is no test_nowhere\.py in tests"),
         ("test_theory::test_a", r"test_theory::test_a: tests/test_theory\.py has no test test_a"),
         ("test_theory::resolved", r"has no test resolved"),
     ],

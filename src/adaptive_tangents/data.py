@@ -110,7 +110,7 @@ def normalize_digits(images: UInt8[Tensor, "n 28 28"]) -> Float32[Tensor, "n 784
 
     Shapes: uint8 (n, 28, 28) to float32 (n, 784).
     Raises `TangentError`: an image whose pixels are all equal, which has no direction.
-    Source: the inputs of the kernel-alignment experiment on MNIST, experiments/kernel_alignment.py.
+    Source: the inputs of the kernel-alignment experiment on MNIST, experiments/kernel_alignment.
 
     >>> x = normalize_digits(torch.arange(784, dtype=torch.uint8).reshape(1, 28, 28))
     >>> x.shape, round(x.square().sum().item(), 5)

@@ -12,16 +12,8 @@ from scipy.stats import spearmanr
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.hard_targets import run as hard_targets
-from adaptive_tangents.experiments.hard_targets.run import (
-    AGAINST,
-    HARDNESS,
-    HardTargetsConfig,
-    claims,
-    correlations,
-    hard_target,
-    run,
-    sizes,
-)
+from adaptive_tangents.experiments.hard_targets.claims import AGAINST, HARDNESS, claims, correlations
+from adaptive_tangents.experiments.hard_targets.run import HardTargetsConfig, hard_target, run, sizes
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked

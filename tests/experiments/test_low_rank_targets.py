@@ -2,16 +2,12 @@
 
 import importlib.util
 import json
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.low_rank_targets import peers as low_rank_peers
 from adaptive_tangents.experiments.low_rank_targets.claims import LEVELS, WITHIN, claims, reached, samples_needed
@@ -23,16 +19,13 @@ from adaptive_tangents.experiments.low_rank_targets.peers import (
     trained_network,
 )
 from adaptive_tangents.experiments.low_rank_targets.run import EARLIER, FORMULAS, LowRankConfig, draw, run
-from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
-from adaptive_tangents.runs.units import Tensors, Units
+from study_cases import SMALL as CONFIGS
+from study_cases import small_run
 
-EXACT = LowRankConfig(
-    sizes=(40, 80), beyond=(120,), peers=(), targets=("product", "square"), seeds=2, inputs=8, other_inputs=(4,), units=20,
-    test_samples=200, product=3.0, square=3.0,
-)  # fmt: skip
-SMALL = replace(
-    EXACT, seeds=1, peers=("Network", "RFM"), epochs=6, patience=3, repetitions=1, structures=("Fixed", "TwoSided")
+SMALL = CONFIGS["low-rank-targets"]
+TINY = replace(
+    SMALL, seeds=1, sizes=(10, 20), beyond=(), targets=("product",), other_inputs=(), units=10, repetitions=1
 )
 needs_xrfm = pytest.mark.skipif(importlib.util.find_spec("xrfm") is None, reason="xrfm is not installed")
 FIGURES = [
@@ -76,12 +69,12 @@ def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_t
 
 @pytest.fixture(scope="module")
 def small() -> RunResult:
-    return run(EXACT)
+    return small_run("low-rank-targets").result
 
 
 def test_fixed_errors_are_those_of_kernel_regression_written_out(small: RunResult) -> None:
     """The kernel of the first layer is Σ_j a_j² 1[w_j·x > 0] 1[w_j·x′ > 0] x·x′."""
-    drawn = draw(EXACT, 1)
+    drawn = draw(SMALL, 1)
     w, a = drawn.model[0].weight.detach(), drawn.model[2].weight.detach()[0]
     u, u2, *_ = drawn.directions.T
 
@@ -89,9 +82,9 @@ def test_fixed_errors_are_those_of_kernel_regression_written_out(small: RunResul
         return torch.einsum("j,kj,lj->kl", a**2, (x @ w.T > 0).double(), (other @ w.T > 0).double()) * (x @ other.T)
 
     for target, values in (("product", lambda x: (x @ u) * (x @ u2)), ("square", lambda x: (x @ u) ** 2 - 1)):
-        for k, n in enumerate(EXACT.all_sizes):
+        for k, n in enumerate(SMALL.all_sizes):
             x = drawn.train[:n]
-            alpha = torch.linalg.solve(kernel(x, x) + EXACT.ridge * torch.eye(n), values(x))
+            alpha = torch.linalg.solve(kernel(x, x) + SMALL.ridge * torch.eye(n), values(x))
             wanted = values(drawn.test)
             error = float(((kernel(drawn.test, x) @ alpha - wanted) ** 2).sum() / (wanted**2).sum())
             assert small.arrays[f"{target}.Fixed"][1, k] == pytest.approx(error, rel=1e-8)
@@ -138,7 +131,7 @@ def test_samples_needed_are_read_off_straight_lines_in_log_log(
 
 
 def test_targets_are_the_stated_functions_of_the_directions() -> None:
-    drawn = draw(EXACT, 0)
+    drawn = draw(SMALL, 0)
     x = drawn.test
     a, b, c, d = (x @ u for u in drawn.directions.T)
     wanted = {"product": a * b, "square": a**2 - 1, "absolute": a.abs() - (2 / np.pi) ** 0.5, "four": a * b + c * d}
@@ -152,41 +145,16 @@ def test_targets_are_the_stated_functions_of_the_directions() -> None:
 
 def test_sizes_beyond_are_fitted_by_the_fixed_kernel_only(small: RunResult) -> None:
     for found in small.results["targets"].values():
-        assert list(found["errors"]["Fixed"]) == ["40", "80", "120"]
-        assert all(list(found["errors"][name]) == ["40", "80"] for name in ("Left", "Right", "TwoSided"))
+        assert list(found["errors"]["Fixed"]) == ["20", "40", "60"]
+        assert all(list(found["errors"][name]) == ["20", "40"] for name in ("Left", "Right", "TwoSided"))
 
 
 def test_another_dimension_is_the_same_experiment_with_as_many_inputs(small: RunResult) -> None:
-    other = replace(EXACT, inputs=4, other_inputs=(), structures=("Fixed", "TwoSided"), targets=("product",))
+    other = replace(SMALL, inputs=4, other_inputs=(), structures=("Fixed", "TwoSided"), targets=("product",))
     again = run(other).results["targets"]["product"]["errors"]
     assert small.results["dimensions"]["4"]["errors"] == again
     assert list(small.results["dimensions"]) == ["4", "8"]
     assert small.results["dimensions"]["8"] == small.results["targets"]["product"]
-
-
-def test_a_run_that_was_cut_off_goes_on_to_the_same_errors() -> None:
-    class Cut(Units):
-        def __init__(self) -> None:
-            self.kept: dict[str, dict[str, torch.Tensor]] = {}
-            self.left = 2
-
-        def get(self, name: str) -> dict[str, torch.Tensor] | None:
-            return self.kept.get(name)
-
-        def put(self, name: str, tensors: Tensors) -> None:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.kept[name], self.left = dict(tensors), self.left - 1
-
-    tiny = replace(SMALL, sizes=(10, 20), beyond=(), structures=("Fixed",), peers=("Network",), targets=("product",))
-    cut = Cut()
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, units=cut)
-    cut.left = 100
-    again, whole = run(tiny, units=cut), run(tiny)
-    assert again.arrays.keys() == whole.arrays.keys()
-    for name, errors in whole.arrays.items():
-        np.testing.assert_array_equal(again.arrays[name], errors)
 
 
 # ------------------------------------------------------------------------------------------------------- the peers
@@ -200,7 +168,7 @@ def _line(n: int, seed: int = 0) -> Samples:
 
 
 def _two_layers(units: int = 40) -> torch.nn.Sequential:
-    return draw(replace(EXACT, inputs=5, units=units), 3).model
+    return draw(replace(SMALL, inputs=5, units=units), 3).model
 
 
 def test_the_trained_network_is_the_one_trained_alone_by_a_plain_loop() -> None:
@@ -271,10 +239,16 @@ def test_a_machine_without_repetitions_is_kernel_regression(monkeypatch: pytest.
 
 def test_without_xrfm_the_machines_are_left_out_and_the_results_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank_peers.importlib.util, "find_spec", lambda name: None)
-    tiny = replace(SMALL, sizes=(10, 20), beyond=(), peers=("RFM",), targets=("product",), other_inputs=(), units=10)
-    results = run(tiny).results
+    results = run(replace(TINY, peers=("RFM",))).results
     assert results["skipped"] == {"RFM": "xrfm is not installed: pip install 'adaptive-tangents[peers]'"}
     assert "RFM" not in results["targets"]["product"]["errors"]
+
+
+@needs_xrfm
+def test_with_xrfm_the_machines_stand_beside_the_exact_models() -> None:
+    results = run(replace(TINY, peers=("RFM",), structures=("Fixed",))).results
+    assert results["skipped"] == {}
+    assert list(results["targets"]["product"]["errors"]["RFM"]) == ["10", "20"]
 
 
 # ------------------------------------------------------------------------------------------------------ the claims
@@ -286,22 +260,22 @@ def _spoilt(small: RunResult) -> tuple[dict, dict]:
 
 def test_a_claim_that_does_not_hold_is_said_not_to(small: RunResult) -> None:
     targets, dimensions = _spoilt(small)
-    targets["product"]["errors"]["TwoSided"]["80"] = 2.0
+    targets["product"]["errors"]["TwoSided"]["40"] = 2.0
     targets["product"]["earlier"] = {
-        "Fixed, n = 80": {"earlier": 0.5, "measured": 0.61, "difference": 0.22},
-        "TwoSided, n = 80": {"earlier": 0.5, "measured": 0.59, "difference": 0.18},
+        "Fixed, n = 40": {"earlier": 0.5, "measured": 0.61, "difference": 0.22},
+        "TwoSided, n = 40": {"earlier": 0.5, "measured": 0.59, "difference": 0.18},
     }
     targets["square"]["saved"]["TwoSided"]["0.5"] = 0.9
-    targets["square"]["errors"]["Left"]["80"] *= 1.1
-    made = claims(targets, dimensions, last="80")
+    targets["square"]["errors"]["Left"]["40"] *= 1.1
+    made = claims(targets, dimensions, last="40")
     failed, failed_before = (
         {k for k, c in found.items() if not c["holds"]} for found in (made, small.results["claims"])
     )
-    spoiled = {"product.lower", "product.Fixed, n = 80", "square.saved", "sides"}
+    spoiled = {"product.lower", "product.Fixed, n = 40", "square.saved", "sides"}
     assert failed - failed_before == spoiled
     assert made["product.lower"]["verdict"] == "holds in part"
-    assert made["product.lower"]["why"] == "not at n = 80"
-    assert "product.TwoSided, n = 80" in made
+    assert made["product.lower"]["why"] == "not at n = 40"
+    assert "product.TwoSided, n = 40" in made
     told = verdict({"experiment": "low-rank-targets", "targets": targets, "claims": made})
     assert told.startswith("Only in part")
     assert told.endswith("1 of 2 errors measured earlier are met within 20%; the farthest is off by 22%.")
@@ -321,7 +295,7 @@ def test_the_factor_grows_where_it_rises_at_every_error_that_all_dimensions_reac
     _, dimensions = _spoilt(small)
     for d, found in dimensions.items():
         found["saved"]["TwoSided"] = dict.fromkeys(map(str, LEVELS)) | {"0.5": factors[d], "0.8": float(d)}
-    made = claims({}, dimensions, last="80")["dimension"]
+    made = claims({}, dimensions, last="40")["dimension"]
     assert (made["verdict"], made["why"]) == (outcome, why)
 
 
@@ -377,42 +351,6 @@ def test_a_peer_is_beaten_where_its_error_is_the_higher(errors: tuple[float, flo
 def test_settings_that_measure_nothing_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(TangentError, match=f"low-rank-targets: .*{message}"):
         LowRankConfig(**changes)
-
-
-# --------------------------------------------------------------------------------------------------------- the page
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("low-rank")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LowRankConfig, "quick", lambda self: replace(SMALL, sizes=(20, 40), beyond=()))
-        done = CliRunner().invoke(cli.app, ["reproduce", "low-rank-targets", "--quick", "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    return out, done.output
-
-
-def test_reproduce_prints_each_claim_and_writes_results_and_figure(folder: tuple[Path, str]) -> None:
-    out, printed = folder
-    results = json.loads((out / "results.json").read_text())
-    assert len(re.findall(r"^[✓~✗] ", printed, re.MULTILINE)) == len(results["claims"])
-    assert {path.name for path in (out / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("errors", "dimensions") for kind in ("png", "svg")
-    }
-
-
-def test_the_page_shows_the_verdict_every_claim_and_the_figure_and_loads_nothing(folder: tuple[Path, str]) -> None:
-    text = (folder[0] / "report.html").read_text("utf-8")
-    results = json.loads((folder[0] / "results.json").read_text())
-    for claim in results["claims"].values():
-        assert claim["claim"] in text
-    assert text.count("<figure ") == 2
-    assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
-
-
-def test_report_draws_the_page_again_the_same(folder: tuple[Path, str]) -> None:
-    before = (folder[0] / "report.html").read_bytes()
-    assert report.build_report(folder[0], cli.PAGES).read_bytes() == before
 
 
 def test_quick_is_one_seed_and_few_samples() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import theory_reference as reference
 from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.experiments.penalties import run as penalties
+from adaptive_tangents.experiments.penalties import claims as penalty_claims
 from adaptive_tangents.experiments.penalties.run import PenaltiesConfig, run
 from adaptive_tangents.experiments.registry import STUDIES
 
@@ -39,13 +39,14 @@ def test_every_claim_holds_at_any_strength(strength: float) -> None:
     results = run(PenaltiesConfig(strength=strength)).results
     assert list(results["claims"]) == CLAIMS
     assert [name for name, claim in results["claims"].items() if not claim["holds"]] == []
-    slopes = [results["penalties"][name]["slope"] for name in penalties.EXPECTED]
+    slopes = [results["penalties"][name]["slope"] for name in penalty_claims.EXPECTED]
     assert slopes == pytest.approx([1, 2 / 3, 1 / 2], abs=2e-3)
     assert results["metrics"]["omega3.slope"] == slopes[2]
 
 
 def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
-    measured = run(PenaltiesConfig()).results["penalties"]
+    config = PenaltiesConfig()
+    measured = run(config).results["penalties"]
     wrong = {
         "near": ("omega2", "departure_near_zero", 0.1),
         "far": ("omega1", "share_of_square", 0.5),
@@ -54,7 +55,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
     }
     for claim, (name, key, value) in wrong.items():
         spoiled = {**measured, name: {**measured[name], key: value}}
-        claims = penalties._claims(spoiled, PenaltiesConfig())
+        claims = penalty_claims.claims(spoiled, near=config.near, far=config.far)
         assert [k for k, v in claims.items() if not v["holds"]] == [claim]
         verdict = STUDIES["penalties"].page().context({"experiment": "penalties", "claims": claims})["verdict"]
         assert verdict == f"7 of 8 claims hold; these do not: {claims[claim]['claim']}."

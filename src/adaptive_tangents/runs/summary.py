@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runs.results import (load_results, write_results)
+from adaptive_tangents.runs.results import load_results, write_results
 
 NAME = "all"
 # What of an experiment's results the table of claims needs.

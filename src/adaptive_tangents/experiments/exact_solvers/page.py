@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from adaptive_tangents.experiments.exact_solvers.claims import SOLVER_NAMES
 from adaptive_tangents.reporting.drawing import COLOURS, DASHES, MUTED, RULE, grid, label, real, spectrum
 from adaptive_tangents.reporting.pages import Page, claims_context
 from adaptive_tangents.runs.results import Arrays, Results
 
-SOLVERS = {"newton": "Newton’s method", "anderson": "Anderson", "alternation": "alternation"}
 _EXCESS_FLOOR = 1e-13
 
 
@@ -17,7 +17,7 @@ def draw_solvers(results: Results, arrays: Arrays) -> Figure:
     """Excess of the objective over the best one found, of each solver, against seconds and against kernel solves."""
     figure, ((left, right),) = grid(1, 2, 3.9, sharey=True)
     best = min(float(arrays[f"{solver}.objective"][-1]) for solver in results["solver"])
-    for (solver, name), colour in zip(SOLVERS.items(), COLOURS, strict=False):
+    for (solver, name), colour in zip(SOLVER_NAMES.items(), COLOURS, strict=False):
         excess = np.maximum(arrays[f"{solver}.objective"] / best - 1, _EXCESS_FLOOR)
         # How many points come before the penalty is whole; the first after them joins the two parts of a curve.
         early = int((arrays[f"{solver}.temper"] > 1).sum())
@@ -64,7 +64,7 @@ def _context(results: Results) -> dict[str, Any]:
         "than the fixed kernel’s: every claim holds."
     )
     layers = [name for name, shape in results["layers"].items() if min(shape) > 1]
-    return {**claims_context(results, verdict), "names": SOLVERS, "matrices": layers}
+    return {**claims_context(results, verdict), "names": SOLVER_NAMES, "matrices": layers}
 
 
 def _arrays(results: Results) -> list[str]:

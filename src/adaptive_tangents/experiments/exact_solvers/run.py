@@ -21,8 +21,8 @@ from adaptive_tangents.alignment import effective_rank
 from adaptive_tangents.capture import tangent_features
 from adaptive_tangents.data import load_digits, normalize_digits
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.experiments.claims import claim
 from adaptive_tangents.experiments.exact_solvers import NAME
+from adaptive_tangents.experiments.exact_solvers.claims import claims
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import relu_network
 from adaptive_tangents.features import TangentFeatures
@@ -37,12 +37,6 @@ from adaptive_tangents.structures import Fixed, Structure
 LAYERS = ("hidden1", "hidden2", "readout")
 Solver = Literal["newton", "anderson", "alternation"]
 SOLVERS: tuple[Solver, ...] = ("newton", "anderson", "alternation")
-SOLVER_NAMES = {"newton": "Newton’s method", "anderson": "Anderson", "alternation": "alternation"}
-
-# Objectives this near each other, relative, are one optimum; a rise of the objective up to the second is rounding.
-AGREEMENT, ROUNDING = 1e-6, 1e-12
-# What a constraint may be missed by, relative, and a convex model's objective may lie above its lower bound.
-FEASIBLE, GAP = 1e-6, 1e-6
 
 # Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
 _WORK = {"features": 1.0, "newton": 5.0, "anderson": 6.0, "alternation": 20.0, "Left": 4.0}
@@ -113,13 +107,14 @@ def run(
         "model": {name: _solution(found) for name, found in models.items()},
         "rank": {name: {layer: _ranks(arrays[f"{name}.{layer}"]) for layer in LAYERS} for name in models},
     }
+    layers = {name: list(block.shape) for name, block in feats.blocks.items()}
     results = {
         **heading(NAME, settings(config), clock, device),
         "seed": config.seed,
         "data": data,
-        "layers": {name: list(block.shape) for name, block in feats.blocks.items()},
+        "layers": layers,
         **measured,
-        "claims": claims(measured, config),
+        "claims": claims({**measured, "layers": layers}, tol=config.tol),
         "metrics": flatten(measured),
     }
     return RunResult(results, arrays)
@@ -194,63 +189,3 @@ def _solution(found: Fit) -> dict[str, Any]:
 def _ranks(values: np.ndarray) -> dict[str, float]:
     found = effective_rank(torch.from_numpy(values))
     return {"stable": found.stable, "entropy": found.entropy, "participation": found.participation}
-
-
-def claims(measured: dict[str, Any], config: ExactSolversConfig) -> dict[str, dict[str, Any]]:
-    """Each claim in words, whether the numbers bear it out, and the numbers."""
-    solver, model = measured["solver"], measured["model"]
-    objectives = [found["objective"] for found in solver.values()]
-    spread = max(objectives) / min(objectives) - 1
-    rise = max(found["largest_rise"] for found in (*solver.values(), *model.values()))
-    wide = [layer for layer in LAYERS if layer != LAYERS[-1]]  # one output: the readout's B is a single row
-    made = {
-        "agree": claim(
-            "All three solvers end at one optimum",
-            spread <= AGREEMENT,
-            refuted_by=f"objectives more than {AGREEMENT:g} apart, relative",
-            evidence=f"objectives {_listed(solver, 'objective', '.8g')}: {spread:.1e} apart, relative",
-        ),
-        "certified": claim(
-            f"Each is stationary to {config.tol**0.5:.0e} and meets the targets",
-            all(f["stationarity"] <= config.tol**0.5 and f["feasibility"] <= FEASIBLE for f in solver.values()),
-            refuted_by="a larger gradient, or a target missed",
-            evidence=f"stationarity {_listed(solver, 'stationarity', '.1e')}; targets missed by at most "
-            f"{max(found['feasibility'] for found in solver.values()):.1e}, relative",
-        ),
-        "monotone": claim(
-            "The objective never rises on the way",
-            rise <= ROUNDING,
-            refuted_by=f"a step that raises it by more than {ROUNDING:g}, relative",
-            evidence="no step of any fit raised it" if rise <= 0 else f"largest rise of a step: {rise:.1e}, relative",
-        ),
-        "rounds": claim(
-            "Newton’s method takes the fewest kernel solves",
-            solver["newton"]["rounds"] < min(solver["anderson"]["rounds"], solver["alternation"]["rounds"]),
-            refuted_by="another solver with fewer",
-            evidence=f"{_listed(solver, 'rounds', 'd')}; in seconds {_listed(solver, 'seconds', '.1f')}",
-        ),
-        "bound": claim(
-            "The convex model, Left, is certified as the global optimum",
-            model["Left"]["gap"] is not None and abs(model["Left"]["gap"]) <= GAP,
-            refuted_by=f"an objective more than {GAP:g} above the bound, relative",
-            evidence="no bound"
-            if model["Left"]["gap"] is None
-            else f"its objective {model['Left']['objective']:.8g} is {model['Left']['gap']:.1e} above a lower bound on all, "
-            "relative",
-        ),
-    }
-    for name in ("Left", "TwoSided"):
-        pairs = {layer: [measured["rank"][key][layer]["entropy"] for key in (name, "Fixed")] for layer in wide}
-        made[f"rank.{name}"] = claim(
-            f"B is nearer to low rank under {name} than under Fixed, in every layer that has a rank",
-            all(low < high for low, high in pairs.values()),
-            evidence="effective (entropy) rank "
-            + ", ".join(f"{low:.1f} against {high:.1f} in {layer}" for layer, (low, high) in pairs.items()),
-            refuted_by="a layer whose rank is not lower",
-            published="solutions are approximately low rank",
-        )
-    return made
-
-
-def _listed(found: dict[str, Any], key: str, form: str) -> str:
-    return ", ".join(f"{numbers[key]:{form}} ({SOLVER_NAMES[name]})" for name, numbers in found.items())

@@ -185,7 +185,8 @@ def _images(config: FeatureChangeConfig, device: str) -> Images:
     """Two classes of the data set, normalised; the images that are measured drawn by the seed."""
     data = load_digits(config.data, data_dir=config.data_dir, classes=config.classes)
     x, x_test = (
-        normalize_digits(images).reshape(-1, 1, *images.shape[1:]).to(device) for images in (data.train_images, data.test_images)
+        normalize_digits(images).reshape(-1, 1, *images.shape[1:]).to(device)
+        for images in (data.train_images, data.test_images)
     )
     y, y_test = (
         torch.where(labels == config.classes[0], -1.0, 1.0).to(device)[:, None]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adaptive_tangents.experiments.claims import spread
-from adaptive_tangents.experiments.hard_targets.run import HARDNESS
+from adaptive_tangents.experiments.hard_targets.claims import HARDNESS
 from adaptive_tangents.reporting.drawing import COLOURS, DASHES, INK, MUTED, RULE, grid
 from adaptive_tangents.reporting.pages import Section, Shown, Story, Table, number, told
 from adaptive_tangents.runs.results import Arrays, Results
