@@ -1,6 +1,7 @@
 """Studies made small: random images for digits, settings that take a second or two, and one run of each for all tests."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -186,3 +187,16 @@ def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cli.PAGES, experiment, plain)
         yield
+
+
+def ended(function: Callable[[], object]) -> int:
+    """The status of a forked child that calls a function."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -17,7 +17,7 @@ from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentCo
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD, relu_network
-from study_cases import explained_in_rounds, plain_figures
+from study_cases import explained_in_rounds, made_up_data, plain_figures
 
 runner = CliRunner()
 WIDTH = 16
@@ -33,6 +33,7 @@ def smaller() -> Iterator[None]:
         return replace(
             configured(asked), width=WIDTH, training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,),
             linearization_points=3,
+            near=0.5,
         )  # fmt: skip
 
     plain = plain_figures(kernel_alignment.NAME, but="kernels")
@@ -44,7 +45,8 @@ def smaller() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out)])
+    with made_up_data():
+        done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out)])
     assert done.exit_code == 0, done.output
     return out, done.output
 
@@ -69,7 +71,7 @@ def test_reproduce_writes_results_figures_checkpoints_and_one_page(folder) -> No
 
 def test_checkpoints_load_into_the_network_as_plain_state_dicts(folder) -> None:
     out, _ = folder
-    model = relu_network((784, WIDTH, WIDTH, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
+    model = relu_network((81, WIDTH, WIDTH, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
     for kind in ("start", "end"):
         model.load_state_dict(load_file(out / "checkpoints" / f"sign.{kind}.safetensors"))
 
@@ -90,7 +92,8 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
     (out / "results.json").unlink()
-    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
+    with made_up_data():
+        done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
     assert done.exit_code == 0, done.output
     after = json.loads((out / "results.json").read_text())["metrics"]
     assert after["sign.alignment.average"] == before["sign.alignment.average"]

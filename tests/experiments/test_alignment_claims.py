@@ -138,7 +138,7 @@ def test_evidence_has_the_spread_over_seeds(small) -> None:
 
 def test_the_page_shows_every_claim_and_both_seeds(small, tmp_path) -> None:
     write_results(small[0].results, small[0].arrays, tmp_path)
-    with plain_figures("kernel-alignment", but="path"):
+    with plain_figures("kernel-alignment"):
         text = build_report(tmp_path, cli.PAGES).read_text("utf-8")
     assert text.count("what would refute it") == 1
     assert "over 2 seeds" in text

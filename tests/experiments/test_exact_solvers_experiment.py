@@ -143,7 +143,7 @@ def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
         ({"samples": 1}, "at least 2 samples and a width of 2"),
         ({"width": 1}, "at least 2 samples and a width of 2"),
         ({"samples": 900}, r"made up holds 120 training digits \(2, 3\), fewer than samples = 900"),
-        ({"strength": -1.0}, "strength"),
+        ({"strength": -1.0, "samples": 20, "width": 8}, "strength"),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(changes: dict[str, Any], message: str) -> None:

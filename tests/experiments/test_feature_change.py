@@ -187,7 +187,7 @@ def test_too_few_images_and_training_that_diverges_are_errors() -> None:
     ):
         run(replace(SMALL, samples=900))
     with pytest.raises(TangentError, match="feature-change: training the cnn diverged; lower its learning rate"):
-        run(replace(SMALL, networks=("cnn",), training={"cnn": Training("sgd", 1e6, 1, 400)}))
+        run(replace(SMALL, networks=("cnn",), training={"cnn": Training("sgd", 1e6, 1, 50)}))
 
 
 # ------------------------------------------------------------------------------------------------------ the claims

@@ -1,10 +1,9 @@
 """Sample complexity: both protocols and both rules of stopping from one run, exact fits, and what the page says of them."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 from torch import nn
 from typer.testing import CliRunner
 
-import study_cases
 from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.sample_complexity import run as sample_complexity
@@ -45,7 +44,7 @@ from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.units import Tensors
-from study_cases import SMALL, Remembered, plain_figures, small_run, toy
+from study_cases import SMALL, Remembered, ended, plain_figures, small_run, toy
 
 TINY = SMALL["sample-complexity"]
 
@@ -552,44 +551,38 @@ def test_the_page_says_what_the_published_curve_measures_and_every_claim(models,
     assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", page.split("<svg")[0]) == []
 
 
-SCRIPT = """
-import os, signal, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-sys.path.insert(0, sys.argv[2])
-from study_cases import toy
-import study_cases
-from adaptive_tangents import cli
-from adaptive_tangents.experiments.sample_complexity import run as sample_complexity
-
-sample_complexity.load_images = toy
-train, calls = sample_complexity.train, []
-
-def dying(*arguments, **options):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train(*arguments, **options)
-
-sample_complexity.train = dying
-cli.app(sys.argv[3:])
-"""
 ASKED = ["reproduce", "sample-complexity", "--data", "openml:toys", "--quick", "--samples", "20", "--epochs", "2"]
 
 
 def test_a_command_killed_in_the_middle_and_resumed_ends_as_one_that_was_not(tmp_path: Path, monkeypatch) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = CliRunner().invoke(cli.app, [*ASKED, "--out", str(whole)])
-    assert done.exit_code == 0, done.output
-    given = [str(torch.get_num_threads()), str(Path(study_cases.__file__).parent), *ASKED, "--out", str(killed)]
-    dead = subprocess.run([sys.executable, "-c", SCRIPT, *given], capture_output=True, check=False)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
-    assert len(list((killed / "checkpoints").glob("*.safetensors"))) == 3
-    assert not (killed / "results.json").exists()
-    calls = []
-    train = subset_training.train
-    monkeypatch.setattr(sample_complexity, "train", lambda *a, **o: calls.append(1) or train(*a, **o))
-    done = CliRunner().invoke(cli.app, [*ASKED, "--out", str(killed), "--resume"])
-    assert done.exit_code == 0, done.output
+    calls: list[int] = []
+
+    def counted(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return subset_training.train(*arguments, **options)
+
+    def command(folder: Path, *options: str) -> None:
+        done = CliRunner().invoke(cli.app, [*ASKED, "--out", str(folder), *options])
+        assert done.exit_code == 0, done.output
+
+    whole, killed, threads = tmp_path / "whole", tmp_path / "killed", torch.get_num_threads()
+    monkeypatch.setattr(sample_complexity, "train", counted)
+    torch.set_num_threads(1)  # a child that is forked has none of the others
+    try:
+        with threadpool_limits(1), plain_figures("sample-complexity"):
+            dies_at = 0
+            command(whole)
+            calls.clear()
+            dies_at = 4
+            assert ended(lambda: command(killed)) == -signal.SIGKILL
+            assert len(list((killed / "checkpoints").glob("*.safetensors"))) == 3
+            assert not (killed / "results.json").exists()
+            dies_at = 0
+            command(killed, "--resume")
+    finally:
+        torch.set_num_threads(threads)
     assert len(calls) == 3
     results = [json.loads((folder / "results.json").read_text("utf-8")) for folder in (whole, killed)]
     for key in ("config", "data", "errors", "runs", "exact", "claims", "left_out", "metrics"):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runs.units import SETTINGS_FILE, StoredUnits, read_checkpoints, write_checkpoint
+from study_cases import ended
 
 CONFIG = {"seed": 0, "widths": [3, 4]}
 PART = {"w": torch.arange(6.0).reshape(2, 3)}
@@ -67,19 +67,6 @@ def test_settings_that_cannot_be_written_leave_what_was_there(tmp_path: Path, mo
         StoredUnits(tmp_path, CONFIG).settle()
     assert [path.name for path in tmp_path.iterdir()] == [SETTINGS_FILE]
     assert (tmp_path / SETTINGS_FILE).read_bytes() == before
-
-
-def ended(function: Callable[[], object]) -> int:
-    """The status of a forked child that calls a function."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def die(*_: Any, **__: Any) -> None:
