@@ -42,7 +42,7 @@ FIGURES = [
 @pytest.fixture(scope="module")
 def measured() -> RunResult:
     config = LowRankConfig(sizes=(200, 400, 800), beyond=(), structures=("Fixed", "TwoSided"), targets=tuple(EARLIER))
-    return run(replace(config, peers=(), other_inputs=(), seeds=4, test_samples=4000))
+    return run(replace(config, peers=(), other_inputs=(), seeds=2, test_samples=2000))
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(small: RunResult) -> None:
     failed, failed_before = (
         {k for k, c in found.items() if not c["holds"]} for found in (made, small.results["claims"])
     )
-    spoiled = {"product.lower", "product.Fixed, n = 40", "square.saved", "sides"}
+    spoiled = {"product.lower", "product.Fixed, n = 40", "square.saved", "sides", "beside.Network"}
     assert failed - failed_before == spoiled
     assert made["product.lower"]["verdict"] == "holds in part"
     assert made["product.lower"]["why"] == "not at n = 40"

@@ -18,7 +18,7 @@ from adaptive_tangents.reporting.report import build_report
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.summary import KEPT, collect, summary
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def _load() -> ModuleType:
