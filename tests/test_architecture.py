@@ -42,7 +42,7 @@ WINGS = (
 )
 # Flat modules: those that every wing may use, and those that may use every wing.
 BELOW = ("_version", "errors", "checks")
-ABOVE = ("cli", "__main__")
+ABOVE = ("commands", "cli", "__main__")
 MOST_FLAT = 12
 
 # A dependency that only some modules may name; everything else must work without importing it.
