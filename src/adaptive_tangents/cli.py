@@ -67,7 +67,7 @@ def reproduce(
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the files of MNIST and CIFAR-10.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for results and report [default: runs/NAME]; with all, one folder in it for each."),
+        typer.Option(help="Folder for results and report (default: runs/NAME); with all, one folder in it for each."),
     ] = None,
     seed: Seed = 0,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, where an experiment takes several.")] = None,
@@ -81,7 +81,7 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has made.")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(help="With all: how many at once, sharing the cores [default: one a core to 4; on cuda 1]."),
+        typer.Option(help="With all: how many at once, sharing the cores (default: one a core to 4; on cuda 1)."),
     ] = None,
 ) -> None:
     """Run a published experiment and write results.json, figures, checkpoints and report.html."""
@@ -109,7 +109,7 @@ def inspect(
         typer.Option(help="Instead: a quoted pattern of checkpoints; the first is the start, the last the end."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/inspect"),
-    samples: Annotated[int | None, typer.Option(help="Samples the kernels are of [default: SAMPLES].")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples the kernels are of (default: 128).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of which samples.")] = 0,
     outputs: Annotated[
         str, typer.Option(help="auto, main, main:K, margin, all, or outputs by number or class name, with commas.")
