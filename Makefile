@@ -1,11 +1,11 @@
-# Needs Python 3.11 or newer with pip, and make. `make` alone lists the targets.
+# Needs make, and Python 3.11 or newer with pip. `make` alone lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# What is installed is remembered in stamps, so that installing happens once, and again when its inputs change.
+# Stamps record what is installed, so each set is installed once, and again when its inputs change.
 MADE := $(VENV)/.made
 PACKAGE := $(VENV)/.installed-package
 DEV := $(VENV)/.installed-dev
@@ -13,7 +13,7 @@ BENCH := $(VENV)/.installed-bench
 NEURAL := .venv-neural-tangents
 INPUTS := pyproject.toml constraints.txt
 
-# One thread a process: the tests run on all cores already.
+# One thread a process, because the tests already run on all cores.
 test explore: export OMP_NUM_THREADS = 1
 explore: export HYPOTHESIS_PROFILE = explore
 
@@ -25,13 +25,13 @@ explore: export HYPOTHESIS_PROFILE = explore
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(PACKAGE) ## reproduce the kernel alignment figures into runs/kernel-alignment
+demo: $(PACKAGE) ## set up, and reproduce the kernel alignment figures into runs/kernel-alignment
 	$(BIN)/adaptive-tangents reproduce kernel-alignment --out runs/kernel-alignment
 
-test: lint ## lint, then run every test on all cores
+test: lint ## set up, lint, and run every test on all cores
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-explore: $(DEV) ## draw new examples for the tests of properties, ten times as many
+explore: $(DEV) ## run the property tests on new random examples, ten times as many
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m hypothesis --timeout 3000
 
 lint: $(DEV) ## check style, format and types
@@ -39,17 +39,17 @@ lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(DEV) ## put the code into the project's format
+format: $(DEV) ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-theory: ## write docs/theory.md from docs/theory.in.md, needed after lines of the source moved
+theory: ## write docs/theory.md from docs/theory.in.md; needed after source lines move
 	$(PYTHON) docs/make_theory.py
 
-results: $(PACKAGE) ## write docs/results.md from docs/results/; RUNS=folder keeps what reproduce all made there first
+results: $(PACKAGE) ## write docs/results.md from docs/results/; RUNS=folder first copies results that reproduce all made there
 	$(BIN)/python docs/make_results.py $(RUNS)
 
-bench: $(BENCH) ## run the benchmarks one after the other, and put their tables into docs/benchmarks.md
+bench: $(BENCH) ## run the benchmarks one by one, and put their tables into docs/benchmarks.md
 	@failed=; for script in benchmarks/bench_*.py; do \
 		if [ ! -e "$$script" ]; then echo "there is no benchmarks/bench_*.py"; exit 1; fi; \
 		echo "== $$script, $$(date +%T)"; $(BIN)/python "$$script" || failed="$$failed $$script"; \
@@ -57,11 +57,11 @@ bench: $(BENCH) ## run the benchmarks one after the other, and put their tables 
 	$(BIN)/python benchmarks/tables.py; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
-bench-neural-tangents: $(BENCH) $(NEURAL)/.installed ## run neural-tangents beside ours; make bench has it too from then on
+bench-neural-tangents: $(BENCH) $(NEURAL)/.installed ## compare with neural-tangents; make bench includes it from then on
 	$(BIN)/python benchmarks/bench_kernel.py --matching '(adaptive|neural)-tangents'
 	$(BIN)/python benchmarks/bench_convolutions.py --matching 'CNN: (adaptive|neural)-tangents'
 
-clean: ## remove caches and build outputs; environments and runs stay
+clean: ## remove caches and build outputs; keep environments and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -76,7 +76,7 @@ $(PACKAGE): $(MADE) $(INPUTS)
 	$(PIP) -e '.[report]'
 	@touch $@
 
-# The extras hold the package too: no need to install it by itself afterwards.
+# The extras include the package, so it need not be installed separately.
 $(DEV): $(MADE) $(INPUTS)
 	$(PIP) -e '.[dev]'
 	@touch $(PACKAGE) $@
@@ -85,7 +85,7 @@ $(BENCH): $(MADE) $(INPUTS)
 	$(PIP) -e '.[bench]'
 	@touch $(PACKAGE) $@
 
-# Its own environment: neural-tangents works with an old jax only, which wants an old numpy.
+# neural-tangents needs its own environment: it works only with an old jax, which needs an old numpy.
 $(NEURAL)/.installed: benchmarks/neural_tangents/requirements.txt
 	$(PYTHON) -m venv $(NEURAL)
 	$(NEURAL)/bin/python -m pip install --quiet --disable-pip-version-check -r $<

@@ -1,9 +1,9 @@
-"""Writes docs/theory.md from docs/theory.in.md, its references turned into links to source lines and tests.
+"""Write docs/theory.md from docs/theory.in.md, with its references turned into links to source lines and tests.
 
     python docs/make_theory.py            # or: make theory
-    python docs/make_theory.py --check    # say whether the page is up to date, write nothing
+    python docs/make_theory.py --check    # check that the page is up to date; write nothing
 
-Nothing of the package is imported: names are found by reading the source, so any Python will do.
+It finds names by reading the source and imports nothing of the package, so any Python will do.
 """
 
 import ast
@@ -28,7 +28,7 @@ class UnknownName(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """What follows a statement: dotted names of the code that computes it, and tests that check it."""
+    """The line after a statement: dotted names of the code that computes it, and tests that check it."""
 
     code: tuple[str, ...]
     tests: tuple[str, ...]
@@ -36,7 +36,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Statement:
-    """The text up to a reference, from the reference or heading before it, and the section it is in."""
+    """The text between a reference and the reference or heading before it, and its section."""
 
     section: str
     text: str
@@ -132,7 +132,7 @@ def page(source: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or with --check compare; returns the exit status."""
+    """Write the page, or compare it with --check; returns the exit status."""
     try:
         made = page(SOURCE.read_text("utf-8"))
     except UnknownName as error:

@@ -1,9 +1,9 @@
-"""Train a ResNet-18 for 32×32 images on CIFAR-10 and keep what `adaptive-tangents inspect` reads.
+"""Train a ResNet-18 for 32×32 images on CIFAR-10 and save the files that `adaptive-tangents inspect` reads.
 
     python examples/train_cifar_resnet18.py --data-dir DIR --out runs/cifar
 
-DIR holds the binary version of CIFAR-10 (data_batch_1.bin, …, test_batch.bin), all of it or a part. Written: step_0000.pt
-(the start), one checkpoint an epoch, and data.npz with normalized test images, their labels and the names of the classes.
+DIR holds the binary version of CIFAR-10 (data_batch_1.bin, …, test_batch.bin), all of it or a part. The script writes
+step_0000.pt (the start), one checkpoint an epoch, and data.npz with normalized test images, labels and class names.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of two residual blocks behind a 3×3 stem, as He et al. (CVPR 2016) use for small images."""
+    """A 3×3 stem and four stages of two residual blocks, as in He et al. (CVPR 2016) for small images."""
 
     def __init__(self, width: int = 64, classes: int = 10) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def resnet18() -> nn.Module:
 
 
 def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] (n, 3, 32, 32) and labels (n,) of one file: a label byte and 3,072 pixel bytes a record."""
+    """Images in [0, 1] (n, 3, 32, 32) and labels (n,) of one file; a record is a label byte and 3,072 pixel bytes."""
     records = torch.from_numpy(np.fromfile(path, np.uint8).reshape(-1, 3073))
     return records[:, 1:].reshape(-1, 3, 32, 32).float() / 255, records[:, 0].long()
 
@@ -74,7 +74,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Let the batch norms see data before training: their statistics of a new network, 0 and 1, fit no input."""
+    """Let the batch norms see data before training: the statistics of a new network, 0 and 1, fit no input."""
     model.train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

@@ -26,21 +26,27 @@ class Estimate(NamedTuple):
 
 
 def derivative(
-    function: Callable[[float], Tensor | float],
+    function: Callable[[Tensor], Tensor | float],
     step: float,
     *,
     rounding: float = 1e-14,
     least: float = 0.0,
     order: int = 1,
+    at_once: bool = False,
 ) -> Estimate:
-    """f′(0), or f″(0) with ``order=2``, by five points.
+    """f′(0), or f″(0) with ``order=2``, by five points, which ``at_once`` gives to an elementwise f as a vector.
 
     Truncation: the rule of five is off by O(step⁴), the rule of three by O(step²), so the two differ by more than the
     first is off. Where f″ jumps by J within reach, f′ by the rule of five is off by up to J·step/6, and then by at most
     twice what the two differ by: three times is allowed.
     Rounding: values off by ``rounding`` of the largest of them, or of ``least`` where that is more, times the weights.
     """
-    values = torch.stack([torch.as_tensor(function(k * step), dtype=torch.float64) for k in range(-2, 3)])
+    points = step * torch.arange(-2, 3, dtype=torch.float64)
+    if at_once:
+        values = torch.as_tensor(function(points))
+    else:
+        made = [torch.as_tensor(function(t), dtype=torch.float64) for t in points if t != 0 or order == 2]
+        values = torch.stack(made if order == 2 else [*made[:2], torch.zeros_like(made[0]), *made[2:]])
     three, five = (
         torch.tensordot(torch.tensor(rule, dtype=torch.float64), values, 1) / step**order for rule in RULES[order]
     )

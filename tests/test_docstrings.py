@@ -95,12 +95,13 @@ def described(text: str) -> list[str]:
 
 
 def wanted(value: Any) -> list[str]:
-    """The arguments of a function, the fields of a dataclass, or what another class is made from."""
+    """The arguments of a function, the fields of a dataclass (keyword-only ones last), or what another class is made from."""
     if dataclasses.is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+        fields = sorted(dataclasses.fields(value), key=lambda field: bool(field.kw_only))
+        return [field.name for field in fields if not field.name.startswith("_")]
     if inspect.isclass(value) and "__init__" not in vars(value):
         return []
-    names = list(inspect.signature(value).parameters)
+    names = list(inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters)
     return [name for name in names if name not in ("self", "cls")]
 
 

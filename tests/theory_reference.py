@@ -147,18 +147,27 @@ def precise_log_squared(strength: float) -> PrecisePart:
 
 
 def precise_root(rises: Callable[[mpmath.mpf], mpmath.mpf], low: float, high: mpmath.mpf, width: float) -> mpmath.mpf:
-    """Where a rising function passes zero, from below: false position with the end that stays halved, or bisection."""
+    """Where a rising function passes zero, to within a width: bisection, then secants; a change of sign proves it."""
     low, high = mpmath.mpf(low), mpmath.mpf(high)
-    below, above = rises(low), rises(high)
-    for k in itertools.count():
-        if high - low <= width:
-            return low
-        middle = (low + high) / 2 if k % 3 == 2 else (low * above - high * below) / (above - below)
-        value = rises(middle)
-        if value <= 0:
-            low, below, above = middle, value, above / 2
-        else:
-            high, above, below = middle, value, below / 2
+
+    def halve(down_to: float) -> None:
+        nonlocal low, high
+        while high - low > down_to:
+            middle = (low + high) / 2
+            low, high = (middle, high) if rises(middle) <= 0 else (low, middle)
+
+    halve(1)
+    (x, value), (last, before) = ((end, rises(end)) for end in (high, low))
+    for _ in range(20):
+        if value == before or abs(x - last) <= width / 4:
+            break
+        step = value * (x - last) / (value - before)
+        last, before, x = x, value, min(max(x - step, low), high)
+        value = rises(x)
+    if rises(x - width / 2) <= 0 <= rises(x + width / 2):
+        return x
+    halve(width)
+    return low
 
 
 def precise_gain(pull: Callable[[mpmath.mpf], mpmath.mpf], u: mpmath.mpf) -> mpmath.mpf:

@@ -1,4 +1,4 @@
-"""Checks of arguments that every wing shares."""
+"""Argument checks that all wings share."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
 
 
 def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
-    """A tensor as it is; an array, or a list with its floats in float64, as a tensor on this device."""
+    """A tensor unchanged; an array or a list as a tensor on ``device``, a list's floats in float64."""
     if isinstance(values, Tensor):
         return values
     try:
@@ -37,17 +37,17 @@ def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
                 bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
                 first = int(bad.nonzero()[0, 0])
                 raise TangentError(
-                    f"{call}: {what} of sample {first} is not finite; remove the sample or mend what made it so"
+                    f"{call}: {what} of sample {first} is not finite; remove the sample or fix its values"
                 )
 
 
 def check_choice(call: str, name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise TangentError for an option that is none of those known."""
+    """Raise TangentError unless an option is one of those known."""
     if value not in known:
         raise TangentError(f"{call}: {name} is one of {', '.join(known)}, got {value!r}")
 
 
 def listed(names: Iterable[str], *, most: int = 8) -> str:
-    """The first names in words, and how many more there are."""
+    """The first ``most`` names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture import block_sources as sources_file
-from adaptive_tangents.capture import network as inputs
 from adaptive_tangents.capture import passes as passes_file
-from adaptive_tangents.capture.batches import take
+from adaptive_tangents.capture.batches import check_batch, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.derivatives import disproved
 from adaptive_tangents.capture.graph import same_form
@@ -248,7 +247,7 @@ def test_a_difference_at_rounding_is_no_influence() -> None:
 def test_non_finite_inputs_are_refused_naming_the_first_sample(bad: float) -> None:
     model, x = by_name["Tanh"].build()
     x[3, 1] = x[5, 0] = bad
-    refused("the input of sample 3 is not finite; remove the sample or mend what made it so", model, x)
+    refused("the input of sample 3 is not finite; remove the sample or fix its values", model, x)
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
@@ -343,7 +342,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 def test_batches_that_are_no_tensors_are_refused(x: Any) -> None:
     # Past the annotations, which the type checker and the tests' run-time checks hold already.
     with pytest.raises(at.TangentError, match=r"f: x is a tensor, or a tuple or dict of tensors, got \w+"):
-        inputs._check_batch("f", x, {"w": torch.ones(2)})
+        check_batch("f", x, {"w": torch.ones(2)})
 
 
 def tanh_state() -> dict[str, Tensor]:

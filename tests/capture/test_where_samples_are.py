@@ -1,5 +1,6 @@
 """Wherever a network keeps its samples, every batch, tile and chunk gives the features that autograd gives."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,16 @@ def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return made.double().eval(), (5,) if name == "units first" else (TOKENS, 4)
 
 
-every_network = pytest.mark.parametrize("name", ["tokens first", "units first", "used twice"])
+@functools.cache
+def two_batches(name: str, n: int, m: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
+    """A network, batches of n and m samples, and the kernel of their Jacobians."""
+    model, shape = network(name)
+    x, x2 = normal(n, *shape) + 1, normal(m, *shape) + 1
+    return model, x, x2, reference.kernel(reference.jacobian(model, x), reference.jacobian(model, x2))
+
+
+NAMES = ("tokens first", "units first", "used twice")
+every_network = pytest.mark.parametrize("name", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in NAMES])
 
 
 @every_network
@@ -69,9 +79,7 @@ every_network = pytest.mark.parametrize("name", ["tokens first", "units first", 
 def test_a_kernel_of_two_batches_of_any_sizes_is_the_product_of_their_jacobians(
     name: str, n: int, m: int, tile: int | None
 ) -> None:
-    model, shape = network(name)
-    x, x2 = normal(n, *shape) + 1, normal(m, *shape) + 1
-    expected = reference.kernel(reference.jacobian(model, x), reference.jacobian(model, x2))
+    model, x, x2, expected = two_batches(name, n, m)
     found = at.tangent_kernel(model, x, x2, tile=tile).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * abs(expected).max())
 
@@ -81,9 +89,7 @@ def test_a_kernel_of_two_batches_of_any_sizes_is_the_product_of_their_jacobians(
 def test_a_stored_kernel_of_two_batches_is_the_product_of_their_jacobians(
     name: str, n: int, m: int, tmp_path: Path
 ) -> None:
-    model, shape = network(name)
-    x, x2 = normal(n, *shape) + 1, normal(m, *shape) + 1
-    expected = reference.kernel(reference.jacobian(model, x), reference.jacobian(model, x2))
+    model, x, x2, expected = two_batches(name, n, m)
     store = at.kernel_to_store(model, x, x2=x2, path=tmp_path / "K", outputs="full", tile=4)
     np.testing.assert_allclose(store.read().numpy(), expected, rtol=0, atol=1e-11 * abs(expected).max())
 

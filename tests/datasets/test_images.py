@@ -397,7 +397,7 @@ def test_openml_data_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TangentError) as caught:
         load_digits("mnist")
     assert str(caught.value) == (
-        "load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, came (7, 784) with labels (7,); "
+        "load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, got (7, 784) with labels (7,); "
         'give data_dir, a folder with the four IDX files, or use "mnist5k", which needs no network'
     )
 

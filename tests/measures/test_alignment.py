@@ -321,7 +321,7 @@ REFUSED = {
     "non-finite targets": (lambda: at.decompose(K, K, Y / 0), r"decompose: the value of sample 0 is not finite"),
     "zero kernel": (
         lambda: at.alignment(torch.zeros(5, 5), Y),
-        r"alignment: a kernel is zero \(after centring, if asked for\)",
+        r"alignment: a kernel is zero \(after centering, if asked for\)",
     ),
     "zero targets": (lambda: at.alignment(K, 0 * Y), r"alignment: a kernel is zero"),
     "constant targets centered": (

@@ -504,7 +504,7 @@ REFUSED = {
     ),
     "a joint transform beside sides": (
         lambda: at.kernel_change(CASE.feats, {**JOINT, "block0": Sides()}, CASE.r),
-        r"kernel_change: a joint transform moves all of its blocks together and has no split beside others; give it alone",
+        r"kernel_change: a joint transform moves all of its blocks together and cannot be combined with others; pass it",
     ),
     "two joint transforms": (
         lambda: at.kernel_change(CASE.feats, {**JOINT, "block0": _transforms(CASE, "joint", 2)["block0"]}, CASE.r),

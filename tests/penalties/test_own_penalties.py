@@ -133,7 +133,7 @@ def test_an_odd_penaltys_derivative_is_the_slope_of_its_value(name: str) -> None
     induced = at.Penalty(ODD[name]).induced()
     for v in (0.21, 0.64, 1.37, 5.2, 33.0):
         one = torch.tensor([v], dtype=torch.float64)
-        along = derivative(lambda t, one=one: induced.value(one * (1 + t)), 3e-5)
+        along = derivative(lambda t, v=v: induced.value(v * (1 + t)), 3e-5, at_once=True)
         along.check(v * induced.derivative(one))
 
 
@@ -188,7 +188,7 @@ def test_one_of_two_equal_sides_may_take_it_all() -> None:
 
 def test_a_level_that_does_not_determine_z_says_what_to_ask_instead() -> None:
     with pytest.raises(
-        at.TangentError, match=r"a level does not determine z; ask induced\(\)\.minimizer\(v\) or shares"
+        at.TangentError, match=r"a level does not determine z; use induced\(\)\.minimizer\(v\) or shares"
     ):
         at.Penalty(ODD["straight"]).excess(torch.tensor([1.0]))
 
@@ -247,7 +247,7 @@ def test_all_penalties_are_penalties_and_fit_takes_a_function() -> None:
     ("function", "message"),
     [
         (lambda z: z, r"ω\(1\) is 1 and must be 0, for no adaptation costs nothing; subtract the value at 1"),
-        (lambda z: (z - 1) * (3 - z).abs(), r"ω decreases between z = 2.* and .*; it must not"),
+        (lambda z: (z - 1) * (3 - z).abs(), r"ω decreases between z = 2.* and .*; ω must not decrease"),
         (lambda z: -((z - 1) ** 2), "ω decreases between z = 1"),
         (lambda z: torch.log(z - 1), r"ω\(z\) is -inf at z = 1; it is finite or \+inf"),
         (lambda z: (2 - z) ** 0.5 - 1, r"ω\(z\) is nan at z = 2\..*; it is finite or \+inf"),
@@ -256,7 +256,7 @@ def test_all_penalties_are_penalties_and_fit_takes_a_function() -> None:
         (lambda z: (z - 1).sum(), r"the function of a tensor of shape \(602,\) gives shape \(\)"),
         (lambda z: float(z.max()) - 1, "gives a float; it takes a tensor of any shape"),
         (lambda z: math.log(z), r"the function raised .*; it takes a tensor of any shape"),
-        (lambda z: (z - 1).flatten().cummax(0).values.reshape(z.shape), "gives a z other values in other company"),
+        (lambda z: (z - 1).flatten().cummax(0).values.reshape(z.shape), "at a z depends on the other entries"),
         (3.0, "the function is a float, not a function"),
     ],
 )

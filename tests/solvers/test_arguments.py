@@ -11,6 +11,7 @@ from torch import nn
 import adaptive_tangents as at
 from adaptive_tangents.checks import as_tensor
 from adaptive_tangents.errors import raised_as
+from adaptive_tangents.solvers import model_selection
 from adaptive_tangents.solvers.results import Certified
 from theory_reference import problem
 
@@ -292,7 +293,8 @@ WRONG: Mapping[str, tuple[dict[str, object], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", ["fit", "certify", "fit_path"])
-def test_errors_name_the_function_called(name: str, wrong: str) -> None:
+def test_errors_name_the_function_called(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_selection, "fit", fit)
     options, words = {"feats": CASE.feats, "r": CASE.r, "ridge": 0.5} | WRONG[wrong][0], WRONG[wrong][1]
     feats, r = options.pop("feats"), options.pop("r")
     if name == "certify":

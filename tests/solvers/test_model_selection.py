@@ -67,7 +67,7 @@ def test_grids_and_folds_that_cannot_be_are_refused() -> None:
         with pytest.raises(at.TangentError, match=rf"fit_path: folds are 2\.\.n = 4, got {folds}"):
             at.fit_path(case.feats, case.r, structures=[at.Fixed()], folds=folds)
     entropy = at.fit(case.feats, torch.tensor([0, 1, 0, 1]), loss="cross-entropy", offset=torch.zeros(4, 1), ridge=1.0)
-    with pytest.raises(at.TangentError, match="the closed form is of squared error"):
+    with pytest.raises(at.TangentError, match="the closed form is for squared error"):
         leave_one_out(entropy)
     doubled = case.feats[torch.tensor([0, 1, 1])]
     with pytest.raises(at.TangentError, match="some constraints follow from others"):

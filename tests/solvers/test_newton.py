@@ -218,7 +218,12 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
         return total + entropy(logits, labels) / ridge
 
     optimizer = torch.optim.LBFGS(
-        free, max_iter=4000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        free,
+        max_iter=4000,
+        history_size=20,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:

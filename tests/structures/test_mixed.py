@@ -119,7 +119,7 @@ def test_patterns_that_do_not_divide_the_blocks_are_refused_with_names() -> None
     refused({"conv*": fixed, "*": fixed}, r"'conv\*' matches no block; blocks are block0, block1, block2")
     refused({"block*": fixed, "*0": fixed}, r"block 'block0' is matched by 'block\*' and by '\*0'")
     refused({"block0": fixed, "*1": fixed}, r"no pattern matches block 'block2'; add '\*'")
-    refused({}, r"Mixed: asks for structures by pattern, .* got none")
+    refused({}, r"Mixed: give structures by pattern, .* got none")
     unchecked = at.Mixed({"*": fixed})
     object.__setattr__(unchecked, "structures", {"*": "left"})  # past the type checks that only tests have
     with pytest.raises(at.TangentError, match=r"got 'left' for '\*'"):
@@ -135,7 +135,7 @@ def test_explain_takes_patterns_but_no_joint_transform_of_a_part() -> None:
     assert found.r2["block0"] == pytest.approx(1.0, abs=1e-9)
     assert found.r2["block1"] == pytest.approx(0.0, abs=1e-9)
     assert found.transforms["block0"].scale == pytest.approx(2.0)
-    with pytest.raises(at.TangentError, match="explain: Full explains all blocks by one transform; give it alone"):
+    with pytest.raises(at.TangentError, match="explain: Full explains all blocks by one transform; pass it alone"):
         at.explain(start, end, {"block0": at.Full(), "*": at.Fixed()})
     with pytest.raises(at.TangentError, match="explain: Modes has no least-squares fit"):
         at.explain(start, end, {"block0": at.Modes(), "*": at.Fixed()})

@@ -555,7 +555,7 @@ def test_modes_say_what_they_lack() -> None:
     feats = reference.problem(0, shapes=reference.KERNEL, modes=reference.KERNEL_MODES).feats
     with pytest.raises(at.TangentError, match=r"got \['depth'\]; modes of these features are out, in, spatial"):
         at.Modes({"depth": at.Quadratic()}).prepared(feats)
-    with pytest.raises(at.TangentError, match=r"a penalty a mode is asked for, by name, got \[\]"):
+    with pytest.raises(at.TangentError, match=r"give penalties by the names of modes, got \[\]"):
         at.Modes({}).prepared(feats)
     assert repr(at.Modes().prepared(feats)) == "Modes(penalties=Quadratic(strength=1.0))"
     assert repr(at.TwoSided(at.Quadratic(2.0))) == "TwoSided(left=Quadratic(strength=2.0), right=None)"

@@ -75,7 +75,7 @@ def tangent_features(
 _PROBED = 7
 _LEAST_PROBED = 3  # if there is no memory for more
 _PROBE_SHARE = 12  # a probe's memory per sample over what autograd keeps of the sample; twice what convolutions take
-_PASS_BYTES = 1_000_000_000  # more at once is no faster
+PASS_BYTES = 1_000_000_000  # more at once is no faster
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Capture:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
-        room = min(max(self.limit - needed, 0), self.limit // 4, _PASS_BYTES)
+        room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
         made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
@@ -293,7 +293,7 @@ class Capture:
         if rest:
             names = [slot.parameter for group in rest for slot in group.slots]
             held = sum(net.parameters[name].nbytes for name in names)
-            fit = max(1, min(samples(x), _PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
+            fit = max(1, min(samples(x), PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
             with self._quiet():
                 values = materialize(net, names, x, chunk=fit)
             dtype = common_dtype(net.parameters[name] for name in net.selected)

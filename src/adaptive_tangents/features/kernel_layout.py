@@ -24,6 +24,11 @@ def kernel_shape(outputs: Outputs, n: int, m: int, c: int) -> tuple[int, ...]:
     return {"full": (n, c, m, c), "trace": (n, m), "diagonal": (n, m, c)}[outputs]
 
 
+def entries(outputs: Outputs, c: int) -> int:
+    """Entries of a kernel for a pair of samples with c outputs."""
+    return {"full": c**2, "trace": 1, "diagonal": c}[outputs]
+
+
 def column_axis(outputs: Outputs) -> int:
     """The dimension of a kernel along which the second samples run."""
     return 2 if outputs == "full" else 1

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
+from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.summands import (
     Factors,
     Flipped,
@@ -20,7 +20,7 @@ from adaptive_tangents.features.summands import (
 from adaptive_tangents.runtime.memory import format_bytes
 
 RouteName = Literal["gram", "nested", "materialize"]
-_WORKING_BYTES = 64_000_000  # more is no faster
+WORKING_BYTES = 64_000_000  # more is no faster
 _TILE_BYTES = 8_000_000  # of features of a range of output units; larger ones do not fit into the caches
 
 
@@ -136,11 +136,11 @@ class Gram:
 
     def least_bytes(self, p: Pair) -> int:
         """The least working memory: that of one pair of samples."""
-        return 2 * {"full": p.c**2, "trace": 1, "diagonal": p.c}[p.outputs] * p.t * p.s * p.itemsize
+        return 2 * entries(p.outputs, p.c) * p.t * p.s * p.itemsize
 
     def most_bytes(self, p: Pair) -> int:
         """The most working memory that is of use."""
-        return min(self.least_bytes(p) * p.n * p.m, _WORKING_BYTES)
+        return min(self.least_bytes(p) * p.n * p.m, WORKING_BYTES)
 
 
 class Nested(Gram):

@@ -17,6 +17,7 @@ from adaptive_tangents.features.kernel_layout import (
     check_outputs,
     check_precision,
     empty_kernel,
+    entries,
     finish,
     kernel_dtype,
     mirror,
@@ -290,10 +291,10 @@ class TangentFeatures:
         partner = self if other is None else other
         itemsize = working_dtype(self.dtype, precision).itemsize
         result = kernel_dtype(self.dtype, precision).itemsize
-        entries = self.n * partner.n * {"full": self.c**2, "trace": 1, "diagonal": self.c}[outputs]
+        count = self.n * partner.n * entries(outputs, self.c)
         limit = limit_for(self.limit, self.device)
         # If the kernel has another dtype than a block's share, the share is held beside it until it is added.
-        kernel_bytes = kernels * entries * result + (entries * itemsize if result != itemsize else 0)
+        kernel_bytes = kernels * count * result + (count * itemsize if result != itemsize else 0)
         budget = max(limit - kernel_bytes, itemsize)
         steps = tuple(
             plan_block(

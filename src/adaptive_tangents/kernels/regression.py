@@ -234,7 +234,7 @@ def check_solver(call: str, ridge: float, form: str, tol: float, most: int) -> N
         raise TangentError(f"{call}: tol and the steps allowed are positive, got {tol} and {most}")
 
 
-def residual_targets(call: str, r: Values, kernel: Tiled) -> Float[Tensor, "n c"]:
+def residual_targets(call: str, r: object, kernel: Tiled) -> Float[Tensor, "n c"]:
     """Targets (n, c) in float64, after checking that they fit the kernel."""
     outputs = max(kernel.width, kernel.batch)
     r = as_tensor(call, "targets", r, kernel.device)

@@ -15,6 +15,7 @@ from adaptive_tangents.features.kernel_layout import (
     check_outputs,
     check_precision,
     column_axis,
+    entries,
     kernel_dtype,
     kernel_shape,
     swapped,
@@ -28,34 +29,34 @@ from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketche
 
 @overload
 def tangent_kernel(
-    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
-    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
-    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
-    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
+    output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32",
 ) -> dict[str, Tensor]: ...  # fmt: skip
 @overload
 def tangent_kernel(
-    model: nn.Module, x: Batch, x2: Batch | None = None, outputs: Outputs = "full",
+    model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
-    *, output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
+    output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
     precision: Precision = "float32",
 ) -> SketchedKernel: ...  # fmt: skip
 def tangent_kernel(
     model: nn.Module,
     x: Batch,
     x2: Batch | None = None,
+    *,
     outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
-    *,
     output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
     tile: int | None = None,
@@ -108,14 +109,11 @@ def tangent_kernel(
         capture.check_more(x2)
     n, m = samples(x), samples(x if x2 is None else x2)
     limit, c = capture.limit, capture.probe.c
-    entries = n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
     copies = capture.probe.blocks if by_block else 1
-    itemsize = kernel_dtype(capture.probe.dtype, precision).itemsize
-    require_memory(
-        call, copies * entries * itemsize, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples"
-    )
+    kernel_bytes = copies * n * m * entries(outputs, c) * kernel_dtype(capture.probe.dtype, precision).itemsize
+    require_memory(call, kernel_bytes, limit, remedy="use outputs='trace' or 'diagonal', or fewer samples")
     # A quarter of what is left: for two tiles of features, and for making and checking them.
-    room = max(1, (limit - copies * entries * itemsize - capture.gradient_bytes) // 4)
+    room = max(1, (limit - kernel_bytes - capture.gradient_bytes) // 4)
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)

@@ -1,4 +1,9 @@
-"""Numbers that compare kernels with targets, kernels with kernels, and features with features."""
+"""Measures that compare kernels with targets, kernels with kernels, and features with features.
+
+``alignment``, ``cka``, ``decompose``, ``representability`` and ``effective_rank`` take kernels or matrices. ``kernel_change``
+splits the change of a kernel under given transforms by block and side; ``explain`` asks how much of a measured feature
+change a structure of transforms can explain.
+"""
 
 from adaptive_tangents.measures.alignment import (
     Decomposition,

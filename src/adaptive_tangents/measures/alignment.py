@@ -1,8 +1,8 @@
 """Measures of a kernel and its change: alignment with targets, CKA, decomposition, representability, effective rank.
 
-A kernel is a tensor (n, n), or (n, c, n, c) for c outputs, or a store, which is read tile by tile and never held whole;
-targets are (n,) or (n, c). With a full kernel the target kernel is K_y = vec(y)vec(y)ᵀ; with a trace kernel (n, n) it is
-Σ_c y_c y_cᵀ. Everything is computed in float64.
+A kernel is a tensor (n, n), or (n, c, n, c) for c outputs, or a store, which is read tile by tile and never held whole.
+Targets are (n,) or (n, c). The target kernel is K_y = vec(y)vec(y)ᵀ for a full kernel, and Σ_c y_c y_cᵀ for a trace kernel
+(n, n). Everything is computed in float64.
 """
 
 import warnings
@@ -25,18 +25,22 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Values = Tensor | np.ndarray
 
-_NOTHING = 1e-13  # of a kernel's norm: what is left of it is rounding
-_COPIES = 4  # a kernel, its eigenvectors, its inverse, and what finding them takes
-_SOLVED, _LOOSELY = 1e-12, 1e-6  # relative residuals: asked for, and warned of
-_TOP = 50  # eigenvectors whose energy is told where all would take the whole kernel
+_NOTHING = 1e-13  # of a kernel's norm: anything smaller is rounding
+_COPIES = 4  # a kernel, its eigenvectors, its inverse, and the work space to find them
+_SOLVED, _LOOSELY = 1e-12, 1e-6  # relative residuals: the goal, and where a warning starts
+_TOP = 50  # eigenvectors with energy reported in the matrix-free form
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """K ≈ w₀K₀ + w_yK_y + residual by least squares; ``explained`` is 1 − ‖residual‖²/‖K‖².
+    """K = w₀K₀ + w_yK_y + residual by least squares.
 
-    ``residual`` is a tensor as K, or of a store a kernel by tiles, made as they are read: ``residual.diagonal()``,
-    ``residual.dense()``, or any measure of it.
+    Attributes:
+        initial_weight: w₀.
+        target_weight: w_y.
+        explained: 1 − ‖residual‖²/‖K‖².
+        residual: a tensor shaped as K. For a store it is a kernel whose tiles are computed when read: use
+            ``residual.diagonal()``, ``residual.dense()``, or any measure of it.
     """
 
     initial_weight: float
@@ -49,10 +53,13 @@ class Decomposition:
 class Representability:
     """How well a kernel K₀ represents targets r.
 
-    ``rkhs_norm`` rᵀK₀⁻¹r; ``energy`` (k,) the share of ‖r‖² in the top 1, 2, ... eigenvectors; ``leave_one_out`` the
-    residuals ((K₀⁻¹)_kk)⁻¹α_k of kernel interpolation without sample k, all of its outputs, shaped as r; ``jitter`` what
-    was added to invert K₀; ``residual`` ‖(K₀ + jitter)α − r‖/‖r‖ where that was by products with K₀ alone, which tell nothing
-    of ``leave_one_out``: then it is None.
+    Attributes:
+        rkhs_norm: rᵀK₀⁻¹r.
+        energy: (k,), the share of ‖r‖² in the top 1, 2, ... eigenvectors.
+        leave_one_out: residuals ((K₀⁻¹)_kk)⁻¹α_k of kernel interpolation without sample k (all its outputs), shaped as r;
+            None in the matrix-free form.
+        jitter: added to the diagonal of K₀ to invert it.
+        residual: ‖(K₀ + jitter)α − r‖/‖r‖ in the matrix-free form; 0 in the dense form.
     """
 
     rkhs_norm: float
@@ -63,11 +70,11 @@ class Representability:
 
     @property
     def leave_one_out_rmse(self) -> float:
-        """Root mean square of the leave-one-out residuals; raises TangentError where there are none."""
+        """Root mean square of the leave-one-out residuals; raises TangentError if they were not computed."""
         if self.leave_one_out is None:
             raise TangentError(
                 "leave_one_out_rmse: residuals need the diagonal of K₀⁻¹, which products with K₀ do not give; use "
-                "form='dense' on a machine that holds it, or fewer samples"
+                "form='dense', which may need more memory, or fewer samples"
             )
         return float((self.leave_one_out**2).mean().sqrt())
 
@@ -76,7 +83,11 @@ class Representability:
 class EffectiveRank:
     """Soft counts of the singular values σ of a matrix.
 
-    ``stable`` Σσ²/max σ²; ``entropy`` exp(−Σ p log p), p = σ/Σσ; ``participation`` (Σσ²)²/Σσ⁴.
+    Attributes:
+        stable: Σσ²/max σ².
+        entropy: exp(−Σ p log p), p = σ/Σσ.
+        participation: (Σσ²)²/Σσ⁴.
+
     Sources: Rudelson & Vershynin 2007; Roy & Vetterli 2007.
     """
 
@@ -86,10 +97,17 @@ class EffectiveRank:
 
 
 def alignment(K: Kernels, y: Values, *, centered: bool = False) -> float:
-    r"""Cosine between a kernel and the target kernel, ⟨K, K_y⟩/(‖K‖‖K_y‖); ``centered`` centers both over samples first.
+    r"""Cosine between a kernel and the target kernel, ⟨K, K_y⟩/(‖K‖‖K_y‖).
 
-    K is a tensor or a store. The uncentered cosine is the paper's "sim". Raises TangentError where shapes do not fit, values
-    are not finite, or K or K_y is zero. Source: LeJeune & Alemohammad, CPAL 2024, §4; Cortes et al. 2012 (centered).
+    Args:
+        K: the kernel, a tensor (n, n) or (n, c, n, c), or a store.
+        y: targets, (n,) or (n, c).
+        centered: center both kernels over samples first; the uncentered cosine is the paper's "sim".
+
+    Raises:
+        TangentError: when shapes do not fit, values are not finite, or K or K_y is zero.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §4; Cortes et al. 2012 (centered).
 
     >>> y = torch.tensor([1.0, -2.0, 0.5])
     >>> round(alignment(torch.outer(y, y), y), 6)
@@ -105,10 +123,16 @@ def alignment(K: Kernels, y: Values, *, centered: bool = False) -> float:
 
 
 def cka(K1: Kernels, K2: Kernels, *, unbiased: bool = False) -> float:
-    r"""CenteredKernel kernel alignment ⟨HK₁H, HK₂H⟩/(‖HK₁H‖‖HK₂H‖), H = I − 11ᵀ/n, of two kernels on the same samples.
+    r"""Centered kernel alignment ⟨HK₁H, HK₂H⟩/(‖HK₁H‖‖HK₂H‖), H = I − 11ᵀ/n, of two kernels on the same samples.
 
-    ``unbiased`` uses the unbiased HSIC estimator, which needs n ≥ 4 kernels (n, n) and may be negative.
-    Raises TangentError where shapes differ, n < 4 for the unbiased estimate, or a kernel is constant.
+    Args:
+        K1: a kernel, a tensor (n, n) or (n, c, n, c), or a store.
+        K2: the other kernel, shaped as K1.
+        unbiased: use the unbiased HSIC estimator, which may be negative; it needs kernels (n, n) with n ≥ 4.
+
+    Raises:
+        TangentError: when shapes differ, n < 4 for the unbiased estimate, or a kernel is constant.
+
     Source: Kornblith et al., ICML 2019; Song et al., JMLR 2012 (unbiased).
 
     >>> K = torch.eye(5)
@@ -137,7 +161,15 @@ def decompose(K: Kernels, K0: Kernels, y: Values) -> Decomposition:
     r"""Least squares of a kernel on the initial kernel and the target kernel, K = w₀K₀ + w_yK_y + residual.
 
     The residual's diagonal is large at samples that the smooth part of the target does not explain.
-    Raises TangentError where shapes differ, K is zero, or K₀ and K_y are proportional.
+
+    Args:
+        K: the kernel, a tensor (n, n) or (n, c, n, c), or a store.
+        K0: the initial kernel, shaped as K.
+        y: targets, (n,) or (n, c).
+
+    Raises:
+        TangentError: when shapes differ, K is zero, or K₀ and K_y are proportional.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §4.
 
     >>> y, K0 = torch.tensor([1.0, -1.0, 2.0]), torch.eye(3)
@@ -173,11 +205,21 @@ def representability(
 ) -> Representability:
     r"""How well a kernel represents targets: RKHS norm rᵀK₀⁻¹r, energy in its top eigenvectors, leave-one-out residuals.
 
-    ``jitter`` is relative to the mean of the diagonal and added before inverting. Adaptation, and alignment, grow with how
-    poorly r is represented. ``form`` "dense" holds K₀ and its eigenvectors; "matrix-free" uses products with it alone:
-    conjugate gradients, and Lanczos for the ``top`` eigenvectors (default: 50), but no leave-one-out residuals; "auto" is
-    dense where ``memory_limit`` (default: half of what is free) allows it. Raises TangentError where shapes do not fit, r is
-    zero, or memory is short. Source: theory in the docs, §5.
+    The more poorly r is represented, the larger are adaptation and alignment.
+
+    Args:
+        K0: the kernel, a tensor (n, n) or (n, c, n, c), or a store.
+        r: targets, (n,) or (n, c).
+        jitter: added to the diagonal before inverting, relative to its mean.
+        form: "dense" holds K₀ and its eigenvectors; "matrix-free" needs only products with K₀ (conjugate gradients and
+            Lanczos), but gives no leave-one-out residuals; "auto" is dense if memory allows.
+        top: how many eigenvectors ``energy`` counts; None is all in the dense form, 50 in the matrix-free form.
+        memory_limit: bytes that may be used; None is half of what is free.
+
+    Raises:
+        TangentError: when shapes do not fit, r is zero, or there is not enough memory.
+
+    Source: theory in the docs, §5.
 
     >>> found = representability(torch.diag(torch.tensor([4.0, 1.0])), torch.tensor([2.0, 0.0]))
     >>> round(found.rkhs_norm, 6), found.energy.tolist()
@@ -201,7 +243,7 @@ def representability(
 def _represented(
     kernel: Tiled, flat: Float[Tensor, " N"], shape: tuple[int, ...], added: float, top: int | None, room: int
 ) -> Representability:
-    """From all eigenvectors."""
+    """The dense form: from all eigenvectors."""
     values, vectors = torch.linalg.eigh(kernel.matrices()[0])
     inverse = (vectors / (values.clamp_min(0) + added)) @ vectors.mT
     alpha = inverse @ flat
@@ -215,15 +257,15 @@ def _represented(
 def _represented_by_products(
     kernel: Tiled, flat: Float[Tensor, " N"], shape: tuple[int, ...], added: float, top: int | None, room: int
 ) -> Representability:
-    """By conjugate gradients and Lanczos: no residuals, which need the inverse's diagonal."""
+    """The matrix-free form; leave-one-out residuals would need the inverse's diagonal."""
     held = Cached(kernel, room // 2)
     operator = KernelProducts(held, ridge=added)
     found = solved(operator, flat[:, None], room=room // 2, tol=_SOLVED)
     alpha = found.solution[:, 0]
     if found.residual > _LOOSELY:
         warnings.warn(
-            f"representability: K₀ + jitter was inverted to {found.residual:.1e} relative only in {found.steps} steps, so "
-            "rkhs_norm is a lower estimate; raise jitter",
+            f"representability: solving with K₀ + jitter stopped at a relative residual of {found.residual:.1e} after "
+            f"{found.steps} steps, so rkhs_norm is too low; raise jitter",
             TangentWarning,
             stacklevel=3,
         )
@@ -238,7 +280,13 @@ def _represented_by_products(
 def effective_rank(B: Values) -> EffectiveRank:
     r"""Stable, entropy and participation rank of a matrix (o, i), or of a vector of singular values.
 
-    A zero matrix has rank zero by all three. Raises TangentError for other shapes or non-finite values.
+    All three are zero for a zero matrix.
+
+    Args:
+        B: the matrix (o, i), or its singular values (k,).
+
+    Raises:
+        TangentError: for other shapes, or values that are not finite.
 
     >>> rank = effective_rank(torch.eye(3))
     >>> round(rank.stable, 6), round(rank.entropy, 6), round(rank.participation, 6)
@@ -267,7 +315,7 @@ def _shape(kernel: Tiled) -> tuple[int, ...]:
 
 
 def _pair(call: str, K: Kernels, y: Values) -> tuple[Tiled, Float[Tensor, "N k"]]:
-    """A kernel by tiles, and Y with K_y = Y Yᵀ."""
+    """The kernel as tiles, and Y with K_y = Y Yᵀ."""
     kernel, target = tiled(Request(call), K), _tensor(call, y)
     target = (target[:, None] if target.ndim == 1 else target).to(kernel.device)
     wanted = (kernel.n, kernel.width) if kernel.full else (kernel.n, *target.shape[1:2])
@@ -277,7 +325,7 @@ def _pair(call: str, K: Kernels, y: Values) -> tuple[Tiled, Float[Tensor, "N k"]
 
 
 def _middled(kernel: Tiled, target: Float[Tensor, "N k"]) -> Float[Tensor, "N k"]:
-    """HY over samples, for each output."""
+    """HY: centered over samples, for each output."""
     cube = target.reshape(kernel.n, kernel.width, -1)
     return (cube - cube.mean(0)).reshape(target.shape)
 
@@ -288,8 +336,8 @@ def _norm(target: Float[Tensor, "N k"]) -> float:
 
 
 def _cosine(call: str, products: Float[Tensor, "2 2"], *, before: tuple[float, float] = (0.0, 0.0)) -> float:
-    """The cosine of two kernels, unless one of them is zero, or the rounding that centring left ``before`` with."""
+    """The cosine of two kernels; an error if one is zero, or only rounding against its norm ``before`` centering."""
     sizes = [float(products[k, k].sqrt()) for k in (0, 1)]
     if any(size <= _NOTHING * whole for size, whole in zip(sizes, before, strict=True)):
-        raise TangentError(f"{call}: a kernel is zero (after centring, if asked for), so the angle is not defined")
+        raise TangentError(f"{call}: a kernel is zero (after centering, if asked for), so the angle is not defined")
     return float(products[0, 1]) / sizes[0] / sizes[1]

@@ -1,7 +1,7 @@
 """How well a structured transform explains a measured feature change: min over M of Σ_k‖φ̄(x_k) − Mφ₀(x_k)‖².
 
-Left and right factors are found by alternating least squares on moments of the factors, with a ridge toward the identity;
-its strength is chosen on samples held out from the fit, and R² reported on others, held out from both.
+Left and right factors come from alternating least squares on moments of the features, with a ridge toward the identity. The
+ridge's strength is chosen on samples held out from the fit; R² is reported on further samples, held out from both.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +31,16 @@ _CHUNK = 32_000_000
 
 @dataclass(frozen=True)
 class Explanation:
-    """R² = 1 − Σ‖φ̄ − Mφ₀‖²/Σ‖φ̄ − φ₀‖² of a structured transform, per block and in all, on samples held out.
+    """R² = 1 − Σ‖φ̄ − Mφ₀‖²/Σ‖φ̄ − φ₀‖² of a structured transform.
 
-    ``fit_r2`` is the same on the samples fitted; ``strengths`` the ridge toward the identity chosen per block, relative to
-    the mean square of the features; ``transforms`` the M found (None for Full, whose M is never formed); ``samples`` how
-    many were fitted, used to choose, and reported on.
+    Attributes:
+        structure: the structure of M.
+        r2: R² of each block, on samples held out; NaN for a block without change.
+        total: R² over all blocks, on samples held out.
+        fit_r2: R² of each block on the samples fitted.
+        strengths: the ridge toward the identity chosen for each block, relative to the features' mean square.
+        transforms: the M found, by block; None for Full, whose M is never formed.
+        samples: how many samples were fitted, used to choose the ridge, and reported on.
     """
 
     structure: Structure
@@ -57,14 +62,20 @@ def explain(
 ) -> Explanation:
     r"""R² of the best transform of a structure for the feature change φ₀ → φ̄ measured on the same samples.
 
-    ``start_feats`` and ``end_feats`` are features of the same samples in the same order; a quarter of them chooses the
-    ridge, a quarter is reported on, the rest is fitted; ``generator`` shuffles them (default: seed 0). Penalties of the
-    structure are not used: this asks what any M of that shape can explain.
-    Structures: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided, Full, and patterns on block names with any
-    of them but Full.
+    Half of the samples are fitted, a quarter chooses the ridge toward the identity, and a quarter is reported on. The
+    structure's penalties are not used: the question is what any M of its shape can explain.
 
-    Raises TangentError where features do not belong together, fewer than 8 samples are given, nothing changed, or the
-    structure has no such fit.
+    Args:
+        start_feats: φ₀, features of at least 8 samples.
+        end_feats: φ̄, features of the same samples in the same order.
+        structure: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided or Full; or a mapping from patterns of
+            block names to any of these but Full.
+        strengths: ridges to choose from, relative to the features' mean square.
+        generator: shuffles the samples before they are split; None is a generator with seed 0.
+
+    Raises:
+        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, or the
+            structure has no least-squares fit.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Linear(3, 1)
@@ -95,7 +106,7 @@ def explain(
     for one in own.values():
         if isinstance(one, Full):
             raise TangentError(
-                "explain: Full explains all blocks by one transform; give it alone, not for a pattern of blocks"
+                "explain: Full explains all blocks by one transform; pass it alone, not for a pattern of blocks"
             )
         if not isinstance(one, Fixed | Grouped | Left | Right | TwoSided):
             raise TangentError(
@@ -117,7 +128,7 @@ def explain(
 
 @dataclass(frozen=True)
 class _Pair:
-    """One block's features before (A) and after (B) on the same samples; sums run over samples and outputs."""
+    """One block's features before (A) and after (B) on the same samples; sums are over samples and outputs."""
 
     before: Block
     after: Block
@@ -129,7 +140,7 @@ class _Pair:
 
     @cached_property
     def change(self) -> float:
-        """Σ‖B − A‖², zero where it is no more than rounding."""
+        """Σ‖B − A‖², or zero if it is only rounding."""
         change = self.error(Sides())
         return change if change > 1e-13 * self.size else 0.0
 
@@ -144,7 +155,7 @@ class _Pair:
 
 
 def _wide(block: Block, after: Block, index: Index | None = None) -> tuple[Block, Block]:
-    """Some samples of a block before and after in float64: one block at a time, for the memory that it takes."""
+    """Some samples of a block before and after, in float64; one block at a time, to save memory."""
     return block.map(index=index, dtype=torch.float64), after.map(index=index, dtype=torch.float64)
 
 
@@ -163,7 +174,7 @@ def _best(pairs: list[_Pair], structure: Structure, strengths: Sequence[float]) 
 
 
 def _by_group(pairs: list[_Pair], structure: Grouped, strengths: Sequence[float]) -> tuple[Transform, float]:
-    """One factor a group of entries, z = (Σ B·A + μ)/(Σ A·A + μ), each by its own two sums."""
+    """One factor for each group of entries, z = (Σ B·A + μ)/(Σ A·A + μ)."""
 
     def total(a: Block, b: Block) -> Tensor:
         sums = reduce(torch.add, ((x * y).sum((0, 1)) for x, y in _in_parts(a, b)))
@@ -181,7 +192,7 @@ def _by_group(pairs: list[_Pair], structure: Grouped, strengths: Sequence[float]
 
 
 def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tuple[Sides, float]:
-    """One side by its two moments, made once for all strengths; so is Σ‖B − MA‖² = Σ‖B‖² − 2⟨M, ΣBAᵀ⟩ + ⟨M ΣAAᵀ, M⟩."""
+    """One side from two moments, computed once for all strengths; Σ‖B − MA‖² = Σ‖B‖² − 2⟨M, ΣBAᵀ⟩ + ⟨M ΣAAᵀ, M⟩."""
     fitting, choosing = (
         (_moment(pair.before, pair.before, side), _moment(pair.after, pair.before, side)) for pair in pairs[:2]
     )
@@ -189,7 +200,7 @@ def _one_sided(pairs: list[_Pair], side: str, strengths: Sequence[float]) -> tup
     for strength in strengths:
         factor = _ridge(*fitting, strength)
         square, cross = choosing
-        error = float(((factor @ square) * factor).sum() - 2 * (factor * cross).sum())  # less Σ‖B‖², common to all
+        error = float(((factor @ square) * factor).sum() - 2 * (factor * cross).sum())  # without Σ‖B‖², common to all
         found.append((error, strength, factor))
     _, strength, factor = min(found, key=lambda candidate: candidate[0])
     return Sides(Matrix(factor), None) if side == "left" else Sides(None, Matrix(factor)), strength
@@ -233,7 +244,7 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
         total: Tensor | None = None
         for part in ranges(a.samples, max(1, _CHUNK // _cost(a, b))):
             x, y = (block.outer.map(SampleMap(part)) for block in (a, b))  # type: ignore[union-attr]
-            # Positions of the longer are gathered onto those of the shorter first: a path average against one point.
+            # Reduce the longer of the two position axes first: a path average has more positions than a single point.
             if side == "left":
                 grams, spec = x.inputs @ y.inputs.mT, "ntco,ntcr->or"
                 if x.inputs.shape[1] <= y.inputs.shape[1]:
@@ -260,7 +271,7 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
 
 
 def _in_parts(a: Block, b: Block) -> Iterator[tuple[Float[Tensor, "n c o i"], Float[Tensor, "n c o i"]]]:
-    """Both blocks' features, some samples at a time."""
+    """The features of both blocks, a few samples at a time."""
     for part in ranges(a.samples, max(1, _CHUNK // max(1, a.outputs * a.shape[0] * a.shape[1]))):
         yield a.map(index=part).features(), b.map(index=part).features()
 
@@ -278,7 +289,7 @@ def _inner(a: Block, b: Block) -> float:
 
 
 def _cost(a: Block, b: Block) -> int:
-    """Entries that one sample's pairs of positions take."""
+    """Entries needed for one sample's pairs of positions."""
     assert a.outer is not None
     t, c, o = a.outer.backward.shape[1:]
     return t * max(b.positions, c * o, a.shape[1])
@@ -288,7 +299,7 @@ def _explain_full(
     start: TangentFeatures, end: TangentFeatures, structure: Full, parts: tuple[Int[Tensor, " _k"], ...],
     sizes: tuple[int, int, int], strengths: Sequence[float],
 ) -> Explanation:  # fmt: skip
-    """M = I + Δᵀ(K + μI)⁻¹φ: each sample's change predicted by kernel regression from the changes of those fitted."""
+    """M = I + Δᵀ(K + μI)⁻¹φ: kernel regression of each sample's change on the changes of the fitted samples."""
     fitted, rows = start[parts[0]], end[parts[0]]
     size = fitted.n * fitted.c
     kernel = fitted.kernel().reshape(size, size)

@@ -1,8 +1,8 @@
-"""What adapting the features does to the kernel, K_M − K₀: closed forms, and the change split by block and by side.
+"""How adapting the features changes the kernel, K_M − K₀: closed forms, and the change split by block and by side.
 
-A side M = I + U diag(g − 1) Uᵀ adds Σ_j (g_j² − 1) times the gram of u_jᵀΦ; two sides add a product of both besides; a
-scale multiplies; the joint transform of ``Full`` adds a multiple of f fᵀ, f = φβ. The parts are made so, never as a
-difference of two large kernels, and a few kernels are held at a time.
+A side M = I + U diag(g − 1) Uᵀ adds Σ_j (g_j² − 1) times the Gram matrix of u_jᵀΦ; two sides also add an interaction; a scale
+multiplies; the joint transform of ``Full`` adds a multiple of f fᵀ, f = φβ. Parts are computed this way, never as a
+difference of two large kernels, and only a few kernels are held at a time.
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,21 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 Outputs = Literal["full", "trace"]
 
-_KERNELS = 11  # held at a time: the totals, one block's kernel and its parts, and what contracting them takes
+_KERNELS = 11  # held at a time: the totals, one block's kernel and its parts, and the work space to contract them
 
 
 @dataclass(frozen=True)
 class KernelPart:
-    """One part Δ of the change ΔK = K_M − K₀ of a kernel, measured.
+    """Measures of one part Δ of the change ΔK = K_M − K₀ of a kernel; all are zero if Δ is.
 
-    ``norm`` ‖Δ‖/‖K₀‖; ``growth`` tr Δ/tr K₀; ``contribution`` ⟨Δ, ΔK⟩/‖ΔK‖², what it is of the whole change;
-    ``target_cosine`` ⟨Δ, K_y⟩/(‖Δ‖‖K_y‖), the share of it that lies along the target kernel; ``target_weight``
-    ⟨Δ, K_y⟩/‖K_y‖², the multiple of K_y that this is. Growth, contribution and target weight of parts add up. A part that
-    is zero has zeros.
+    Growth, contribution and target weight of the parts add up to those of the whole.
+
+    Attributes:
+        norm: ‖Δ‖/‖K₀‖.
+        growth: tr Δ/tr K₀.
+        contribution: ⟨Δ, ΔK⟩/‖ΔK‖², the part's share of the whole change.
+        target_cosine: ⟨Δ, K_y⟩/(‖Δ‖‖K_y‖), how far Δ points along the target kernel.
+        target_weight: ⟨Δ, K_y⟩/‖K_y‖², the multiple of K_y in Δ.
     """
 
     norm: float
@@ -45,12 +49,16 @@ class KernelPart:
 
 @dataclass(frozen=True)
 class KernelChange:
-    """The change K_M − K₀ of a kernel: the ``whole``, its ``blocks``, and each block's ``sides``.
+    """The change K_M − K₀ of a kernel, by block and by side. Sides add up to their block, blocks to the whole.
 
-    The sides of a block are "left" (M_L alone, M_R = I), "right", "scale", "entries" and "joint", as far as its transform has
-    them, and "interaction": what is left where there are several. Sides add up to their block, blocks to the whole.
-    ``alignment`` is before and after, ``centered`` the same of centered kernels, None where they are zero. ``kernels`` holds
-    every side's Δ as (n, c, n, c), or (n, n) of a trace, if asked to keep them.
+    Attributes:
+        whole: the whole change.
+        blocks: the change of each block's kernel.
+        sides: the parts of each block that its transform has: "left" (M_L alone, M_R = I), "right", "scale", "entries" or
+            "joint", and with several of them "interaction", the remainder.
+        alignment: of the kernel with the targets, before and after.
+        centered: the same for centered kernels; None if one of them is zero.
+        kernels: every side's Δ, (n, c, n, c), or (n, n) for outputs="trace"; None unless ``keep`` was set.
     """
 
     whole: KernelPart
@@ -61,7 +69,7 @@ class KernelChange:
     kernels: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
     def summary(self) -> str:
-        """The change as a table, for a person."""
+        """The change as a table to read."""
         before, after = self.alignment
         also = "" if self.centered is None else f" (centered {self.centered[0]:.3f} → {self.centered[1]:.3f})"
         width = max(12, *(len(name) for name in self.blocks))
@@ -88,16 +96,23 @@ def kernel_change(
     outputs: Outputs = "full",
     keep: bool = False,
 ) -> KernelChange:
-    r"""What transforms M of the blocks do to the kernel of features, K_M − K₀, split by block and by side.
+    r"""How transforms M of the blocks change the kernel of features, K_M − K₀, split by block and by side.
 
-    ``y`` (n, c), or (n,) where c = 1, are the targets of the target kernel, K_y = vec(y)vec(y)ᵀ, or Σ_c y_c y_cᵀ for
-    ``outputs`` "trace". A block without a transform does not change. Parts are made one block at a time, twice, and
-    measured; ``keep`` holds them all. In float64. ``fit.kernel_change()`` calls this with the fit's own features,
-    transforms and targets.
+    The target kernel is K_y = vec(y)vec(y)ᵀ, or Σ_c y_c y_cᵀ for outputs="trace". Computed in float64.
+    ``fit.kernel_change()`` calls this with the fit's own features, transforms and targets.
+
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        transforms: M by block; a block without one does not change.
+        y: targets, (n, c), or (n,) where c = 1.
+        outputs: "full" for (n, c, n, c), "trace" for its trace over outputs, (n, n).
+        keep: also return every part's kernel. Otherwise parts are computed twice, one block at a time, to save memory.
+
+    Raises:
+        TangentError: when blocks are unknown, a joint transform is mixed with others, targets do not fit, are not finite or
+            are zero, the kernel is zero, or there is not enough memory.
+
     Source: theory in the docs, §5; LeJeune & Alemohammad, CPAL 2024, §3.
-
-    Raises TangentError for unknown blocks, a joint transform beside others, targets that do not fit, are not finite or are
-    zero, a kernel that is zero, or too little memory.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(6, 3))
@@ -135,7 +150,7 @@ def kernel_change(
     whole = measure(change)
     before = _aligned(kernel, targets)
     kernel += change
-    del change, measure  # room for what centring takes
+    del change, measure  # free memory for centering
     after = _aligned(kernel, targets)
     return KernelChange(
         whole,
@@ -150,11 +165,15 @@ def kernel_change(
 def side_change(
     feats: TangentFeatures, left: Mapping[str, LowRank], right: Mapping[str, LowRank], *, outputs: Outputs = "full"
 ) -> Tensor:
-    r"""What low-rank sides add to the kernel: with left sides only, Σ_ℓ Σ_j (a_j² − 1)·gram(u_jᵀΦ_ℓ).
+    r"""The change K_M − K₀ by low-rank sides; with left sides only, Σ_ℓ Σ_j (a_j² − 1)·gram(u_jᵀΦ_ℓ).
 
-    ``left`` and ``right`` name the sides M_L = I + U diag(a − 1) Uᵀ, M_R = I + V diag(b − 1) Vᵀ of blocks. A block with
-    both adds its left part, its right part, and their interaction Σ_jk (a_j² − 1)(b_k² − 1)·gram(u_jᵀΦv_k). The result is
-    K_M − K₀, (n, c, n, c), or (n, n) for ``outputs`` "trace".
+    A block with both sides adds its left part, its right part, and Σ_jk (a_j² − 1)(b_k² − 1)·gram(u_jᵀΦv_k).
+
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        left: M_L = I + U diag(a − 1) Uᵀ, by block.
+        right: M_R = I + V diag(b − 1) Vᵀ, by block.
+        outputs: "full" for (n, c, n, c), "trace" for its trace over outputs, (n, n).
 
     Raises TangentError for unknown blocks. Source: theory in the docs, §5.
 
@@ -173,10 +192,14 @@ def side_change(
 
 
 def scale_change(feats: TangentFeatures, scales: Mapping[str, float], *, outputs: Outputs = "full") -> Tensor:
-    r"""What one factor s_ℓ a block adds to the kernel: Σ_ℓ s_ℓ²K_ℓ − K₀ = Σ_ℓ (s_ℓ² − 1)K_ℓ.
+    r"""The change K_M − K₀ by one factor s_ℓ for each block: Σ_ℓ (s_ℓ² − 1)K_ℓ.
 
-    The result is (n, c, n, c), or (n, n) for ``outputs`` "trace". Raises TangentError for unknown blocks.
-    Source: theory in the docs, §5.
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        scales: s_ℓ by block.
+        outputs: "full" for (n, c, n, c), "trace" for its trace over outputs, (n, n).
+
+    Raises TangentError for unknown blocks. Source: theory in the docs, §5.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(4, 3))
@@ -191,11 +214,17 @@ def scale_change(feats: TangentFeatures, scales: Mapping[str, float], *, outputs
 
 
 def joint_change(feats: TangentFeatures, joint: Joint, *, outputs: Outputs = "full") -> Tensor:
-    r"""What the joint transform M = I + (z − 1)bbᵀ, ‖b‖ = 1, adds to the kernel: (z² − 1)(φb)(φb)ᵀ.
+    r"""The change K_M − K₀ by the joint transform M = I + (z − 1)bbᵀ, ‖b‖ = 1: (z² − 1)(φb)(φb)ᵀ.
 
-    For the fit of ``Full``, b = β/‖β‖, this is ((z² − 1)/‖β‖²)·f fᵀ with f = φβ the fitted function on these samples: on
-    those an interpolating fit was made on, a multiple of the target kernel r rᵀ. The result is (n, c, n, c), or (n, n) for
-    ``outputs`` "trace". Raises TangentError for unknown blocks. Source: theory in the docs, §5.
+    For a fit with ``Full``, b = β/‖β‖, this is ((z² − 1)/‖β‖²)·f fᵀ with f = φβ the fitted function on these samples. On the
+    samples of an interpolating fit it is a multiple of the target kernel r rᵀ.
+
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        joint: b and z.
+        outputs: "full" for (n, c, n, c), "trace" for its trace over outputs, (n, n).
+
+    Raises TangentError for unknown blocks. Source: theory in the docs, §5.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(2, 1, bias=False), torch.eye(2))
@@ -210,7 +239,7 @@ def joint_change(feats: TangentFeatures, joint: Joint, *, outputs: Outputs = "fu
 
 @dataclass(frozen=True)
 class _Projection(Matrix):
-    """The rows √|g_j² − 1|·u_jᵀ of a side: where M has k directions, its side of the features becomes k wide."""
+    """The rows √|g_j² − 1|·u_jᵀ of a side: with k directions, that side of the features becomes k wide."""
 
     values: Float[Tensor, "k d"]
 
@@ -222,7 +251,7 @@ class _Projection(Matrix):
 
 
 def _signed(side: LowRank | None) -> list[tuple[float, _Projection | None]]:
-    """MᵀM − I as a sum of ±WᵀW; without a side, the identity."""
+    """MᵀM − I as a sum of ±WᵀW; the identity if there is no side."""
     if side is None:
         return [(1.0, None)]
     weights = side.gains**2 - 1
@@ -236,7 +265,7 @@ def _signed(side: LowRank | None) -> list[tuple[float, _Projection | None]]:
 
 
 def _projected(one: TangentFeatures, left: LowRank | None, right: LowRank | None, outputs: Outputs) -> Tensor:
-    """The kernel of one block with (M_LᵀM_L − I) and (M_RᵀM_R − I) between its features."""
+    """The kernel of one block with M_LᵀM_L − I and M_RᵀM_R − I between its features."""
     ((name, block),) = one.blocks.items()
     total: Tensor | None = None
     for sign, first in _signed(left):
@@ -277,7 +306,7 @@ def _sides_of(
     if transform.scale != 1:
         square = transform.scale**2
         found["scale"] = (square - 1) * one.kernel(outputs=outputs)
-        # s²(K₀ + sides + interaction) − K₀, less the parts.
+        # s²(K₀ + sides + interaction) − K₀, minus the parts.
         interaction = square * interaction + (square - 1) * _sum(sides, interaction)
     if len(found) > 1:
         found["interaction"] = interaction
@@ -285,7 +314,7 @@ def _sides_of(
 
 
 def _both(one: TangentFeatures, left: Side | None, right: Side | None, outputs: Outputs) -> Tensor:
-    """What one side adds to a block's kernel; of two sides, what is beyond that of each."""
+    """What one side adds to a block's kernel; for two sides, their interaction only."""
     if isinstance(left, LowRank | None) and isinstance(right, LowRank | None):
         return _projected(one, left, right, outputs)
     moved = one.transformed(dict.fromkeys(one.blocks, Sides(left, right))).kernel(outputs=outputs)
@@ -325,7 +354,7 @@ def _sum(sides: Mapping[str, Tensor], like: Tensor) -> Tensor:
 
 
 class _Measure:
-    """The numbers of a part Δ, given K₀, ΔK and Y with K_y = Y Yᵀ."""
+    """The measures of a part Δ, given K₀, ΔK and Y with K_y = Y Yᵀ."""
 
     def __init__(self, initial: Tensor, change: Tensor, target: Float[Tensor, "N k"]) -> None:
         size, self.shape = len(target), change.shape
@@ -334,7 +363,7 @@ class _Measure:
         self.size, self.target_size = float(change.norm()), float((target.mT @ target).norm())
 
     def sides(self, kernels: Mapping[str, Tensor]) -> tuple[KernelPart, dict[str, KernelPart]]:
-        """Their sum, and each of them."""
+        """The measures of the sum of the kernels, and of each."""
         return self(_sum(kernels, self.change.reshape(self.shape))), {side: self(k) for side, k in kernels.items()}
 
     def __call__(self, kernel: Tensor) -> KernelPart:
@@ -373,8 +402,8 @@ def _check_transforms(feats: TangentFeatures, transforms: Mapping[str, Transform
         return None
     if len(joints) > 1 or not all(isinstance(t, Joint) for t in transforms.values()):
         raise TangentError(
-            "kernel_change: a joint transform moves all of its blocks together and has no split beside others; "
-            "give it alone, the same for every block"
+            "kernel_change: a joint transform moves all of its blocks together and cannot be combined with others; "
+            "pass it alone, the same for every block"
         )
     (joint,) = joints.values()
     if set(joint.direction) != set(transforms):
@@ -405,7 +434,7 @@ def _check_targets(feats: TangentFeatures, y: Tensor) -> Float[Tensor, "n c"]:
 
 
 def _aligned(kernel: Tensor, y: Float[Tensor, "n c"]) -> tuple[float, float | None]:
-    """Alignment, and that of centered kernels, None where centring leaves nothing of the kernel or of the targets."""
+    """Alignment, and that of centered kernels; None if centering leaves only rounding of the kernel or the targets."""
     plain = alignment(kernel, y)
     try:
         return plain, alignment(kernel, y, centered=True)

@@ -1,4 +1,4 @@
-"""Forward mode where torch's own is missing or wrong: attention, S dV + dS V, and lookups, whose padding rows never learn."""
+"""Forward mode where torch lacks it or gets it wrong: attention, S dV + dS V, and lookups with a padding row."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Attention = Float[Tensor, "*h t e"]
 
 @contextmanager
 def forward_attention() -> Iterator[None]:
-    """Within it, scaled_dot_product_attention is ``Attended``, where that is the same: without dropout and grouped heads."""
+    """Within this context, scaled_dot_product_attention is ``Attended``, unless it has dropout or grouped heads."""
     original = nn.functional.scaled_dot_product_attention
 
     def attention(*args: Any, **options: Any) -> Tensor:
@@ -36,7 +36,7 @@ def forward_attention() -> Iterator[None]:
 
 @contextmanager
 def forward_lookups() -> Iterator[None]:
-    """Within it, a table's padding row does not move, as it has no gradient; torch's forward mode takes it for any other."""
+    """Within this context, a table's padding row has no tangent, as it has no gradient; torch's forward mode gives it one."""
     original = torch.embedding
 
     def lookup(weight: Tensor, indices: Tensor, padding_idx: int = -1, *rest: Any, **options: Any) -> Tensor:
@@ -67,7 +67,7 @@ def _attended(
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
-        # A row that attends to nothing is what only the original knows how to treat.
+        # Only the original handles a row that attends to nothing.
         if not bool(mask.any(-1).all()):
             return None
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
@@ -78,7 +78,7 @@ def _attended(
 
 
 class Attended(torch.autograd.Function):
-    """softmax(sQKᵀ + mask) V, with a first derivative in either mode."""
+    """softmax(sQKᵀ + mask) V, with a first derivative in forward and in reverse mode."""
 
     @staticmethod
     def forward(ctx: Any, query: Queries, key: Keys, value: Values, mask: Tensor | None, scale: float) -> Attention:
@@ -92,7 +92,7 @@ class Attended(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def jvp(ctx: Any, query_moved: Queries, key_moved: Keys, value_moved: Values, *_: Any) -> Attention:
-        """S dV + dS V, where dS = S∘(dA − ⟨S, dA⟩) a row, dA = s(dQ Kᵀ + Q dKᵀ); what does not move is zero."""
+        """S dV + dS V, where each row of dS is S∘(dA − ⟨S, dA⟩), dA = s(dQ Kᵀ + Q dKᵀ); absent tangents are zero."""
         query, key, value = ctx.saved_tensors
         scores = ctx.scale * torch.cat([query_moved, query], -1) @ torch.cat([key, key_moved], -1).mT
         moved = ctx.weights * scores
@@ -103,7 +103,7 @@ class Attended(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, signal: Attention) -> tuple[Tensor | None, ...]:
-        """Vᵀ's: Sᵀg; of the scores: S∘(gVᵀ − ⟨S, gVᵀ⟩) a row."""
+        """The gradient is Sᵀg for V, and S∘(gVᵀ − ⟨S, gVᵀ⟩) for each row of the scores."""
         query, key, value = ctx.saved_tensors
         back = ctx.weights * (signal @ value.mT)
         back -= ctx.weights * back.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""The adaptive tangent model as a module to be trained: f(x;θ₀) + φ(x)Mᵀθ, features never formed.
+"""The adaptive tangent model as a trainable module: f(x; θ₀) + φ(x)Mᵀθ, without forming features.
 
-φ(x)β is a derivative of the network along β, one forward pass in forward mode; φᵀg one backward pass. Both are linear maps
-at the frozen θ₀, each the other's derivative, so training needs no second derivatives of the network.
+φ(x)β is one pass in forward mode, φᵀg one backward pass. Both are linear maps at the frozen θ₀, and each is the other's
+derivative, so training needs no second derivatives of the network.
 """
 
 import copy
@@ -38,15 +38,22 @@ _Way = Literal["forward", "backward", "features"]
 
 
 class TangentModule(nn.Module):
-    r"""f(x;θ₀) + φ(x)Mᵀθ as a module: the network linearized at θ₀ with features Mφ that are learned too.
+    r"""f(x; θ₀) + φ(x)Mᵀθ as a module: the network linearized at θ₀, with features Mφ that are learned too.
 
-    ``structure`` says what M may be: ``Fixed`` trains θ = β alone, the linearized network; the others θ and the factors of M,
-    started at θ = 0 and M = I, where the output is the network's and gradients of θ flow. ``rank`` limits M − I of every side
-    that is a matrix to a rank. ``params``, ``wrt`` and ``output_fn`` as in ``tangent_features``; the model is copied, in
-    evaluation mode, and its θ₀ are buffers: they move with ``.to``, are in the state dict, and no optimizer sees them. Takes
-    a batch as ``tangent_features`` does, gives (n, c). Source: LeJeune & Alemohammad, CPAL 2024, §2.
+    It trains θ and the factors of M, from θ = 0 and M = I. The model is copied in evaluation mode, with θ₀ as buffers.
 
-    Raises TangentError for models that ``tangent_features`` refuses and structures whose factors are not known.
+    Args:
+        model: the network f; it is left as it was.
+        structure: which transforms M are allowed; a mapping gives structures by patterns of block names, as in ``Mixed``.
+        params: a state dict with θ₀; None is the model's own values.
+        wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        rank: limits the rank of M − I for each side that is a matrix; None sets no limit.
+
+    Raises:
+        TangentError: for models that ``tangent_features`` refuses, and structures without trainable factors.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §2.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -66,7 +73,6 @@ class TangentModule(nn.Module):
     """
 
     def __new__(cls, *_: Any, **__: Any) -> "TangentModule":
-        """A module whose ``forward`` stays out of compiled graphs, as derivatives of a network cannot be traced."""
         _keep_out_of_graphs()
         return super().__new__(cls)
 
@@ -112,13 +118,16 @@ class TangentModule(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "TangentModule":
-        """As for any module; the frozen network stays in evaluation mode, where its features are defined."""
         super().train(mode)
-        self.model.eval()
+        self.model.eval()  # features are defined in evaluation mode
         return self
 
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
-        """f(x;θ₀) + φ(x)Mᵀθ."""
+        """f(x; θ₀) + φ(x)Mᵀθ.
+
+        Args:
+            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        """
         network = self._network()
         tangents = self._parameters_of(self._coefficients(), network)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
@@ -129,43 +138,60 @@ class TangentModule(nn.Module):
         return total
 
     def initial(self, x: Batch) -> Float[Tensor, "n c"]:
-        """f(x;θ₀), without a gradient."""
+        """f(x; θ₀), without a gradient.
+
+        Args:
+            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        """
         with torch.no_grad():
             out: Tensor = self._network()(x, {})
             return out
 
     def effective_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
-        """β = Mᵀθ, one matrix a block."""
+        """β = Mᵀθ, one matrix for each block."""
         return {name: matrix.detach().clone() for name, matrix in self._coefficients().items()}
 
     def inner_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
-        """θ, one matrix a block."""
+        """θ, one matrix for each block."""
         return {name: self.inner[_key(name)].detach().clone() for name in self.blocks}
 
     def transforms(self) -> dict[str, Transform]:
-        """M as it is now, as a transform of features."""
+        """The current M, as transforms of features."""
         inner = self.inner_coefficients()
         return {name: t for factor in self.factors for name, t in factor.transforms(inner).items()}  # type: ignore[operator]
 
     def adapted_features(self, x: Batch, *, memory_limit: int | None = None) -> TangentFeatures:
-        """Mφ(x): their kernel is the adapted kernel, their product with θ what the output changes by."""
+        """Mφ(x): their kernel is the adapted kernel, and their product with θ is the change of the output.
+
+        Args:
+            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            memory_limit: bytes that may be used; None is half of what is free.
+        """
         return self.features(x, memory_limit=memory_limit).transformed(self.transforms())
 
     def features(self, x: Batch, *, memory_limit: int | None = None) -> TangentFeatures:
-        """φ(x) at θ₀."""
+        """φ(x) at θ₀.
+
+        Args:
+            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            memory_limit: bytes that may be used; None is half of what is free.
+        """
         model = _thawed(self.model, self._places)
         return tangent_features(model, x, wrt=self.selected, output_fn=self.output_fn, memory_limit=memory_limit)
 
     def regularizer(self) -> Float[Tensor, ""]:
-        """‖θ‖² + Ω(M): with Σ‖y_k − f(x_k)‖²/ρ beside it, the joint objective (J) whose minimum ``fit`` finds."""
+        """‖θ‖² + Ω(M). With Σ‖y_k − f(x_k)‖²/ρ added, it is the joint objective (J) that ``fit`` minimizes."""
         size = torch.stack([(matrix**2).sum() for matrix in self.inner.values()]).sum()
         return size + torch.stack([factor.penalty().to(size) for factor in self.factors]).sum()  # type: ignore[operator]
 
     def load_fit(self, fit: Fit) -> "TangentModule":
-        """Take over β and M of a fit to features of the same blocks; returns the module itself.
+        """Load β and M of a fit; returns the module itself.
 
-        Raises TangentError where blocks differ, the fit's M is none of this structure, or a side of it moves more directions
-        than ``rank``; nothing is taken over then.
+        Args:
+            fit: a fit on features of the same blocks.
+
+        Raises:
+            TangentError: when blocks differ, or ``structure`` or ``rank`` excludes the fit's M; nothing is loaded then.
         """
         found = {name: tuple(matrix.shape) for name, matrix in fit.coefficients.items()}
         wanted = {name: block.shape for name, block in self.blocks.items()}
@@ -185,17 +211,16 @@ class TangentModule(nn.Module):
         return self
 
     def as_fit(
-        self,
-        x: Batch,
-        r: Values,
-        *,
-        loss: LossName = "squared",
-        offset: Values | None = None,
-        ridge: float = 0.0,
+        self, x: Batch, r: Values, *, loss: LossName = "squared", offset: Values | None = None, ridge: float = 0.0
     ) -> Fit:
-        """β as a ``Fit`` to a batch, with the best M of the structure for it and certificates: ``certify`` at φ(x).
+        """β as a ``Fit`` to a batch, with the best M for it and all certificates: ``certify`` at φ(x).
 
-        ``r`` holds targets minus f(x;θ₀), or labels, as in ``fit``.
+        Args:
+            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+            loss: "squared" or "cross-entropy" (logistic where c = 1).
+            offset: f(x; θ₀), (n, c), for cross-entropy only.
+            ridge: ρ ≥ 0; 0 interpolates. Cross-entropy needs ρ > 0.
         """
         with raised_as("as_fit", "certify"):
             return certify(
@@ -208,7 +233,7 @@ class TangentModule(nn.Module):
         return {name: m for factor in self.factors for name, m in factor.coefficients(inner).items()}  # type: ignore[operator]
 
     def _parameters_of(self, matrices: Mapping[str, Tensor], network: "_At") -> tuple[Tensor, ...]:
-        """One matrix a block as the selected parameters, in their order."""
+        """One matrix for each block as the selected parameters, in their order."""
         split = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
         return tuple(split[name].to(value.dtype) for name, value in network.selected.items())
 
@@ -222,12 +247,12 @@ class TangentModule(nn.Module):
 
 @cache
 def _keep_out_of_graphs() -> None:
-    # With the first module, not as a decorator: the compiler takes as long to import as the rest of torch.
+    # Derivatives cannot be traced. Not a decorator: importing the compiler takes as long as the rest of torch.
     TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _At:
-    """The network at its θ₀, with the two linear maps of its derivative there."""
+    """The network at θ₀, with its derivative there as two linear maps."""
 
     def __init__(self, module: TangentModule, network: Network) -> None:
         self.module, self.network, self.places = module, network, module._places
@@ -239,15 +264,14 @@ class _At:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The selected parameters, to be differentiated."""
         return {name: value.detach().requires_grad_(True) for name, value in self.selected.items()}
 
     def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """f(x;θ₀) and φ(x)β."""
+        """f(x; θ₀) and φ(x)β."""
         return getattr(self, f"_{self.way(x)}")(x, tangents)  # type: ignore[no-any-return]
 
     def recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph | None"]:
-        """The same, with the graph of f where it comes with it."""
+        """f(x; θ₀) and φ(x)β, with the graph of f if it was recorded."""
         if self.way(x) != "forward":
             with torch.no_grad():
                 return (*self.along(x, tangents), None)
@@ -257,13 +281,13 @@ class _At:
         return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
 
     def way(self, x: Batch) -> _Way:
-        """How φβ is found: the way that the first batch showed to be right."""
+        """How φβ is computed: the way that was right for the first batch."""
         if self.module._way is None:
             self.module._way = self._first_right(x)
         return self.module._way
 
     def _first_right(self, x: Batch) -> _Way:
-        """The first way that is adjoint to ``against``: some operations have no forward mode, or one that ignores padding."""
+        """The first way that is adjoint to ``against``: some operations have no forward mode, or a wrong one."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(like: Tensor) -> Tensor:
@@ -286,7 +310,6 @@ class _At:
     def _forward(
         self, x: Batch, tangents: tuple[Tensor, ...], leaves: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """By forward mode."""
         with forward_ad.dual_level(), forward_lookups():
             moved = {
                 name: forward_ad.make_dual(value, tangent.contiguous())  # type: ignore[no-untyped-call]
@@ -296,7 +319,7 @@ class _At:
         return outputs, torch.zeros_like(outputs) if change is None else change
 
     def _backward(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """As the derivative of ⟨φᵀg, β⟩ in g."""
+        """φβ is the derivative of ⟨φᵀg, β⟩ in g."""
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             leaves = self.leaves
@@ -309,11 +332,11 @@ class _At:
         return out if again else out.detach(), change
 
     def _features(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """By the features themselves, which know every network."""
+        """φβ from the features themselves works for every network."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
             raise TangentError(
                 "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
-                "derivative by the inputs; detach them"
+                "derivative with respect to the inputs; detach them"
             )
         feats = self.module.features(x)
         named = dict(zip(self.selected, tangents, strict=True))
@@ -322,10 +345,10 @@ class _At:
         return outputs.detach(), feats.inner(matrices).to(outputs.dtype)
 
     def against(self, x: Batch, signal: Tensor, graph: "_Graph | None" = None) -> tuple[Tensor, ...]:
-        """φ(x)ᵀg, as the selected parameters."""
+        """φ(x)ᵀg, shaped as the selected parameters."""
         try:
             return self._against(x, signal, graph)
-        except RuntimeError:  # something saved was overwritten later
+        except RuntimeError:  # a saved tensor was overwritten later
             with saved_copies():
                 return self._against(x, signal, None)
 
@@ -337,13 +360,12 @@ class _At:
             return torch.autograd.grad(*graph, signal, materialize_grads=True)
 
 
-_Graph = tuple[Tensor, tuple[Tensor, ...]]
-"""Outputs f and the parameters they were made from, to be gone through backward once."""
+_Graph = tuple[Tensor, tuple[Tensor, ...]]  # outputs f and the parameters they depend on, for one backward pass
 
 
 def _along(network: _At, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The outputs f and φβ, the second with φᵀ as its derivative."""
-    # Made here: forward mode is off within the forward of a function of one's own.
+    """Outputs f and φβ, the second with φᵀ as its derivative."""
+    # Compute it here: forward mode is off within an autograd.Function's forward.
     still = tuple(tangent.detach() for tangent in tangents)
     if torch.is_grad_enabled():
         initial, change, graph = network.recorded(x, still)
@@ -354,7 +376,7 @@ def _along(network: _At, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 class _Along(torch.autograd.Function):
-    """β ↦ φβ, given already."""
+    """β ↦ φβ, with φβ already computed."""
 
     @staticmethod
     def forward(ctx: Any, network: _At, x: Batch, change: Tensor, graph: _Graph | None, *tangents: Tensor) -> Tensor:
@@ -382,12 +404,12 @@ class _Against(torch.autograd.Function):
 
 
 def _key(name: str) -> str:
-    """A block's name as that of a parameter: no points, and none of a dictionary's own."""
+    """A block's name as a parameter's: without dots, and unlike any attribute of the dictionary."""
     return "block:" + name.replace(".", "/")
 
 
 def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All the names under which each parameter is found in a model."""
+    """All names of each parameter in a model."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, tuple[str, ...]] = dict.fromkeys(names.values(), ())
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -396,7 +418,7 @@ def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model in which parameters are buffers, with values from a state."""
+    """A copy of a model with parameters as buffers, and values from a state."""
     aliases = {alias: name for name, held in _places(model).items() for alias in held}
     found = copy.deepcopy(model).eval()
     made: dict[str, Tensor] = {}
@@ -415,7 +437,7 @@ def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
-    """A copy of a frozen model with its parameters parameters again."""
+    """A copy of a frozen model, its buffers turned back into parameters."""
     found = copy.deepcopy(model)
     for aliases in places.values():
         parameter = None

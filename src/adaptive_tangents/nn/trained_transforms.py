@@ -1,7 +1,7 @@
-"""The factors of a transform M as things to be trained: what each structure lets gradient descent move.
+"""Trainable transforms M: the parameters that each structure gives to gradient descent.
 
-A factor holds M of one block (of several for ``Full``) as parameters. It gives β = Mᵀθ, M as a transform of features, and
-Ω(M), and takes over the M of a fit. All start at M = I.
+A factor holds M of one block (of several for ``Full``) as parameters. It computes β = Mᵀθ, M as a transform of features, and
+Ω(M), and can load the M of a fit. All start at M = I.
 """
 
 from abc import abstractmethod
@@ -39,7 +39,7 @@ ModesOf = Mapping[str, tuple[tuple[str, int], ...]]
 
 
 class Factor(nn.Module):
-    """M of the blocks ``names``, in units of which Ω counts (1, or the s of ``scale_invariant``; None where not known)."""
+    """M of the blocks ``names``; ``unit`` is the s of ``scale_invariant``, or 1, or None if it is not known."""
 
     def __init__(self, names: tuple[str, ...], unit: float | None = 1.0) -> None:
         super().__init__()
@@ -55,11 +55,11 @@ class Factor(nn.Module):
 
     @abstractmethod
     def cost(self) -> Tensor:
-        """Ω(M) before the unit."""
+        """Ω(M) for the unit 1."""
 
     @abstractmethod
     def take(self, transforms: Mapping[str, Transform], coefficients: Matrices) -> dict[str, Tensor]:
-        """Become the M of ``transforms``, and return θ = M⁻ᵀβ."""
+        """Load the M of ``transforms``, and return θ = M⁻ᵀβ."""
 
     def penalty(self) -> Tensor:
         """Ω(M)."""
@@ -72,7 +72,7 @@ class Factor(nn.Module):
 
 
 def factors(structure: Structure, shapes: Shapes, modes: ModesOf, rank: int | None) -> list[Factor]:
-    """The factors of all blocks of these shapes; ``rank`` limits M − I of each side that is a matrix."""
+    """The factors of all blocks; ``rank`` limits the rank of M − I of each side that is a matrix."""
     if isinstance(structure, Mixed):
         groups = structure.groups(shapes)
         return [
@@ -115,13 +115,13 @@ def _moving(penalties: Mapping[_Key, Penalty]) -> dict[_Key, Penalty]:
 
 def _unknown(structure: Structure) -> TangentError:
     return TangentError(
-        f"TangentModule: how to train the transforms of {type(structure).__name__} is not known; use one of the library's "
+        f"TangentModule: cannot train the transforms of {type(structure).__name__}; use one of the library's "
         "structures, or a mapping from block names to them"
     )
 
 
 class Square(nn.Module):
-    """A square matrix M (d, d), or I + UVᵀ with d × k matrices; started at the identity, U at random so that V moves."""
+    """A square matrix M (d, d), or I + UVᵀ with U, V (d, k); starts at the identity, with U random so that V learns."""
 
     def __init__(self, size: int, penalty: Penalty, rank: int | None) -> None:
         super().__init__()
@@ -148,11 +148,11 @@ class Square(nn.Module):
         return found
 
     def cost(self) -> Tensor:
-        """Σ ω(σ_j(M)); stretching alone costs."""
+        """Σ ω(max(σ_j(M), 1)): only stretching costs."""
         return self.penalty.value(torch.linalg.svdvals(self.matrix()).clamp_min(1)).sum()
 
     def take(self, side: Side | None) -> None:
-        """Become a side of a fit."""
+        """Load a side of a fit."""
         with torch.no_grad():
             if not self.low:
                 like = self.whole
@@ -173,7 +173,7 @@ class Square(nn.Module):
 
 
 class SideFactors(Factor):
-    """M_L and M_R of one block, either absent: β = M_LᵀΘM_R."""
+    """M_L and M_R of one block, either of which may be absent: β = M_LᵀΘM_R."""
 
     def __init__(self, name: str, sides: Mapping[str, Square], unit: float | None) -> None:
         super().__init__((name,), unit)
@@ -211,7 +211,7 @@ class SideFactors(Factor):
 
 
 class ModeFactors(Factor):
-    """A square factor for some modes of a block's kernel (out, *sizes); that of "out" moves the bias column too."""
+    """Square factors for some modes of a block's kernel (out, *sizes); that of "out" also acts on the bias column."""
 
     def __init__(self, name: str, sizes: tuple[int, ...], squares: Mapping[str, Square], unit: float | None) -> None:
         super().__init__((name,), unit)
@@ -258,7 +258,7 @@ class ModeFactors(Factor):
 
 
 class Gains(Factor):
-    """One gain for every group of a block's entries: β_g = z_gθ_g."""
+    """One gain for each group of a block's entries: β_g = z_gθ_g."""
 
     def __init__(self, name: str, structure: Grouped, shape: tuple[int, int], unit: float | None) -> None:
         super().__init__((name,), unit)
@@ -288,7 +288,7 @@ class Gains(Factor):
 
 
 def _sides(name: str, transforms: Mapping[str, Transform]) -> Sides:
-    """A block's transform as one of sides, of scale one."""
+    """A block's transform as ``Sides`` of scale 1; raises TangentError for others."""
     transform = transforms.get(name, Sides())
     if is_identity({name: transform}):
         return Sides()
@@ -300,7 +300,7 @@ def _sides(name: str, transforms: Mapping[str, Transform]) -> Sides:
 
 
 def _entries(name: str, transforms: Mapping[str, Transform], like: Tensor) -> Float[Tensor, "o i"]:
-    """The gain of every entry of a block, where a transform mixes none."""
+    """The gain of each entry of a block; raises TangentError if the transform mixes entries."""
     transform = transforms.get(name, Sides())
     if isinstance(transform, Entrywise):
         return transform.gains.to(like)
@@ -325,7 +325,7 @@ def _moves(name: str, what: str) -> TangentError:
 
 
 class JointGain(Factor):
-    """M = I + (z − 1)bbᵀ over several blocks at once, along b = θ/‖θ‖, the best direction there is: β = zθ."""
+    """M = I + (z − 1)bbᵀ over several blocks at once, along the best direction, b = θ/‖θ‖: β = zθ."""
 
     def __init__(self, names: tuple[str, ...], penalty: Penalty) -> None:
         super().__init__(names)

@@ -1,4 +1,4 @@
-"""What a penalty must be before anything is computed with it: a usable strength, and a function that is an ω."""
+"""Checks of a penalty: its strength λ is usable, and its function is an ω."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def check_strength(name: str, strength: float) -> None:
-    """Refuse a λ that is not positive and finite."""
+    """Raise TangentError unless λ is positive and finite."""
     if not 0 < strength < float("inf"):
         raise TangentError(
             f"{name}: the strength λ is positive and finite, got {strength}; use Fixed() for no adaptation"
@@ -20,10 +20,7 @@ def check_strength(name: str, strength: float) -> None:
 
 
 def check_function(function: Any, derivative: Function | None) -> None:
-    """Refuse a function that is no ω on a probe of z from 1 to 1e150, and a derivative that is not its.
-
-    Raises TangentError saying what was expected, where it fails, and what to do.
-    """
+    """Raise TangentError unless a function is an ω on test points z from 1 to 1e150, and the derivative is its own."""
     near, far = torch.logspace(-9, 1, 301, dtype=torch.float64), torch.logspace(1.05, 150, 300, dtype=torch.float64)
     z = torch.cat([near.new_ones(1), 1 + near, far])
     values = _called("the function", function, z)
@@ -41,12 +38,12 @@ def check_function(function: Any, derivative: Function | None) -> None:
     if bool(falls.any()):
         raise TangentError(
             f"Penalty: ω decreases between z = {_first(z[:-1], falls)} and {_first(z[1:], falls)}; "
-            "it must not: a transform further from the identity never costs less"
+            "ω must not decrease: a transform further from the identity cannot cost less"
         )
     middle, last = float(values[450]), float(values[-1])
     if last <= middle < float("inf"):
         raise TangentError(
-            f"Penalty: ω stops growing at {last:.6g}: transforms of any size would cost no more, and no best one exists; "
+            f"Penalty: ω stops growing at {last:.6g}: transforms of any size would cost no more, so no best one exists; "
             "give an ω that grows without bound"
         )
     slopes = _slopes(function, derivative, z)
@@ -57,7 +54,7 @@ def check_function(function: Any, derivative: Function | None) -> None:
 
 
 def _check_slopes(function: Function, slopes: Tensor, z: Tensor, values: Tensor, source: str) -> None:
-    """Slopes must be those between neighbors, but for the few points with a kink or a jump nearby."""
+    """Compare slopes with central differences; a few points near a kink or a jump may differ."""
     inner = (z > 1.001) & (z < 1e6) & values.isfinite()
     at, step = z[inner], 1e-5 * z[inner]
     secant = (function(at + step) - function(at - step)) / (2 * step)
@@ -83,7 +80,7 @@ def _slopes(function: Function, derivative: Function | None, z: Tensor) -> Tenso
 
 
 def _called(name: str, function: Any, z: Tensor) -> Tensor:
-    """The values at z, which must not depend on the company a z is in."""
+    """The function at z, after checking that it acts element by element."""
     remedy = "it takes a tensor of any shape and gives one of that shape, element by element"
     if not callable(function):
         raise TangentError(f"Penalty: {name} is a {type(function).__name__}, not a function; {remedy}")
@@ -98,7 +95,7 @@ def _called(name: str, function: Any, z: Tensor) -> Tensor:
             raise TangentError(f"Penalty: {name} of a tensor of shape {tuple(given)} gives {got}; {remedy}")
     again = square.detach().flip(0).flatten()
     if not torch.allclose(again.nan_to_num(), values.detach()[:600].nan_to_num(), rtol=1e-9, atol=1e-12):
-        raise TangentError(f"Penalty: {name} gives a z other values in other company; {remedy}")
+        raise TangentError(f"Penalty: {name} at a z depends on the other entries of the tensor; {remedy}")
     return torch.Tensor.double(values.detach())
 
 

@@ -1,4 +1,4 @@
-"""The penalties with closed forms: their pull, its inverse, and how fast they grow; the rest follows in ``induced``."""
+"""Penalties with closed forms: each gives its pull, the inverse of it and its growth; ``penalty`` derives the rest."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _NEWTON_STEPS = 100
 
 
 class _Closed(Penalty):
-    """A penalty whose ω∘exp is strictly convex, or kinked at 1, with an elasticity that rises to a known limit."""
+    """A penalty with ω∘exp strictly convex (or kinked at 1) and an elasticity that rises to a known limit."""
 
     def log_gain(self, u: Tensor) -> Tensor:
         return torch.log1p(self.excess(u))
@@ -33,8 +33,15 @@ class _Closed(Penalty):
 class Quadratic(_Closed):
     """ω(z) = λ(z − 1)².
 
-    The penalty it induces is convex and like Huber's: v² near 0, 2√λ·v for large v; its dual is λq/(1 − q), q = s²/(4λ).
-    Raises TangentError unless λ is positive and finite. Source: LeJeune & Alemohammad, CPAL 2024, §3.
+    The induced penalty is convex and resembles Huber's: v² near 0, 2√λ·v for large v. Its dual is λq/(1 − q), q = s²/(4λ).
+
+    Args:
+        strength: λ > 0, the factor of the penalty.
+
+    Raises:
+        TangentError: when λ is not positive and finite.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> Quadratic(2.0).induced().minimizer(torch.tensor([4.0]))  # λ(z − 1)z³ = v²
     tensor([2.])
@@ -72,8 +79,15 @@ class Quadratic(_Closed):
 class Absolute(_Closed):
     """ω(z) = λ(z − 1).
 
-    The penalty it induces is v² up to v² = λ/2, then 3(λ/2)^⅔ v^⅔ − λ: not convex, and without a dual bound.
-    Raises TangentError unless λ is positive and finite. Source: LeJeune & Alemohammad, CPAL 2024, §3.
+    The induced penalty is v² up to v² = λ/2, then 3(λ/2)^⅔ v^⅔ − λ. It is not convex and gives no dual bound.
+
+    Args:
+        strength: λ > 0, the factor of the penalty.
+
+    Raises:
+        TangentError: when λ is not positive and finite.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> Absolute(2.0).induced().minimizer(torch.tensor([0.5, 8.0]))
     tensor([1., 4.])
@@ -108,8 +122,15 @@ class Absolute(_Closed):
 class Power(_Closed):
     """ω(z) = λ(z − 1)^q, q ≥ 1; ``Quadratic`` at q = 2, ``Absolute`` at q = 1.
 
-    The penalty it induces grows like v^{2q/(q+2)}: it is convex from q = 2 on, and its dual is finite everywhere for q > 2.
-    Raises TangentError for q < 1, where ω∘exp is not convex, and unless λ is positive and finite.
+    The induced penalty grows like v^{2q/(q+2)}. It is convex for q ≥ 2, and its dual is finite everywhere for q > 2.
+
+    Args:
+        q: the exponent, at least 1; below 1, ω∘exp is not convex.
+        strength: λ > 0, the factor of the penalty.
+
+    Raises:
+        TangentError: when q is below 1 or not finite, or λ is not positive and finite.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3 (any ω).
 
     >>> Power(3.0, strength=2.0).induced().minimizer(torch.tensor([24**0.5]))  # qλ(z − 1)^{q−1}z³ = 2v²
@@ -124,7 +145,7 @@ class Power(_Closed):
         if not 1 <= self.q < math.inf:
             raise TangentError(
                 f"Power: q is finite and at least 1, got {self.q}; for a smaller one give "
-                "Penalty(lambda z: (z - 1) ** q), which is searched numerically"
+                "Penalty(lambda z: (z - 1) ** q), which is solved numerically"
             )
 
     def value(self, z: Tensor) -> Tensor:
@@ -137,7 +158,7 @@ class Power(_Closed):
         ratio = 2 * u / (self.strength * self.q)
         if self.q == 1:
             return (ratio - 1).clamp_min(0)
-        # y = log(z − 1) solves (q − 1)y + log(1 + eʸ) = log ratio, convex and rising: Newton falls to it from above.
+        # y = log(z − 1) solves (q − 1)y + log(1 + eʸ) = log ratio, convex and increasing: Newton descends to the root.
         target = torch.where(ratio > 0, ratio, 1.0).log()
         y = torch.minimum(target / (self.q - 1), target / self.q)
         for _ in range(_NEWTON_STEPS):
@@ -159,10 +180,17 @@ class Power(_Closed):
 
 @dataclass(frozen=True)
 class LogSquared(_Closed):
-    """ω(z) = λ(log z)², which prices a shrinking and a stretching alike.
+    """ω(z) = λ(log z)², the same for z and 1/z.
 
-    u = λ log z, so z(v) = exp(W/2) and ω̃(v) = λW²/4 + λW/2 with W = W(2v²/λ), Lambert's function: it grows like (log v)²,
-    is not convex, and gives no dual bound. Raises TangentError unless λ is positive and finite.
+    u = λ log z, so z(v) = exp(W/2) and ω̃(v) = λW²/4 + λW/2 with W = W(2v²/λ), Lambert's function. The induced penalty
+    grows like (log v)², is not convex, and gives no dual bound.
+
+    Args:
+        strength: λ > 0, the factor of the penalty.
+
+    Raises:
+        TangentError: when λ is not positive and finite.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3 (any ω).
 
     >>> LogSquared(2.0).induced().minimizer(torch.tensor([math.e]))  # λ z² log z = v²
@@ -199,9 +227,10 @@ class LogSquared(_Closed):
 
 @dataclass(frozen=True)
 class NoAdaptation(_Closed):
-    """ω(z) = 0 at z = 1 and infinite beyond: the side it stands for is not transformed. It changes no composition.
+    """ω(z) = 0 at z = 1, infinite beyond: the side with this penalty is not transformed.
 
-    ω̃(v) = v² with z(v) = 1, and the dual is s²/4: the fixed kernel. Raises nothing, having no strength.
+    ω̃(v) = v² with z(v) = 1, and the dual is s²/4, as for the fixed kernel. Composing with it changes nothing.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> NoAdaptation().induced().value(torch.tensor([3.0]))
@@ -210,7 +239,7 @@ class NoAdaptation(_Closed):
 
     @property
     def strength(self) -> float:  # type: ignore[override]
-        """The scale of v by which others are measured; there is none."""
+        """1: this penalty has no strength, so v has no scale."""
         return 1.0
 
     def value(self, z: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Penalties ω on the singular values of a transform, their composition ⊕, and the penalty ω̃ each induces on coefficients.
 
 Where ω∘exp is convex, everything follows from the *pull* u(z) = z·ω′(z)/2 and its inverse, the *gain* z(u). Parts that share
-one value have the same u (the multiplier of Π z_j = z), so ⊕ multiplies gains; and at the minimizer of ω(z) + v²/z² that u,
-the *level*, equals v²/z², so ω̃(v) = Σ_j ω_j(z_j(u)) + u where u·Π z_j(u)² = v². A user's own ω need not be of that kind:
-its z is then found among all valleys of ω(z) + v²/z², the parts beside it being solved anew at every candidate.
+one value have the same u (the multiplier of Π z_j = z), so ⊕ multiplies gains. At the minimizer of ω(z) + v²/z² this u is the
+*level* v²/z², so ω̃(v) = Σ_j ω_j(z_j(u)) + u where u·Π z_j(u)² = v². A user's ω may have ω∘exp not convex; then all valleys
+of ω(z) + v²/z² are searched for its z, and the other parts are solved for at each candidate.
 """
 
 import math
@@ -35,13 +35,20 @@ from adaptive_tangents.penalties.shared_minimum import (
 
 
 class Penalty:
-    """A penalty λω(z) on a singular value z ≥ 1 of a transform, given as a function of tensors; the base of all penalties.
+    """A penalty λω(z) on a singular value z ≥ 1 of a transform, from a function; the base class of all penalties.
 
-    ω(1) = 0, ω does not fall and grows without bound; it may have kinks, jumps and several valleys in ω(z) + v²/z², and be
-    infinite from some z on. ``derivative`` is ω′ where autograd cannot find it. All quantities are found numerically, values
-    to 1e-10 relative; penalties whose ω∘exp is not convex cost about a thousand times more for every further one composed.
+    All quantities are found numerically, values to a relative 1e-10. Where ω∘exp is not convex, each further penalty in a
+    composition makes it about a thousand times slower.
 
-    Raises TangentError for a strength λ that is not positive and finite, and for a function that is not such an ω.
+    Args:
+        function: ω, elementwise on tensors of any shape. ω(1) = 0; ω does not decrease and grows without bound. It may have
+            kinks and jumps, be infinite from some z on, and leave several valleys in ω(z) + v²/z².
+        strength: λ > 0, the factor of the penalty.
+        derivative: ω′, elementwise; None uses autograd.
+
+    Raises:
+        TangentError: when λ is not positive and finite, or the function is not such an ω.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3 (any ω).
 
     >>> cubic = Penalty(lambda z: (z - 1) ** 3, strength=2.0)
@@ -61,11 +68,19 @@ class Penalty:
         return f"Penalty({name}, strength={self.strength:g})"
 
     def value(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω(z), λ included."""
+        """ω(z), λ included.
+
+        Args:
+            z: singular values of the transform, at least 1, any shape.
+        """
         return self.strength * self.function(z)
 
     def pull(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The pull u = z·ω′(z)/2, infinite where ω is."""
+        """The pull u = z·ω′(z)/2, infinite where ω is.
+
+        Args:
+            z: singular values of the transform, at least 1, any shape.
+        """
         if self.derivative is not None:
             slope = self.strength * self.derivative(z)
         else:
@@ -78,11 +93,18 @@ class Penalty:
         return torch.where(self.value(z.detach()).isfinite(), z * slope / 2, torch.inf)
 
     def log_gain(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The inverse of the pull, log z(u); raises TangentError where a level does not determine z."""
+        """The inverse of the pull, log z(u).
+
+        Args:
+            u: levels, ≥ 0, any shape.
+
+        Raises:
+            TangentError: when a level does not determine z.
+        """
         if not self.shares_level:
             raise TangentError(
                 f"{self}: ω∘exp is not strictly convex, so a level does not determine z; "
-                "ask induced().minimizer(v) or shares(penalties, v)"
+                "use induced().minimizer(v) or shares(penalties, v)"
             )
         points, pulls = (t.to(u.device) for t in self._table)
         index = torch.searchsorted(pulls.cummax(0).values, u.double().contiguous(), right=True).clamp(
@@ -93,24 +115,40 @@ class Penalty:
         return torch.where(u > 0, to_identity(found), 0.0).to(u.dtype)
 
     def excess(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The excess z − 1 of the gain z(u), accurate where z is close to 1; raises TangentError as ``log_gain`` does."""
+        """The excess z(u) − 1, accurate where z is close to 1; raises as ``log_gain`` does.
+
+        Args:
+            u: levels, ≥ 0, any shape.
+        """
         return torch.expm1(self.log_gain(u))
 
     def elasticity(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The elasticity d log z / d log u along the gain."""
+        """The elasticity d log z / d log u at the level u.
+
+        Args:
+            u: levels, ≥ 0, any shape.
+        """
         x = self.log_gain(u)
-        kinked = (self.pull(x.exp()) / u - 1).abs() > 1e-6  # u between the slopes on both sides of a kink: z stays
+        kinked = (self.pull(x.exp()) / u - 1).abs() > 1e-6  # u lies between the slopes at a kink: z stays
         return torch.where(kinked, 0.0, self.steepness(x))
 
     def steepness(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The elasticity d log z / d log u at log z = x, by a central difference."""
+        """The elasticity d log z / d log u at log z = x, by a central difference.
+
+        Args:
+            x: log z ≥ 0, any shape.
+        """
         step = 1e-5 * x.clamp(1e-6, 1.0)
         low = (x - step).clamp_min(0)
         rise = self.pull((x + step).exp()).log() - self.pull(low.exp()).log()
         return (x + step - low) / rise
 
     def dual(self, s: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω̃*(s) = sup over z ≥ 1 of s²z²/4 − ω(z), infinite where ω grows too slowly."""
+        """ω̃*(s) = sup over z ≥ 1 of s²z²/4 − ω(z), infinite where ω grows too slowly.
+
+        Args:
+            s: singular values of dual matrices, ≥ 0, any shape.
+        """
         return joint_dual(self.parts, s.detach().double().flatten()).reshape(s.shape).to(s.dtype)
 
     @property
@@ -120,12 +158,12 @@ class Penalty:
 
     @property
     def limit_elasticity(self) -> float | None:
-        """The supremum of the elasticity over u, where it is known in closed form and approached as u grows."""
+        """The supremum of the elasticity, if known in closed form and approached as u grows; else None."""
         return None
 
     @property
     def shares_level(self) -> bool:
-        """Whether a level u determines z: ω∘exp convex without straight pieces (read off 3,000 points)."""
+        """Whether a level u determines z: ω∘exp is strictly convex (tested at 3,000 points)."""
         return self._strictly_convex
 
     @cached_property
@@ -137,18 +175,21 @@ class Penalty:
     @cached_property
     def _strictly_convex(self) -> bool:
         points, pulls = self._table
-        # Where the pull barely rises, z found from a level keeps no digits: that counts as straight.
+        # Where the pull barely rises, a level determines no digit of z: count that as straight.
         rise = pulls[1:] - pulls[:-1] * (1 + 1e-6 * points.diff())
         noise = 1e-12 * pulls[:-1].nan_to_num(posinf=0.0)
         straight = ~(pulls[1:].isinf() | (rise >= -noise))
-        # A derivative does not see a jump: the values must rise as the pulls say.
+        # A derivative misses a jump, so the values must rise as the pulls predict.
         values = self.value(points.exp())
         most = 2 * pulls[1:] * points.diff() * (1 + 1e-6) + 1e-9 * values[1:].abs()
         jumps = values[1:].isfinite() & (values.diff() > most)
         return not bool((straight | jumps).any())
 
     def compose(self, *others: "Penalty") -> "Composition":
-        """(ω₁ ⊕ ω₂)(z) = min over 1 ≤ a ≤ z of ω₁(a) + ω₂(z/a): two transforms acting on one value; any number of them.
+        """(ω₁ ⊕ ω₂)(z) = min over 1 ≤ a ≤ z of ω₁(a) + ω₂(z/a): several transforms acting on one value.
+
+        Args:
+            others: the penalties to compose this one with.
 
         >>> from adaptive_tangents.penalties import Quadratic
         >>> Quadratic(1.0).compose(Quadratic(1.0)).value(torch.tensor([4.0]))
@@ -165,8 +206,15 @@ class Penalty:
 class Composition(Penalty):
     """ω₁ ⊕ ... ⊕ ω_k, the least that k transforms together pay for one value z = Π z_j; k equal ones pay k·ω(z^{1/k}).
 
-    That is the infimal convolution of the ω_j∘exp. Parts of a composition among the penalties count as its own parts.
-    Raises TangentError for no penalties, or for something else among them. Source: LeJeune & Alemohammad, CPAL 2024, §3.
+    This is the infimal convolution of the ω_j∘exp.
+
+    Args:
+        penalties: one or more penalties; compositions among them are flattened into their parts.
+
+    Raises:
+        TangentError: when there are no penalties, or something else is among them.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> from adaptive_tangents.penalties import NoAdaptation, Quadratic
     >>> Composition((Quadratic(1.0), NoAdaptation())).value(torch.tensor([3.0]))
@@ -209,7 +257,7 @@ class Composition(Penalty):
             return shared_pull(self.parts, x).reshape(z.shape).to(z.dtype)
         shares = torch.stack(least_sum(self.parts, x))
         pulls = torch.stack([part.pull(share.exp()) for part, share in zip(self.parts, shares, strict=True)])
-        # The part that moved most could trade either way, so that its pull is the multiplier.
+        # The part with the largest share is interior (it could grow or shrink), so its pull is the multiplier.
         return pulls.gather(0, shares.argmax(0, keepdim=True))[0].reshape(z.shape).to(z.dtype)
 
     def log_gain(self, u: Tensor) -> Tensor:
@@ -223,8 +271,15 @@ class Composition(Penalty):
 class Induced:
     """The penalty on coefficients that a penalty on transforms induces, ω̃(v) = min over z ≥ 1 of ω(z) + v²/z², v ≥ 0.
 
-    Computed in float64 and returned in v's dtype, without gradients: ``derivative`` is the gradient. Where several z are
-    best, one of them is taken. Every method raises TangentError for v that is negative or not finite.
+    Methods compute in float64 and return v's dtype, without autograd: the gradient is ``derivative``. Where several z are
+    best, one is taken.
+
+    Args:
+        penalty: ω, which may be a composition.
+
+    Raises:
+        TangentError: by every method, when v is negative or not finite.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> from adaptive_tangents.penalties import Quadratic
@@ -235,22 +290,38 @@ class Induced:
     penalty: Penalty
 
     def level(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """The level u = v²/z(v)²."""
+        """The level u = v²/z(v)².
+
+        Args:
+            v: singular values of the coefficients, ≥ 0, any shape.
+        """
         log_z = total(minimizers(self.penalty.parts, _checked(v)))
         return ((v.detach().double().flatten() * torch.exp(-log_z)) ** 2).reshape(v.shape).to(v.dtype)
 
     def value(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω̃(v)."""
+        """ω̃(v).
+
+        Args:
+            v: singular values of the coefficients, ≥ 0, any shape.
+        """
         parts, flat = self.penalty.parts, _checked(v)
         return total_cost(parts, minimizers(parts, flat), flat, torch.zeros_like(flat)).reshape(v.shape).to(v.dtype)
 
     def derivative(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω̃′(v) = 2v/z(v)²."""
+        """ω̃′(v) = 2v/z(v)².
+
+        Args:
+            v: singular values of the coefficients, ≥ 0, any shape.
+        """
         log_z = total(minimizers(self.penalty.parts, flat := _checked(v)))
         return (2 * flat * torch.exp(-2 * log_z)).reshape(v.shape).to(v.dtype)
 
     def second_derivative(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω̃″(v) = 2/z² · (1 − 2e)/(1 + 2e), e = Σ_j d log z_j/d log u at the level of v; at a kink, that of one side."""
+        """ω̃″(v) = 2/z² · (1 − 2e)/(1 + 2e), e = Σ_j d log z_j/d log u at the level of v; one-sided at a kink.
+
+        Args:
+            v: singular values of the coefficients, ≥ 0, any shape.
+        """
         parts, flat = self.penalty.parts, _checked(v)
         logs = minimizers(parts, flat)
         u = (flat * torch.exp(-total(logs))) ** 2
@@ -265,17 +336,32 @@ class Induced:
         return (2 * torch.exp(-2 * total(logs)) * ratio).reshape(v.shape).to(v.dtype)
 
     def minimizer(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """z(v), the singular value of the transform."""
+        """z(v), the best singular value of the transform.
+
+        Args:
+            v: singular values of the coefficients, ≥ 0, any shape.
+        """
         return torch.exp(total(minimizers(self.penalty.parts, _checked(v)))).reshape(v.shape).to(v.dtype)
 
     def dual(self, s: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """ω̃*(s) = sup over v of sv − ω̃(v), infinite where the penalty gives no bound."""
+        """ω̃*(s) = sup over v of sv − ω̃(v), infinite where the penalty gives no bound.
+
+        Args:
+            s: singular values of dual matrices, ≥ 0, any shape.
+        """
         return self.penalty.dual(s)
 
     def proximal(self, v: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
         """The global argmin over w ≥ 0 of (w − v)²/(2·step) + ω̃(w).
 
-        It is v·z²/(z² + 2·step), z minimizing ω(z) + v²/(z² + 2·step). Raises TangentError for a step that is not positive.
+        It is v·z²/(z² + 2·step), where z minimizes ω(z) + v²/(z² + 2·step).
+
+        Args:
+            v: where to take the proximal step, ≥ 0, any shape.
+            step: the step size, positive.
+
+        Raises:
+            TangentError: when the step is not positive and finite.
 
         >>> from adaptive_tangents.penalties import NoAdaptation
         >>> NoAdaptation().induced().proximal(torch.tensor([3.0]), step=0.5)
@@ -290,7 +376,7 @@ class Induced:
 
     @cached_property
     def is_convex(self) -> bool:
-        """Whether ω̃ is convex: d log z/d log u never above ½; for a user's ω, whether ω̃′ never falls along a grid."""
+        """Whether ω̃ is convex: d log z/d log u ≤ ½; for a user's ω, whether ω̃′ never falls on a grid of v."""
         limit = self.penalty.limit_elasticity
         if limit is not None:
             return limit <= HALF
@@ -301,7 +387,7 @@ class Induced:
 
     @property
     def convexity(self) -> str:
-        """In words, why ω̃ is convex or is not."""
+        """Why ω̃ is convex or not, in words."""
         limit = self.penalty.limit_elasticity
         if limit is None:
             return f"ω̃′ {'never falls' if self.is_convex else 'falls somewhere'} along a grid of v around √λ"
@@ -309,9 +395,13 @@ class Induced:
 
 
 def shares(penalties: Sequence[Penalty], v: Float[Tensor, "*s"]) -> tuple[Float[Tensor, "*s"], ...]:
-    """The excess z_j − 1 of each penalty at the minimum of Σ ω_j(z_j) + v²/Π z_j²: how penalties on several sides share v.
+    """The excess z_j − 1 of each penalty at the minimum of Σ ω_j(z_j) + v²/Π z_j²: how several sides share v.
 
-    Equal penalties need not have equal shares: where ω∘exp is not convex, one side may take it all.
+    Equal penalties may have unequal shares: where ω∘exp is not convex, one side may take all.
+
+    Args:
+        penalties: ω_j, one for each side.
+        v: singular values of the coefficients, ≥ 0, any shape.
 
     >>> from adaptive_tangents.penalties import NoAdaptation, Quadratic
     >>> shares((Quadratic(2.0), NoAdaptation()), torch.tensor([4.0]))

@@ -1,4 +1,4 @@
-"""Roots and global minima of many scalar functions at once: every function here takes and gives one number a problem."""
+"""Roots and global minima of many scalar functions at once: each entry of a tensor is one problem."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def increasing_root(error: Elementwise, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """The x in [low, high] where ``error``, not falling, changes sign; an end where it does not. To rounding.
+    """The x in [low, high] where a nondecreasing ``error`` changes sign, to rounding; an end of the interval if it does not.
 
-    Chandrupatla's method (Advances in Engineering Software 28, 1997): inverse quadratic steps, bisection where they mislead.
+    Chandrupatla's method (Advances in Engineering Software 28, 1997): inverse quadratic steps, with bisection as fallback.
 
     >>> increasing_root(lambda x: x**3 - 8, torch.zeros(1, dtype=torch.float64), torch.full((1,), 9.0, dtype=torch.float64))
     tensor([2.], dtype=torch.float64)
@@ -50,7 +50,7 @@ def increasing_root(error: Elementwise, low: Float[Tensor, "*s"], high: Float[Te
 
 
 def convex_root(error: Elementwise, slope: Elementwise, high: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """The x ≤ high where a rising convex ``error`` is 0: Newton's steps from above never pass it.
+    """The x ≤ high where an increasing convex ``error`` is 0: Newton's steps from above never overshoot.
 
     >>> convex_root(lambda x: x.exp() - 1, torch.exp, torch.ones(1, dtype=torch.float64)).abs() < 1e-15
     tensor([True])
@@ -73,9 +73,9 @@ def global_minimum(
 ) -> Float[Tensor, " m"]:
     """The minimizer of each ``cost`` over [low, high], which may have several valleys, kinks and jumps.
 
-    All functions take (m, k) points. ``floor`` is a lower bound of the cost that does not fall: the window ends where it
-    exceeds what was found. The deepest valleys seen on a grid are each narrowed by golden section; ``slope`` (the cost's
-    derivative, or anything of its sign) then places the minimizer to rounding instead of its square root.
+    All functions take (m, k) points. ``floor`` is a nondecreasing lower bound of the cost: the search window ends where it
+    exceeds the best cost found. Golden section narrows the deepest valleys of a grid. ``slope`` (the cost's derivative, or
+    anything of its sign) then gives the minimizer to rounding; costs alone give it to the square root of rounding.
 
     >>> zero, end = torch.zeros(1, dtype=torch.float64), torch.full((1,), 9.0, dtype=torch.float64)
     >>> global_minimum(lambda x: (x - 1).abs() * (x - 4).abs() + 0.1 * x, lambda x: 0.1 * x, zero, end).round(decimals=9)
@@ -96,9 +96,9 @@ def global_minimum(
     values = cost(everything)
     if slope is not None:
         exact = increasing_root(slope, left, right)
-        # At the right end the cost still fell: no root, but a jump or the window's end.
+        # A root at the right end is none: the cost still falls there, up to a jump or the window's end.
         everything, at_exact = torch.cat([everything, exact], 1), torch.where(exact < right, cost(exact), torch.inf)
-        # The slope places a minimizer to rounding where values see its square root: let it win where values are alike.
+        # The slope's root is more exact than the costs can tell: prefer it in a tie.
         values = torch.cat([values, at_exact - 1e-14 * at_exact.abs().nan_to_num(posinf=0.0)], 1)
     best = values.nan_to_num(nan=torch.inf, neginf=-torch.inf).argmin(1, keepdim=True)
     return everything.gather(1, best)[:, 0]
@@ -109,7 +109,7 @@ def _grid(low: Tensor, high: Tensor, count: int) -> Tensor:
 
 
 def _last_below(floor: Elementwise, level: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The end of the stretch from ``low`` where the floor is at most the level, rounded up."""
+    """The last point with floor ≤ level, rounded up."""
     end = high
     for _ in range(60):
         middle = (low + high) / 2
@@ -130,5 +130,5 @@ def _golden(cost: Elementwise, low: Tensor, high: Tensor) -> Tensor:
         at_fresh = cost(fresh)
         first, second = torch.where(left, fresh, kept), torch.where(left, kept, fresh)
         at_first, at_second = torch.where(left, at_fresh, at_kept), torch.where(left, at_kept, at_fresh)
-    # Left of the end by a few roundings: beside a jump that is the cheaper side, whatever rounding does to the point later.
+    # A few roundings to the left: at a jump that is the cheaper side, and later rounding must not cross it.
     return torch.maximum(low - 4e-15 * (1 + low.abs()), start)

@@ -1,8 +1,8 @@
-"""How several penalties share one value: the minimum over z_1, ..., z_k that ω̃, ⊕, the dual and the proximal operator need.
+"""How several penalties share one value: the minimum over z_1, ..., z_k behind ω̃, ⊕, the dual and the proximal operator.
 
-Where every part's ω∘exp is strictly convex, all z_j follow from one level u, and one equation is solved for it. Any other
-part is searched for all its valleys, the rest being solved anew at each candidate. Everything is flat, in float64, and in
-log z. A part is any penalty; this file knows them by what it needs of them only.
+If every part's ω∘exp is strictly convex, all z_j follow from one level u, the root of one equation. For any other part, all
+valleys are searched, and the remaining parts are solved for at each candidate. Tensors are flat, in float64, and hold log z.
+A part is any penalty, seen through the protocol ``Part``.
 """
 
 import math
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from adaptive_tangents.penalties.scalar_search import convex_root, global_minimum, increasing_root
 
-LARGEST = 345.0  # log z up to here: z² is finite in float64
+LARGEST = 345.0  # of log z: z² is finite in float64
 HALF = 0.5 + 1e-12
-_LARGEST_LEVEL = 640.0  # log u up to here
-_SMALLEST = 1e-150  # v below has no square in float64
+_LARGEST_LEVEL = 640.0  # of log u
+_SMALLEST = 1e-150  # smaller v underflow when squared
 _CHUNK = 2048
 _REACHED = 1e-11  # how closely the parts' log z must add up
 
 
 @runtime_checkable
 class Part(Protocol):
-    """What a penalty must answer: see ``Penalty``."""
+    """What this module needs of a penalty: see ``Penalty``."""
 
     @property
     def strength(self) -> float: ...
@@ -40,8 +40,8 @@ class Part(Protocol):
 
 
 def limit_elasticity(parts: Sequence[Part]) -> float | None:
-    """The supremum of d log Πz_j / d log u, where all parts know theirs."""
-    # Known elasticities rise with u, so that the supremum of the sum is the sum of the suprema.
+    """The supremum of d log Πz_j / d log u, if all parts know theirs; else None."""
+    # Known elasticities rise with u, so the supremum of the sum is the sum of the suprema.
     limits = [part.limit_elasticity for part in parts]
     return None if None in limits else sum(limit for limit in limits if limit is not None)
 
@@ -52,13 +52,13 @@ def limit_elasticity(parts: Sequence[Part]) -> float | None:
 def total_cost(parts: Sequence[Part], logs: Sequence[Tensor], v: Tensor, shift: Tensor) -> Tensor:
     """Σ ω_j(z_j) + v²/(Π z_j² + shift) at log z_j."""
     x = total(list(logs))
-    # (v/z)², not v²/z²: neither square may overflow.
+    # (v/z)², not v²/z²: v² and z² may overflow.
     tail = (v * torch.exp(-x)) ** 2 / (1 + shift * torch.exp(-2 * x))
     return tail + total([part.value(log.exp()) for part, log in zip(parts, logs, strict=True)])
 
 
 def minimizers(parts: Sequence[Part], v: Tensor, shift: Tensor | None = None) -> list[Tensor]:
-    """The log z_j ≥ 0 of the global minimum of Σ ω_j(z_j) + v²/(Π z_j² + shift), each v (m,) a problem of its own."""
+    """The log z_j ≥ 0 of the global minimum of Σ ω_j(z_j) + v²/(Π z_j² + shift), one problem for each v (m,)."""
     own = next((k for k, part in enumerate(parts) if not part.shares_level), None)
     if own is None:
         moves = v > _SMALLEST
@@ -73,7 +73,7 @@ def minimizers(parts: Sequence[Part], v: Tensor, shift: Tensor | None = None) ->
 
 
 def _nested(parts: Sequence[Part], own: int, v: Tensor, shift: Tensor) -> list[Tensor]:
-    """All valleys of one part's z are searched, the other parts solved at each candidate: they see v/z and shift/z²."""
+    """Search all valleys of one part's z; at each candidate solve for the other parts, with v/z and shift/z²."""
     part, rest = parts[own], [*parts[:own], *parts[own + 1 :]]
 
     def others(x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -99,7 +99,7 @@ def _nested(parts: Sequence[Part], own: int, v: Tensor, shift: Tensor) -> list[T
 
 
 def _sum_of(parts: Sequence[Part], u: Tensor, quantity: str) -> Tensor:
-    """A quantity at the level u, added over the parts; equal parts are asked once."""
+    """A quantity at the level u, summed over the parts; equal parts are evaluated once."""
     return total([count * getattr(part, quantity)(u) for part, count in Counter(parts).items()])
 
 
@@ -108,25 +108,25 @@ def _log_gain(parts: Sequence[Part], u: Tensor) -> Tensor:
 
 
 def to_identity(x: Tensor) -> Tensor:
-    """The log z found by a search, 0 where it is rounding: a steep ω(1 + 1e-16) would be far above v² = 1e-24."""
+    """The log z of a search, 0 where it is rounding: for a steep ω, ω(1 + 1e-16) far exceeds v² = 1e-24."""
     return torch.where(x > 1e-15, x, 0.0)
 
 
 def _level(parts: Sequence[Part], v: Tensor) -> Tensor:
     """The u with u·Π z_j(u)² = v², for v > 0."""
     target = 2 * v.log()
-    # Either u ≤ λ_j, or z_j ≤ v/√λ_j and u is no more than the pull there. v² alone is a far start
-    # where z grows fast: log z(v²) may be 1e30.
+    # Either u ≤ λ_j, or z_j ≤ v/√λ_j and u is at most the pull there. v² alone can be far too high where z grows
+    # fast: log z(v²) may be 1e30.
     above = v**2
     for part in parts:
-        most = (v / part.strength**0.5).clamp_min(1) * (1 + 1e-9)  # beyond a kink that lies exactly there
+        most = (v / part.strength**0.5).clamp_min(1) * (1 + 1e-9)  # past a kink exactly there
         above = torch.minimum(above, part.pull(most).clamp_min(part.strength))
     high = above.log()
 
     def error(y: Tensor) -> Tensor:
         return y + 2 * _log_gain(parts, y.exp()) - target
 
-    if limit_elasticity(parts) is not None:  # elasticities rise, so the error is convex
+    if limit_elasticity(parts) is not None:  # elasticities rise, so the error is convex in y
         return convex_root(error, lambda y: 1 + 2 * _sum_of(parts, y.exp(), "elasticity"), high).exp()
     return increasing_root(error, target - 2 * _log_gain(parts, above), high).exp()
 
@@ -152,9 +152,9 @@ def _shifted_level(parts: Sequence[Part], v: Tensor, shift: Tensor) -> Tensor:
 
 
 def _rising_brackets(error: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Intervals in which the error changes sign from below, one for every problem: all first ones, all second ones, ...
+    """Intervals where the error turns positive: first the first of every problem, then the second, and so on.
 
-    Each holds a stationary point: at most a few, of which the deepest is wanted. Where a problem has no more, it gets any.
+    Each holds a local minimum of the cost. A problem with fewer intervals than others gets an arbitrary one.
     """
     grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 257, dtype=low.dtype, device=low.device)
     positive = error(grid) > 0
@@ -183,7 +183,7 @@ def shared_pull(parts: Sequence[Part], x: Tensor) -> Tensor:
 
 
 def least_sum(parts: Sequence[Part], x: Tensor) -> list[Tensor]:
-    """The log z_j ≥ 0 of least Σ ω_j(z_j) with Σ log z_j = x."""
+    """The log z_j ≥ 0 with the least Σ ω_j(z_j) subject to Σ log z_j = x."""
     own = next((k for k, part in enumerate(parts) if not part.shares_level), None)
     if own is None:
         if len(parts) == 1:
@@ -198,7 +198,7 @@ def least_sum(parts: Sequence[Part], x: Tensor) -> list[Tensor]:
 
 
 def least_value(parts: Sequence[Part], x: Tensor) -> Tensor:
-    """(ω₁ ⊕ ... ⊕ ω_k)(eˣ), infinite where the parts together do not reach x."""
+    """(ω₁ ⊕ ... ⊕ ω_k)(eˣ), infinite where the parts cannot reach x together."""
     logs = least_sum(parts, x)
     paid = total([part.value(log.exp()) for part, log in zip(parts, logs, strict=True)])
     return torch.where(total(logs) >= x - _REACHED * (1 + x), paid, torch.inf)
@@ -234,7 +234,7 @@ def _nested_dual(part: Part, rest: Sequence[Part], s: Tensor) -> Tensor:
     found = torch.full_like(s, torch.inf)
     if bool(bounded.any()):
         s = s[bounded]
-        # A supremum that is attained lies before the last point where more is gained than paid.
+        # The supremum lies before the last point where the gain exceeds the cost.
         points = torch.linspace(0, LARGEST, 2049, dtype=s.dtype, device=s.device).expand(len(s), 2049)
         last = ((cost(points) < 0) * torch.arange(2049, device=s.device)).amax(1)
         high = points[0][(last + 1).clamp_max(2048)]
@@ -244,7 +244,7 @@ def _nested_dual(part: Part, rest: Sequence[Part], s: Tensor) -> Tensor:
 
 
 def _closed_dual(parts: Sequence[Part], s: Tensor) -> Tensor:
-    """Where elasticities stay at ½ or below, u/Π z_j² = s²/4 has one root at most, and none means infinite."""
+    """If elasticities never exceed ½, u/Π z_j² = s²/4 has at most one root; without one the dual is infinite."""
     limit = limit_elasticity(parts)
     if limit is None or limit > HALF:
         return no_bound(s)
@@ -261,12 +261,12 @@ def _closed_dual(parts: Sequence[Part], s: Tensor) -> Tensor:
 
 
 def no_bound(s: Tensor) -> Tensor:
-    """The dual of a penalty that grows more slowly than z²: zero at 0 and infinite elsewhere."""
+    """The dual of a penalty that grows more slowly than z²: 0 at 0, infinite elsewhere."""
     return torch.where(s == 0, 0.0, torch.inf).to(s.dtype)
 
 
 def total(values: Sequence[Tensor]) -> Tensor:
-    """The sum of one tensor or more."""
+    """The sum of one or more tensors."""
     first, *rest = values
     for value in rest:
         first = first + value

@@ -5,12 +5,11 @@ import math
 import torch
 
 from adaptive_tangents.features.blocks import Block, Slot
+from adaptive_tangents.features.plans import WORKING_BYTES
 from adaptive_tangents.features.summands import Dense, sum_tensors, tensors_of
 from adaptive_tangents.features.transforms import Joint, Sides, Transform
 from adaptive_tangents.linalg.hadamard import SignRows
 from adaptive_tangents.runtime.chunks import ranges
-
-_WORKING_BYTES = 64_000_000  # for products of factors, before positions are summed
 
 
 def projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...]) -> Block:
@@ -18,7 +17,7 @@ def projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...]) 
     size = len(repetitions[0][0].chosen)
     shape = (len(repetitions), size)
     made = []
-    for part in ranges(block.samples, _WORKING_BYTES // _bytes_per_sample(block, size)):
+    for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size)):
         some = block.map(index=part)
         # From one (n, c, k) per repetition to (n, c, r, k).
         rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]

@@ -1,4 +1,8 @@
-"""The exact adaptive model: coefficients and transform fitted together, with certificates."""
+"""The exact adaptive model: coefficients β and feature transform M fitted together, with certificates.
+
+``fit`` solves it, from features or from kernels alone; ``certify`` checks given coefficients; ``fit_path`` and
+``leave_one_out`` choose among structures and ridges; ``proximal_gradient`` is an independent first-order check.
+"""
 
 from adaptive_tangents.solvers.fit import certify, fit
 from adaptive_tangents.solvers.model_selection import FitPath, fit_path, leave_one_out

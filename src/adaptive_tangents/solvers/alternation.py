@@ -1,4 +1,4 @@
-"""The alternation of two closed forms: the best coefficients for a held transform, extrapolated between rounds (Anderson)."""
+"""The alternation of two closed forms, for β with M held and for M with β held, with optional Anderson extrapolation."""
 
 import math
 
@@ -14,7 +14,7 @@ _NEWTON_STEPS = 50
 
 
 def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tuple[dict[str, Tensor], Tensor, System]:
-    """The β that minimizes ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system it was found with.
+    """The β that minimizes ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system used.
 
     β = MᵀMφᵀα: one solve for squared error and constraints; Newton's method in α for any other loss.
     """
@@ -50,7 +50,7 @@ def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tupl
 
 
 class Alternation(Continuation):
-    """Rounds of the two closed forms, extrapolated where that lowers the objective further."""
+    """Rounds of the two closed forms, extrapolated if that lowers the objective further."""
 
     alpha: Vector
 
@@ -58,7 +58,7 @@ class Alternation(Continuation):
         super().__init__(problem, course)
         self.problem, self.point, self.system = problem, point, system
         self.memory, self.accelerated = Extrapolation() if extrapolated else None, False
-        self.start: Matrices | None = None  # the coefficients that the round started from
+        self.start: Matrices | None = None  # the coefficients at the start of the round
 
     def measure(self) -> tuple[float, float]:
         problem, point = self.problem, self.point
@@ -85,8 +85,9 @@ class Alternation(Continuation):
 
 
 class Extrapolation:
-    """Anderson extrapolation of a map B → T(B): the combination of past images, weights adding to one, with the least
-    combined residual T(B) − B. Images that meet a linear constraint combine to one that meets it too.
+    """Anderson extrapolation of a map B → T(B): the affine combination of past images with the least combined residual.
+
+    The residual is T(B) − B. If the images meet a linear constraint, so does the combination.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,7 @@ class Extrapolation:
         self.residuals: list[Tensor] = []
 
     def better(self, problem: Problem, start: Matrices, point: Point) -> Point | None:
-        """The extrapolated point, where its objective is lower than that of the image."""
+        """The extrapolated point if its objective is below the image's, else None."""
         candidate = self._extrapolate(start, point.coefficients)
         if candidate is None:
             return None
@@ -116,7 +117,7 @@ class Extrapolation:
         gram.diagonal().add_(1e-14 * float(gram.diagonal().max()))
         weights, failed = torch.linalg.solve_ex(gram, torch.ones_like(gram[0]))
         total = float(weights.sum())
-        if int(failed) or not math.isfinite(total) or total == 0:  # residuals of zero: nothing moves
+        if int(failed) or not math.isfinite(total) or total == 0:  # all residuals are zero
             self._forget()
             return None
         mixed = torch.einsum("k,kp->p", weights / total, torch.stack(self.images))
@@ -124,5 +125,5 @@ class Extrapolation:
         return {name: piece.reshape(image[name].shape) for name, piece in zip(image, pieces, strict=True)}
 
     def _forget(self) -> None:
-        """Start again from the latest round."""
+        """Keep only the latest round."""
         self.images, self.residuals = self.images[-1:], self.residuals[-1:]

@@ -1,4 +1,4 @@
-"""What a fit says of its solution: how well it meets constraints, how stationary it is, how far below any other could be."""
+"""Certificates of a solution: how well it meets constraints, how stationary it is, and a lower bound on any objective."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from adaptive_tangents.solvers.problem import Point, Problem, Tempered, Vector
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 
-FEASIBLE = 1e-6  # a constraint missed by more, relative, is not met
-_SMALLEST_SCALE = 1e-9  # of the dual coefficients, to have a finite bound
+FEASIBLE = 1e-6  # constraints with a larger relative error are not met
+_SMALLEST_SCALE = 1e-9  # of the dual coefficients: if the bound is infinite here, there is none
 
 
 def certified(
     problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
 ) -> Fit:
-    """The fit at a point, with all its certificates."""
+    """The ``Fit`` at a point, with all certificates."""
     outputs, generators = problem.inner(point.coefficients), problem.combine(alpha)
     return Fit(
         coefficients=point.coefficients, transforms=point.solution.transforms, features=problem.feats,
@@ -40,7 +40,7 @@ def certificates(
     converged: bool,
     reason: str,
 ) -> dict[str, Any]:
-    """What fits on features and on kernels tell alike; one that misses its constraints has not converged.
+    """The certificates that fits on features and on kernels share; a fit that misses its constraints has not converged.
 
     ``generators`` are as in ``lower_bound``.
     """
@@ -67,9 +67,10 @@ def certificates(
 def lower_bound(
     structure: Structure, loss: Loss, generators: Mapping[str, Tensor], alpha: Tensor
 ) -> tuple[float | None, str]:
-    """D(a), the loss's bound less Ω̃*(Σ a_kΦ(x_k)), at a = 2sα, the scale s searched; None where no s > 0 gives one.
+    """The dual objective D(a), the loss's bound minus Ω̃*(Σ a_kΦ(x_k)), at a = 2sα with the best s, or None.
 
-    ``generators`` are Σ α_kΦ(x_k), one matrix a block, or matrices for which Ω̃* is the same.
+    None says that Ω̃* is infinite for every s > 0. ``generators`` are Σ α_kΦ(x_k), one matrix for each block, or others with
+    the same Ω̃*.
     """
 
     def value(s: float) -> float:

@@ -1,4 +1,4 @@
-"""Which interpolation constraints are independent, and which contradict each other."""
+"""Find which interpolation constraints are independent, and which contradict each other."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers.losses import Loss, SquaredError
 
-_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: float32 features leave duplicates apart by about 1e-14 of it
+_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float32 features separate duplicates by about 1e-14 of it
 _CONFLICT_TOLERANCE = 1e-6
 _LARGE = 1000
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """The smallest eigenvalue of the kernel, the independent rows (None: all of them), and how many others were left out."""
+    """The kernel's smallest eigenvalue, the independent rows (None: all), and how many others were dropped."""
 
     smallest_eigenvalue: float = nan
     kept: Int[Tensor, " k"] | None = None
@@ -29,7 +29,7 @@ class Constraints:
 
 
 def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
-    """What there is to know of K₀ before a fit; from here on the kernel keeps to its independent constraints."""
+    """Examine K₀ before a fit; for interpolation, the kernel then keeps only independent constraints."""
     if isinstance(loss, SquaredError) and loss.interpolates:
         found = independent_constraints(kernel, loss.targets, samples=samples)
         kernel.kept = found.kept
@@ -38,7 +38,7 @@ def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
 
 
 def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
-    """The smallest eigenvalue of K; of a large one by inverse iteration with K + ρI, to six digits of that sum's."""
+    """The smallest eigenvalue of K; for large K from inverse iteration with K + ρI, to six digits of the sum's."""
     size = kernel.matrix.shape[0]
     if size > _LARGE:
         with suppress(TangentError):
@@ -49,7 +49,7 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
                     (size, size),
                     matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel.matrix).flatten()).cpu().numpy(),
                 )
-                # The eigenvalue's error is the square of the vector's.
+                # The eigenvalue's error is the square of the eigenvector's.
                 largest = scipy.sparse.linalg.eigsh(
                     inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, return_eigenvectors=False
                 )
@@ -58,9 +58,9 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
 
 
 def independent_constraints(whole: DenseKernel, r: Float[Tensor, " k"], *, samples: int) -> Constraints:
-    """Examine K₀ before interpolating; raises TangentError naming samples whose targets contradict each other.
+    """The independent constraints of K₀; raises TangentError naming samples whose targets contradict each other.
 
-    Rows of φ that depend on others stay dependent under every invertible M, so this is done once, on the initial kernel.
+    Dependent rows of φ stay dependent under every invertible M, so K₀ tells it for the whole fit.
     """
     kernel, smallest = whole.matrix, smallest_eigenvalue(whole)
     if smallest > _RANK_TOLERANCE * float(kernel.diagonal().sum()):  # the trace is above the largest eigenvalue

@@ -1,7 +1,7 @@
-"""The continuation that every fit follows: the penalty τΩ on transforms, τ falling to 1, each stage from the last one's end.
+"""The continuation of every fit: stages with the penalty τΩ on transforms, τ falling to 1, each from the previous solution.
 
-At τ = ∞ nothing adapts, and the fit is kernel regression. A solver says how its state is refreshed, measured and moved; here
-is the order of these, when a stage or the whole fit ends, and the record of the rounds.
+At τ = ∞ nothing adapts, and the fit is kernel regression. A solver defines how its state is refreshed, measured and moved;
+this module calls these in order, ends stages and fits, and records the rounds.
 """
 
 import math
@@ -18,15 +18,15 @@ from adaptive_tangents.structures.base import Matrices
 
 ZERO_TARGETS = "the targets are zero, and so is the model"
 _STAGE = 3.0  # the factor by which τ falls
-_LOOSE = 0.02  # the stationarity at which a stage gives way to the next
+_LOOSE = 0.02  # stages before the last end at this stationarity
 _MOST_STAGES = 34
-_WEAK = 0.7  # a penalty at least this share of ‖β‖² where it starts: nothing much adapts
-_STILL, _NO_CHANGE = 10, 1e-14  # so many steps with a relative change below this leave the objective as it is
+_WEAK = 0.7  # the first stage has a penalty of at least this share of ‖β‖²: little adapts
+_STILL, _NO_CHANGE = 10, 1e-14  # the objective is at rest after so many steps with a relative change below this
 
 
 @dataclass
 class Course:
-    """How far a search may go, and its rounds so far."""
+    """The limits of a search and its rounds so far."""
 
     tol: float
     max_rounds: int
@@ -40,11 +40,11 @@ class Course:
 
     @property
     def wanted(self) -> float:
-        """The stationarity of a solution."""
+        """The stationarity asked of a solution."""
         return math.sqrt(self.tol)
 
     def record(self, problem: Tempered, objective: float, stationarity: float, **how: Any) -> None:
-        """Add a round, with how it was reached: the last fields of a ``Round``."""
+        """Add a round; ``how`` gives the last fields of ``Round``."""
         seconds = time.perf_counter() - self.started
         self.history.append(Round(objective, stationarity, seconds, problem.temper, **how))
         if self.progress is not None:
@@ -52,27 +52,27 @@ class Course:
 
 
 class Continuation(ABC):
-    """A search from stage to stage. Subclasses hold its state and say how it is refreshed, measured and moved."""
+    """A search from stage to stage. Subclasses hold its state and define how it is refreshed, measured and moved."""
 
     def __init__(self, problem: Tempered, course: Course) -> None:
         self._problem, self.course = problem, course
-        self.gained, self.still = math.inf, 0  # by the last step, relative; steps in a row that gained nothing
+        self.gained, self.still = math.inf, 0  # the last step's relative decrease; steps in a row without any
 
     def follow(self, tempers: list[float]) -> tuple[bool, str]:
-        """All stages, to the optimum of τ = 1: whether it was reached, and why the search stopped."""
+        """Run all stages; returns whether the optimum at τ = 1 was reached, and why the search stopped."""
         for temper in tempers:
             self._problem.temper = temper
             self.enter()
             converged, reason = self.descend(last=temper == 1.0)
             if reason:
                 break
-        if self._problem.temper != 1.0:  # out of rounds before all of the adaptation had set in
+        if self._problem.temper != 1.0:  # out of rounds before τ = 1
             self._problem.temper = 1.0
             self.enter()
         return converged, reason
 
     def descend(self, *, last: bool) -> tuple[bool, str]:
-        """To the optimum of this stage, or near it; the reason to stop is empty where the next stage is to go on."""
+        """Run a stage to its optimum, or near it; the reason is empty if the next stage should go on."""
         self.gained, self.still = math.inf, 0
         self.begin()
         while True:
@@ -91,18 +91,18 @@ class Continuation(ABC):
         """Prepare a stage."""
 
     def refresh(self) -> None:  # noqa: B027
-        """Bring up to date what the steps so far have made stale."""
+        """Update what the last step made stale."""
 
     @abstractmethod
     def measure(self) -> tuple[float, float]:
-        """The relative change of the objective, of the last step or to expect of the next one, and the stationarity."""
+        """The objective's relative change (in the last step, or expected of the next), and the stationarity."""
 
     @abstractmethod
     def step(self) -> float:
-        """Move the state; returns the relative decrease of the objective."""
+        """Move the state; returns the objective's relative decrease."""
 
     def _stopped(self, change: float, stationarity: float, *, last: bool) -> tuple[bool, str] | None:
-        """Whether to stop: with success, and why."""
+        """Whether the search converged and why it stops; None to go on."""
         course, asked = self.course, self.course.wanted
         if last and change <= course.tol and stationarity <= asked:
             return True, f"objective changing by {change:.1e} relative, stationarity {stationarity:.1e}"
@@ -123,7 +123,7 @@ class Continuation(ABC):
 
 
 def stages(problem: Tempered, coefficients: Matrices) -> list[float]:
-    """τ = …, 9, 3, 1, from one at which little adapts at these coefficients."""
+    """τ = …, 9, 3, 1, starting where little adapts at these coefficients."""
     whole = sum(float((matrix**2).sum()) for matrix in coefficients.values())
     found = [1.0]
     while len(found) < _MOST_STAGES:

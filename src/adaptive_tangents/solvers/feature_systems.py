@@ -1,8 +1,8 @@
-"""The linear systems of the fit, in the dual: those of an adapted kernel, dense, through features, or by products alone.
+"""Kernels K_M as solvers use them, made from adapted features: through a p × p matrix, or by products alone.
 
-Everything asks for one thing: given w = w₀ + φᵀη, the least of ⟨D v, v⟩/2 + L″(φv)/2 − ⟨w, v⟩ for the metric
-D = 2(MᵀM)⁻¹ of the held transform and the loss's curvature L″, or under the constraint φv = 0. Its solution is
-v = ½MᵀM(w₀ + φᵀu), and u (nc,) solves a system in K_M.
+All solvers need the same step: given w = w₀ + φᵀη, minimize ⟨D v, v⟩/2 + L″(φv)/2 − ⟨w, v⟩ over v, with the metric
+D = 2(MᵀM)⁻¹ of the held transform and the loss's curvature L″, or under the constraint φv = 0. The solution is
+v = ½MᵀM(w₀ + φᵀu), where u (nc,) solves a system in K_M.
 """
 
 import torch
@@ -15,7 +15,7 @@ from adaptive_tangents.linalg.kernel_systems import Kernel, Root, rooted_product
 
 
 class PrimalKernel(Kernel):
-    """The kernel as GGᵀ for fewer parameters p than outputs nc: the systems solved are p × p."""
+    """The kernel as GGᵀ, for p < nc parameters: the systems are p × p."""
 
     def __init__(self, adapted: TangentFeatures) -> None:
         self.rows = torch.cat([block.features().flatten(2) for block in adapted.blocks.values()], 2).flatten(0, 1)
@@ -34,7 +34,7 @@ class PrimalKernel(Kernel):
 
 
 class FeatureProducts:
-    """The kernel of features by products with them."""
+    """The kernel of features, by products with them."""
 
     def __init__(self, adapted: TangentFeatures) -> None:
         self.adapted, self.n, self.c = adapted, adapted.n, adapted.c

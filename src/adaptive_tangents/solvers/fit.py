@@ -1,4 +1,4 @@
-"""fit() and certify(): the exact adaptive model, from what users hand in to the certified solution."""
+"""fit() and certify(): the exact adaptive model, from the user's arguments to the certified solution."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ from adaptive_tangents.structures.spectral import TWO_SIDED
 
 Form = Literal["auto", "dense", "primal", "matrix-free"]
 
-_DENSE_COPIES = 6  # the system in use, matrix and factor, while the next is made
-_ROUNDED_COPIES = 3  # the factor in use, while the next is made
+_DENSE_COPIES = 6  # matrix and factor of the current system and of the next
+_ROUNDED_COPIES = 3  # the current factor and the next
 
 
 @overload
@@ -66,24 +66,34 @@ def fit(
 ) -> Fit | KernelFit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
-    ``r`` (n, c), or (n,) where c = 1, holds targets minus f(x;θ₀). ``ridge`` ρ > 0 replaces the constraint by
-    (1/ρ)Σ‖r_k − φ(x_k)β‖². With ``loss="cross-entropy"``, ``r`` (n,) holds integer labels, ``offset`` (n, c) is f(x;θ₀),
-    and the loss is (1/ρ)Σ CE(f(x_k;θ₀) + φ(x_k)β, label_k), ρ > 0; one output is the logistic loss of labels 0 and 1.
-    ``structure`` may be a mapping from patterns on block names to structures.
+    β = Mᵀθ is the change of the weights. A ridge ρ > 0 replaces the constraint by the loss (1/ρ)Σ‖r_k − φ(x_k)β‖², or for
+    cross-entropy by (1/ρ)Σ CE(f(x_k; θ₀) + φ(x_k)β, r_k). A fit that stops early has ``converged=False`` and warns with
+    TangentWarning. A kernel instead of features gives a ``KernelFit``; this works for squared error and structures whose Ω̃
+    depends only on norms of blocks (``Fixed``, ``Full``, ``LayerScale``).
 
-    Stops when the decrease to expect is below ``tol`` relative and the stationarity residual below √tol; otherwise after
-    ``max_rounds`` steps, with ``converged=False`` and a TangentWarning. ``solver``: "newton" (structures without a curvature
-    fall back on "anderson"), the "alternation", or that extrapolated, "anderson". ``form`` of the linear systems: "dense"
-    factorizes K_M (nc, nc), "primal" a matrix (p, p), "matrix-free" neither; "auto" the first of them that memory allows.
-    ``start`` is a fit of the same features to begin from, as along a path of strengths.
+    Args:
+        feats: tangent features φ of n samples with c outputs; or their kernel, as a store, a tensor, or a mapping from blocks
+            to tensors.
+        r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+        structure: which transforms M are allowed; a mapping gives structures by patterns of block names, as in ``Mixed``.
+        loss: "squared" or "cross-entropy" (logistic where c = 1).
+        offset: f(x; θ₀), (n, c), for cross-entropy only.
+        ridge: ρ ≥ 0; 0 interpolates. Cross-entropy needs ρ > 0.
+        tol: stop when the expected relative decrease of the objective is below this, and the stationarity below √tol.
+        max_rounds: stop after this many steps at the latest.
+        solver: "newton"; "alternation" of the closed forms for β and M; or "anderson", the alternation extrapolated. On
+            features, structures without a curvature use "anderson" for "newton"; kernels do not take "anderson".
+        form: of the linear systems. "dense" factorizes K_M (nc, nc), "primal" (features only) a matrix (p, p), "matrix-free"
+            neither; "auto" takes "primal" where p < nc and ρ > 0, else "dense", else "matrix-free", as memory allows.
+        start: a fit of the same features to start from, such as the previous one on a path; None starts at M = I.
+        memory_limit: bytes that may be used; None is the features' own limit, or half of what is free.
+        progress: called with the number of rounds so far and the objective.
 
-    In place of features a kernel will do, a store, a tensor or a mapping of blocks to tensors, for structures whose Ω̃ depends
-    on norms of blocks only (``Fixed``, ``Full``, ``LayerScale``), squared error, "newton" or the "alternation": that gives
-    a ``KernelFit``. ``memory_limit`` (default: that of the features, or half of what is free) decides the form.
+    Raises:
+        TangentError: when shapes do not fit, targets are not finite, labels are out of range, ρ is negative, patterns do not
+            divide the blocks, constraints contradict each other, or there is not enough memory.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3; certificates in docs/architecture.md.
-
-    Raises TangentError for shapes that do not fit, non-finite targets, labels out of range, a negative ρ, patterns that do
-    not divide the blocks, constraints that contradict each other, or a kernel too large for memory.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -98,6 +108,8 @@ def fit(
     course = Course(tol, max_rounds, progress)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):
+        check_choice("fit", "solver", solver, get_args(Solver))
+        check_choice("fit", "form", form, get_args(Form))
         feats = feats if memory_limit is None else replace(feats, limit=memory_limit)
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
         found = _fit_features(feats, goal, course, structure=structure, solver=solver, form=form, start=start)
@@ -123,13 +135,25 @@ def certify(
     tol: float = 1e-8,
     form: Form = "auto",
 ) -> Fit:
-    r"""The fit at given coefficients β, from wherever they come, with the best M for them and all certificates.
+    r"""The ``Fit`` at given coefficients β, from any source, with the best M for them and all certificates.
 
-    Arguments as of ``fit``; ``coefficients`` holds one matrix a block. Nothing is optimized but M: objective Ω̃(β) + loss,
-    stationarity, feasibility and lower bound are those of β. ``converged`` says whether the stationarity is below √tol.
+    Only M is optimized: objective, stationarity, feasibility and lower bound are those of β.
+
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+        coefficients: β, one matrix B (o, i) for each block.
+        structure: which transforms M are allowed; a mapping gives structures by patterns of block names, as in ``Mixed``.
+        loss: "squared" or "cross-entropy" (logistic where c = 1).
+        offset: f(x; θ₀), (n, c), for cross-entropy only.
+        ridge: ρ ≥ 0; 0 interpolates. Cross-entropy needs ρ > 0.
+        tol: ``converged`` says whether the stationarity is below √tol.
+        form: of the linear systems, as in ``fit``.
+
+    Raises:
+        TangentError: as ``fit`` does, and when the coefficients belong to other blocks.
+
     Source: LeJeune & Alemohammad, CPAL 2024, §3.
-
-    Raises TangentError as ``fit`` does, and where the coefficients are of other blocks.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -166,10 +190,8 @@ def _fit_features(
     form: Form,
     start: Fit | None,
 ) -> Fit:
-    """``fit`` on features: in the subspaces that they span, and back."""
+    """``fit`` on features: solve in the subspaces that they span, and map the solution back."""
     check_sketch("fit", structure, feats)
-    check_choice("fit", "solver", solver, get_args(Solver))
-    check_choice("fit", "form", form, get_args(Form))
     doubled = feats.to(torch.float64)
     structure = structure.prepared(doubled)
     within = compressed(doubled, structure)
@@ -182,7 +204,7 @@ def _fit_features(
 
 
 def _check_for_kernels(loss: str, offset: Values | None, start: Fit | None) -> None:
-    """Raise TangentError for what kernels alone do not allow."""
+    """Raise TangentError for options that need features."""
     for given, what in (
         (loss != "squared", f"loss={loss!r}"),
         (offset is not None, "offset"),
@@ -195,7 +217,7 @@ def _check_for_kernels(loss: str, offset: Values | None, start: Fit | None) -> N
 
 
 def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
-    """How to solve the systems, and the columns that a preconditioner may have; None is all of them, in float32."""
+    """The form of the systems, and how many columns a preconditioner may have; None: the whole kernel, in float32."""
     size, limit = feats.n * feats.c, limit_for(feats.limit, feats.device)
     p = sum(block.shape[0] * block.shape[1] for block in feats.blocks.values())
     dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * p * max(p, size)

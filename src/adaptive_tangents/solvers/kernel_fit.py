@@ -1,7 +1,7 @@
-"""``fit`` on kernels alone, in memory or on disk: the factors q_ℓ of blocks, found by Newton's method and certified.
+"""``fit`` on kernels alone, in memory or on disk: Newton's method for the factors q_ℓ of blocks, with certificates.
 
-At the optimum half the slope of ω̃ at ‖B_ℓ‖ is √κ_ℓ, κ_ℓ = αᵀK_ℓα (see ``kernel_problem``). Newton's method is run on these
-equations, where its step lowers the objective; the alternation's, which cannot raise it, is taken otherwise.
+At the optimum ω̃′(‖B_ℓ‖)/2 = √κ_ℓ, κ_ℓ = αᵀK_ℓα (see ``kernel_problem``). Newton's method solves these equations. If its step
+does not lower the objective, the alternation's step replaces it, which cannot raise the objective.
 """
 
 import math
@@ -24,7 +24,7 @@ from adaptive_tangents.structures.base import Structure
 
 KernelSolver = Literal["newton", "alternation"]
 
-_COPIES = 6  # the system in use, matrix and factor, while the next is made
+_COPIES = 6  # matrix and factor of the current system and of the next
 
 
 def fit_kernel(
@@ -71,14 +71,14 @@ def _certified(
     converged: bool,
     reason: str,
 ) -> KernelFit:
-    """The fit at a state, with all its certificates, and the gain of every block, of those that move together too."""
+    """The ``KernelFit`` at a state, with all certificates, and the gain of every block, including blocks of a group."""
     loss = problem.loss
-    # The dual coefficients that the loss itself gives, as α may not solve its system exactly.
+    # α may not solve its system exactly, so take the dual coefficients from the loss.
     dual = state.alpha if loss.interpolates else -loss.slope(state.outputs) / 2
     images = state.images if loss.interpolates else problem.products(dual)
     sizes = (images @ dual).clamp_min(0).sqrt()
     ratio = torch.where(state.kappa > 0, state.slopes / state.kappa.sqrt().clamp_min(1e-300), 0.0)
-    # ∇Ω̃(β) − 2φᵀα has the block φ_ℓᵀe_ℓ of norm √(e_ℓᵀK_ℓe_ℓ).
+    # ∇Ω̃(β) − 2φᵀα has blocks φ_ℓᵀe_ℓ of norm √(e_ℓᵀK_ℓe_ℓ).
     errors = ratio[:, None] * state.alpha - 2 * dual
     gap = float((errors * (ratio[:, None] * state.images - 2 * images)).sum(1).clamp_min(0).sum().sqrt())
     size = float(2 * sizes.norm())
@@ -102,7 +102,7 @@ def _certified(
 
 
 def _groups(K: Kernels, structure: Structure) -> tuple[dict[str, Tiled], dict[str, tuple[str, ...]]]:
-    """The kernels whose coefficients' norms the structure depends on, and the blocks in each."""
+    """The kernels of the groups of blocks whose norms Ω̃ depends on, and the blocks in each group."""
     request = Request("fit")
     store = getattr(K, "kernel", K)
     store = getattr(store, "store", store)
@@ -115,8 +115,8 @@ def _groups(K: Kernels, structure: Structure) -> tuple[dict[str, Tiled], dict[st
     found = structure.norms_of(tuple(blocks))
     if found is None:
         raise TangentError(
-            f"fit: {structure} transforms features in ways that kernels do not show; fit it to tangent_features(model, x), "
-            "or use Fixed, Full or LayerScale"
+            f"fit: {structure} depends on more than norms of blocks, and kernels give no more; fit it to "
+            "tangent_features(model, x), or use Fixed, Full or LayerScale"
         )
     if not found:
         raise TangentError(
@@ -129,7 +129,7 @@ def _groups(K: Kernels, structure: Structure) -> tuple[dict[str, Tiled], dict[st
 
 
 class _Search(Continuation):
-    """The norms v of blocks from stage to stage."""
+    """The search for the norms v of blocks, from stage to stage."""
 
     def __init__(self, problem: KernelProblem, course: Course, *, newton: bool) -> None:
         super().__init__(problem, course)
@@ -137,7 +137,7 @@ class _Search(Continuation):
         self.state: State
 
     def run(self) -> tuple[bool, str]:
-        """From where nothing adapts to the optimum of τ = 1; whether it was reached, and why the search stopped."""
+        """Start where nothing adapts; returns whether the optimum at τ = 1 was reached, and why the search stopped."""
         problem = self.problem
         if problem.loss.trivial:
             self.state = problem.nothing()
@@ -158,7 +158,7 @@ class _Search(Continuation):
         return self.gained, self.state.stationarity
 
     def step(self) -> float:
-        """Newton's step where it lowers the objective, else the alternation's."""
+        """Newton's step if it lowers the objective, else the alternation's."""
         before, slack = self.state, 1e-13 * abs(self.state.objective)
         moved = self._newton() if self.newton else None
         tried = [] if moved is None else [before.planned + length * moved for length in (1.0, 0.25)]
@@ -177,7 +177,7 @@ class _Search(Continuation):
         if bend is None:
             return None
         v, q, root = state.planned, state.weights, state.kappa.sqrt()
-        # q = 2v/ω̃′, so that dq/dv = q(2 − qω̃″)/(2v), and dκ_ℓ/dq_j = −2 (K_ℓα)ᵀ(K + ρI)⁻¹(K_jα).
+        # q = 2v/ω̃′, so dq/dv = q(2 − qω̃″)/(2v), and dκ_ℓ/dq_j = −2 (K_ℓα)ᵀ(K + ρI)⁻¹(K_jα).
         gain = torch.where(v > 0, q * (2 - q * bend) / (2 * v), 0.0)
         across = state.images @ state.solve(state.images.mT)
         jacobian = torch.diag(bend / 2) + across / root.clamp_min(1e-300)[:, None] * gain

@@ -1,7 +1,7 @@
-"""The problem (E) in terms of kernels, for structures whose Ω̃ depends on norms of blocks: what a fit on kernels needs of it.
+"""The problem (E) in terms of kernels, for structures whose Ω̃ depends only on norms of blocks.
 
-An optimal β is B_ℓ = q_ℓ φ_ℓᵀα with one factor q_ℓ = z_ℓ² a block, so that ‖B_ℓ‖² = q_ℓ² αᵀK_ℓα and all there is to find is
-q: α solves (Σ_ℓ q_ℓ K_ℓ + ρI)α = r. Features never exist, and kernels are read tile by tile.
+An optimal β is B_ℓ = q_ℓ φ_ℓᵀα with one factor q_ℓ = z_ℓ² for each block, so ‖B_ℓ‖² = q_ℓ² αᵀK_ℓα, and only q is unknown:
+α solves (Σ_ℓ q_ℓ K_ℓ + ρI)α = r. Features are never formed, and kernels are read tile by tile.
 """
 
 import math
@@ -24,13 +24,13 @@ from adaptive_tangents.structures.base import Solution, Structure
 
 Norms = Float[Tensor, " g"]
 
-EXACT, _ROUGH = 1e-13, 1e-6  # relative residuals: of α, and of what Newton's matrix is made from
-_CHANGED = 1.5  # the factor by which some q_ℓ may change before a preconditioner is made anew
+EXACT, _ROUGH = 1e-13, 1e-6  # relative residuals: for α, and for Newton's matrix
+_CHANGED = 1.5  # a preconditioner is remade when some q_ℓ changes by more than this factor
 
 
 @dataclass(frozen=True)
 class State:
-    """A point of the search: norms v it was planned for, Ω̃ there, q, α, every K_ℓα; Ω̃ at the norms it has; and the rest."""
+    """A point of the search: the norms v planned for and Ω̃ there; then q, α, each K_ℓα; Ω̃ at the norms reached."""
 
     planned: Norms
     aim: Solution
@@ -65,7 +65,7 @@ class State:
 
     @property
     def stationarity(self) -> float:
-        """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖, α taken to solve its system."""
+        """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖, if α solves its system exactly."""
         root = self.kappa.sqrt()
         size = float(2 * root.norm())
         return float((self.slopes - 2 * root).norm()) / size if size > 0 else 0.0
@@ -77,7 +77,7 @@ def slopes(solution: Solution) -> Norms:
 
 
 class KernelProblem(Tempered):
-    """Kernels with a structure and a loss: what a fit needs of q."""
+    """Kernels with a structure and a loss, as functions of q."""
 
     loss: SquaredError
 
@@ -96,18 +96,18 @@ class KernelProblem(Tempered):
         return next(iter(self.parts.values())).n
 
     def matrices(self, norms: Norms) -> dict[str, Tensor]:
-        """One 1 × 1 matrix a block, of the block's norm: all that the structure asks of β."""
+        """A 1 × 1 matrix for each block, its norm; the structure needs no more of β."""
         return {name: v.reshape(1, 1) for name, v in zip(self.parts, norms, strict=True)}
 
     def bends(self, solution: Solution) -> Norms | None:
-        """ω̃″ of every norm by itself."""
+        """ω̃″ at every norm."""
         if solution.curvature is None:
             return None
         found = solution.curvature({name: self.like.new_ones(1, 1) for name in self.parts})
         return torch.stack([found[name].flatten()[0] for name in self.parts])
 
     def state(self, planned: Norms) -> State:
-        """The α for q = z² at these norms, 2v/ω̃′(v)."""
+        """The state with q = z² = 2v/ω̃′(v) at these norms v."""
         aim = self.solution(self.matrices(planned))
         found = slopes(aim)
         q = torch.where(planned > 0, 2 * planned / torch.where(found > 0, found, 1.0), 1.0)
@@ -127,7 +127,7 @@ class KernelProblem(Tempered):
         )
 
     def nothing(self) -> State:
-        """The state of targets that are zero."""
+        """The state for zero targets."""
         zeros, alpha = torch.zeros_like(self.like), torch.zeros_like(self.loss.targets)
         aim = self.solution(self.matrices(zeros))
         images = alpha.expand(len(zeros), -1)

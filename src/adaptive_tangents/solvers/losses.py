@@ -1,4 +1,4 @@
-"""What the fit must do to the data: each loss's value, its slope and curvature in φβ, and its part of the lower bound."""
+"""Losses of the outputs φβ: value, gradient and curvature in φβ, and the loss's part of the lower bound."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ _SIMPLEX_TOLERANCE = 1e-12
 
 
 class Loss(ABC):
-    """A convex function of the outputs φβ, one vector (nc,) of all samples, divided by the ridge ρ."""
+    """A convex function of the outputs φβ of all samples, one vector (nc,), divided by the ridge ρ."""
 
     name: ClassVar[LossName]
     ridge: float
@@ -30,7 +30,7 @@ class Loss(ABC):
 
     @property
     def trivial(self) -> bool:
-        """Whether β = 0 is the solution whatever the features are."""
+        """Whether β = 0 is the solution for any features."""
         return False
 
     @abstractmethod
@@ -39,22 +39,22 @@ class Loss(ABC):
 
     @abstractmethod
     def slope(self, outputs: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Its gradient η in the outputs; at an optimum ∇Ω̃(β) = −φᵀη, so that the dual coefficients are α = −η/2."""
+        """The gradient η in the outputs; at an optimum ∇Ω̃(β) = −φᵀη, so the dual coefficients are α = −η/2."""
 
     @abstractmethod
     def root(self, outputs: Float[Tensor, " k"]) -> "Float[Tensor, 'n c c'] | None":
-        """S of each sample with SSᵀ the Hessian in its outputs; None where that is (2/ρ)I throughout."""
+        """S of each sample, with SSᵀ the Hessian in its outputs; None if that is (2/ρ)I for all."""
 
     @abstractmethod
     def bound(self, a: Float[Tensor, " k"]) -> float:
-        """Its part of the dual objective D(a): minus its conjugate at −a, −∞ where that is infinite."""
+        """The loss's part of the dual objective D(a): minus its conjugate at −a, or −∞."""
 
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """(1/ρ)·Σ_k‖r_k − φ(x_k)β‖², or at ρ = 0 the constraint φ(x_k)β = r_k: interpolation.
+    """(1/ρ)·Σ_k‖r_k − φ(x_k)β‖², or for ρ = 0 the constraint φ(x_k)β = r_k (interpolation).
 
-    Raises TangentError for a negative or non-finite ρ.
+    Raises TangentError when ρ is negative or not finite.
     """
 
     name = "squared"
@@ -91,7 +91,7 @@ class CrossEntropy(Loss):
     r"""(1/ρ)·Σ_k CE(f(x_k; θ₀) + φ(x_k)β, label_k): softmax over c ≥ 2 outputs, or the logistic loss of one.
 
     ``labels`` (n,) are integers 0..c − 1 (0 and 1 for one output); ``offset`` (n, c) is f(x; θ₀).
-    Raises TangentError unless ρ is positive and finite: without a ridge, data that can be separated have no optimum.
+    Raises TangentError unless ρ is positive and finite: without a ridge, separable data have no optimum.
     """
 
     name = "cross-entropy"
@@ -103,7 +103,7 @@ class CrossEntropy(Loss):
         if not 0 < self.ridge < float("inf"):
             raise TangentError(
                 f"fit: cross-entropy takes a positive, finite ridge ρ, got {self.ridge}; without one, labels that the "
-                "features can separate have no optimum: coefficients grow without end"
+                "features separate have no optimum: coefficients grow without bound"
             )
 
     def _logits(self, outputs: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class CrossEntropy(Loss):
         return functional.one_hot(self.labels, self.offset.shape[1]).to(self.offset)
 
     def probabilities(self, outputs: Float[Tensor, " k"]) -> Float[Tensor, "n c"]:
-        """Of every class, or of label 1 where there is one output."""
+        """The probability of each class, or of label 1 for one output."""
         logits = self._logits(outputs)
         return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
@@ -137,7 +137,7 @@ class CrossEntropy(Loss):
         p = self.probabilities(outputs)
         if p.shape[1] == 1:
             return torch.sqrt(p * (1 - p) / self.ridge)[:, :, None]
-        # diag(√p) − p√pᵀ squares to diag(p) − ppᵀ, as the probabilities add up to one.
+        # S = diag(√p) − p√pᵀ has SSᵀ = diag(p) − ppᵀ, as the probabilities add up to one.
         root = p.sqrt()
         block: Tensor = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
         return block / math.sqrt(self.ridge)

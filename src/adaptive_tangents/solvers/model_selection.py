@@ -1,4 +1,4 @@
-"""Paths of fits over structures and ridges, each from where the last one ended, and the choice by held-out error."""
+"""Paths of fits over structures and ridges, with warm starts, and the choice among them by held-out error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +23,13 @@ from adaptive_tangents.structures.spectral import TWO_SIDED
 
 @dataclass(frozen=True)
 class FitPath:
-    """Fits of one problem in the order asked for, with the held-out error of each: a mean over samples.
+    """Fits of one problem with their held-out errors.
 
-    ``criterion`` says of what: "leave-one-out squared error" with each fit's transform held, or "k-fold cross-entropy" and
-    "k-fold squared error" of fits made anew.
+    Attributes:
+        fits: the fits, for each ridge in the order of the structures.
+        errors: the held-out error of each, a mean over samples.
+        criterion: "leave-one-out squared error" with each fit's transform held; or "k-fold squared error" or "k-fold
+            cross-entropy", refitted without each fold.
     """
 
     fits: tuple[Fit, ...] = field(repr=False)
@@ -35,11 +38,11 @@ class FitPath:
 
     @property
     def best(self) -> Fit:
-        """The fit of the least held-out error."""
+        """The fit with the least held-out error."""
         return self.fits[min(range(len(self.errors)), key=self.errors.__getitem__)]
 
     def summary(self) -> str:
-        """One line a fit, the best marked."""
+        """One line for each fit, the best marked with a star."""
         lines = [f"held out: {self.criterion}"]
         for found, error in zip(self.fits, self.errors, strict=True):
             mark = "*" if found is self.best else " "
@@ -60,12 +63,23 @@ def fit_path(
     seed: int = 0,
     **options: Any,
 ) -> FitPath:
-    r"""Fit a grid of structures (such as one with penalties of falling strength λ) and ridges ρ, with warm starts.
+    r"""Fit a grid of structures and ridges ρ with warm starts, and measure held-out errors.
 
-    For each ridge, structures are fitted in the order given, each from the solution of the one before. Held-out errors are
-    leave-one-out residuals in closed form for squared error, the transform held at that of the whole fit; with ``folds``, and
-    always for cross-entropy (then 5 by default), every fold is fitted anew and its loss a sample is averaged.
-    Other ``options`` are those of ``fit``. Raises TangentError for an empty grid, folds outside 2..n, and as ``fit`` does.
+    For each ridge, the structures are fitted in the order given, each from the solution of the one before. The held-out error
+    is that of leave-one-out residuals in closed form, with the transform of the whole fit held; with ``folds`` it is the mean
+    loss of samples left out of a refit.
+
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+        structures: one or more structures, such as one with penalties of falling strength λ.
+        ridges: one or more ρ ≥ 0; 0 interpolates.
+        folds: how many folds; None is leave-one-out for squared error, 5 folds for cross-entropy.
+        seed: of the shuffle that makes the folds.
+        options: other keyword arguments of ``fit``.
+
+    Raises:
+        TangentError: for an empty grid, folds outside 2..n, and as ``fit`` does.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -104,10 +118,17 @@ def fit_path(
 
 
 def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
-    r"""r_k less the prediction of a fit without sample k, the transform M held: [((K_M + ρI)⁻¹)_kk]⁻¹ α_k, c × c a sample.
+    r"""r_k minus the prediction of a fit without sample k, with M held: [((K_M + ρI)⁻¹)_kk]⁻¹ α_k, with blocks c × c.
 
-    Exact for ``Fixed``; elsewhere the transform has seen the sample. Raises TangentError for cross-entropy, for constraints
-    that follow from each other, and where the kernel does not fit into memory. Source: theory in the docs, §4.
+    Exact for ``Fixed``; for other structures M has seen the sample.
+
+    Args:
+        found: a fit on features, with squared error.
+
+    Raises:
+        TangentError: for cross-entropy, when constraints follow from each other, or when there is not enough memory.
+
+    Source: theory in the docs, §4.
 
     >>> import torch, adaptive_tangents as at
     >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(6, 3))
@@ -117,7 +138,7 @@ def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
     if not isinstance(found, Fit):
         raise TangentError(f"leave_one_out: takes a fit on features, got {type(found).__name__}")
     if found.targets is None:
-        raise TangentError("leave_one_out: the closed form is of squared error; use fit_path(..., folds=5)")
+        raise TangentError("leave_one_out: the closed form is for squared error; use fit_path(..., folds=5)")
     if found.dropped:
         raise TangentError("leave_one_out: some constraints follow from others; use a positive ridge, or folds")
     feats = found.features.to(torch.float64)
@@ -140,7 +161,7 @@ def _folded(
     seed: int,
     options: dict[str, Any],
 ) -> float:
-    """The mean loss of samples held out, over folds."""
+    """The mean loss of held-out samples over all folds."""
     order = torch.randperm(feats.n, generator=torch.Generator().manual_seed(seed)).to(feats.device)
     offset, total = options.get("offset"), 0.0
     for held in order.tensor_split(folds):

@@ -1,8 +1,8 @@
-"""A second-order step for the problem (E): conjugate gradients on the true curvature, in the space the constraints leave.
+"""A second-order step for the problem (E): conjugate gradients on the true curvature, in the null space of the constraints.
 
-The preconditioner is the system of the alternation, which is exact for the metric 2(MᵀM)⁻¹ that the held transform gives in
-place of ∇²Ω̃. For squared error, while that transform is the best one for β, the first direction is the alternation's own
-step; each further one corrects it.
+The preconditioner is the alternation's system, which uses the held transform's metric 2(MᵀM)⁻¹ in place of ∇²Ω̃. For squared
+error, if the held transform is the best one for β, the first direction is the alternation's step; further directions
+correct it.
 """
 
 import math
@@ -22,9 +22,9 @@ _FARTHEST = 1e6
 
 @dataclass(frozen=True)
 class Direction:
-    """A step d of β with φd, after how many products; ``path`` are shorter ones that it came by, after 1, 2, 4, ... products.
+    """A step d of β with φd and the number of products; ``path`` holds the iterates after 1, 2, 4, ... products.
 
-    ``downhill`` is a direction, with its outputs, in which the model has no minimum; None where the search met none.
+    ``downhill`` is a direction of negative curvature, with its outputs; None if none was met.
     """
 
     step: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Direction:
 def newton_direction(
     problem: Problem, system: System, point: Point, reduced: Reduced, stationarity: float
 ) -> Direction:
-    """Minimize the quadratic model at a point as closely as is worth while, up to where it curves downwards."""
+    """Minimize the quadratic model at a point as closely as worthwhile; stop at negative curvature."""
     curvature: Callable[[Matrices], dict[str, Tensor]] | None = point.solution.curvature
     assert curvature is not None
     gradient, slope = dict(point.solution.gradient), problem.loss.slope(point.outputs)
@@ -71,7 +71,7 @@ def newton_direction(
 
 
 def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
-    """The loss's Hessian times φd, zero for constraints, which φd = 0 meets."""
+    """The loss's Hessian times φd; zero for constraints, where φd = 0."""
     if problem.loss.interpolates:
         return torch.zeros_like(x)
     if root is None:
@@ -81,8 +81,8 @@ def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
 
 
 def line_search(problem: Problem, point: Point, direction: Direction, plain: Reduced) -> tuple[Point, float]:
-    """The first of d, d/2, d/4, ... that lowers the objective, with its length; else what is best of the way there."""
-    # Below this, differences of the objective are rounding.
+    """The first of d, d/2, d/4, ... that lowers the objective, with its length; else the best iterate on the path to d."""
+    # Near the optimum, differences of the objective are rounding.
     slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
 
     def moved(step: Matrices, outputs: Vector, length: float = 1.0) -> Point:
@@ -96,7 +96,7 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
                 return candidate, length
             return _furthest(problem, candidate, *direction.downhill), length
         length /= 2
-    # A model that is this wrong about long steps may be right about short ones, and then more so than it knows.
+    # The model is wrong about long steps but may be right about short ones: try those, and longer multiples of the best.
     tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
     best, step = min(tried, key=lambda pair: pair[0].objective)
     length = 2.0
@@ -106,7 +106,7 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
 
 
 def _furthest(problem: Problem, point: Point, step: Matrices, outputs: Vector) -> Point:
-    """From a point along a step, twice as far each time while the objective falls."""
+    """Go along a step from a point, doubling its length while the objective falls."""
     best, length = point, 1.0
     while length < _FARTHEST:
         further = problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)

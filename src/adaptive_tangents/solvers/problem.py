@@ -1,4 +1,4 @@
-"""The problem (E) that a fit minimizes, Ω̃(β) + loss(φβ), at points of its search: what every solver needs of it."""
+"""The problem (E) of a fit, Ω̃(β) + loss(φβ), with the points, steps and systems that its solvers use."""
 
 import math
 import time
@@ -46,9 +46,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Reduced:
-    """The step v that the held transform asks for at a point, from w₀ = ∇Ω̃ and the slope η of the loss.
+    """The step −v for a held transform at a point, from w₀ = ∇Ω̃ and the gradient η of the loss: see ``feature_systems``.
 
-    ``step`` −v; ``outputs`` −φv; ``gradient`` w₀ + φᵀu; ``size`` ⟨w, v⟩, twice the decrease that v promises.
+    ``step`` is −v; ``outputs`` −φv; ``multipliers`` u; ``gradient`` w₀ + φᵀu; ``size`` ⟨w, v⟩, twice the expected decrease.
     """
 
     step: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Reduced:
 
 @dataclass(frozen=True)
 class System:
-    """A held transform with its kernel K_M and the inverse that the loss asks for."""
+    """A held transform with its kernel K_M and the inverse for the loss."""
 
     transforms: Mapping[str, Transform]
     kernel: Kernel
@@ -77,16 +77,16 @@ class System:
 
 
 class Tempered(ABC):
-    """A problem of n samples whose structure pays τΩ for its transforms, ``temper`` τ ≥ 1.
+    """A problem of n samples with the penalty τΩ on transforms; ``temper`` is τ ≥ 1.
 
-    min over M of ‖M⁻ᵀβ‖² + τΩ(M) is τΩ̃(β/√τ), so that every structure can be tempered; at τ = ∞ nothing adapts.
+    min over M of ‖M⁻ᵀβ‖² + τΩ(M) is τΩ̃(β/√τ), so every structure can be tempered. At τ = ∞ nothing adapts.
     """
 
     structure: Structure
     loss: Loss
-    form: str  # how systems are solved
+    form: str  # of the linear systems
     temper: float
-    constraints: Constraints  # what a dense form finds of K₀ before anything else
+    constraints: Constraints  # found from K₀ in the dense form
     timings: dict[str, float]  # seconds by kind of work
 
     @property
@@ -107,7 +107,7 @@ class Tempered(ABC):
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the seconds of what is done within."""
+        """Add the seconds spent within to ``timings``."""
         started = time.perf_counter()
         try:
             yield
@@ -117,7 +117,7 @@ class Tempered(ABC):
 
 @dataclass
 class Problem(Tempered):
-    """Features (in float64), a structure and a loss, and how systems are solved."""
+    """Features in float64, a structure, a loss, and the form of the systems."""
 
     feats: TangentFeatures
     structure: Structure
@@ -155,7 +155,7 @@ class Problem(Tempered):
         return Point(coefficients, outputs, solution, solution.penalty + self.loss.value(outputs))
 
     def first_system(self) -> System:
-        """The system of K₀, after looking at which constraints are independent."""
+        """The system of K₀, after finding the independent constraints."""
         with self.timed("kernels"):
             kernel = self.kernel({})
         if isinstance(kernel, DenseKernel):
@@ -172,7 +172,7 @@ class Problem(Tempered):
         return self.inverted(transforms, kernel, outputs)
 
     def inverted(self, transforms: Mapping[str, Transform], kernel: Kernel, outputs: Vector) -> System:
-        """A kernel with the inverse for the loss at these outputs."""
+        """The system of a kernel, with the inverse for the loss at these outputs."""
         with self.timed("factorizations"):
             root = self.loss.root(outputs)
             inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
@@ -190,7 +190,7 @@ class Problem(Tempered):
         return RoundedKernel(products) if self.rank is None else PivotedKernel(products, self.rank)
 
     def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
-        """The step for w = w₀ + φᵀη: see ``feature_systems``."""
+        """The step for w = w₀ + φᵀη, with w₀ = ``gradient`` and η = ``slope``."""
         pulled = self.inner(system.square(gradient))
         with self.timed("systems"):
             if system.root is None:
@@ -204,18 +204,18 @@ class Problem(Tempered):
                 moved = (pulled + system.kernel.apply(multipliers)) / 2
         whole = plus(gradient, 1.0, self.combine(multipliers))
         step = {name: -x / 2 for name, x in system.square(whole).items()}
-        # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both of them sums of squares.
+        # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both sums of squares.
         size = -product(whole, step) + float(moved @ (slope - multipliers))
         return Reduced(step, -moved, multipliers, whole, size)
 
     def restored(
         self, system: System, coefficients: dict[str, Tensor], outputs: Vector
     ) -> tuple[dict[str, Tensor], Vector]:
-        """The nearest coefficients, in the metric of the held transform, that meet φβ = r; as given where none must."""
+        """The nearest coefficients with φβ = r, in the held transform's metric; unchanged without constraints."""
         if not self.loss.interpolates:
             return coefficients, outputs
         targets = self.targets
-        outputs = self.inner(coefficients)  # those tracked through the steps do not see their rounding
+        outputs = self.inner(coefficients)  # outputs tracked through the steps miss rounding
         for _ in range(3):
             missing = targets - outputs
             if float(missing.norm()) <= 1e-12 * float(targets.norm()):
@@ -234,7 +234,7 @@ class Problem(Tempered):
         return self.loss.targets
 
     def dual(self, point: Point, reduced: Reduced) -> Vector:
-        """α, with ∇Ω̃(β) = 2φᵀα at an optimum: of a loss from its slope, of constraints from the system."""
+        """α, with ∇Ω̃(β) = 2φᵀα at an optimum: from the loss's gradient, or for constraints from the system."""
         return -(reduced.multipliers if self.loss.interpolates else self.loss.slope(point.outputs)) / 2
 
     def stationarity(self, point: Point, alpha: Vector) -> float:

@@ -1,7 +1,7 @@
 """proximal_gradient(): the adaptive model by a first-order method, an independent check of what ``fit`` finds.
 
-It minimizes the same objective, Ω̃(β) + loss(φβ)/ρ, and shares with ``fit`` the features, the structures and nothing else: no
-kernel, no linear system, no transform; slopes of the loss are autograd's.
+It minimizes the same objective, Ω̃(β) + loss(φβ)/ρ, but shares only features and structures with ``fit``: it uses no kernel,
+no linear system and no transform, and autograd differentiates the loss.
 """
 
 import math
@@ -23,19 +23,26 @@ from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 
-_PRODUCTS = 50  # of the power iteration, which ends earlier once the eigenvalue moves by less than a thousandth
+_PRODUCTS = 50  # at most, of the power iteration, which stops when the eigenvalue changes by less than _SETTLED
 _SETTLED = 1e-3
-_LONGER = 1.5  # the factor by which a curvature taken too small grows
-_ROUNDING = 1e-15  # a relative rise of the objective that is no rise
+_LONGER = 1.5  # factor by which a curvature estimate that is too small grows
+_ROUNDING = 1e-15  # a relative rise of the objective that is rounding
 _NOISE = 1e-13  # a relative move of the outputs that is mostly rounding
 
 
 @dataclass(frozen=True)
 class ProximalFit:
-    """What ``proximal_gradient`` found: coefficients B per block, and how near they are to an optimum.
+    """The solution of ``proximal_gradient``, in float64.
 
-    ``objective`` is Ω̃(β) + loss; ``objectives`` that after every step, never rising; ``stationarity`` is that of a
-    ``Fit``, ‖∇Ω̃(β) + φᵀη‖/‖φᵀη‖ with η the slope of the loss. Float64 throughout.
+    Attributes:
+        coefficients: β, one matrix B (o, i) for each block.
+        structure: the structure fitted, with all that it learned from the features.
+        ridge: ρ > 0.
+        objective: Ω̃(β) + loss.
+        stationarity: ‖∇Ω̃(β) + φᵀη‖/‖φᵀη‖, η the gradient of the loss; the same as in ``Fit``.
+        converged: whether the stationarity met ``tol``.
+        reason: why the search stopped.
+        objectives: the objective at the start and after every step; it never rises.
     """
 
     coefficients: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
@@ -53,7 +60,11 @@ class ProximalFit:
         return len(self.objectives) - 1
 
     def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
-        """φβ for features of any samples, in float64; add f(x; θ₀) for the model's output."""
+        """φβ at any samples, in float64; add f(x; θ₀) for the model's output.
+
+        Args:
+            feats: tangent features φ of any m samples, of the same model.
+        """
         return feats.to(torch.float64).inner(self.coefficients)
 
 
@@ -72,16 +83,28 @@ def proximal_gradient(
 ) -> ProximalFit:
     r"""Minimize Ω̃(β) + (1/ρ)Σ‖r_k − φ(x_k)β‖², as ``fit`` does with a ridge, by proximal gradient steps alone.
 
-    β ← prox_h(z − h·φᵀη(φz)), η the slope of the loss and z extrapolated from the last two β (Nesterov's momentum, dropped
-    where it points uphill or would raise the objective, so that the objective never rises); 1/h is the largest curvature
-    of the loss, from a power iteration on φφᵀ, raised where a step shows it too small. The kernel is never formed.
-    ``r``, ``loss`` and ``offset`` are as in ``fit``; ``start`` holds a matrix a block, such as ``fit(...).coefficients``.
-    Stops at a stationarity of ``tol``, or after ``max_steps`` with ``converged=False`` and a TangentWarning. A step costs two
-    products with φ and two decompositions a block; ill-conditioned problems take thousands.
-    Source: Beck & Teboulle, SIAM J. Imaging Sci. 2(1), 2009; restarts: O'Donoghue & Candès, Found. Comput. Math. 15, 2015.
+    β ← prox_h(z − h·φᵀη(φz)), with η the gradient of the loss and z extrapolated from the last two β. This momentum
+    (Nesterov's) restarts when it points uphill or would raise the objective, so the objective never rises. 1/h is the largest
+    curvature of the loss, from a power iteration on φφᵀ; it grows when a step shows it too small. The kernel is never formed.
+    A step costs two products with φ and two decompositions of each block; ill-conditioned problems take thousands of steps.
 
-    Raises TangentError for a structure without a proximal operator (``Modes`` with several modes), a ridge that is not
-    positive and finite, and targets, labels, offset or start that do not belong to the features.
+    Args:
+        feats: tangent features φ of n samples with c outputs.
+        r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+        ridge: ρ > 0.
+        structure: which transforms M are allowed; a mapping gives structures by patterns of block names, as in ``Mixed``.
+        loss: "squared" or "cross-entropy" (logistic where c = 1).
+        offset: f(x; θ₀), (n, c), for cross-entropy only.
+        tol: stop at this stationarity.
+        max_steps: stop after this many steps, with ``converged=False`` and a TangentWarning.
+        start: β to start from, one matrix for each block, such as ``fit(...).coefficients``; None starts at 0.
+        progress: called with the number of steps so far and the objective.
+
+    Raises:
+        TangentError: when the structure has no proximal operator (``Modes`` with several modes), the ridge is not positive
+            and finite, or targets, labels, offset or start do not fit the features.
+
+    Source: Beck & Teboulle, SIAM J. Imaging Sci. 2(1), 2009; restarts: O'Donoghue & Candès, Found. Comput. Math. 15, 2015.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
@@ -114,7 +137,7 @@ def proximal_gradient(
 
 @dataclass(frozen=True)
 class _Smooth:
-    """A loss of the outputs φβ (n, c), and the largest curvature it can have in any of them."""
+    """A loss of the outputs φβ (n, c), and an upper bound of its curvature in them."""
 
     value: Callable[[Tensor], Tensor]
     curvature: float
@@ -127,7 +150,7 @@ class _Smooth:
 
 
 def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None, ridge: float) -> _Smooth:
-    """The loss that is asked for, after checking what it is of."""
+    """The loss, after checking targets or labels."""
     call, size = "proximal_gradient", (feats.n, feats.c)
     r = as_tensor(call, "targets" if loss == "squared" else "labels", r, feats.device)
     offset = None if offset is None else as_tensor(call, "offset", offset, feats.device)
@@ -163,7 +186,7 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
             return functional.binary_cross_entropy_with_logits(logits + outputs, wanted, reduction="sum") / ridge
         return functional.cross_entropy(logits + outputs, labels, reduction="sum") / ridge
 
-    # p(1 − p) of one output is at most ¼, the largest eigenvalue of diag(p) − ppᵀ at most ½.
+    # For one output p(1 − p) ≤ ¼; for several, the largest eigenvalue of diag(p) − ppᵀ is at most ½.
     return _Smooth(entropy, (0.25 if one else 0.5) / ridge)
 
 
@@ -193,7 +216,7 @@ class _Descent:
         self.curvature = loss.curvature * self._largest_eigenvalue() or 1.0
 
     def _largest_eigenvalue(self) -> float:
-        """Of the kernel φφᵀ, from below, without making it."""
+        """A lower estimate of the kernel φφᵀ's largest eigenvalue, from products with φ."""
         generator = torch.Generator().manual_seed(0)
         vector = torch.randn(self.feats.n, self.feats.c, generator=generator, dtype=torch.float64).to(self.feats.device)
         vector, before = vector / vector.norm(), 0.0
@@ -228,7 +251,7 @@ class _Descent:
             if momentum > 0 and found.objective > point.objective * (1 + _ROUNDING):
                 inertia, before = 1.0, point
                 continue
-            # Where the step went against the momentum, there is none in the next.
+            # Restart the momentum if the step went against it.
             moved = _plus(found.coefficients, -1.0, point.coefficients)
             inertia = 1.0 if _product(_plus(ahead, -1.0, found.coefficients), moved) > 0 else following
             before, point = point, found
@@ -245,12 +268,12 @@ class _Descent:
                 return point, objectives, False, reason
 
     def _step(self, ahead: dict[str, Tensor], outputs: Float[Tensor, "n c"]) -> tuple[_Point, float, float]:
-        """A proximal step; about what it leaves of the gradient, and the size of the loss's."""
+        """A proximal step, an estimate of the gradient left after it, and the norm of the loss's gradient."""
         slope = self.feats.combine(self.loss.slope(outputs))
         while True:
             found = self.point(self.structure.proximal(_plus(ahead, -1 / self.curvature, slope), 1 / self.curvature))
             length = _norm(_plus(found.coefficients, -1.0, ahead))
-            # The outputs' own move tells the curvature met, where differences of the loss would be lost in rounding.
+            # The outputs' own change shows the curvature; differences of the loss would be lost in rounding.
             noise = _NOISE * float(found.outputs.norm() + outputs.norm())
             moved = float((found.outputs - outputs).norm())
             if moved <= noise or self.loss.curvature * moved**2 <= self.curvature * length**2:

@@ -1,4 +1,4 @@
-"""What a fit returns: the adaptive model with the certificates of its solution."""
+"""The results of ``fit``: the adaptive model and the certificates of its solution."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,12 +21,16 @@ from adaptive_tangents.structures.base import Structure
 
 @dataclass(frozen=True)
 class Round:
-    """One point of the search: objective, relative stationarity residual, seconds since the start.
+    """One point of the search.
 
-    ``temper`` τ: the objective is that of the penalty τΩ, ∞ where nothing adapts yet; it never rises from round to round.
-    ``solved`` tells whether a kernel was made and factorized here; ``products`` is how many products with the curvature the
-    step to this point took, for a fit on kernels how many products with the kernel its system took; ``accelerated`` whether
-    an extrapolation was kept.
+    Attributes:
+        objective: with the penalty τΩ. It never rises from round to round, but fits on kernels record rejected steps too.
+        stationarity: ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖.
+        seconds: since the start.
+        temper: τ ≥ 1, falling to 1 during the search; at τ = ∞ nothing adapts.
+        solved: whether a kernel was made and factorized for this round.
+        products: products with the curvature in the step to this point; for a fit on kernels, products with the kernel.
+        accelerated: whether an extrapolation was kept.
     """
 
     objective: float
@@ -40,7 +44,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Certified:
-    """What every fit tells of its solution: the fields are described in ``Fit``."""
+    """The certificates that every fit has; ``Fit`` describes the fields."""
 
     _products_with: ClassVar[str] = "curvature"  # what ``products`` of the rounds count
 
@@ -65,16 +69,16 @@ class Certified:
 
     @property
     def rounds(self) -> int:
-        """Kernel solves: how often a system was made and factorized, or preconditioned."""
+        """Kernel solves: how many systems were made and factorized, or preconditioned."""
         return sum(entry.solved for entry in self.history)
 
     @property
     def gap(self) -> float | None:
-        """(objective − lower bound)/objective, or None where there is no bound."""
+        """(objective − lower bound)/objective, or None without a bound."""
         return None if self.lower_bound is None else (self.objective - self.lower_bound) / max(self.objective, 1e-300)
 
     def summary(self) -> str:
-        """The solution and its certificates, for a person."""
+        """The solution and its certificates as text to read."""
         bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.8g} (gap {self.gap:.1e})"
         loss = {"squared": "squared error"}.get(self.loss, self.loss)
         task = "interpolation" if self.ridge == 0 else f"{loss}, ridge {self.ridge:g}"
@@ -103,23 +107,28 @@ class Certified:
 class Fit(Certified):
     """A fitted adaptive tangent model with the certificates of its solution. Solved in float64.
 
-    - ``coefficients``: B (o, i) of each block
-    - ``transforms``: M of each block
-    - ``features``: those fitted
-    - ``structure``, ``loss`` ("squared" or "cross-entropy"), ``ridge`` ρ: what was fitted
-    - ``objective``: Ω̃(β) + loss
-    - ``feasibility``: ‖φβ − r‖/‖r‖, None for cross-entropy
-    - ``stationarity``: ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖
-    - ``lower_bound``: a bound on every model's objective, None where the penalty gives none; ``lower_bound_reason`` says why
-    - ``converged`` and ``reason``: whether the search met ``tol``, and why it stopped
-    - ``history``: its rounds, one ``Round`` each
-    - ``smallest_eigenvalue``: that of K₀, NaN where it was never formed
-    - ``jitter``: what was added to the diagonal of the last kernel solved with
-    - ``dropped``: how many constraints follow from the others and were left out
-    - ``form``: how systems were solved, "dense", "primal" or "matrix-free"
-    - ``dual``: α (n, c)
-    - ``targets``: r (n, c), None for cross-entropy
-    - ``timings``: seconds by kind of work
+    Attributes:
+        structure: the structure fitted, with all that it learned from the features.
+        loss: "squared" or "cross-entropy".
+        ridge: ρ ≥ 0; 0 is interpolation.
+        objective: Ω̃(β) + loss.
+        feasibility: ‖φβ − r‖/‖r‖; None for cross-entropy.
+        stationarity: ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖.
+        lower_bound: no model has a lower objective than this; None if the penalty gives no bound.
+        lower_bound_reason: how the bound was found, or why there is none.
+        converged: whether the search met ``tol``.
+        reason: why it stopped.
+        history: its rounds.
+        smallest_eigenvalue: of K₀; NaN if K₀ was never formed.
+        jitter: added to the diagonal of the last kernel that was solved with.
+        dropped: how many constraints follow from the others and were left out.
+        form: of the linear systems, "dense", "primal" or "matrix-free".
+        dual: α, (n, c).
+        targets: r, (n, c); None for cross-entropy.
+        timings: seconds by kind of work.
+        coefficients: β, one matrix B (o, i) for each block.
+        transforms: M of each block.
+        features: the features fitted.
     """
 
     coefficients: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
@@ -127,21 +136,31 @@ class Fit(Certified):
     features: TangentFeatures = field(repr=False)
 
     def transform(self, feats: TangentFeatures) -> TangentFeatures:
-        """Adapted features Mφ, TangentFeatures again: their kernel is the adapted kernel K_M."""
+        """Adapted features Mφ, as TangentFeatures; their kernel is the adapted kernel K_M.
+
+        Args:
+            feats: tangent features φ of any samples, of the same model.
+        """
         check_features("transform", feats)
         self.features.check_origin("transform", feats)
         return feats.transformed(self.transforms)
 
     def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
-        """φβ for features of any samples, in float64; add f(x; θ₀) for the model's output."""
+        """φβ at any samples, in float64; add f(x; θ₀) for the model's output.
+
+        Args:
+            feats: tangent features φ of any m samples, of the same model.
+        """
         check_features("predict", feats)
         self.features.check_origin("predict", feats)
         return feats.to(torch.float64).inner(self.coefficients)
 
     def kernel_change(self, y: Float[Tensor, "n c"] | None = None, *, keep: bool = False) -> KernelChange:
-        """K_M − K₀ on the samples fitted, by block and side, along the targets r, or others y: see ``kernel_change``.
+        """K_M − K₀ on the fitted samples, split by block and side: see ``measures.kernel_change``.
 
-        For cross-entropy, without y, it is along the fitted φβ.
+        Args:
+            y: targets of the target kernel, (n, c); None is r, or the fitted φβ for cross-entropy.
+            keep: also return every part's kernel.
         """
         if y is None:
             y = self.predict(self.features) if self.targets is None else self.targets
@@ -150,12 +169,14 @@ class Fit(Certified):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelFit(Certified):
-    """A model fitted to kernels alone, with the certificates of a ``Fit``; made by ``fit`` on a store or on tensors.
+    """A model fitted to kernels alone, with the certificates of a ``Fit``; ``fit`` on a store or on tensors returns it.
 
-    - ``gains``: z of each block, "" where blocks are not told apart: B_ℓ = z_ℓ²φ_ℓᵀα
-    - ``norms``: ‖B_ℓ‖, of blocks that move together under the first of their names
-    - ``residual``: that of the last linear system, relative
-    - the rest is as in ``Fit``; ``products`` of a round are those with the kernel that its system took
+    Attributes:
+        structure, loss, ridge, objective, feasibility, stationarity, lower_bound, lower_bound_reason: as in ``Fit``.
+        converged, reason, history, smallest_eigenvalue, jitter, dropped, form, dual, targets, timings: as in ``Fit``.
+        gains: z of each block: B_ℓ = z_ℓ²φ_ℓᵀα. The key is "" for one kernel without blocks.
+        norms: ‖B_ℓ‖; blocks that share a transform have their joint norm, under the first of their names.
+        residual: relative residual of the last linear system.
     """
 
     _products_with: ClassVar[str] = "kernel"
@@ -165,10 +186,14 @@ class KernelFit(Certified):
     residual: float
 
     def predict(self, K: Kernels) -> Float[Tensor, "m c"]:
-        """φβ = Σ_ℓ z_ℓ² K_ℓ(x, x_train) α at other samples, in float64; add f(x; θ₀) for the model's output.
+        """φβ = Σ_ℓ z_ℓ² K_ℓ(x, x_train) α at new samples, in float64; add f(x; θ₀) for the model's output.
 
-        ``K`` holds the kernels of those samples with the training samples, in this order and by block where the fit was:
-        ``tangent_kernel(model, x, x_train, by_block=True)``, or a store of it. Raises TangentError for others.
+        Args:
+            K: kernels of the m new samples with the training samples, in this order, such as
+                ``tangent_kernel(model, x, x_train, by_block=True)`` or a store of it; by block if the fit was.
+
+        Raises:
+            TangentError: when the kernels are of other blocks or shapes.
         """
         request = Request("predict", rectangular=True)
         parts = {"": tiled(request, K)} if set(self.gains) == {""} else blocks_of(request, K)

@@ -1,8 +1,8 @@
-"""The search of a fit on features: second-order steps or the alternation, along the continuation, and certified.
+"""The search of a fit on features: Newton's method or the alternation, along the continuation.
 
 With the transforms M held, the least-norm coefficients are those of kernel regression with the adapted kernel K_M; with the
-coefficients held, the best transforms come from one decomposition a block. The alternation repeats these two; Newton's
-method uses the system in K_M to precondition conjugate gradients on the true curvature instead.
+coefficients held, the best transforms come from one decomposition of each block. The alternation repeats these two. Newton's
+method instead uses the system in K_M to precondition conjugate gradients on the true curvature.
 """
 
 import math
@@ -23,12 +23,12 @@ from adaptive_tangents.structures.base import Matrices
 
 Solver = Literal["newton", "anderson", "alternation"]
 
-_PATIENCE = 20  # products with the curvature a system may cost a step before it is made anew,
-_SIZE_OF_ONE = 100  # or one for so many rows of a dense one: making it grows as their cube, a product as their square
+_PATIENCE = 20  # a step may take so many products with the curvature before its system is remade;
+_SIZE_OF_ONE = 100  # with a dense one, one for so many rows if that is more: making it costs rows³, a product rows²
 
 
 def searched(problem: Problem, course: Course, solver: Solver, start: Matrices | None) -> Fit:
-    """From where nothing adapts, or a start, to the optimum of τ = 1."""
+    """Search from M = I, or from a start, for the optimum at τ = 1."""
     system = problem.first_system()
     beta = problem.zeros
     if start is not None:
@@ -71,9 +71,9 @@ def examined(problem: Problem, course: Course, coefficients: dict[str, Tensor]) 
 
 
 class Newton(Continuation):
-    """Second-order steps: a point, the system that preconditions its steps, and how that has served."""
+    """Newton's method: a point, the system that preconditions its steps, and whether that is stale."""
 
-    reduced: Reduced  # the step that the system asks for at the point
+    reduced: Reduced  # the held transform's step at the point
     alpha: Vector
     stationarity: float
 
@@ -91,15 +91,14 @@ class Newton(Continuation):
         # Reuse the previous stage's system; the iteration count of conjugate gradients shows when it is stale.
         adapts = bool(self.system.transforms) or not is_identity(self.point.solution.transforms)
         self.products, self.stale = 0, False
-        self.moved = (
-            not adapts
-        )  # take one step at least where anything adapts: its error is the square of what it finds
+        # Where anything adapts, take at least one step: it squares the error.
+        self.moved = not adapts
 
     def refresh(self) -> None:
         problem, point = self.problem, self.point
         if self.still:
-            # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on
-            # those of the coefficients, and of the step.
+            # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on,
+            # compute them from the coefficients and the step.
             point = problem.point(point.coefficients, problem.inner(point.coefficients))
         if self.stale:
             self.system = problem.system(point.solution.transforms, point.outputs)
@@ -124,6 +123,6 @@ class Newton(Continuation):
             direction = replace(direction, outputs=self.problem.inner(direction.step))
         self.point, length = line_search(self.problem, before, direction, self.reduced)
         self.products, self.moved = direction.products, True
-        # Where the model was wrong, that is seldom the system's fault: only where no part of its step would do.
+        # A wrong model is seldom the system's fault: it is stale only if no part of the step lowers the objective.
         self.stale = length == 0 or self.products > self.patience
         return (before.objective - self.point.objective) / max(abs(before.objective), 1e-300)

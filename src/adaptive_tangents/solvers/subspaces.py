@@ -1,8 +1,8 @@
-"""The subspaces that features span: a fit needs no more of a block than these, however wide its layer is.
+"""The subspaces that features span: a fit needs only these of each block, however wide its layer is.
 
-Where the inputs h of all samples are combinations of Q's columns, so are the rows of every Σ α_k Φ(x_k), and transforms of it
-keep them there. Where a regularizer does not change under rotations of that side, B = B̃Qᵀ with Ω̃(B) = Ω̃(B̃), the optimum is
-among these, and all decompositions are of B̃. The same holds of the output side.
+If the inputs h of all samples are combinations of Q's columns, so are the rows of every Σ α_k Φ(x_k), before and after a
+transform. If a regularizer is invariant under rotations of that side, then Ω̃(B̃Qᵀ) = Ω̃(B̃), the optimum has this form, and
+all decompositions are of the smaller B̃. The same holds for the output side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from adaptive_tangents.structures.base import Matrices, Structure
 
 @dataclass(frozen=True)
 class Span:
-    """Orthonormal columns Q (d, k) that a side's rows are combinations of."""
+    """Orthonormal columns Q (d, k) that span a side's rows."""
 
     columns: Float[Tensor, "d k"]
 
@@ -40,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Kept:
-    """The entries of a side, of d, that are ever other than zero: Q is columns of the identity."""
+    """The entries of a side that are nonzero for some sample: Q is columns of the identity."""
 
     index: Int[Tensor, " k"]
     size: int
@@ -63,7 +63,7 @@ Basis = Span | Kept
 
 @dataclass(frozen=True)
 class Subspace:
-    """A block's bases on its output side and its input side; None where the side is kept as it is."""
+    """A block's bases on its output side and its input side; None keeps the side whole."""
 
     left: Basis | None = None
     right: Basis | None = None
@@ -71,7 +71,7 @@ class Subspace:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Features in the bases of what they span, with the way there and back for coefficients, and back for transforms."""
+    """Features in bases of their spans, with maps of coefficients both ways and of transforms back."""
 
     features: TangentFeatures
     subspaces: Mapping[str, Subspace]
@@ -85,10 +85,10 @@ class Compressed:
         return {name: _up(matrix, self.subspaces[name]) for name, matrix in matrices.items()}
 
     def up_transforms(self, transforms: Mapping[str, Transform]) -> dict[str, Transform]:
-        """Transforms within the subspaces as those of the whole, the identity on the rest."""
+        """Transforms within the subspaces, extended by the identity."""
         joint = {
             id(t): Joint(self.up(t.direction), t.gain) for t in transforms.values() if isinstance(t, Joint)
-        }  # one for all blocks stays one
+        }  # a transform of all blocks stays one object
         found: dict[str, Transform] = {}
         for name, transform in transforms.items():
             space = self.subspaces[name]
@@ -104,7 +104,7 @@ class Compressed:
 
 
 def compressed(feats: TangentFeatures, structure: Structure) -> Compressed:
-    """The features in the subspaces that they span, where these are smaller and the structure does not mind rotations."""
+    """The features in their spans, on sides where these are smaller and the structure is rotation-invariant."""
     rotates = structure.rotates(feats.blocks)
     subspaces = {name: _subspace(block, *rotates[name]) for name, block in feats.blocks.items()}
     blocks = {name: _restricted(block, subspaces[name]) for name, block in feats.blocks.items()}
@@ -130,7 +130,7 @@ def _subspace(block: Block, left: bool, right: bool) -> Subspace:
 
 
 def _span(rows: Sequence[Float[Tensor, "*_batch d"]]) -> Span | None:
-    """A basis of what rows span, where they are fewer than their entries."""
+    """A basis of the rows' span; None unless rows are fewer than columns."""
     count, size = sum(part[..., 0].numel() for part in rows), rows[0].shape[-1]
     if count >= size:
         return None
@@ -138,7 +138,7 @@ def _span(rows: Sequence[Float[Tensor, "*_batch d"]]) -> Span | None:
 
 
 def _used(parts: Sequence[Lookup], size: int) -> Kept | None:
-    """The rows of a table that are looked up, where these are not all."""
+    """The rows of a table that are looked up; None if that is all of them."""
     if any(part.directions.shape[0] for part in parts):
         return None
     index: Tensor = torch.unique(torch.cat([part.index.flatten() for part in parts]))

@@ -1,4 +1,4 @@
-"""What users hand to a fit, checked: the features or a kernel, and targets, labels and offsets, as a loss."""
+"""Checks of what users pass to a fit: features or a kernel; and targets, labels and offsets, made into a loss."""
 
 from collections.abc import Mapping
 from typing import get_args
@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from adaptive_tangents.checks import Values, as_tensor, check_choice, check_finite
+from adaptive_tangents.checks import as_tensor, check_choice, check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import StoredKernel
@@ -14,13 +14,13 @@ from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, Squar
 
 
 def check_features(call: str, given: object) -> None:
-    """Raise TangentError for anything but features."""
+    """Raise TangentError unless features are given."""
     if not isinstance(given, TangentFeatures):
         raise TangentError(f"{call}: takes features, such as at.tangent_features(model, x), got {_described(given)}")
 
 
 def check_features_or_kernel(call: str, given: object) -> None:
-    """Raise TangentError for anything but features or a kernel, such as the samples themselves."""
+    """Raise TangentError unless features or a kernel are given (not, say, the samples themselves)."""
     kernel = isinstance(given, TangentFeatures | Mapping | StoredKernel) or hasattr(given, "opened")
     if isinstance(given, Tensor | np.ndarray):
         shape = tuple(given.shape)
@@ -37,8 +37,8 @@ def _described(given: object) -> str:
     return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
 
 
-def goal_of(feats: TangentFeatures, r: Values, *, loss: str, offset: Values | None, ridge: float) -> Loss:
-    """The loss on the outputs of these features; raises TangentError for shapes, dtypes or values that do not fit."""
+def goal_of(feats: TangentFeatures, r: object, *, loss: str, offset: object, ridge: float) -> Loss:
+    """The loss on the outputs of these features; raises TangentError when shapes, dtypes or values do not fit."""
     check_choice("fit", "loss", loss, get_args(LossName))
     r = as_tensor("fit", "targets" if loss == "squared" else "labels", r, feats.device)
     offset = None if offset is None else as_tensor("fit", "offset", offset, feats.device)

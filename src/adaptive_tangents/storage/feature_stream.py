@@ -14,7 +14,7 @@ from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection, select
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
+from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.storage.planning import Sizes
@@ -91,7 +91,6 @@ class Stream:
     def sizes(self, feats: TangentFeatures) -> Sizes:
         """The memory of one sample, measured on the features of a few."""
         probe = self.capture.probe
-        entries = {"full": self.c**2, "trace": 1, "diagonal": self.c}[self.outputs]
         # Without what all samples share, for example the directions of a transform.
         held = feats.bytes if feats.n == 1 else -(-(feats.bytes - feats[:1].bytes) // (feats.n - 1))
         made = 2 * probe.held_bytes() - probe.whole_bytes
@@ -101,7 +100,7 @@ class Stream:
         gradients = [self.capture.network.parameters[name].nbytes for name in self.capture.network.selected]
         checking = sum(gradients) + max(gradients)
         needed = (max(1, held), made, probe.pass_bytes, checking, feats.bytes)
-        return Sizes(self.n, self.m, self.x2 is None, *needed, entries, itemsize)
+        return Sizes(self.n, self.m, self.x2 is None, *needed, entries(self.outputs, self.c), itemsize)
 
 
 def stream(
@@ -131,9 +130,8 @@ def contracted(
 ) -> Iterator[tuple[str, Tensor]]:
     """The kernel of every block, one after the other, with at most ``working_bytes`` beside each kernel."""
     m, c = (left if right is None else right).n, left.c
-    entries = left.n * m * {"full": c * c, "trace": 1, "diagonal": c}[outputs]
     itemsize = torch.empty((), dtype=working_dtype(left.dtype)).element_size()
-    limit = entries * itemsize + working_bytes
+    limit = left.n * m * entries(outputs, c) * itemsize + working_bytes
     for name, block in left.blocks.items():
         one = replace(left, blocks={name: block}, limit=limit)
         other = None if right is None else replace(right, blocks={name: right.blocks[name]}, limit=limit)

@@ -6,17 +6,16 @@ from math import isqrt
 
 import torch
 
+from adaptive_tangents.capture.capture import PASS_BYTES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs
-from adaptive_tangents.features.plans import KernelPlan
+from adaptive_tangents.features.plans import WORKING_BYTES, KernelPlan
 from adaptive_tangents.runtime.memory import format_bytes, require_memory
 
 _CHUNK_BYTES = 32_000_000  # of a tile on disk: larger tiles save no time, and a kill loses more
 _SIDE = 8  # least number of tiles along a side, so that there is something to share and to resume
 _SMALLEST, _SMALL = 128, 32  # least samples per tile: when made smaller for more tiles; when made smaller for memory
 _MOST = 500  # ranges of samples
-_PASS_BYTES = 1_000_000_000
-_WORKING_BYTES = 64_000_000
 _STORED_A_SECOND = 1e8  # bytes compressed, written and read back per second
 
 
@@ -153,8 +152,8 @@ def _checked(call: str, sizes: Sizes, limit: int, layout: Layout) -> Layout:
 
 
 def _laid_out(sizes: Sizes, limit: int, tile: int) -> Layout:
-    samples = max(1, min(tile, min(limit // 4, _PASS_BYTES) // max(1, sizes.passing)))
-    return _held(sizes, limit, Layout(tile, 1, samples, min(_WORKING_BYTES, limit // 16), 0))
+    samples = max(1, min(tile, min(limit // 4, PASS_BYTES) // max(1, sizes.passing)))
+    return _held(sizes, limit, Layout(tile, 1, samples, min(WORKING_BYTES, limit // 16), 0))
 
 
 def _held(sizes: Sizes, limit: int, layout: Layout) -> Layout:

@@ -1,8 +1,8 @@
-"""Structures 𝓜: which transforms of the features are allowed, and the regularizer Ω̃ each induces.
+"""Structures 𝓜: which transforms of the features are allowed, and the regularizer Ω̃ that each induces.
 
-A structure turns coefficients, one matrix B a block, into everything the solver asks for: the best transform, Ω̃(B), its
+From coefficients, one matrix B for each block, a structure computes all that solvers need: the best transform, Ω̃(B), its
 gradient and curvature, and the dual Ω̃* for lower bounds. To add one that acts block by block, subclass ``BlockStructure``
-and write ``block_solution`` (all of it comes from one decomposition of B) and ``block_dual``.
+and write ``block_solution`` (one decomposition of B gives all of it) and ``block_dual``.
 """
 
 import math
@@ -23,16 +23,19 @@ from adaptive_tangents.features.transforms import Joint, Sides, Transform
 from adaptive_tangents.penalties.closed_forms import Composition, Penalty, Quadratic, shares
 from adaptive_tangents.runtime.chunks import ranges
 
-_AT_A_TIME = 16  # samples of which a small kernel is made for its diagonal
+_AT_A_TIME = 16  # samples whose kernel is computed at once, for its diagonal
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The inner minimum over M at given coefficients: the transforms, Ω̃(β), ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ and the curvature.
+    """The inner minimum over M at given coefficients β.
 
-    ``curvature`` maps X, one matrix a block, to ∇²Ω̃(β)[X], the Hessian of the regularizer applied to X; what it needs is
-    computed when it is first called. None where a structure knows no Hessian.
+    Attributes:
+        transforms: the best M of each block.
+        penalty: Ω̃(β).
+        gradient: ∇Ω̃(β) = 2 M⁻¹M⁻ᵀβ, one matrix for each block.
+        curvature: maps X, one matrix for each block, to the Hessian ∇²Ω̃(β)[X], set up at its first call; None if unknown.
     """
 
     transforms: Mapping[str, Transform]
@@ -43,7 +46,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class BlockSolution:
-    """The same of one block: its transform, Ω̃(B), ∇Ω̃(B) (o, i) and X ↦ ∇²Ω̃(B)[X] on matrices (o, i)."""
+    """The inner minimum over the M of one block.
+
+    Attributes:
+        transform: the best M.
+        penalty: Ω̃(B).
+        gradient: ∇Ω̃(B), (o, i).
+        curvature: maps X (o, i) to the Hessian ∇²Ω̃(B)[X]; None if unknown.
+    """
 
     transform: Transform
     penalty: float
@@ -52,62 +62,104 @@ class BlockSolution:
 
 
 class Structure(ABC):
-    """A class of transforms; every method takes one matrix a block."""
+    """A set of transforms 𝓜. Coefficients are a mapping from block names to matrices B (o, i)."""
 
     def prepared(self, feats: TangentFeatures) -> "Structure":
-        """The structure with what it learns from the features it is to be fitted to; ``fit`` asks for this once."""
+        """The structure with all it needs to know of the features; ``fit`` calls this once.
+
+        Args:
+            feats: tangent features φ to be fitted.
+        """
         return self
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether transforms only scale blocks as wholes, or move all of them at once: all that a sketch of them allows."""
+        """Whether transforms act on whole blocks only, not within them: sketched features allow no others."""
         return False
 
     def rotates(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
-        """For every block, whether a rotation of its output side, and of its input side, leaves Ω̃ as it is.
+        """For each block, whether Ω̃ is invariant under rotations of its output side, and of its input side.
 
-        Where it does, and rows or columns of zeros add nothing, ``fit`` works in the subspace that the features span.
+        On such sides ``fit`` works in the subspace that the features span; zero rows or columns must add nothing to Ω̃.
+
+        Args:
+            names: names of the blocks.
         """
         return dict.fromkeys(names, (False, False))
 
     def norms_of(self, names: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
-        """Groups of blocks, by the first of their names, whose joint norms are all of β that Ω̃ depends on; None if it is not.
+        """Groups of blocks, by the first name of each, if Ω̃ depends on β only through the groups' norms; else None.
 
-        Where it is, kernels are all that a fit needs. Without names there is the whole, ""; {} says that blocks are needed.
+        Such structures can be fitted to kernels alone.
+
+        Args:
+            names: names of the blocks; empty for one kernel without blocks, called "". {} then says that blocks are needed.
         """
         return None
 
     def with_scales(self, scales: Mapping[str, float]) -> "Structure":
-        """What ``prepared`` makes of it, from the root mean square norms of the blocks' features."""
+        """The structure as ``prepared`` returns it, from the scales of the blocks.
+
+        Args:
+            scales: s_ℓ, the root mean square norm of each block's features.
+        """
         return self
 
     @abstractmethod
     def solution(self, coefficients: Matrices) -> Solution:
-        """The best transforms for β, with the penalty, its gradient and its curvature."""
+        """The best transforms for β, with the penalty, its gradient and its curvature.
+
+        Args:
+            coefficients: B (o, i) of each block.
+        """
 
     @abstractmethod
     def dual(self, matrices: Matrices) -> float:
-        """Ω̃*(G) = sup over β of ⟨G, β⟩ − Ω̃(β), an upper bound of it, or infinity."""
+        """Ω̃*(G) = sup over β of ⟨G, β⟩ − Ω̃(β), or an upper bound of it, or infinity.
+
+        Args:
+            matrices: G, one matrix for each block.
+        """
 
     def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
-        """The global argmin over β of ‖β − X‖²/(2·step) + Ω̃(β); raises TangentError where no closed form is known."""
+        """The global argmin over β of ‖β − X‖²/(2·step) + Ω̃(β).
+
+        Args:
+            coefficients: X, one matrix for each block.
+            step: the step size, positive.
+
+        Raises:
+            TangentError: when no closed form is known.
+        """
         raise TangentError(f"proximal: {type(self).__name__} has no proximal operator; write proximal, or use fit")
 
     def update(self, coefficients: Matrices) -> Mapping[str, Transform]:
-        """The transforms M that attain Ω̃(β)."""
+        """The transforms M that attain Ω̃(β).
+
+        Args:
+            coefficients: B (o, i) of each block.
+        """
         return self.solution(coefficients).transforms
 
     def penalty(self, coefficients: Matrices) -> float:
-        """Ω̃(β) = min over M in 𝓜 of ‖M⁻ᵀβ‖² + Ω(M)."""
+        """Ω̃(β) = min over M in 𝓜 of ‖M⁻ᵀβ‖² + Ω(M).
+
+        Args:
+            coefficients: B (o, i) of each block.
+        """
         return self.solution(coefficients).penalty
 
     def gradient(self, coefficients: Matrices) -> Matrices:
-        """∇Ω̃(β), one matrix a block."""
+        """∇Ω̃(β), one matrix for each block.
+
+        Args:
+            coefficients: B (o, i) of each block.
+        """
         return self.solution(coefficients).gradient
 
 
 def check_structure(call: str, given: object, argument: str = "structure=") -> Structure:
-    """The structure given; raises TangentError for a class, a name or anything else, with what to pass."""
+    """The structure given; raises TangentError for a class, a name or anything else, saying what to pass."""
     if isinstance(given, Structure):
         return given
     wanted = "at.TwoSided()"
@@ -121,7 +173,7 @@ def check_structure(call: str, given: object, argument: str = "structure=") -> S
 
 
 def _kinds(of: type[Structure]) -> list[type[Structure]]:
-    """All kinds of structures that can be made."""
+    """All concrete subclasses."""
     return [kind for sub in of.__subclasses__() for kind in (sub, *_kinds(sub)) if not isabstract(kind)]
 
 
@@ -130,7 +182,7 @@ def _bare(name: str) -> str:
 
 
 def check_sketch(call: str, structure: Structure, feats: TangentFeatures) -> None:
-    """Raise TangentError where features are a sketch and transforms of the structure would act within its blocks."""
+    """Raise TangentError if features are sketched and the structure transforms within blocks."""
     if feats.origin != "exact" and not structure.whole_blocks:
         raise TangentError(
             f"{call}: the features are {feats.origin}, whose coordinates have no output and input units left for "
@@ -140,18 +192,20 @@ def check_sketch(call: str, structure: Structure, feats: TangentFeatures) -> Non
 
 @dataclass(frozen=True)
 class BlockStructure(Structure):
-    """A structure that treats every block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ).
+    """A structure that treats each block by itself, Ω̃ = Σ_ℓ Ω̃_ℓ(B_ℓ).
 
-    With ``scale_invariant`` a block's coefficients are measured in units of its kernel's mean diagonal s_ℓ², over samples and
-    outputs: Ω̃_ℓ(B) = Ω̃(s_ℓB)/s_ℓ², so that one strength suits layers whose features differ in size. It is still ‖B‖² for
-    small B, and for a penalty proportional to λ it is the strength λ/s_ℓ². ``scales`` s are learned by ``prepared``.
+    Args:
+        scale_invariant: measure each block's coefficients in units of s_ℓ², the mean diagonal of its kernel over samples and
+            outputs: Ω̃_ℓ(B) = Ω̃(s_ℓB)/s_ℓ². One strength then suits layers with features of different size. Small B still
+            cost ‖B‖²; for a penalty proportional to λ, this is the strength λ/s_ℓ².
+        scales: s_ℓ of each block, set by ``prepared``.
     """
 
     scale_invariant: bool = field(default=False, kw_only=True)
     scales: Mapping[str, float] | None = field(default=None, kw_only=True, repr=False, hash=False)
 
     def __init_subclass__(cls) -> None:
-        # A dataclass makes no __repr__ where the class has one, and its own would name what is not set first of all.
+        # A dataclass keeps a __repr__ that the class has; its own would show unset options first.
         if "__repr__" not in vars(cls):
             cls.__repr__ = BlockStructure.__repr__  # type: ignore[method-assign]
 
@@ -162,20 +216,40 @@ class BlockStructure(Structure):
 
     @abstractmethod
     def block_solution(self, matrix: Float[Tensor, "o i"]) -> BlockSolution:
-        """Transform, Ω̃(B), ∇Ω̃(B) and curvature of one block."""
+        """The best transform of one block, Ω̃(B), ∇Ω̃(B) and the curvature.
+
+        Args:
+            matrix: B.
+        """
 
     @abstractmethod
     def block_dual(self, matrix: Float[Tensor, "o i"]) -> float:
-        """Ω̃* of one block."""
+        """Ω̃*(G) of one block.
+
+        Args:
+            matrix: G.
+        """
 
     def block_proximal(self, matrix: Float[Tensor, "o i"], step: float) -> Float[Tensor, "o i"]:
-        """The global argmin over B of ‖B − X‖²/(2·step) + Ω̃(B) of one block; raises TangentError where it is not known."""
+        """The global argmin over B of ‖B − X‖²/(2·step) + Ω̃(B) of one block.
+
+        Args:
+            matrix: X.
+            step: the step size, positive.
+
+        Raises:
+            TangentError: when no closed form is known.
+        """
         raise TangentError(
             f"proximal: {type(self).__name__} has no proximal operator; write block_proximal, or use fit"
         )
 
     def for_block(self, name: str) -> "BlockStructure":
-        """The structure of one block, where blocks differ."""
+        """The structure of one block, for classes in which blocks differ.
+
+        Args:
+            name: the block.
+        """
         return self
 
     def prepared(self, feats: TangentFeatures) -> "BlockStructure":
@@ -189,18 +263,18 @@ class BlockStructure(Structure):
 
     def dual(self, matrices: Matrices) -> float:
         scales = {name: self._scale(name) for name in matrices}
-        # sup over B of ⟨G, B⟩ − Ω̃(sB)/s² is that of ⟨sG, C⟩ − Ω̃(C) over C = sB, over s².
+        # With C = sB, sup over B of ⟨G, B⟩ − Ω̃(sB)/s² is sup over C of ⟨sG, C⟩ − Ω̃(C), divided by s².
         return sum(self.for_block(name).block_dual(s * matrices[name]) / s**2 for name, s in scales.items())
 
     def proximal(self, coefficients: Matrices, step: float) -> dict[str, Tensor]:
         scales = {name: self._scale(name) for name in coefficients}
-        # At B = C/s both terms are those of C and sX, over s².
+        # With C = sB, both terms are those of C and sX, divided by s².
         return {n: self.for_block(n).block_proximal(s * coefficients[n], step) / s for n, s in scales.items()}
 
     def _of_block(self, name: str, matrix: Tensor) -> Solution:
         s = self._scale(name)
         found = self.for_block(name).block_solution(s * matrix)
-        # Twice the chain rule's s is what the curvature is divided by.
+        # The chain rule's s² cancels the division by s², so the curvature stays as it is.
         curvature = None if found.curvature is None else _OfBlock(name, found.curvature)
         return Solution({name: found.transform}, found.penalty / s**2, {name: found.gradient / s}, curvature)
 
@@ -215,7 +289,7 @@ class BlockStructure(Structure):
 
 
 def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
-    """s_ℓ = √(trace K_ℓ/(nc)), the root mean square norm of each block's features; 1 where they are zero."""
+    """s_ℓ = √(trace K_ℓ/(nc)), the root mean square norm of each block's features; 1 if they are zero."""
     traces = dict.fromkeys(feats.blocks, 0.0)
     for part in ranges(feats.n, _AT_A_TIME):
         for name, kernel in feats[part].kernel(outputs="trace", by_block=True).items():
@@ -224,7 +298,7 @@ def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
 
 
 def joined_solution(parts: list[Solution]) -> Solution:
-    """The solution of a sum of regularizers, each of blocks of its own."""
+    """The solution of a sum of regularizers on different blocks."""
     curvatures = [part.curvature for part in parts if part.curvature is not None]
 
     def curvature(x: Matrices) -> dict[str, Tensor]:
@@ -240,7 +314,7 @@ def joined_solution(parts: list[Solution]) -> Solution:
 
 @dataclass(frozen=True)
 class _OfBlock:
-    """The curvature of one block, in terms of all of them."""
+    """The curvature of one block, as a map on all blocks."""
 
     name: str
     function: Callable[[Tensor], Tensor]
@@ -251,7 +325,7 @@ class _OfBlock:
 
 @dataclass(frozen=True)
 class Inner:
-    """The scalar inner minimum ω̃(v) = min over z_j ≥ 1 of Σ_j ω_j(z_j) + v²/Π z_j² at many v, solved once, when asked for."""
+    """The scalar inner minimum ω̃(v) = min over z_j ≥ 1 of Σ_j ω_j(z_j) + v²/Π z_j² at many v, solved once, on demand."""
 
     penalties: tuple[Penalty, ...]
     values: Float[Tensor, "*s"]
@@ -290,7 +364,11 @@ class Inner:
 
 @dataclass(frozen=True)
 class Fixed(BlockStructure):
-    """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖²."""
+    """No adaptation, M = I: kernel regression with the tangent kernel, Ω̃(β) = ‖β‖².
+
+    Args:
+        scale_invariant, scales: as in ``BlockStructure``.
+    """
 
     whole_blocks = True
 
@@ -314,9 +392,13 @@ class Fixed(BlockStructure):
 
 @dataclass(frozen=True)
 class Full(Structure):
-    """Any p × p matrix: Ω̃(β) = ω̃(‖β‖), so interpolation gives the fit of Fixed and only the kernel changes.
+    """Any p × p matrix: Ω̃(β) = ω̃(‖β‖).
 
-    With a ridge ρ the fit is that of Fixed with ridge ρ/z², z the one singular value that moved.
+    Interpolation gives the fit of ``Fixed``; only the kernel changes. With a ridge ρ the fit is that of ``Fixed`` with ridge
+    ρ/z², z the one singular value other than 1.
+
+    Args:
+        penalty_on_transform: ω on z.
     """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
@@ -350,12 +432,12 @@ class Full(Structure):
 
 
 def shrinkage(penalty: Penalty, norms: Float[Tensor, "*s"], step: float) -> Float[Tensor, "*s"]:
-    """What the proximal operator of ω̃ multiplies these norms by."""
+    """The factors by which the proximal operator of ω̃ multiplies these norms."""
     return torch.where(norms > 0, penalty.induced().proximal(norms, step) / norms, 0.0)
 
 
 def _together(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """All blocks as one."""
+    """All blocks as one group."""
     return {names[0] if names else "": tuple(names)}
 
 

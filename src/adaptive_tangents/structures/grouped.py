@@ -1,4 +1,4 @@
-"""Structures with one factor for each group of a block's entries: the block, its rows, its columns, every entry."""
+"""Structures with one factor for each group of a block's entries: the block, its rows, its columns, or every entry."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,9 @@ from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Inn
 
 
 class Grouped(BlockStructure):
-    """Ω̃(B) = Σ ω̃(‖B_g‖) over groups g of a block's entries, one factor z a group: Φ_g → z_g Φ_g.
+    """Ω̃(B) = Σ ω̃(‖B_g‖) over groups g of a block's entries, with one factor z_g for each: Φ_g → z_g Φ_g.
 
-    A group is what lies along ``dimensions`` of the matrix: both (the block), 1 (a row), 0 (a column), none (an entry).
+    A group runs along ``dimensions`` of the matrix: both (the block), 1 (a row), 0 (a column), none (an entry).
     """
 
     penalty_on_transform: Penalty
@@ -24,7 +24,7 @@ class Grouped(BlockStructure):
     @property
     @abstractmethod
     def dimensions(self) -> tuple[int, ...]:
-        """The dimensions of B that a group runs along."""
+        """The dimensions of B along which a group runs."""
 
     @abstractmethod
     def transform(self, gains: Float[Tensor, "_g _h"]) -> Transform:
@@ -38,7 +38,7 @@ class Grouped(BlockStructure):
         inner = Inner((self.penalty_on_transform,), norms)
 
         def curvature(x: Tensor) -> Tensor:
-            # A group of zeros has no direction to bend along.
+            # A group of zeros has no direction.
             unit = torch.where(norms > 0, matrix / norms, 0.0)
             along = (unit * x).sum(self.dimensions, keepdim=True) if self.dimensions else unit * x
             return inner.slope * x + (inner.bend - inner.slope) * along * unit
@@ -60,7 +60,12 @@ class Grouped(BlockStructure):
 
 @dataclass(frozen=True)
 class LayerScale(Grouped):
-    """One factor a block, M = s_ℓ I: Ω̃(β) = Σ_ℓ ω̃(‖B_ℓ‖), group sparsity over layers."""
+    """One factor for each block, M = s_ℓ I: Ω̃(β) = Σ_ℓ ω̃(‖B_ℓ‖), group sparsity over layers.
+
+    Args:
+        penalty_on_transform: ω on s_ℓ.
+        scale_invariant, scales: as in ``BlockStructure``.
+    """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
     whole_blocks = True
@@ -80,6 +85,10 @@ class LayerScale(Grouped):
 class Rows(Grouped):
     """One factor per output unit, Φ → diag(s) Φ: Ω̃(B) = Σ_o ω̃(‖B_o,:‖), sparsity over a layer's units.
 
+    Args:
+        penalty_on_transform: ω on each s_o.
+        scale_invariant, scales: as in ``BlockStructure``.
+
     >>> Rows(Quadratic(1.0)).update({"w": torch.tensor([[4.0, 0.0], [0.0, 0.0]])})["w"].left.gains > 1
     tensor([ True, False])
     """
@@ -96,9 +105,13 @@ class Rows(Grouped):
 
 @dataclass(frozen=True)
 class Columns(Grouped):
-    """One factor per input unit, Φ → Φ diag(s): Ω̃(B) = Σ_i ω̃(‖B_:,i‖), sparsity over what a layer reads.
+    """One factor per input unit, Φ → Φ diag(s): Ω̃(B) = Σ_i ω̃(‖B_:,i‖), sparsity over a layer's inputs.
 
-    The bias column counts as an input of its own.
+    The bias column counts as an input.
+
+    Args:
+        penalty_on_transform: ω on each s_i.
+        scale_invariant, scales: as in ``BlockStructure``.
 
     >>> Columns(Quadratic(1.0)).update({"w": torch.tensor([[4.0, 0.0], [0.0, 0.0]])})["w"].right.gains > 1
     tensor([ True, False])
@@ -118,7 +131,11 @@ class Columns(Grouped):
 class Diagonal(Grouped):
     """One factor per parameter, Φ → Z ∘ Φ: Ω̃(β) = Σ_k ω̃(|β_k|), sparsity.
 
-    Gains are no product of sides, so kernels of the adapted features are made from the features themselves.
+    Such gains are not a product of sides, so adapted kernels are computed from the features themselves.
+
+    Args:
+        penalty_on_transform: ω on each entry of Z.
+        scale_invariant, scales: as in ``BlockStructure``.
 
     >>> Diagonal(Quadratic(2.0)).update({"w": torch.tensor([[4.0, 0.0]])})["w"].gains  # λ(z − 1)z³ = β²
     tensor([[2., 1.]])

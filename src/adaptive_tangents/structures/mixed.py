@@ -1,4 +1,4 @@
-"""Structures by pattern: other transforms, or other strengths, for other blocks."""
+"""Structures by pattern of block names: different transforms or strengths for different blocks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +17,14 @@ _REST = "*"
 class Mixed(Structure):
     r"""A structure for each group of blocks, by patterns on their names: Ω̃(β) = Σ over groups of that group's Ω̃.
 
-    ``structures`` maps patterns, with the wildcards of file names, to structures; ``fit`` takes such a mapping as it is. "*"
-    is the rest: it yields to every other pattern. ``Full`` is one transform of its group's blocks.
+    Functions with an argument ``structure`` also take the mapping itself. ``Full`` is one transform of its group's blocks.
 
-    Raises TangentError, once block names are known, for a pattern that matches no block, a block that two patterns match, and
-    a block that none matches.
+    Args:
+        structures: maps patterns of block names, with the wildcards of file names, to structures. "*" is the rest: any other
+            pattern comes before it.
+
+    Raises:
+        TangentError: once block names are known, when a pattern matches no block, or a block matches no pattern or two.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -37,7 +40,7 @@ class Mixed(Structure):
         wrong = [key for key, value in self.structures.items() if not isinstance(value, Structure)]
         if wrong or not self.structures:
             raise TangentError(
-                f"Mixed: asks for structures by pattern, such as {{'conv*': Modes(), '*': Fixed()}}; got "
+                f"Mixed: give structures by pattern, such as {{'conv*': Modes(), '*': Fixed()}}; got "
                 f"{'none' if not wrong else f'{self.structures[wrong[0]]!r} for {wrong[0]!r}'}"
             )
 
@@ -46,7 +49,14 @@ class Mixed(Structure):
         return all(structure.whole_blocks for structure in self.structures.values())
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The blocks of each pattern that has any."""
+        """The blocks that each pattern matches; "*" is absent if it matches none.
+
+        Args:
+            names: names of all blocks.
+
+        Raises:
+            TangentError: when a pattern matches no block, or a block matches no pattern or two.
+        """
         names = list(names)
         patterns = [pattern for pattern in self.structures if pattern != _REST]
         found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
@@ -56,7 +66,7 @@ class Mixed(Structure):
             if len(matching) > 1:
                 raise TangentError(
                     f"Mixed: block {name!r} is matched by {matching[0]!r} and by {matching[1]!r}; make the patterns "
-                    "exclude each other (only '*' yields to others)"
+                    "exclude each other (only '*' may overlap others)"
                 )
             (found[matching[0]] if matching else rest).append(name)
         empty = [pattern for pattern, held in found.items() if not held]
@@ -64,12 +74,16 @@ class Mixed(Structure):
             raise TangentError(f"Mixed: {empty[0]!r} matches no block; blocks are {', '.join(names)}")
         if rest and _REST not in self.structures:
             raise TangentError(
-                f"Mixed: no pattern matches block {rest[0]!r}; add '*', say '*': Fixed() to leave the rest as it is"
+                f"Mixed: no pattern matches block {rest[0]!r}; add '*', such as '*': Fixed() to leave the rest unchanged"
             )
         return {**found, _REST: rest} if rest else found
 
     def of_blocks(self, names: Iterable[str]) -> dict[str, Structure]:
-        """The structure of every block."""
+        """The structure of every block.
+
+        Args:
+            names: names of all blocks.
+        """
         groups = self.groups(names)
         return {name: self.structures[pattern] for pattern, held in groups.items() for name in held}
 
@@ -117,7 +131,7 @@ class Mixed(Structure):
 
 
 def as_structure(call: str, given: object) -> Structure:
-    """A structure, from one or from a mapping of patterns to structures; raises TangentError for anything else."""
+    """The structure given, or ``Mixed`` of a mapping by pattern; raises TangentError for anything else."""
     if not isinstance(given, Mapping):
         return check_structure(call, given)
     return Mixed({pattern: check_structure(call, value, f"{pattern!r}: ") for pattern, value in given.items()})

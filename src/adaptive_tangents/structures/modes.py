@@ -1,4 +1,4 @@
-"""A factor for every mode of a convolution's kernel: output channels, input channels, window."""
+"""One factor for each mode of a convolution's kernel: output channels, input channels, window."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,24 +17,29 @@ from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 _OUT, _IN = "out", "in"
 _SWEEPS = 500
 _STILL = 1e-13  # relative change of the gradient over a sweep
-_ROUNDING = 1e-9  # below which a change that no longer shrinks is rounding
+_ROUNDING = 1e-9  # a smaller change that no longer shrinks is rounding
 
 
 @dataclass(frozen=True)
 class Modes(BlockStructure):
-    r"""M = M_out ⊗ M_in ⊗ M_spatial: a factor for each mode of a convolution's kernel W (out, in, spatial).
+    r"""M = M_out ⊗ M_in ⊗ M_spatial: one factor for each mode of a convolution's kernel W (out, in, spatial).
 
-    ``penalties`` is one penalty for every mode, or one a mode by its name; modes without one stay as they are. The window is
-    one mode ("spatial", of size kh·kw); ``Block.modes`` names the modes of a block's input side.
-    M_out also acts on the bias column, the factors of the input side leave it alone. A block without modes, a linear layer's,
-    has the sides of ``TwoSided``: "out" on the left, "in" on the right, there with the bias as one more input.
+    The window is one mode ("spatial", of size kh·kw); ``Block.modes`` names the modes of a block's input side. M_out also
+    acts on the bias column; the input side's factors do not. The block of a linear layer has no modes; it gets the sides of
+    ``TwoSided``, "out" on the left and "in" on the right, with the bias as one more input.
 
-    With one penalty this is ``Left`` of that mode's unfolding. With more there is no closed form: the modes take turns, each
-    updated exactly with the others held (the singular values of its unfolding of the coefficients, whitened by the other
-    modes), until nothing moves; the objective falls with every turn, to a point that no single mode can improve.
-    Then there is no curvature and no dual bound, and ∇Ω̃ = 2 M⁻¹M⁻ᵀβ at the M found.
+    With a penalty on one mode, this is ``Left`` of that mode's unfolding. With several there is no closed form. The modes are
+    updated in turn, each exactly with the others held (from the singular values of its unfolding of the coefficients,
+    whitened by the other modes), until nothing changes. No update raises the objective, and at the end no single mode can
+    lower it. There is then no curvature and no dual bound, and ∇Ω̃ = 2 M⁻¹M⁻ᵀβ at the M found.
 
-    Raises TangentError where a penalty names a mode that no block has, or before ``prepared`` has seen the blocks.
+    Args:
+        penalties: one penalty for all modes, or a mapping from modes' names; modes without a penalty are not transformed.
+        scale_invariant, scales: as in ``BlockStructure``.
+        modes: names and sizes of each block's modes, set by ``prepared``.
+
+    Raises:
+        TangentError: when a penalty names a mode that no block has, or ``prepared`` has not seen the blocks.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(27, 1))
@@ -54,7 +59,7 @@ class Modes(BlockStructure):
             unknown = [mode for mode in self.penalties if mode not in known]
             if unknown or not self.penalties:
                 raise TangentError(
-                    f"Modes: a penalty a mode is asked for, by name, got {sorted(self.penalties)}; modes of these features "
+                    f"Modes: give penalties by the names of modes, got {sorted(self.penalties)}; modes of these features "
                     f"are {', '.join(known)}"
                 )
         return replace(self, modes=modes, scales=super().prepared(feats).scales)
@@ -93,7 +98,7 @@ class Modes(BlockStructure):
 
 @dataclass(frozen=True)
 class OneMode(BlockStructure):
-    """One factor, on one mode of the input side: the spectral problem of that unfolding, and ‖·‖² of the bias."""
+    """One factor, on one mode of the input side: ``Left`` of that unfolding, and ‖·‖² of the bias."""
 
     sizes: tuple[int, ...]
     axis: int
@@ -138,7 +143,7 @@ class OneMode(BlockStructure):
 
 @dataclass(frozen=True)
 class ManyModes(BlockStructure):
-    """Two factors or more, on axes of the kernel W (out, *sizes): exact updates in turn."""
+    """Two or more factors, on axes of the kernel W (out, *sizes), updated exactly in turn."""
 
     sizes: tuple[int, ...]
     penalties: Mapping[int, Penalty]
@@ -172,8 +177,8 @@ class ManyModes(BlockStructure):
 
 
 def _best_factor(flat: Float[Tensor, "d k"], penalty: Penalty) -> tuple[LowRank, float]:
-    """The best M for ‖M⁻¹T‖² + Ω(M), and Ω(M)."""
-    # T = RᵀQᵀ has the singular values of R, and its left singular vectors are R's right ones: Q is not needed.
+    """The M with the least ‖M⁻¹T‖² + Ω(M), and its Ω(M)."""
+    # T = RᵀQᵀ has R's singular values, and its left singular vectors are R's right ones: Q is not needed.
     small = torch.linalg.qr(flat.mT, mode="r").R if flat.shape[1] > flat.shape[0] else flat.mT
     _, values, vt = torch.linalg.svd(small, full_matrices=False)
     inner = Inner((penalty,), values)
@@ -182,14 +187,14 @@ def _best_factor(flat: Float[Tensor, "d k"], penalty: Penalty) -> tuple[LowRank,
 
 
 def _whitened(kernel: Tensor, factors: Mapping[int, LowRank]) -> Tensor:
-    """M⁻¹ along each of the axes."""
+    """Apply M⁻¹ along each axis."""
     for axis, factor in factors.items():
         kernel = factor.inverse().apply(kernel.movedim(axis, -1)).movedim(-1, axis)
     return kernel
 
 
 def _split(matrix: Float[Tensor, "o i"], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The kernel (o, *sizes) and what comes after it."""
+    """The kernel (o, *sizes) and the columns after it (the bias)."""
     total = torch.Size(sizes).numel()
     return matrix[:, :total].reshape(-1, *sizes), matrix[:, total:]
 

@@ -13,16 +13,16 @@ from adaptive_tangents.features.transforms import LowRank, Sides
 from adaptive_tangents.penalties.closed_forms import Penalty, Quadratic
 from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Inner
 
-_CLOSE = 1e-5  # relative; nearer, a quotient of differences loses more to rounding than the trapezoid rule to its error
+_CLOSE = 1e-5  # relative; for closer values the divided difference is less exact than the trapezoid rule
 
 
 class Spectral(BlockStructure):
-    """Ω̃(B) = Σ_j ω̃(σ_j(B)), ω̃ induced by the composition of the penalties on the sides."""
+    """Ω̃(B) = Σ_j ω̃(σ_j(B)), with ω̃ induced by the composition of the sides' penalties."""
 
     @property
     @abstractmethod
     def sides(self) -> Mapping[str, Penalty]:
-        """The penalty on each side that is transformed, "left" and "right"."""
+        """The penalty of each transformed side, "left" or "right"."""
 
     @property
     def combined(self) -> Penalty:
@@ -51,7 +51,7 @@ class Spectral(BlockStructure):
         return float(self.combined.induced().dual(torch.linalg.svdvals(matrix)).sum())
 
     def block_proximal(self, matrix: Tensor, step: float) -> Tensor:
-        # By von Neumann's trace inequality the best B has the singular vectors of X, convex or not.
+        # By von Neumann's trace inequality the best B has the singular vectors of X, even if ω̃ is not convex.
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
         nearest: Tensor = (u * self.combined.induced().proximal(values, step)) @ vt
         return nearest
@@ -62,8 +62,8 @@ class SpectralCurvature:
     r"""The Hessian of F(B) = Σ_j ω̃(σ_j) at B = U diag(σ) Vᵀ applied to X (o, i), from the thin decomposition alone.
 
     In the singular basis, Y = UᵀXV, the symmetric part of each pair Y_ij, Y_ji is multiplied by the divided difference
-    (ω̃′_i − ω̃′_j)/(σ_i − σ_j), ω̃″ where they meet; the antisymmetric part by (ω̃′_i + ω̃′_j)/(σ_i + σ_j), 2 where both are
-    zero; what of X lies outside the row or the column space by ω̃′_i/σ_i = 2/z_i².
+    (ω̃′_i − ω̃′_j)/(σ_i − σ_j), which is ω̃″ where σ_i = σ_j; the antisymmetric part by (ω̃′_i + ω̃′_j)/(σ_i + σ_j), which is 2
+    where both are zero; and the part of X outside the row or column space by ω̃′_i/σ_i = 2/z_i².
     """
 
     u: Float[Tensor, "o k"]
@@ -92,7 +92,7 @@ class SpectralCurvature:
     def __call__(self, x: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         u, vt, outside = self.u, self.vt, self.inner.slope
         same, crossed = self._inside
-        # The side of full rank has no outside; what is inside is taken off what the other side's product adds.
+        # Nothing lies outside the side of full rank. The product over the other side counts the inside too: subtract it.
         if u.shape[0] < vt.shape[1]:
             y = u.mT @ (x @ vt.mT)
             return (u @ (same * y + crossed * y.mT - outside[:, None] * y)) @ vt + self._beside @ x
@@ -102,7 +102,12 @@ class SpectralCurvature:
 
 @dataclass(frozen=True)
 class Left(Spectral):
-    """M_L Φ, a transform of the backward signals: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
+    """M_L Φ, a transform of the backward signals: Ω̃(B) = Σ_j ω̃(σ_j(B)).
+
+    Args:
+        penalty_on_transform: ω on the singular values of M_L.
+        scale_invariant, scales: as in ``BlockStructure``.
+    """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
 
@@ -113,7 +118,12 @@ class Left(Spectral):
 
 @dataclass(frozen=True)
 class Right(Spectral):
-    """Φ M_Rᵀ, a transform of the layer's inputs: Ω̃(B) = Σ_j ω̃(σ_j(B))."""
+    """Φ M_Rᵀ, a transform of the layer's inputs: Ω̃(B) = Σ_j ω̃(σ_j(B)).
+
+    Args:
+        penalty_on_transform: ω on the singular values of M_R.
+        scale_invariant, scales: as in ``BlockStructure``.
+    """
 
     penalty_on_transform: Penalty = field(default_factory=Quadratic)
 
@@ -124,10 +134,17 @@ class Right(Spectral):
 
 @dataclass(frozen=True)
 class TwoSided(Spectral):
-    """M_L Φ M_Rᵀ, what a network's layer can do: Ω̃(B) = Σ_j (ω_L ⊕ ω_R)~(σ_j(B)); one penalty serves both sides.
+    """M_L Φ M_Rᵀ, the transforms that a network's layer can learn: Ω̃(B) = Σ_j (ω_L ⊕ ω_R)~(σ_j(B)).
 
-    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, (a, b) minimizing
-    ω_L(a) + ω_R(b) + σ²/(ab)². Source: LeJeune & Alemohammad, CPAL 2024, §3.
+    With B = U diag(σ) Vᵀ the best factors are M_L = I + U diag(a − 1) Uᵀ and M_R = I + V diag(b − 1) Vᵀ, where (a, b)
+    minimizes ω_L(a) + ω_R(b) + σ²/(ab)².
+
+    Args:
+        left: ω_L on the singular values of M_L.
+        right: ω_R on the singular values of M_R; None takes ``left`` for both sides.
+        scale_invariant, scales: as in ``BlockStructure``.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §3.
 
     >>> import torch
     >>> sides = TwoSided(Quadratic(1.0)).update({"w": torch.diag(torch.tensor([3.0, 0.0]))})["w"]
@@ -144,4 +161,4 @@ class TwoSided(Spectral):
 
 
 TWO_SIDED = TwoSided()
-"""What ``structure`` is where none is given: what a network's layer can do."""
+"""The default ``structure``: the transforms that a network's layer can learn."""

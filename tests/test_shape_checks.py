@@ -1,0 +1,67 @@
+"""The checks of shapes that the tests run under find a wrong annotation whichever tests ran before in their process."""
+
+from dataclasses import dataclass
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+from jaxtyping import Float
+from torch import Tensor
+
+checked = jaxtyping.jaxtyped(typechecker=beartype)  # as conftest.py has it
+
+
+def test_a_call_of_a_new_form_is_checked_after_thousands_of_another() -> None:
+    @checked
+    def turned(x: Float[Tensor, "n c"], *, turn: bool) -> Float[Tensor, "n c"]:
+        return x.mT if turn else x
+
+    for _ in range(2000):
+        turned(torch.ones(3, 3), turn=True)  # whose shape says nothing against the annotation
+        turned(torch.ones(2, 3), turn=False)
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"return value of .*turned"):
+        turned(torch.ones(2, 3), turn=True)
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"parameters of .*turned"):
+        turned(torch.ones(3, 3, dtype=torch.int64), turn=True)
+
+
+def test_a_result_of_a_new_form_is_checked_where_its_arguments_are_of_an_old_one() -> None:
+    length = 3
+
+    @checked
+    def grown(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return x.new_ones(length)
+
+    for _ in range(2000):
+        grown(torch.ones(3))
+    length = 4
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"return value of .*grown"):
+        grown(torch.ones(3))
+
+
+def test_functions_within_a_function_share_what_was_seen_and_are_checked_too() -> None:
+    def make(rows: int) -> object:
+        @checked
+        def widened(x: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+            return torch.cat([x] * rows)
+
+        return widened
+
+    for _ in range(500):
+        make(1)(torch.ones(2, 3))
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"return value of .*widened"):
+        make(2)(torch.ones(2, 3))
+
+
+def test_fields_of_a_dataclass_are_checked_whenever_their_form_is_new() -> None:
+    @checked
+    @dataclass(frozen=True)
+    class Pair:
+        x: Float[Tensor, "n c"]
+        y: Float[Tensor, " n"]
+
+    for _ in range(500):
+        Pair(torch.ones(2, 3), torch.ones(2))
+    with pytest.raises(jaxtyping.TypeCheckError, match="Pair"):
+        Pair(torch.ones(2, 3), torch.ones(3))
