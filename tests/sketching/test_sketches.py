@@ -233,9 +233,9 @@ def test_factors_of_few_samples_are_held_at_a_time(monkeypatch: pytest.MonkeyPat
     sizes = []
     apply = at.sketching.sketches._sketched
     monkeypatch.setattr(
-        at.sketches, "_sketched", lambda s, feats, *rest: sizes.append(feats.n) or apply(s, feats, *rest)
+        at.sketching.sketches, "_sketched", lambda s, feats, *rest: sizes.append(feats.n) or apply(s, feats, *rest)
     )
-    monkeypatch.setattr(at.sketches, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(at.sketching.sketches, "_CHUNK_BYTES", 4000)
     assert at.sketch_features(model, x, at.Sketch(64)).n == 5
     assert len(sizes) > 1
     assert max(sizes) < 5
@@ -643,7 +643,7 @@ def test_a_part_that_vanishes_while_it_is_read_is_an_error(saved, monkeypatch: p
     def gone(path: Path) -> dict[str, Tensor]:
         raise OSError("gone")
 
-    monkeypatch.setattr(at.sketch_files, "read_tensors", gone)
+    monkeypatch.setattr(at.sketching.sketch_files, "read_tensors", gone)
     with pytest.raises(at.TangentError, match=r"load_sketch: .*00000.* cannot be read \(gone\); put back a copy"):
         at.sketching.load_sketch(folder)
 
@@ -660,7 +660,7 @@ def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pyte
     monkeypatch.undo()
     # Another process takes the next number between looking and writing.
     heads = at.sketching.sketch_files._heads
-    monkeypatch.setattr(at.sketch_files, "_heads", lambda *given: heads(*given)[:1])
+    monkeypatch.setattr(at.sketching.sketch_files, "_heads", lambda *given: heads(*given)[:1])
     with pytest.raises(
         at.TangentError, match=r"append_sketch: .*00001.* was written by another process in the meantime"
     ):
