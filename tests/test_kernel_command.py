@@ -106,7 +106,7 @@ def test_an_interruption_says_how_to_go_on_and_resume_does(folder: Path, monkeyp
     assert "interrupted; the same command with --resume makes the tiles that are missing" in done.output
     refused = kernel("--tile", "4")
     assert refused.exit_code == 1
-    assert "already, incomplete; go on with it by resume=True (--resume)" in refused.output
+    assert "already, incomplete; continue it with resume=True (--resume)" in refused.output
     done = kernel("--tile", "4", "--resume")
     assert done.exit_code == 0, done.output
     assert at.open_kernel(folder / "K.zarr").complete

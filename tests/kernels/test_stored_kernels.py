@@ -694,7 +694,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
     "too many eigenvalues": (lambda: at.kernel_eigen(twin(K), 7), r"kernel_eigen: k is from 1 to 6, .* got 7"),
     "a block of no store": (
         lambda: at.kernels.KernelBlock(K, "0"),
-        r"KernelBlock: asks for a store by block, got Tensor",
+        r"KernelBlock: expects a store made with by_block=True, got Tensor",
     ),
     "a block that is not there": (
         lambda: at.kernels.KernelBlock(twin({"a": K, "b": K}), "c"),
@@ -702,7 +702,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
     ),
     "a block of a store of the whole": (
         lambda: at.kernels.KernelBlock(twin(K), "a"),
-        r"KernelBlock: there is no block 'a'; the blocks are none: the store is not by block",
+        r"KernelBlock: there is no block 'a'; the blocks are none: the store was made without by_block",
     ),
     "a structure that needs features": (
         lambda: at.fit(twin({"a": K}), R, structure=at.TwoSided()),

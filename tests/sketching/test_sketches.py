@@ -233,9 +233,9 @@ def test_factors_of_few_samples_are_held_at_a_time(monkeypatch: pytest.MonkeyPat
     sizes = []
     apply = at.sketching.sketches._sketched
     monkeypatch.setattr(
-        at.sketches, "_sketched", lambda s, feats, *rest: sizes.append(feats.n) or apply(s, feats, *rest)
+        at.sketching.sketches, "_sketched", lambda s, feats, *rest: sizes.append(feats.n) or apply(s, feats, *rest)
     )
-    monkeypatch.setattr(at.sketches, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(at.sketching.sketches, "_CHUNK_BYTES", 4000)
     assert at.sketch_features(model, x, at.Sketch(64)).n == 5
     assert len(sizes) > 1
     assert max(sizes) < 5
@@ -395,7 +395,7 @@ def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(struc
     if isinstance(structure, at.Full):
         with pytest.raises(at.TangentError, match="kernel_estimate: a joint transform"):
             fit.transform(found).kernel_estimate()
-        with pytest.raises(at.TangentError, match="was moved by a joint transform; save the features before it"):
+        with pytest.raises(at.TangentError, match="has a joint transform; save the features before the transform"):
             at.sketching.save_sketch(Path("nowhere"), fit.transform(found))
     else:
         adapted = fit.transform(found).kernel_estimate()
@@ -432,7 +432,7 @@ def test_transforms_within_a_sketched_block_are_refused(transform: Any) -> None:
     model, x = network()
     found = at.sketch_features(model, x, at.Sketch(96))
     with pytest.raises(
-        at.TangentError, match=r"transformed: block '0' is a sketch, on which a \w+ of its sides or entries"
+        at.TangentError, match=r"transformed: block '0' is a sketch, on which \w+ cannot act by sides or entries"
     ):
         found.transformed({"0": transform})
 
@@ -444,8 +444,8 @@ def test_transforms_within_a_sketched_block_are_refused(transform: Any) -> None:
     ("given", "words"),
     [
         ({"dim": 0}, "Sketch: dim is a positive number of coordinates, got 0"),
-        ({"dim": 8, "repetitions": 1}, "Sketch: repetitions is at least 2, or no error can be told, got 1"),
-        ({"dim": 8, "seed": -1}, "Sketch: seed is a whole number from 0 on, got -1"),
+        ({"dim": 8, "repetitions": 1}, "Sketch: repetitions is at least 2, as their spread is the error, got 1"),
+        ({"dim": 8, "seed": -1}, "Sketch: seed is a whole number of at least 0, got -1"),
         ({"dim": 8, "shares": {"a": 0.0}}, "Sketch: shares are positive numbers, got 0.0 for block 'a'"),
         ({"dim": 8, "shares": {"a": math.nan}}, "Sketch: shares are positive numbers, got nan"),
     ],
@@ -586,7 +586,7 @@ def test_features_of_another_model_or_sketch_are_not_appended(saved, make, words
 def test_features_of_parameters_not_known_are_not_saved(tmp_path: Path) -> None:
     model, x = network()
     feats = at.tangent_features(model, x)
-    with pytest.raises(at.TangentError, match="save_sketch: the parameters that these features are of are not known"):
+    with pytest.raises(at.TangentError, match="save_sketch: the features do not say which parameters they belong to"):
         at.sketching.save_sketch(tmp_path, at.Sketch(96).apply(feats))
     at.sketching.save_sketch(tmp_path, at.Sketch(96).apply(feats, fingerprint="step 3"))
     assert at.sketching.load_sketch(tmp_path).fingerprint == "step 3"
@@ -643,7 +643,7 @@ def test_a_part_that_vanishes_while_it_is_read_is_an_error(saved, monkeypatch: p
     def gone(path: Path) -> dict[str, Tensor]:
         raise OSError("gone")
 
-    monkeypatch.setattr(at.sketch_files, "read_tensors", gone)
+    monkeypatch.setattr(at.sketching.sketch_files, "read_tensors", gone)
     with pytest.raises(at.TangentError, match=r"load_sketch: .*00000.* cannot be read \(gone\); put back a copy"):
         at.sketching.load_sketch(folder)
 
@@ -660,7 +660,7 @@ def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pyte
     monkeypatch.undo()
     # Another process takes the next number between looking and writing.
     heads = at.sketching.sketch_files._heads
-    monkeypatch.setattr(at.sketch_files, "_heads", lambda *given: heads(*given)[:1])
+    monkeypatch.setattr(at.sketching.sketch_files, "_heads", lambda *given: heads(*given)[:1])
     with pytest.raises(
         at.TangentError, match=r"append_sketch: .*00001.* was written by another process in the meantime"
     ):

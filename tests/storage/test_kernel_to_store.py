@@ -148,7 +148,7 @@ def test_another_dtype_is_refused(tmp_path: Path) -> None:
         store(tmp_path / "K.zarr", dtype=torch.int32)
     stubborn = Forward(lambda m, x: m.fc(x), fc=nn.Linear(6, 2))
     stubborn.lock = threading.Lock()
-    with pytest.raises(at.TangentError, match=r"cannot be copied to be evaluated in torch.float32 .*; pass it in that"):
+    with pytest.raises(at.TangentError, match=r"copied in order to evaluate it in torch.float32 .*; pass it in that"):
         store(tmp_path / "K.zarr", model=stubborn, dtype=torch.float32)
 
 
@@ -292,7 +292,7 @@ def test_tiles_are_chosen_for_many_and_for_the_memory() -> None:
         at.plan_kernel(network(), x, outputs="trace", tile=3000, memory_limit=1_000_000)
     for options in ({"memory_limit": 4_000}, {"tile": 5}):
         with pytest.raises(
-            at.TangentError, match=r"would cut the kernel at \d+ places, and .*; use a larger tile, a larger"
+            at.TangentError, match=r"would make \d+ ranges of samples, and .*; use a larger tile, a larger"
         ):
             at.plan_kernel(network(), x, outputs="trace", **options)
 
@@ -347,7 +347,7 @@ def changed(model: nn.Module) -> nn.Module:
     [
         (
             {"model": changed(network())},
-            "at other parameters; resume it with what it was begun with, or give another path",
+            "at other parameters; resume it with its original arguments, or give another path",
         ),
         ({"x": data() + 1e-12}, "of other data x;"),
         (
@@ -357,7 +357,7 @@ def changed(model: nn.Module) -> nn.Module:
         ({"x2": data()}, r"of other data x2, with or without x2;"),
         ({"outputs": "diagonal"}, r"with other outputs \(full, now diagonal\)"),
         ({"wrt": "2.*"}, r"for other parameters \(wrt\)"),
-        ({"by_block": True}, "by blocks, and now it is not, or the other way round"),
+        ({"by_block": True}, "with the other choice of by_block, or of other blocks"),
         ({"tile": 4}, r"in tiles of another size \(3, now 4\)"),
         ({"dtype": torch.bfloat16}, r"in another dtype \(float64, now float32\), from features in another dtype"),
         (
@@ -398,11 +398,11 @@ def test_a_store_of_another_version_or_network_is_not_resumed(begun: Path, tmp_p
 
 def test_a_store_that_is_there_is_not_overwritten(begun: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        at.TangentError, match=r"there is a kernel store at .* already, incomplete; go on with it by resume"
+        at.TangentError, match=r"there is a kernel store at .* already, incomplete; continue it with resume"
     ):
         store(begun, outputs="full")
     done = store(tmp_path / "done.zarr").path
-    with pytest.raises(at.TangentError, match="already, complete; go on with it by resume=True"):
+    with pytest.raises(at.TangentError, match="already, complete; continue it with resume=True"):
         store(done)
     before = files(done)
     assert store(done, resume=True).complete
@@ -463,9 +463,7 @@ def test_a_full_disk_loses_nothing_and_leaves_no_store_that_looks_complete(tmp_p
     x = data(60)
     options = {"x": x, "outputs": "full", "tile": 12}
     expected = files(store(tmp_path / "expected.zarr", **options).path)
-    words = (
-        "^kernel_to_store: there is no room left for .*; the tiles that are there stay: free some room and go on with"
-    )
+    words = "^kernel_to_store: there is no room left for .*; the finished tiles stay: free some room and continue with"
     with small_disk(tmp_path / "disk", 120_000) as mounted:
         path = tmp_path / "disk" / "K.zarr"
         monkeypatch.setattr(storing, "_check_room", lambda *_: None)
@@ -490,8 +488,8 @@ def test_a_full_disk_loses_nothing_and_leaves_no_store_that_looks_complete(tmp_p
 def test_a_kernel_that_cannot_fit_on_the_disk_is_refused_before_work(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(storing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 600, 400))
     message = (
-        r"^kernel_to_store: the kernel takes up to 5.47 kB and .* has 400 bytes of room; free some, give a path elsewhere, "
-        r"or store outputs='trace', which takes up to 608 bytes$"
+        r"^kernel_to_store: the kernel takes up to 5.47 kB and the disk of .* has 400 bytes free; free more, "
+        r"give a path elsewhere, or store outputs='trace', which takes up to 608 bytes$"
     )
     with pytest.raises(at.TangentError, match=message):
         store(tmp_path / "K.zarr", outputs="full")
@@ -507,7 +505,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: An
             store(tmp_path / "K.zarr")
     with (
         stopping(3, error),
-        pytest.raises(at.TangentError, match=r"cannot be written .*mend that and go on with resume"),
+        pytest.raises(at.TangentError, match=r"cannot be written .*fix that and continue with resume"),
     ):
         store(tmp_path / "K.zarr")
     assert store(tmp_path / "K.zarr", resume=True).complete
@@ -542,9 +540,7 @@ def test_a_tile_that_a_dead_process_had_claimed_keeps_the_store_incomplete(tmp_p
     path = tmp_path / "K.zarr"
     with monkeypatch.context() as patch:
         patch.setattr(storing, "claim", lambda folder, name: name != "1-2")
-        message = (
-            r"^kernel_to_store: 1 of 10 tiles are missing from .*, those of a process that ended early; make them with"
-        )
+        message = r"^kernel_to_store: 1 of 10 tiles are missing from .*, because a process ended early; make them with"
         with pytest.raises(at.TangentError, match=message):
             store(path)
     assert (at.open_kernel(path).complete, at.open_kernel(path).missing()) == (False, [(1, 2)])
@@ -575,7 +571,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
         assert store(path).complete
     assert len(set(refusals)) == 1
     assert refusals[0].startswith(f"kernel_to_store: {path} is being written by process {os.getpid()} on ")
-    assert refusals[0].endswith(f"; wait for it or end it (if it is long gone, delete {path / '.lock'})")
+    assert refusals[0].endswith(f"; wait for it or end it (if it no longer exists, delete {path / '.lock'})")
     assert files(path) == files(store(tmp_path / "alone.zarr").path)
 
 

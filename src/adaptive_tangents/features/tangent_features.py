@@ -338,7 +338,7 @@ class TangentFeatures:
         if mine != theirs or self.c != other.c:
             raise TangentError(
                 f"kernel: the two features differ: blocks {mine} with {self.c} outputs and {theirs} with {other.c}; "
-                "make both with the same model, wrt and output_fn"
+                "make both from the same model, wrt and output_fn"
             )
         if (self.dtype, self.device) != (other.dtype, other.device):
             raise TangentError(

@@ -15,16 +15,16 @@ from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.blocks import Block, Slot, stack_blocks
+from adaptive_tangents.features.blocks import Block, stack_blocks
 from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
-from adaptive_tangents.features.plans import WORKING_BYTES
-from adaptive_tangents.features.summands import Dense, Index, sum_tensors, tensors_of
+from adaptive_tangents.features.summands import Dense, Index
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.features.transforms import Joint, Sides, Transform
+from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.linalg.hadamard import SignRows, paired_rows
 from adaptive_tangents.runtime import tensor_files as files
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.sketching.block_projection import acts_on, projected
 
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
@@ -165,7 +165,7 @@ class SketchedFeatures(TangentFeatures):
         blocks: the sketched or exact features of each parameter block, by name.
         parameters: name and shape of each sketched block or exact parameter.
         limit: bytes that ``dense`` and ``kernel`` may use; None is half of what is free.
-        sketch: the sketch.
+        sketch: how the features were sketched.
         shapes: the shape (o, i) of each block before it was sketched, by name.
         fingerprint: a hash of the model's parameters; None if unknown.
     """
@@ -211,7 +211,7 @@ class SketchedFeatures(TangentFeatures):
             TangentError: when a transform acts on the sides or entries of a sketched block.
         """
         for name, transform in transforms.items():
-            if name in self.sketched and not _acts_on(transform, self.blocks[name]):
+            if name in self.sketched and not acts_on(transform, self.blocks[name]):
                 raise TangentError(
                     f"transformed: block {name!r} is a sketch, on which {type(transform).__name__} cannot act by sides or "
                     "entries; transform first and sketch then, sketch.apply(feats.transformed(M))"
@@ -351,15 +351,9 @@ class SketchedMeasure:
 
 
 def sketch_features(
-    model: nn.Module,
-    x: Batch,
-    sketch: Sketch,
-    *,
-    params: Mapping[str, Tensor] | None = None,
-    wrt: Selection | None = None,
-    output_fn: OutputFn | None = None,
-    memory_limit: int | None = None,
-) -> SketchedFeatures:
+    model: nn.Module, x: Batch, sketch: Sketch, *, params: Mapping[str, Tensor] | None = None,
+    wrt: Selection | None = None, output_fn: OutputFn | None = None, memory_limit: int | None = None,
+) -> SketchedFeatures:  # fmt: skip
     r"""The sketch of tangent features, made a few samples at a time: the factors of all samples are never held.
 
     Up to rounding it equals ``sketch.apply(tangent_features(...))``, in whatever batches the samples come.
@@ -435,7 +429,7 @@ def _sketched(
     for name, block in feats.blocks.items():
         block = block.map(dtype=working_dtype(feats.dtype))
         if name in projections:
-            blocks[name] = _projected(block, projections[name])
+            blocks[name] = projected(block, projections[name])
             parameters[name] = blocks[name].shape
         else:
             blocks[name] = block.of([Dense(block.features())])
@@ -443,28 +437,6 @@ def _sketched(
     shapes = _shapes(feats)
     held = (feats.n, feats.c, blocks, parameters, feats.limit)
     return SketchedFeatures(*held, sketch=sketch, shapes=shapes, fingerprint=fingerprint)
-
-
-def _projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...]) -> Block:
-    size = len(repetitions[0][0].chosen)
-    shape = (len(repetitions), size)
-    made = []
-    for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size)):
-        some = block.map(index=part)
-        # From one (n, c, k) per repetition to (n, c, r, k).
-        rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]
-        made.append(torch.stack(rows, 2) / math.sqrt(size * len(repetitions)))
-    dense = Dense(made[0] if len(made) == 1 else torch.cat(made))
-    return Block(block.name, shape, (Slot(block.name, shape, 0, size),), dense=dense)
-
-
-def _bytes_per_sample(block: Block, size: int) -> int:
-    """Working memory for one sample: its projected signals, and their products with the inputs."""
-    factored = block.dense is None and block.weighted is None and block.shared is None
-    positions = max(1, block.positions if factored else min(block.shape))
-    # With signals on the output side, the width of the input side (a table of words, for example) does not count.
-    width = block.shape[0] if factored and block.flipped is None else max(block.shape)
-    return positions * block.outputs * (2 * size + 2 * width) * tensors_of(block.summands[0])[0].element_size()
 
 
 def _shapes(feats: TangentFeatures) -> dict[str, tuple[int, int]]:
@@ -476,10 +448,3 @@ def _refuse_sketch(call: str, feats: TangentFeatures) -> None:
         raise TangentError(
             f"{call}: the features are {feats.origin} already; give exact ones, as tangent_features makes them"
         )
-
-
-def _acts_on(transform: Transform, block: Block) -> bool:
-    """Whether a transform acts on the coordinates of a sketched block as it acts on the block."""
-    if isinstance(transform, Joint):
-        return tuple(transform.direction[block.name].shape) == block.shape
-    return isinstance(transform, Sides) and transform.left is None and transform.right is None
