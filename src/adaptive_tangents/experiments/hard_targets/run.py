@@ -168,7 +168,7 @@ def _measurer(
 def sizes(transforms: Mapping[str, Transform]) -> dict[str, float]:
     """Nuclear and Frobenius norm of M − I, over both sides of all layers.
 
-    >>> from adaptive_tangents.transforms import Matrix
+    >>> from adaptive_tangents.features.transforms import Matrix
     >>> found = sizes({"layer": Sides(Matrix(4 * torch.eye(2)), None)})
     >>> round(found["nuclear"], 6), round(found["frobenius"] ** 2, 6)
     (6.0, 18.0)

@@ -78,6 +78,7 @@ def run(
 
     Raises TangentError where the data cannot be had or hold too few digits, and where training diverges.
 
+    >>> from adaptive_tangents.experiments.training import SGD
     >>> config = KernelSpectraConfig(seeds=1, width=6, training=SGD(epochs=1), kernel_samples=16, path_nodes=2)
     >>> list(run(config).results["targets"]["sign"]["share"])
     ['initial', 'average', 'final', 'adapted']
