@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents import cli
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.datasets.images import Dataset
 from adaptive_tangents.experiments.exact_solvers.run import ExactSolversConfig
 from adaptive_tangents.experiments.feature_change.networks import TRAINING, Training
@@ -174,18 +174,18 @@ def assert_same(one: RunResult, other: RunResult, *, rel: float = 0.0) -> None:
 def explained_in_rounds(rounds: int) -> Iterator[None]:
     """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("adaptive_tangents.explain"), "_ROUNDS", rounds)
+        patch.setattr(importlib.import_module("adaptive_tangents.measures.explain"), "_ROUNDS", rounds)
         yield
 
 
 @contextmanager
 def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
     """A page whose figures but one are empty axes: what commands do with a page is no matter of what it shows."""
-    page = cli.PAGES[experiment]()
+    page = PAGES[experiment]()
     figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
     plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cli.PAGES, experiment, plain)
+        patch.setitem(PAGES, experiment, plain)
         yield
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_tangents import cli
 from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import over_seeds
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
@@ -139,7 +139,7 @@ def test_evidence_has_the_spread_over_seeds(small) -> None:
 def test_the_page_shows_every_claim_and_both_seeds(small, tmp_path) -> None:
     write_results(small[0].results, small[0].arrays, tmp_path)
     with plain_figures("kernel-alignment"):
-        text = build_report(tmp_path, cli.PAGES).read_text("utf-8")
+        text = build_report(tmp_path, PAGES).read_text("utf-8")
     assert text.count("what would refute it") == 1
     assert "over 2 seeds" in text
     assert "0.40 against 0.17" in text

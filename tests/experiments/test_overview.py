@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_tangents import cli
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import claim
 from adaptive_tangents.experiments.registry import STUDIES
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_of_all_has_every_claim_of_every_experiment_and_counts_verdicts(runs: Path) -> None:
     folder = collect(runs, STUDIES, command="adaptive-tangents reproduce all")
-    page = build_report(folder, cli.PAGES).read_text("utf-8")
+    page = build_report(folder, PAGES).read_text("utf-8")
     for name in ("kernel-alignment", "penalties"):
         for kept in _results(name)["claims"].values():
             assert kept["claim"] in page

@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.sample_complexity import run as sample_complexity
 from adaptive_tangents.experiments.sample_complexity import training as subset_training
@@ -539,7 +540,7 @@ def test_the_page_says_what_the_published_curve_measures_and_every_claim(models,
     )
     found = run(replace(config, max_epochs=1, strengths=(10.0,)))
     with plain_figures("sample-complexity"):
-        page = report.build_report(write_results(found.results, found.arrays, tmp_path), cli.PAGES).read_text("utf-8")
+        page = report.build_report(write_results(found.results, found.arrays, tmp_path), PAGES).read_text("utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     assert "every epoch is a fresh random subset of size n" in text
     assert "the number of samples an epoch, out of all 60,000 (MNIST)" in text

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
+from adaptive_tangents.commands import inspect as inspect_command
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.inspection import InspectConfig, outputs, run
 from adaptive_tangents.inspection import figures as inspection_figures
 from adaptive_tangents.inspection import page as inspection_report
@@ -276,7 +278,7 @@ def test_features_keep_the_smaller_form_and_are_the_same() -> None:
 def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _, data = problem("mlp")
     tangents = Tangents(model, data.x, lambda out: out, None)
-    limit = "adaptive_tangents.inspection.tangents.memory_limit"
+    limit = "adaptive_tangents.inspection.tangents.limit_for"
     monkeypatch.setattr(limit, lambda *_: 10_000)
     assert fitting_chunk(tangents, Cost(1, 100, 350), 50)[1] < 50
     with pytest.raises(at.TangentError, match=r"features of one sample take .* too little for 8 samples; narrow --wrt"):
@@ -286,7 +288,7 @@ def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: 
 def test_chunks_shrink_where_memory_has_become_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     model, start, _, data = problem("mlp")
     free = iter([9, 9, 3, 0] + [9] * 20)
-    monkeypatch.setattr("adaptive_tangents.inspection.tangents.memory_limit", lambda *_: 100 * next(free))
+    monkeypatch.setattr("adaptive_tangents.inspection.tangents.limit_for", lambda *_: 100 * next(free))
     tangents = Tangents(model, data.x, lambda out: out, None, chunk=6, making=100)
     assert [len(part) for part, _ in tangents._parts()] == [6, 6, 3, 1, 4]
     assert tangents.at(start).n == 20
@@ -401,7 +403,7 @@ def page(found: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("page")
     extra = {"command": "adaptive-tangents inspect", "model": "networks:conv", "data_file": "data.npz"}
     write_results(found["conv"].results | extra, found["conv"].arrays, folder)
-    report.build_report(folder, cli.PAGES)
+    report.build_report(folder, PAGES)
     return folder
 
 
@@ -581,7 +583,7 @@ def test_interruption_says_that_nothing_was_written(files: Path, monkeypatch: py
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_inspection", interrupt)
+    monkeypatch.setattr(inspect_command, "run_inspection", interrupt)
     arguments = ["--model", "networks_of_test.py:mlp", "--start", "a.safetensors", "--end", "b.safetensors"]
     done = inspect(*arguments, "--data", "table.npz", "--out", "run")
     assert done.exit_code == 130

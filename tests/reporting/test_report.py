@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from adaptive_tangents import cli
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import over_seeds
 from adaptive_tangents.experiments.kernel_alignment import page as kernel_alignment
@@ -139,7 +139,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result folder with its report, never changed by a test."""
     directory = tmp_path_factory.mktemp("run")
     write_results(_results(), _arrays(), directory)
-    report.build_report(directory, cli.PAGES)
+    report.build_report(directory, PAGES)
     return directory
 
 
@@ -248,7 +248,7 @@ def test_a_page_that_cannot_be_built_leaves_the_old_page_untouched(built: Path, 
     write_results(results, _arrays(), tmp_path / "run")
     message = r"report: results\.json is incomplete \(.*versions.*\); run the experiment"
     with plain_figures("kernel-alignment", but="kernels"), pytest.raises(TangentError, match=message):
-        report.build_report(tmp_path / "run", cli.PAGES)
+        report.build_report(tmp_path / "run", PAGES)
     assert (tmp_path / "run" / "report.html").read_bytes() == (built / "report.html").read_bytes()
 
 
@@ -300,7 +300,7 @@ def test_an_unusable_folder_is_refused_with_the_remedy(tmp_path: Path, spoil: An
     write_results(_results(), _arrays(), tmp_path / "run")
     spoil(tmp_path / "run")
     with plain_figures("kernel-alignment", but="models"), pytest.raises(TangentError, match=f"^report: {message}"):
-        report.build_report(tmp_path / "run", cli.PAGES)
+        report.build_report(tmp_path / "run", PAGES)
 
 
 @pytest.mark.parametrize("where", ["arrays", "a figure", "the context", "the template"])
@@ -507,7 +507,7 @@ def test_no_notation_is_left_unset(built: Path) -> None:
 def test_the_same_results_give_the_same_page(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "run")
     with plain_figures("kernel-alignment", but="kernels"):
-        pages = [report.build_report(tmp_path / "run", cli.PAGES).read_bytes() for _ in range(2)]
+        pages = [report.build_report(tmp_path / "run", PAGES).read_bytes() for _ in range(2)]
     assert pages[0] == pages[1]
     assert len(pages[0]) > 50_000
 
@@ -522,7 +522,7 @@ def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path
     results["targets"] = emptied(results["targets"])
     results["metrics"] = _flat(results["targets"])
     write_results(results, _arrays(), tmp_path)
-    text = report.build_report(tmp_path, cli.PAGES).read_text(encoding="utf-8")
+    text = report.build_report(tmp_path, PAGES).read_text(encoding="utf-8")
     assert "Unanswered" in text
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import parallel_works
 from adaptive_tangents import TangentError, cli
+from adaptive_tangents.commands import reproduce
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.runs.parallel import side_by_side
 from adaptive_tangents.runs.results import load_results
@@ -91,8 +92,8 @@ def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> Non
 
 def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monkeypatch) -> None:
     few = {name: STUDIES[name] for name in ("penalties", "weight-spectra")}
-    monkeypatch.setattr(cli, "STUDIES", few)
-    monkeypatch.setattr(cli, "_cores", lambda: 2)  # a thread each: other sums have other roundings
+    monkeypatch.setattr(reproduce, "STUDIES", few)
+    monkeypatch.setattr(reproduce, "cores", lambda: 2)  # a thread each: other sums have other roundings
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
+from adaptive_tangents.commands import console, reproduce
 from adaptive_tangents.experiments.kernel_alignment import run as kernel_alignment
 from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
@@ -90,7 +91,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     out, _ = folder
     before = json.loads((out / "results.json").read_text())["metrics"]
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
-    monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
+    monkeypatch.setattr(reproduce, "finish", lambda folder: None)  # draws what is drawn already
     (out / "results.json").unlink()
     with made_up_data():
         done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
@@ -148,9 +149,9 @@ def test_version_is_the_packages() -> None:
 
 def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(cli, "_reproduce", lambda each, asked_of, folder, *_, **__: asked.append(folder))
-    monkeypatch.setattr(cli, "_finish", lambda folder: None)
-    monkeypatch.setattr(cli, "collect", lambda folder, names, *, command: asked.append(folder))
+    monkeypatch.setattr(reproduce, "run", lambda each, asked_of, folder, *_, **__: asked.append(folder))
+    monkeypatch.setattr(reproduce, "finish", lambda folder: None)
+    monkeypatch.setattr(reproduce, "collect", lambda folder, names, *, command: asked.append(folder))
     done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert asked == [tmp_path / name for name in STUDIES] + [tmp_path]
@@ -185,16 +186,16 @@ def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_o
 def test_resume_leaves_a_complete_run_as_it_is(tmp_path, monkeypatch) -> None:
     arguments = ["reproduce", "penalties", "--out", str(tmp_path)]
     assert runner.invoke(cli.app, arguments).exit_code == 0
-    monkeypatch.setattr(cli, "_reproduce", lambda *_, **__: pytest.fail("it was run again"))
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: pytest.fail("it was run again"))
     done = runner.invoke(cli.app, [*arguments, "--resume"])
     assert done.exit_code == 0, done.output
     assert "Report: " in done.output
-    monkeypatch.setattr(cli, "_reproduce", lambda *_, **__: (tmp_path / "again").touch())
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: (tmp_path / "again").touch())
     runner.invoke(cli.app, arguments)
     assert (tmp_path / "again").exists()
 
 
 def test_each_of_all_experiments_says_its_own_command(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["at", "reproduce", "all", "--quick"])
-    assert cli._command("penalties") == "adaptive-tangents reproduce penalties --quick"
-    assert cli._command() == "adaptive-tangents reproduce all --quick"
+    assert console.typed("penalties") == "adaptive-tangents reproduce penalties --quick"
+    assert console.typed() == "adaptive-tangents reproduce all --quick"
