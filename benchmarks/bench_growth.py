@@ -18,9 +18,10 @@ from rich.console import Console
 
 import adaptive_tangents as at
 from adaptive_tangents.datasets.images import load_digits, normalize_digits
-from adaptive_tangents.drawing import COLORS, DASHES, Arrays, Results, grid, render
 from adaptive_tangents.experiments.training import relu_network
 from adaptive_tangents.linalg.cholesky import factorize
+from adaptive_tangents.reporting.drawing import COLORS, DASHES, grid, render
+from adaptive_tangents.runs.results import Arrays, Results
 from common import OUT, drawn, write
 
 PARTS = ("kernel", "Cholesky", "decompositions", "solve and products")

@@ -1,9 +1,9 @@
-"""Write docs/results.md from the results kept in docs/results/, one small file for each experiment.
+"""Writes docs/results.md from the results kept in docs/results/, one small file an experiment.
 
 python docs/make_results.py           # or: make results
-python docs/make_results.py RUNS      # first copy the results of RUNS/NAME, made by reproduce all --out RUNS, and of
+python docs/make_results.py RUNS      # keep the results of RUNS/NAME first, made by reproduce all --out RUNS, and of
                                       # RUNS/NAME-more, another run of the same experiment
-python docs/make_results.py --check   # check that the page is up to date; write nothing
+python docs/make_results.py --check   # say whether the page is up to date, write nothing
 """
 
 import json
@@ -18,21 +18,20 @@ KEPT, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 NOTICE = "<!-- Made by docs/make_results.py from docs/results/: run make results. -->\n\n"
 INTRODUCTION = """# Results
 
-This page lists every claim that this project makes or repeats: what would refute it, what was published, what was measured,
-and the verdict of the numbers (*holds*, *holds in part*, *does not hold*). Most claims are from LeJeune & Alemohammad, *An
-Adaptive Tangent Feature Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first versions. ± is the
-standard deviation over seeds.
+Every claim this project makes or repeats, with what would refute it, what was published, what was measured, and the verdict
+of the numbers: *holds*, *holds in part*, *does not hold*. Most are from LeJeune & Alemohammad, *An Adaptive Tangent Feature
+Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first versions. ± is the standard deviation over seeds.
 `adaptive-tangents reproduce all` makes this table, and a page with figures for every experiment, from your data.
 """
 
 
 def keep(runs: Path) -> None:
-    """Copy from every experiment in a folder of runs what the page needs."""
-    from adaptive_tangents.experiments.registry import EXPERIMENTS
-    from adaptive_tangents.overview import summary
+    """Keep of every experiment in a folder of runs what the page needs."""
+    from adaptive_tangents.experiments.registry import STUDIES
+    from adaptive_tangents.runs.summary import summary
 
     KEPT.mkdir(exist_ok=True)
-    for source in sorted(path for name in EXPERIMENTS for path in runs.glob(f"{name}*/results.json")):
+    for source in sorted(path for name in STUDIES for path in runs.glob(f"{name}*/results.json")):
         kept = summary(json.loads(source.read_text("utf-8")))
         text = json.dumps(kept | {"command": anywhere(kept["command"])}, indent=1, ensure_ascii=False, sort_keys=True)
         (KEPT / f"{source.parent.name}.json").write_text(text + "\n", "utf-8")
@@ -86,7 +85,7 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         if PAGE.is_file() and PAGE.read_text("utf-8") == page():
             return 0
-        print("docs/results.md is out of date: run make results", file=sys.stderr)
+        print("docs/results.md is not what docs/results/ says: run make results", file=sys.stderr)
         return 1
     for runs in arguments:
         keep(Path(runs))

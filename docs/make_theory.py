@@ -99,7 +99,7 @@ def place_of_code(name: str) -> tuple[Path, int]:
 
 
 def place_of_test(name: str) -> tuple[Path, int]:
-    """File and line of a test named as test_file::test_name."""
+    """File and line of a test named as test_file::test_name, in whatever folder of the tests the file lies."""
     file, _, function = name.partition("::")
     path = next((ROOT / "tests").rglob(f"{file}.py"), None)
     if path is None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ WINGS = (
     "reporting",
     "inspection",
     "experiments",
+    "commands",
 )
 # Flat modules: those that every wing may use, and those that may use every wing.
 BELOW = ("_version", "errors", "checks")
@@ -51,8 +53,8 @@ ONLY_IN = {
     "mlxtend": {"datasets.images"},
     "matplotlib": {"reporting", "experiments", "inspection.figures"},
     "jinja2": {"reporting.report"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "typer": {"cli", "commands"},
+    "rich": {"commands"},
     "zarr": {"storage.store"},
     "xrfm": {"experiments"},
 }
@@ -248,11 +250,41 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
         assert (own_docstring(value) or "").strip(), f"adaptive_tangents.{name} has no docstring of its own"
 
 
-def test_the_public_names_are_those_the_map_imports() -> None:
-    assert len(set(at.__all__)) == len(at.__all__)
-    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
-    names = {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
-    assert {name for name in names if not name.startswith("_")} == set(at.__all__) - {"__version__"}
+def test_the_public_names_are_those_of_the_stub_and_few() -> None:
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text("utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert all(alias.name == alias.asname for node in found for alias in node.names), "a stub hands on names by `as`"
+    assert {alias.name for node in found if node.module is None for alias in node.names} <= set(WINGS)
+    assert at.__all__ == sorted(alias.name for node in found if node.module is not None for alias in node.names)
+    assert len(dir(at)) <= 50
+    assert set(dir(at)) == {*at.__all__, "__version__"}
+
+
+def test_importing_the_package_and_asking_the_command_line_for_help_loads_nothing_heavy() -> None:
+    script = """
+import sys, adaptive_tangents
+from adaptive_tangents.cli import app
+for asked in (["--help"], ["reproduce", "--help"], ["--version"]):
+    try:
+        app(asked)
+    except SystemExit:
+        pass
+print([name for name in ("torch", "numpy", "scipy", "matplotlib", "sklearn", "zarr") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_using_every_public_name_loads_no_part_of_scipy_and_nothing_of_reports() -> None:
+    script = """
+import sys, adaptive_tangents as at
+for name in dir(at):
+    getattr(at, name)
+heavy = ("scipy.optimize", "scipy.sparse", "scipy.linalg", "matplotlib", "jinja2", "sklearn", "mlxtend", "zarr", "typer")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 # what the tests themselves rely on

@@ -1,8 +1,6 @@
 """The commands: what they print, what they write, and how they refuse."""
 
 import json
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,24 +11,30 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_tangents import __version__, cli
-from adaptive_tangents.experiments import alignment_setup, kernel_alignment
-from adaptive_tangents.experiments.common import Asked
-from adaptive_tangents.experiments.kernel_alignment import KernelAlignmentConfig
-from adaptive_tangents.experiments.registry import EXPERIMENTS
+from adaptive_tangents.experiments.kernel_alignment import run as kernel_alignment
+from adaptive_tangents.experiments.kernel_alignment import setup as alignment_setup
+from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
+from adaptive_tangents.experiments.registry import STUDIES
+from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD, relu_network
-from experiment_cases import explained_in_rounds, plain_figures
+from study_cases import explained_in_rounds, made_up_data, plain_figures
 
 runner = CliRunner()
+WIDTH = 16
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller() -> Iterator[None]:
-    """A quick run in seconds: what the commands do with it is no matter of its numbers."""
+    """A quick run in a second: what the commands do with it is no matter of its numbers."""
     configured = kernel_alignment.configured
 
     def small(asked: Asked) -> KernelAlignmentConfig:
-        return replace(configured(asked), training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,))
+        return replace(
+            configured(asked), width=WIDTH, training=SGD(epochs=2), kernel_samples=40, path_nodes=4, strengths=(10.0,),
+            linearization_points=3,
+            near=0.5,
+        )  # fmt: skip
 
     plain = plain_figures(kernel_alignment.NAME, but="kernels")
     with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1), plain:
@@ -41,7 +45,8 @@ def smaller() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out)])
+    with made_up_data():
+        done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out)])
     assert done.exit_code == 0, done.output
     return out, done.output
 
@@ -66,7 +71,7 @@ def test_reproduce_writes_results_figures_checkpoints_and_one_page(folder) -> No
 
 def test_checkpoints_load_into_the_network_as_plain_state_dicts(folder) -> None:
     out, _ = folder
-    model = relu_network((784, 256, 256, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
+    model = relu_network((81, WIDTH, WIDTH, 1), kernel_alignment.BLOCKS, bias=True, generator=torch.Generator())
     for kind in ("start", "end"):
         model.load_state_dict(load_file(out / "checkpoints" / f"sign.{kind}.safetensors"))
 
@@ -87,7 +92,8 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
     monkeypatch.setattr(cli, "_finish", lambda folder: None)  # draws what is drawn already
     (out / "results.json").unlink()
-    done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
+    with made_up_data():
+        done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
     assert done.exit_code == 0, done.output
     after = json.loads((out / "results.json").read_text())["metrics"]
     assert after["sign.alignment.average"] == before["sign.alignment.average"]
@@ -114,7 +120,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
     [
         (
             ["reproduce", "alchemy"],
-            f"no experiment 'alchemy'; choose from {', '.join(EXPERIMENTS)} or all",
+            f"no experiment 'alchemy'; choose from {', '.join(STUDIES)} or all",
         ),
         (["reproduce", "kernel-aligment"], "or all (did you mean kernel-alignment?)"),
         (["reproduce", "penalty"], "or all (did you mean penalties?)"),
@@ -147,7 +153,7 @@ def test_all_runs_each_experiment_into_a_folder_of_its_own(tmp_path, monkeypatch
     monkeypatch.setattr(cli, "collect", lambda folder, names, *, command: asked.append(folder))
     done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert asked == [tmp_path / name for name in EXPERIMENTS] + [tmp_path]
+    assert asked == [tmp_path / name for name in STUDIES] + [tmp_path]
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_run(folder) -> None:
@@ -162,46 +168,6 @@ def test_another_experiments_folder_is_refused(folder) -> None:
     done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(folder[0])])
     assert done.exit_code == 1
     assert "experiment" in done.output
-
-
-# One process imports torch, and the runs are forked from it.
-SCRIPT = """
-import os, signal, sys, torch
-from pathlib import Path
-from adaptive_tangents.experiments.checkpoints import StoredUnits
-
-def run(folder, killed_before, resume):
-    units = StoredUnits(Path(sys.argv[1], folder), {"seed": 0}, resume=resume)
-    made = []
-
-    def make(k):
-        if k == killed_before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        made.append(k)
-        return {"x": torch.randn(3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)}
-
-    total = sum(units(f"part{k}", lambda k=k: make(k))["x"] for k in range(4))
-    print(made, total.tolist(), flush=True)
-
-for given in (("whole", -1, False), ("killed", 2, False), ("killed", -1, True)):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            run(*given)
-            code = 0
-        finally:
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def test_a_killed_run_resumed_makes_only_what_is_missing_and_ends_the_same(tmp_path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
-    whole, code, killed, rest, resumed = done.stdout.splitlines()
-    assert (code, killed, resumed) == ("0", str(-signal.SIGKILL), "0")
-    assert whole.startswith("[0, 1, 2, 3] ")
-    assert rest == whole.replace("[0, 1, 2, 3] ", "[2, 3] ")
 
 
 def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_one(tmp_path) -> None:

@@ -1,7 +1,7 @@
 """Networks and training runs of the experiments: exactly the published protocol, on any device, from one seed."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -54,6 +54,25 @@ def relu_network(
     return nn.Sequential(layers)
 
 
+def epoch(
+    loss_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> float:
+    """One step of the optimizer a batch of indices; the sum over batches of their mean loss times their size."""
+    total = 0.0
+    for index in batches:
+        loss = loss_of(index)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([loss])
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        total += loss.item() * len(index)
+    return total
+
+
 def train(
     model: nn.Module,
     x: Float[Tensor, "n ..."],
@@ -70,16 +89,14 @@ def train(
     optimizer = settings.over(model)
     batches = -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    losses = []
-    for epoch in range(settings.epochs):
-        total = 0.0
-        for index in torch.split(torch.randperm(len(x), generator=generator), settings.batch_size):
-            loss = ((model(x[index]) - y[index]) ** 2).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(index)
-        losses.append(total / len(x))
-        progress((epoch + 1) / settings.epochs)
+    losses: list[float] = []
+
+    def loss_of(index: Tensor) -> Tensor:
+        loss: Tensor = ((model(x[index]) - y[index]) ** 2).mean()
+        return loss
+
+    for done in range(settings.epochs):
+        order = torch.randperm(len(x), generator=generator)
+        losses.append(epoch(loss_of, optimizer, torch.split(order, settings.batch_size), schedule) / len(x))
+        progress((done + 1) / settings.epochs)
     return losses

@@ -1,5 +1,6 @@
-"""`inspect`: what training did to a user's own network, measured between two checkpoints. No file is read or written."""
+"""`inspect`: what training did to a user's own network, measured between two checkpoints, and its page. No file is read."""
 
-from adaptive_tangents.inspection.run import InspectConfig, InspectResult, run
+from adaptive_tangents.inspection.problem import InspectConfig
+from adaptive_tangents.inspection.run import run
 
-__all__ = ["InspectConfig", "InspectResult", "run"]
+__all__ = ["InspectConfig", "run"]

@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.measures.alignment import alignment, cka, decompose, effective_rank
-from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.measures.explain import explain, explain_operations
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
@@ -33,7 +32,7 @@ _FIT_ROUNDS = 100
 
 
 def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
-    """The measure, or None where it is not defined (a kernel that is zero, constant targets once centred)."""
+    """The measure, or None where it is not defined (a kernel that is zero, constant targets once centered)."""
     try:
         value = measure(*arguments, **keywords)
     except TangentError:
@@ -129,22 +128,6 @@ class Explained:
 
     r2: dict[str, dict[str, float | None]]
     left_out: dict[str, list[str]]
-
-
-def explain_operations(block: Block, after: Block, structure: Structure, n: int) -> float:
-    """Multiply-adds that `explain` takes for one block on n samples, counted twice."""
-    (o, i), c = block.shape, block.outputs
-    inner = 2.0 * n * c * o * i
-    if block.outer is not None and after.outer is not None:
-        t = block.outer.backward.shape[1]
-        s = after.outer.backward.shape[1]
-        inner = min(inner, 2.0 * n * t * s * (c * c * o + i))
-    forming = 2.0 * n * c * o * i * max(block.positions, after.positions)
-    sides: tuple[int, ...] = {Left: (o,), Right: (i,), TwoSided: (o, i)}.get(type(structure), ())
-    each: float = sum(4.0 * n * c * o * i * d + 2 * forming for d in sides)
-    if len(sides) == 2:  # six strengths, some ten rounds each
-        each = 60 * (each + 2 * forming + sum(d**3 for d in sides))
-    return 12 * inner + each + sum(6.0 * d**3 for d in sides)
 
 
 def explain_blocks(

@@ -184,7 +184,7 @@ def _index(word: str, titles: tuple[str, ...]) -> int:
 
 
 def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tensor, "n k"] | None, str]:
-    """The labels as targets of the reduced outputs, and what they are in words: one-hot centred, ±1, or real."""
+    """The labels as targets of the reduced outputs, and what they are in words: one-hot centered, ±1, or real."""
     if y is None:
         return None, "no labels were given"
     like = reduction.weights
@@ -193,7 +193,7 @@ def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tenso
     if not y.is_floating_point() and y.ndim == 1:
         if c > 1:
             onehot = torch.nn.functional.one_hot(y, c).to(like)
-            return (onehot - onehot.mean(0)) @ like, "one-hot labels, centred, along the outputs measured"
+            return (onehot - onehot.mean(0)) @ like, "one-hot labels, centered, along the outputs measured"
         kinds = torch.unique(y)
         if len(kinds) == 2:
             return torch.where(y == kinds[0], -1.0, 1.0).to(like)[

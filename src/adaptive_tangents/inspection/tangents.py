@@ -87,7 +87,7 @@ class Tangents:
         size = torch.finfo(one.dtype).bits // 8
         kept = sum(min(_entries(b), _dense_entries(b)) for b in one.blocks.values())
         average = sum(min(nodes * _entries(b), _dense_entries(b)) for b in one.blocks.values())
-        whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialised")
+        whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialized")
         factored, summed = one.bytes - whole, size * one.c * one.p
         making = 2 * (min(nodes * factored, summed + factored) + 2 * whole)
         return Cost(max(1, making), size * kept, size * average)

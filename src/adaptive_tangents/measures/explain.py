@@ -25,7 +25,7 @@ from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED, Left, Right, TwoSided
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_ROUNDS = 30
+_ROUNDS, _USUAL_ROUNDS = 30, 10  # of least squares: at most, and as a rule
 _CHUNK = 32_000_000
 
 
@@ -124,6 +124,22 @@ def explain(
         r2[name] = _r2(error, change)
         fit_r2[name] = _r2(pairs[0].error(best), pairs[0].change)
     return Explanation(structure, r2, _r2(errors, changes), fit_r2, chosen, transforms, sizes)
+
+
+def explain_operations(block: Block, after: Block, structure: Structure, n: int) -> float:
+    """Operations that `explain` is expected to take for one block on n samples, a multiply-add as two."""
+    (o, i), c = block.shape, block.outputs
+    inner = 2.0 * n * c * o * i
+    if block.outer is not None and after.outer is not None:
+        t = block.outer.backward.shape[1]
+        s = after.outer.backward.shape[1]
+        inner = min(inner, 2.0 * n * t * s * (c * c * o + i))
+    forming = 2.0 * n * c * o * i * max(block.positions, after.positions)
+    sides: tuple[int, ...] = {Left: (o,), Right: (i,), TwoSided: (o, i)}.get(type(structure), ())
+    each: float = sum(4.0 * n * c * o * i * d + 2 * forming for d in sides)
+    if len(sides) == 2:
+        each = len(_STRENGTHS) * _USUAL_ROUNDS * (each + 2 * forming + sum(d**3 for d in sides))
+    return 12 * inner + each + sum(6.0 * d**3 for d in sides)
 
 
 @dataclass(frozen=True)

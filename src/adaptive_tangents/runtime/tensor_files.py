@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,26 +15,34 @@ from torch import Tensor
 ReadError = (OSError, SafetensorError)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, replace: bool = True
-) -> None:
-    """Write a file in one step, and make its folder; if interrupted, ``path`` keeps what it held before.
+def write_file(path: Path, write: Callable[[IO[bytes]], Any], *, replace: bool = True) -> None:
+    """Write a file in one step, after its folder: whatever stops this, ``path`` holds all of it or what it held before.
 
-    Raises OSError if the file cannot be written, and FileExistsError if it exists and ``replace`` is false.
+    ``write`` is called with a binary file. Raises OSError where it cannot be written, and FileExistsError where it is there
+    and ``replace`` is false.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        draft.write_bytes(save(plain, metadata=dict(metadata)))
+        with draft.open("wb") as file:
+            write(file)
         if replace:
             os.replace(draft, path)
         else:
-            os.link(draft, path)  # fails if another process has just written it
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+            os.link(draft, path)  # fails where another was quicker
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, replace: bool = True
+) -> None:
+    """Write tensors by `write_file`; raises what it does."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        write_file(path, lambda file: file.write(save(plain, metadata=dict(metadata))), replace=replace)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,0 +1,53 @@
+"""`report`, and the end of every command with results: the page drawn, its findings printed."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from adaptive_tangents.commands.console import console
+from adaptive_tangents.experiments.overview_page import counts
+from adaptive_tangents.experiments.pages import PAGES as STUDY_PAGES
+from adaptive_tangents.inspection.page import PAGE as INSPECT_PAGE
+from adaptive_tangents.inspection.page import findings
+from adaptive_tangents.reporting.report import Finding, build_report, page_of, summary_table
+from adaptive_tangents.runs.results import load_results
+from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
+
+PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE}
+
+
+def finish(folder: Path) -> None:
+    """Draw the figures and the page of a result folder, and print what it finds."""
+    with console.status("Drawing the report"):
+        page = build_report(folder, PAGES)
+    results, _ = load_results(folder)
+    table = summary_table(results, page_of(results, PAGES))
+    if results["experiment"] == "inspect":
+        for sentence in findings(results):
+            console.print(f"• {sentence}", highlight=False)
+    elif results["experiment"] == NAME_OF_ALL:
+        for each, run in results["runs"].items():
+            found = ", ".join(
+                f"{count} {verdict}" for verdict, count in counts(run["claims"].values()).items() if count
+            )
+            console.print(f"{each}: {found}", highlight=False)
+    elif table:
+        _print_table(results, table)
+    for claim in results.get("claims", {}).values():
+        mark = {"holds": "✓", "holds in part": "~"}.get(claim["verdict"], "✗")
+        console.print(f"{mark} {claim['claim']}: {claim['evidence']}", highlight=False)
+    # Plain text, unwrapped: a path that is broken over lines cannot be opened.
+    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _print_table(results: Mapping[str, Any], rows: Iterable[Finding]) -> None:
+    table = Table(
+        title=f"{results['experiment']} on {results['data']['name']}, {results['data']['train']} training samples"
+    )
+    for k, heading in enumerate(("", "this run", "paper", "project, 2,850 samples")):
+        table.add_column(heading, justify="right" if k else "left", no_wrap=k > 0)
+    for label, *values in rows:
+        table.add_row(label.replace("_0", "₀"), *values)
+    console.print(table)

@@ -1,0 +1,14 @@
+"""Errors over samples and dimensions for targets of few directions: exact fits, the trained network, feature machines."""
+
+from adaptive_tangents.experiments.study import Study
+
+NAME = "low-rank-targets"
+STUDIES = (
+    Study(
+        NAME,
+        "Do adaptive features need fewer samples where targets depend on few directions?",
+        place=8,
+        minutes=19.8,
+        package=__name__,
+    ),
+)

@@ -1,0 +1,11 @@
+"""The pages of all studies and of their overview, by the name that results carry; each is imported once it is asked for."""
+
+from collections.abc import Callable
+
+from adaptive_tangents.experiments.overview_page import PAGE as OVERVIEW
+from adaptive_tangents.experiments.registry import STUDIES
+from adaptive_tangents.reporting.pages import Page
+from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
+
+PAGES: dict[str, Callable[[], Page]] = {study.name: study.page for study in STUDIES.values()}
+PAGES[NAME_OF_ALL] = lambda: OVERVIEW

@@ -1,0 +1,240 @@
+"""The page of an inspection: the findings in sentences, and what its template shows beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adaptive_tangents.inspection import figures
+from adaptive_tangents.reporting.drawing import STAGES, real
+from adaptive_tangents.reporting.pages import Page, fixed, number
+from adaptive_tangents.runs.results import Results
+
+_NOTICEABLE = 0.02
+
+
+def findings(results: Results) -> list[str]:
+    """What the numbers say, one sentence or two a finding, most important first."""
+    made = (_growth, _turn, _along, _ranks, _explained, _path, _milestones)
+    return [sentence for make in made if (sentence := make(results))]
+
+
+def headline(results: Results) -> str:
+    """The one line at the top of the page."""
+    growth, sims = results["growth"]["final"], results["alignment"]["change"]
+    grew = _times(growth)
+    if sims["initial"] is None or sims["final"] is None:
+        return f"The tangent kernel {grew}."
+    turn = sims["final"] - sims["initial"]
+    if abs(turn) <= _NOTICEABLE:
+        return f"The tangent kernel {grew}, and hardly turned: sim {fixed(sims['initial'])} → {fixed(sims['final'])}."
+    where = "toward" if turn > 0 else "away from"
+    sim = f"sim {fixed(sims['initial'])} → {fixed(sims['final'])}"
+    return f"The tangent kernel {grew} and turned {where} what was learned: {sim}."
+
+
+def _times(growth: float | None) -> str:
+    if growth is None:
+        return "has no size at the start"
+    if abs(growth - 1) < 0.05:
+        return "kept its size"
+    return f"grew {number(float(growth))}×" if growth > 1 else f"shrank to {number(float(growth))}×"
+
+
+def _growth(results: Results) -> str:
+    blocks: Mapping[str, Any] = results["blocks"]
+    names = [name for name in figures.matrices(results) if blocks[name]["growth"]["final"] is not None]
+    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over K_0; averaged over the path "
+    sentence += f"{number(results['growth']['average'])}×)"
+    if not names:
+        return sentence + "."
+    most = max(names, key=lambda name: blocks[name]["growth"]["final"])
+    heavy = max(blocks, key=lambda name: real(blocks[name]["trace_share"]["final"]))
+    first, last = (blocks[heavy]["trace_share"][stage] for stage in ("initial", "final"))
+    return (
+        f"{sentence}; most in block {most}, {number(blocks[most]['growth']['final'])}×. The largest part of K_T is {heavy}: "
+        f"{_percent(last)} of the trace, {_percent(first)} at the start."
+    )
+
+
+def _turn(results: Results) -> str:
+    parts = []
+    for goal, words in (("change", "the network’s own change f_T − f_0"), ("labels", "the labels")):
+        sims = results["alignment"].get(goal)
+        if sims is None or sims["initial"] is None or sims["final"] is None:
+            continue
+        turn = sims["final"] - sims["initial"]
+        verb = (
+            "turned toward" if turn > _NOTICEABLE else "turned away from" if turn < -_NOTICEABLE else "did not turn to"
+        )
+        centered = results["alignment_centered"][goal]
+        extra = (
+            f"; centered {fixed(centered['initial'])} → {fixed(centered['final'])}"
+            if centered["final"] is not None
+            else ""
+        )
+        parts.append(
+            f"It {verb} {words}: sim {fixed(sims['initial'])} (K_0) → {fixed(sims['average'])} (K̄) → {fixed(sims['final'])} "
+            f"(K_T){extra}."
+        )
+    cka = results["cka"]["final"]
+    if cka is not None:
+        parts.append(f"CKA of K_0 and K_T is {fixed(cka)}.")
+    return " ".join(parts)
+
+
+def _along(results: Results) -> str:
+    found = results["decomposition"]["final"]
+    if found["change_along_target"] is None:
+        return ""
+    along = _percent(found["change_along_target"])
+    sentence = f"Of the kernel’s change K_T − K_0, {along} lies along the kernel of what was learned, K_y"
+    if found["explained"] is not None:
+        sentence += (
+            f"; K_0 and K_y together make up {_percent(found['explained'])} of K_T "
+            f"(K_T ≈ {number(found['initial_weight'])} K_0 + {number(found['target_weight'])} K_y)"
+        )
+    return sentence + "."
+
+
+def _ranks(results: Results) -> str:
+    blocks = results["blocks"]
+    names = [
+        name for name in figures.matrices(results) if min(blocks[name]["shape"]) > 1 and blocks[name]["change_norm"] > 0
+    ]
+    if not names:
+        return ""
+    shares = {name: blocks[name]["effective_rank"]["participation"] / min(blocks[name]["shape"]) for name in names}
+    lowest = min(names, key=shares.__getitem__)
+    heavy = max(names, key=lambda name: real(blocks[name]["trace_share"]["final"]))
+
+    def told(name: str) -> str:
+        rank, full = blocks[name]["effective_rank"]["participation"], min(blocks[name]["shape"])
+        return f"{rank:.1f} of {full} in {name}"
+
+    both = f"{told(heavy)} and {told(lowest)}, the lowest share" if heavy != lowest else told(heavy)
+    sentence = f"The weight change has effective rank {both}; the median over {len(names)} blocks is "
+    sentence += f"{_percent(float(np.median(list(shares.values()))))} of the full rank."
+    if "two_sided" in results["models"]:
+        model = blocks[heavy]["model_rank"]["two_sided"]["participation"]
+        sentence += f" The exact adaptive model explains the same change with rank {model:.1f} in {heavy}."
+    elif "fixed" in results["models"]:
+        model = blocks[heavy]["model_rank"]["fixed"]["participation"]
+        sentence += f" Kernel regression with the unchanged K_0 would need rank {model:.1f} in {heavy}."
+    return sentence
+
+
+def _explained(results: Results) -> str:
+    explain, total = results["explain"], len(results["blocks"])
+    scale, sided = explain["layer_scale"]["total"], explain["two_sided"]
+    if sided["total"] is None:
+        if scale is None:
+            return ""
+        return f"One factor a block explains R² = {fixed(scale)} of how the features moved, on samples held out."
+    fitted = total - len(sided["left_out"])
+    wide = figures.matrices(results)
+    held = sum(name not in sided["left_out"] for name in wide)
+    where = (
+        ""
+        if fitted == total
+        else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: the others cost too much)"
+    )
+    beside = sided.get("layer_scale_there")
+    return (
+        f"A two-sided transform a block explains R² = {fixed(sided['total'])} of how the features moved, on samples held out"
+        f"{where}{'' if beside is None else f'; one factor a block {fixed(beside)}'}."
+    )
+
+
+def _path(results: Results) -> str:
+    path = results["path"]
+    sentence = (
+        f"In its averaged features the trained network is linear to {number(float(path['error_db']))} dB "
+        f"(f_T − f_0 = φ̄ Δθ up to {_percent(path['error'])}, {path['nodes']} nodes)"
+    )
+    if path["buffers_moved"]:
+        share = _percent(path["through_buffers"])
+        sentence += f"; {share} of the change went through buffers such as batch norms’ running statistics"
+        if path["through_buffers"] < 0:
+            sentence += ", which worked against what the parameters did"
+    return sentence + "."
+
+
+def _milestones(results: Results) -> str:
+    points = results["trajectory"]
+    start, end = points[0]["alignment"], points[-1]["alignment"]
+    if len(points) < 3 or start is None or end is None or abs(end - start) <= _NOTICEABLE:
+        return ""
+    half = next(
+        (p for p in points[1:] if p["alignment"] is not None and abs(p["alignment"] - start) >= abs(end - start) / 2),
+        points[-1],
+    )
+    top = max((p for p in points if p["alignment"] is not None), key=lambda p: p["alignment"])
+    last = half is points[-1]
+    sentence = (
+        "Most of the turn came after the last checkpoint but one"
+        if last
+        else f"Half of the turn was made by {half['name']}"
+    )
+    if top["alignment"] > end + _NOTICEABLE:
+        sentence += f"; the kernel was most aligned at {top['name']}, {fixed(top['alignment'])}"
+    return sentence + "."
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{100 * value:.{0 if abs(value) >= 0.1 or value == 0 else 1}f} %".replace("-", "−")
+
+
+def _applies(results: Results, name: str) -> bool:
+    """Whether a figure has anything to show."""
+    if name == "trajectory":
+        return len(results["trajectory"]) > 2
+    if name == "images":
+        return bool(results["data"]["images"])
+    if name == "explain":
+        return any(e["total"] is not None for e in results["explain"].values())
+    return True
+
+
+def _arrays(results: Results) -> list[str]:
+    names = [f"{kind}.{stage}" for kind in ("kernel", "spectrum") for stage in STAGES]
+    names += [f"singular_values.change.{name}" for name in results["blocks"]]
+    names += ["y"] if results["data"]["labels"] else []
+    return [*names, "change", *(["images", "images.index"] if results["data"]["images"] else [])]
+
+
+def _context(results: Results) -> dict[str, Any]:
+    blocks = results["blocks"]
+    shown = figures.shown_blocks(results)
+    weights = results["outputs"]["weights"]
+    ordered = sorted(weights.items(), key=lambda item: -item[1]) if weights else []
+    return {
+        "verdict": headline(results),
+        "told": findings(results),
+        "shown": shown,
+        "vectors": [name for name in blocks if name not in figures.matrices(results)],
+        "positive": [(name, value) for name, value in ordered if value > 0.1][:5],
+        "negative": [(name, value) for name, value in reversed(ordered) if value < -0.1][:5],
+        "applies": {name: _applies(results, name) for name in PAGE.figures},
+        "performance": figures.performance_key(results),
+    }
+
+
+PAGE = Page(
+    template="inspection/page.html.j2",
+    figures={
+        "kernels": figures.draw_kernels,
+        "blocks": figures.draw_blocks,
+        "trajectory": figures.draw_trajectory,
+        "images": figures.draw_images,
+        "growth": figures.draw_growth,
+        "spectra": figures.draw_spectra,
+        "ranks": figures.draw_ranks,
+        "explain": figures.draw_explain,
+    },
+    arrays=_arrays,
+    context=_context,
+    applies=_applies,
+)

@@ -1,0 +1,144 @@
+"""What the pages of all experiments share: what a page is made of, and how its numbers read."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptive_tangents.reporting import drawing
+from adaptive_tangents.reporting.drawing import Draw
+from adaptive_tangents.runs.results import Results
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What an experiment's page needs: its template, figures and their arrays, and what the template shows beside results.
+
+    ``applies`` says which figures a run has, ``headline`` which metrics of each target its summary begins with, and
+    ``labels`` what metrics are called. The template is a path within the package.
+    """
+
+    template: str
+    figures: Mapping[str, Draw]
+    arrays: Callable[[Results], list[str]]
+    context: Callable[[Results], dict[str, Any]]
+    applies: Callable[[Results, str], bool] = lambda results, figure: True
+    headline: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under their headings; the first column is what a row is about."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the page: its name, what it is for those who cannot see it, and its caption."""
+
+    name: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: paragraphs, tables and figures in their order. ``key`` is its anchor."""
+
+    key: str
+    title: str
+    parts: tuple[str | Table | Shown, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """An experiment told: the question, what was done, the answer, and sections; claims and settings come by themselves."""
+
+    title: str
+    lead: str
+    verdict: str
+    sections: tuple[Section, ...]
+
+
+def told(
+    figures: Mapping[str, Draw], arrays: Callable[[Results], list[str]], story: Callable[[Results], Story]
+) -> Page:
+    """The page of an experiment that is a story, its claims and how it was made. ``arrays`` names what figures need."""
+
+    def context(results: Results) -> dict[str, Any]:
+        kinds = {Table: "table", Shown: "figure", str: "text"}
+        found = story(results)
+        sections = [(s.key, s.title, [(kinds[type(part)], part) for part in s.parts]) for s in found.sections]
+        return {
+            "story": found,
+            "sections": sections,
+            "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
+        }
+
+    return Page("reporting/templates/study.html.j2", figures, arrays, context)
+
+
+def claims_context(results: Results, verdict: str) -> dict[str, Any]:
+    """The verdict if every claim holds, else which do not; and the command."""
+    claims = results["claims"].values()
+    failed = [claim["claim"] for claim in claims if not claim["holds"]]
+    if failed:
+        verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold; these do not: {'; '.join(failed)}."
+    return {
+        "verdict": verdict,
+        "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
+    }
+
+
+def number(value: Any) -> str:
+    """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
+
+    >>> number(0.4), number(-2.41e-9), number(None), number(True)
+    ('0.400', '−2.4·10⁻⁹', '—', 'yes')
+    """
+    if not isinstance(value, float) or value == 0 or not math.isfinite(value):
+        return given(value)
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".replace("-", "−", value < 0).split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def given(value: Any) -> str:
+    """A value someone chose or published, with the figures it came with.
+
+    >>> given(0.4), given(0.05), given("20–30"), given([0.1, 1.0]), given(None)
+    ('0.40', '0.05', '20–30', '0.1, 1', '—')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(f"{item:g}" if isinstance(item, float) else given(item) for item in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
+        "-", "−" if isinstance(value, float | int) else "-"
+    )
+
+
+def fixed(value: float | None) -> str:
+    """A value with two decimals."""
+    return drawing.fixed(value, none=given(None))
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, in words.
+
+    >>> counted(1, "seed"), counted(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {thing}{'s' if number != 1 else ''}"

@@ -1,0 +1,85 @@
+"""Several experiments at once, each in a process of its own with a share of the cores."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, cast
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runs.record import Progress
+
+Work = Callable[[Progress], None]
+
+
+def side_by_side(
+    works: Mapping[str, Work], *, at_once: int, threads: int, progress: Callable[[str, str, float], None]
+) -> None:
+    """Do all works, the first first, never more than ``at_once`` together, each in a new process with ``threads`` threads.
+
+    Works are picklable. ``progress`` hears the name of a work, its stage and the share of it that is done. The processes
+    end with this one, however it ends, and with the first of them that fails.
+    Raises TangentError where a work raises it, and where one ends in any other way.
+    """
+    spawning = multiprocessing.get_context("spawn")
+    waiting = list(works.items())
+    running: dict[Connection, tuple[str, SpawnProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, work = waiting.pop(0)
+                heard, told = spawning.Pipe(duplex=False)
+                process = spawning.Process(target=_do, args=(work, threads, told), name=name, daemon=True)
+                process.start()
+                told.close()
+                running[heard] = name, process
+            for ready in wait(list(running)):
+                heard = cast(Connection, ready)
+                name, process = running[heard]
+                try:
+                    message = heard.recv()
+                except EOFError:
+                    del running[heard]
+                    _end(name, process)
+                    continue
+                if isinstance(message, TangentError):
+                    raise message
+                progress(name, *message)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+
+
+def _end(name: str, process: SpawnProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise TangentError(
+            f"reproduce: the process of {name} ended with status {process.exitcode}; go on with --resume, and with --jobs 1 "
+            "where memory ran out"
+        )
+
+
+def _do(work: Work, threads: int, told: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    with threadpool_limits(threads):
+        try:
+            work(lambda stage, fraction: told.send((stage, fraction)))
+        except TangentError as error:
+            told.send(error)
+        except KeyboardInterrupt:
+            os._exit(130)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

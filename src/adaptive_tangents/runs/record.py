@@ -1,0 +1,89 @@
+"""What a run says of itself: progress, the seconds of its stages, its settings and software, and its results' form."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+Progress = Callable[[str, float], None]
+"""Called with the name of a stage and the fraction of all work that is done."""
+
+
+def silent(stage: str, fraction: float) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figures need."""
+
+    results: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class Clock:
+    """Wall time of each stage, and progress as a share of the work expected."""
+
+    def __init__(self, progress: Progress, total: float) -> None:
+        self.progress, self.total, self.done = progress, total, 0.0
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, work: float) -> Iterator[Callable[[float], None]]:
+        """Time one stage of so much work; gives a function that hears what fraction of it is done."""
+        began = time.perf_counter()
+        self.progress(name, self.done / self.total)
+        yield lambda fraction: self.progress(name, (self.done + work * fraction) / self.total)
+        self.done += work
+        self.progress(name, self.done / self.total)
+        self.seconds[name] = time.perf_counter() - began
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("adaptive-tangents", "torch", "numpy", "scipy")
+    return {name.replace("-", "_"): metadata.version(name) for name in names} | {"python": platform.python_version()}
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A config's fields as plain values, without the folder of the data: where files lie changes no number."""
+    plain = asdict(config)
+    plain.pop("data_dir", None)
+    return dict(json.loads(json.dumps(plain)))
+
+
+def heading(name: str, config: Mapping[str, Any], clock: Clock, device: str = "cpu") -> dict[str, Any]:
+    """What results.json says of every run: settings, software, machine, seconds."""
+    return {
+        "experiment": name,
+        "config": dict(config),
+        "versions": versions(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """Every number of a nested mapping under its path, joined by dots.
+
+    >>> flatten({"sign": {"alignment": {"average": 0.3}, "reason": "words are left out"}})
+    {'sign.alignment.average': 0.3}
+    """
+    flat: dict[str, float | None] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat

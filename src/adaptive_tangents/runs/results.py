@@ -1,0 +1,86 @@
+"""Result folders: written whole or not at all, read back with clear errors."""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.tensor_files import write_file
+
+Results = Mapping[str, Any]
+Arrays = Mapping[str, NDArray[Any]]
+
+RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
+
+
+def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
+    """Write `results.json` and `arrays.npz` into `directory`, each replaced in one step; return the folder.
+
+    Non-finite numbers become null. Raises TangentError for a value JSON has no form for, or an array of objects.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = write_results({"experiment": "demo", "loss": float("nan")}, {"x": np.zeros(3)}, folder)
+    ...     load_results(folder)
+    ({'experiment': 'demo', 'loss': None}, {'x': array([0., 0., 0.])})
+    """
+    directory = Path(directory)
+    plain = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in plain.items():
+        if array.dtype.hasobject:
+            raise TangentError(f"report: array {name!r} holds Python objects; give an array of numbers or text")
+    text = json.dumps(_plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
+    # The arrays first: a folder whose results.json is new has its arrays too.
+    # numpy 1.26 has no allow_pickle here and would store one as an array.
+    write_file(directory / ARRAYS_FILE, lambda file: np.savez_compressed(file, **plain))  # type: ignore[arg-type]
+    write_file(directory / RESULTS_FILE, lambda file: file.write(text.encode()))
+    return directory
+
+
+def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Read a result folder back as (results, arrays). Raises TangentError where a part is missing or unreadable."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise TangentError(f"report: no folder {directory}; give the folder an experiment wrote its results to")
+    source, store = directory / RESULTS_FILE, directory / ARRAYS_FILE
+    if not source.is_file():
+        raise TangentError(f"report: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
+    try:
+        results = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TangentError(f"report: {source} is not valid JSON ({error}); run the experiment again") from error
+    if not isinstance(results, dict) or "experiment" not in results:
+        raise TangentError(f"report: {source} names no experiment; run the experiment again")
+    if not store.is_file():
+        raise TangentError(f"report: no {ARRAYS_FILE} beside {source}; copy it there or run the experiment again")
+    try:
+        with np.load(store, allow_pickle=False) as archive:
+            return results, {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise TangentError(f"report: cannot read {store} ({error}); run the experiment again") from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{k}]") for k, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TangentError(
+        f"report: {where} is a {type(value).__name__}, which JSON cannot hold; give a number, text, a list or a mapping"
+    )

@@ -1,0 +1,123 @@
+"""Parts of a run, each made once: checkpoints on disk, each file whole or absent, tied to the settings that made it."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.tensor_files import ReadError, read_metadata, read_tensors, write_file, write_tensors
+
+Tensors = Mapping[str, Tensor]
+FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
+
+
+class Units:
+    """Parts of a run, each made once: here for this run only; one that stores them lets an interrupted run go on.
+
+    A part is tensors that follow from the settings and the part's name alone, whatever was made before it.
+    """
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The part, if it was made before."""
+        return None
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        """Keep a part."""
+
+    def __call__(self, name: str, make: Callable[[], Tensors]) -> dict[str, Tensor]:
+        """The part, made now if it was not before."""
+        found = self.get(name)
+        if found is None:
+            found = dict(make())
+            self.put(name, found)
+        return found
+
+
+class StoredUnits(Units):
+    """Parts of a run as checkpoints in its folder; ``resume`` finds those of an earlier run of the same settings.
+
+    Raises TangentError where the folder holds a run of other settings, or a part cannot be read or written.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.directory, self.config = directory, config
+        _claim_folder(directory, config)
+        self.found = read_checkpoints(directory, config) if resume else {}
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        return self.found.get(name)
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        self.settle()
+        write_checkpoint(self.directory, name, tensors, self.config)
+
+    def settle(self) -> None:
+        """Write the settings into the folder, which is this run's from now on."""
+        content = f"{_text(self.config)}\n".encode()
+        try:
+            write_file(self.directory / SETTINGS_FILE, lambda file: file.write(content))
+        except OSError as error:
+            raise TangentError(
+                f"reproduce: {self.directory / SETTINGS_FILE} cannot be written ({error}); choose another folder with --out"
+            ) from error
+
+
+def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    """Write one checkpoint into ``directory``/checkpoints, replacing an older one in one step.
+
+    Raises TangentError where the folder cannot be written.
+    """
+    path = directory / FOLDER / f"{name}.safetensors"
+    try:
+        write_tensors(path, tensors, {"config": _text(config)})
+    except OSError as error:
+        raise TangentError(
+            f"checkpoint: {path} cannot be written ({error}); choose another folder with --out"
+        ) from error
+    return path
+
+
+def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """All checkpoints of an earlier run with the same settings, by name.
+
+    Raises TangentError where one was made with other settings, or cannot be read.
+    """
+    found = {}
+    for path in sorted((directory / FOLDER).glob("*.safetensors")):
+        try:
+            made_with, tensors = read_metadata(path).get("config"), read_tensors(path)
+        except ReadError as error:
+            raise TangentError(
+                f"resume: {path} cannot be read ({error}); delete it, and its training is repeated"
+            ) from error
+        if made_with != _text(config):
+            raise TangentError(
+                f"resume: {path} was made with other settings; run with the same ones, without --resume, or into another "
+                "folder with --out"
+            )
+        found[path.name.removesuffix(".safetensors")] = tensors
+    return found
+
+
+def _claim_folder(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose run had other settings."""
+    try:
+        made_with = json.loads((directory / SETTINGS_FILE).read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise TangentError(f"reproduce: {directory / SETTINGS_FILE} cannot be read ({error}); delete it") from error
+    wanted = json.loads(_text(config))
+    differing = sorted(key for key in wanted.keys() | made_with.keys() if wanted.get(key) != made_with.get(key))
+    if differing:
+        raise TangentError(
+            f"reproduce: {directory} holds a run made with other settings ({', '.join(differing)}); give another folder "
+            "with --out, or delete it"
+        )
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True)

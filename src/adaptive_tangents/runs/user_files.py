@@ -1,0 +1,347 @@
+"""From names to objects for `inspect` and `kernel`: a factory to a model, files to checkpoints and to data. No pickle."""
+
+import glob
+import importlib
+import importlib.util
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.network import plainly
+from adaptive_tangents.errors import TangentError
+
+NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+_LABELS, _NAMES = "y", "classes"
+_INSPECT = "inspect"  # the command that errors are of, unless another is named
+
+
+@dataclass(frozen=True)
+class Data:
+    """A batch x of n samples, their labels or targets y (n,) or (n, k), and the names of the classes, as far as given."""
+
+    x: Batch
+    y: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return tensors(self.x)[0].shape[0]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Y where it holds class numbers (n,)."""
+        return self.y if self.y is not None and self.y.ndim == 1 and not self.y.is_floating_point() else None
+
+    def take(self, index: Tensor) -> "Data":
+        """Some of the samples."""
+        return replace(self, x=take(self.x, index), y=None if self.y is None else self.y[index])
+
+
+def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
+    """The network that a factory makes, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
+
+    Raises TangentError where the module cannot be imported, holds no such function, or that makes no `nn.Module`.
+
+    >>> load_model("torch.nn:Identity")
+    Identity()
+    """
+    source, separator, name = spec.rpartition(":")
+    if not separator or not source or not name:
+        raise TangentError(
+            f"{call}: --model is package.module:factory or path/to/file.py:factory, got {spec!r}; name the function that "
+            "makes the network after a colon"
+        )
+    module = _module(source, call)
+    factory = getattr(module, name, None)
+    if factory is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TangentError(
+            f"{call}: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes "
+            "the network"
+        )
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TangentError(
+            f"{call}: {spec} is a {type(factory).__name__}, not a function; name a function without arguments that "
+            "returns the network"
+        )
+    try:
+        model = factory()
+    except Exception as error:
+        raise TangentError(
+            f"{call}: {spec} raised {type(error).__name__}: {error}; it is called without arguments: write a function that "
+            "fills them in"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise TangentError(f"{call}: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
+    return model.eval()
+
+
+def _module(source: str, call: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if not source.endswith(".py"):
+            return importlib.import_module(source)
+        path = Path(source).resolve()
+        if not path.is_file():
+            raise TangentError(f"{call}: there is no file {source}; --model is path/to/file.py:factory")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.path.insert(0, str(path.parent))  # a script's neighbors are importable, as when it is run
+        found.loader.exec_module(module)
+        return module
+    except TangentError:
+        raise
+    except Exception as error:
+        raise TangentError(
+            f"{call}: importing {source} failed with {type(error).__name__}: {error}; run {call} where it can be imported, "
+            "or give path/to/file.py:factory"
+        ) from error
+
+
+def find_checkpoints(pattern: str, call: str = _INSPECT) -> list[Path]:
+    """Files that match a pattern, in natural order: step_9.pt before step_10.pt.
+
+    Raises TangentError where fewer than two match.
+    """
+    found = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=_natural)
+    if len(found) < 2:
+        raise TangentError(
+            f"{call}: --checkpoints {pattern!r} matches {len(found)} {'file' if len(found) == 1 else 'files'}; at least two "
+            "are needed, start and end (quote the pattern, so that the shell leaves it alone)"
+        )
+    return found
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Runs of digits as numbers, the rest as text."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path)) if part
+    ]
+
+
+def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or torch file, on the model's device and fitted to its names and shapes.
+
+    Accepts a bare state dict, or one under "state_dict", "model" or "model_state_dict", and drops a "module." or
+    "_orig_mod." that is before every name. Raises TangentError where it cannot be read without pickle, holds no state
+    dict, or lacks, adds or misshapes tensors.
+    """
+    wanted = model.state_dict()
+    device = next((t.device for t in wanted.values()), torch.device("cpu"))
+    found, where = _state(_read(path, device, call), path, call)
+    for wrapper in WRAPPERS * 2:  # either may be around the other
+        if found and all(name.startswith(wrapper) for name in found):
+            found = {name.removeprefix(wrapper): value for name, value in found.items()}
+    # Counters of an integer kind move no output; a checkpoint of safetensors may share or drop them.
+    missing = [name for name in wanted if name not in found and wanted[name].is_floating_point()]
+    unexpected = [name for name in found if name not in wanted]
+    wrong = [
+        f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if missing or unexpected or wrong:
+        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape:", wrong))
+        problems = "; ".join(f"{what} {_listed(names)}" for what, names in parts if names)
+        raise TangentError(
+            f"{call}: {path}{where} does not fit the model: {problems}; give the factory that made this checkpoint"
+        )
+    state = {name: found.get(name, value).to(value.dtype) for name, value in wanted.items()}
+    bad = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if bad:
+        raise TangentError(
+            f"{call}: {path} holds values that are not finite in {_listed(bad)}; take a checkpoint from before"
+        )
+    return state
+
+
+def _read(path: Path, device: torch.device, call: str) -> object:
+    if not path.is_file():
+        raise TangentError(f"{call}: there is no checkpoint {path}; check the name")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(device))
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TangentError(
+            f"{call}: {path} holds more than tensors, or is not a checkpoint, and pickles are never loaded; save "
+            "model.state_dict() alone, with torch.save or as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        text = str(error).strip().splitlines()
+        raise TangentError(
+            f"{call}: {path} cannot be read ({type(error).__name__}: {text[0] if text else 'nothing in it'}); save the "
+            "checkpoint again"
+        ) from error
+
+
+def _state(content: object, path: Path, call: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a checkpoint, and the key it was under, in words."""
+    if isinstance(content, Mapping):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return dict(content), ""
+        for key in NESTED:
+            inner = content.get(key)
+            if isinstance(inner, Mapping) and inner and all(isinstance(value, Tensor) for value in inner.values()):
+                return dict(inner), f", under {key!r},"
+    held = f"keys {_listed(map(str, content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    raise TangentError(
+        f"{call}: {path} holds {held}, not a state dict of tensors, nor one under {' or '.join(map(repr, NESTED))}; save "
+        "model.state_dict()"
+    )
+
+
+def load_data(path: Path, call: str = _INSPECT) -> Data:
+    """Samples of an `.npz` file: `x` (or x0, x1, … for several arguments, or other names for keywords), `y`, `classes`.
+
+    Integers stay integers (token indices, labels); floating arrays keep their dtype. Raises TangentError where the file
+    is missing, no npz, holds objects or text among its inputs, values that are not finite, or arrays of different lengths.
+    """
+    if not path.is_file():
+        raise TangentError(f"{call}: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise TangentError(f"{call}: {path} is a single array; save it with numpy.savez, as x and y")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except TangentError:
+        raise
+    except ValueError as error:
+        if "pickle" in str(error) or "Object" in str(error):
+            raise TangentError(
+                f"{call}: {path} holds pickled objects (arrays of lists of different lengths, say), which are never loaded; "
+                "save arrays of numbers"
+            ) from error
+        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
+    names = arrays.pop(_NAMES, None)
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
+        raise TangentError(f"{call}: 'classes' in {path} is a list of names, got {names.dtype} of shape {names.shape}")
+    y = arrays.pop(_LABELS, None)
+    if not arrays:
+        raise TangentError(f"{call}: {path} holds no inputs; save them as x, or as x0, x1, …, or by argument name")
+    converted = {name: _tensor(name, array, path, call) for name, array in arrays.items()}
+    targets = None if y is None else _tensor(_LABELS, y, path, call)
+    counts = {name: len(t) for name, t in converted.items()} | ({} if targets is None else {_LABELS: len(targets)})
+    if len(set(counts.values())) > 1:
+        raise TangentError(
+            f"{call}: the arrays of {path} hold different numbers of samples: "
+            f"{', '.join(f'{name} {count}' for name, count in counts.items())}; give each as many"
+        )
+    if not next(iter(counts.values())):
+        raise TangentError(f"{call}: {path} holds no samples")
+    if targets is not None:
+        targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
+        if targets.ndim > 2:
+            raise TangentError(
+                f"{call}: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)"
+            )
+    words = None if names is None else tuple(str(name) for name in names.astype(str))
+    return Data(_batch(converted, path, call), targets, words)
+
+
+def _tensor(name: str, array: NDArray[np.generic], path: Path, call: str) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise TangentError(
+            f"{call}: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as "
+            "integers"
+        )
+    if array.ndim == 0:
+        raise TangentError(f"{call}: {name!r} in {path} is a single number; its first dimension is the samples")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = int(np.argwhere(~np.isfinite(array))[0, 0])
+        raise TangentError(f"{call}: {name!r} in {path} is not finite at sample {bad}; leave it out or mend it")
+    wide = array.astype(np.int64) if array.dtype.kind in "ub" and array.dtype != np.uint8 else array
+    native: NDArray[np.generic] = np.ascontiguousarray(wide.astype(wide.dtype.newbyteorder("=")))
+    return torch.from_numpy(native)
+
+
+def _batch(arrays: Mapping[str, Tensor], path: Path, call: str) -> Batch:
+    if list(arrays) == ["x"]:
+        return arrays["x"]
+    numbered = [f"x{k}" for k in range(len(arrays))]
+    if set(arrays) == set(numbered):
+        return tuple(arrays[name] for name in numbered)
+    if "x" in arrays:
+        raise TangentError(
+            f"{call}: {path} holds x beside {_listed(name for name in arrays if name != 'x')}; give x alone, x0, x1, … for "
+            "several arguments, or every input by its argument's name"
+        )
+    return dict(arrays)
+
+
+def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
+    """The data in the model's precision and on its device: floats converted, integers widened to indices.
+
+    Raises TangentError where integers come to a network that embeds nothing, so that pixels were meant.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if not parameters:
+        raise TangentError(f"{call}: the model has no parameters; give the factory of a network")
+    dtype, device = parameters[0].dtype, parameters[0].device
+    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+    if not embeds and not any(t.is_floating_point() for t in tensors(data.x)):
+        first = tensors(data.x)[0]
+        raise TangentError(
+            f"{call}: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "
+            "embedding for them; convert x to float and normalize it as in training, e.g. (x / 255 - mean) / deviation"
+        )
+
+    def fitted(value: Tensor) -> Tensor:
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else torch.int64)
+
+    x: Batch
+    if isinstance(data.x, Tensor):
+        x = fitted(data.x)
+    elif isinstance(data.x, Mapping):
+        x = {name: fitted(value) for name, value in data.x.items()}
+    else:
+        x = tuple(fitted(value) for value in data.x)
+    return Data(x, None if data.y is None else fitted(data.y), data.classes)
+
+
+def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -> None:
+    """Run the network on two samples. Raises TangentError where it cannot take them, with their shapes and its own words."""
+    x = take(take(data.x, slice(0, 2)), None)
+    keywords = dict(x) if isinstance(x, Mapping) else {}
+    arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), plainly(model):
+            model(*arguments, **keywords)
+    except TangentError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
+        named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
+        raise TangentError(
+            f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
+            f"({type(error).__name__}: {text[0] if text else ''}); save them in the shape that it was trained on, channels "
+            "first, (1, 28, 28) for images in gray, or write a factory whose network takes these"
+        ) from error
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    words = list(names)
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

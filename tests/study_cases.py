@@ -1,0 +1,202 @@
+"""Studies made small: random images for digits, settings that take a second or two, and one run of each for all tests."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents import cli
+from adaptive_tangents.datasets.images import Dataset
+from adaptive_tangents.experiments.exact_solvers.run import ExactSolversConfig
+from adaptive_tangents.experiments.feature_change.networks import TRAINING, Training
+from adaptive_tangents.experiments.feature_change.run import FeatureChangeConfig
+from adaptive_tangents.experiments.hard_targets.run import HardTargetsConfig
+from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
+from adaptive_tangents.experiments.low_rank_targets.run import LowRankConfig
+from adaptive_tangents.experiments.penalties.run import PenaltiesConfig
+from adaptive_tangents.experiments.registry import STUDIES
+from adaptive_tangents.experiments.sample_complexity.run import SampleComplexityConfig
+from adaptive_tangents.experiments.spectra.kernels import KernelSpectraConfig
+from adaptive_tangents.experiments.spectra.weights import WeightSpectraConfig
+from adaptive_tangents.experiments.training import SGD
+from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.reporting.drawing import grid
+from adaptive_tangents.runs.record import RunResult
+from adaptive_tangents.runs.units import Tensors, Units
+
+SMALL: dict[str, Any] = {
+    "kernel-alignment": KernelAlignmentConfig(
+        seeds=2, width=12, training=SGD(epochs=3), kernel_samples=40, path_nodes=4, near=0.5, strengths=(10.0,),
+        linearization_points=5,
+    ),
+    "hard-targets": HardTargetsConfig(
+        seeds=1, width=12, training=SGD(epochs=3), kernel_samples=24, path_nodes=2, temperatures=(10.0, 0.5, 0.01)
+    ),
+    "feature-change": FeatureChangeConfig(
+        networks=("mlp", "cnn"), width=8, training={kind: Training("adam", 0.01, 1) for kind in TRAINING}, samples=24,
+        held_out=12, path_nodes=2, ridges=(0.1,), strengths=(10.0, 1.0), least_width=8, draws=20,
+    ),
+    "kernel-spectra": KernelSpectraConfig(seeds=2, width=12, training=SGD(epochs=3), kernel_samples=24, path_nodes=3),
+    "weight-spectra": WeightSpectraConfig(
+        seeds=2, samples=10, depth=3, width=20, epochs=2, batch_size=5, learning_rate=0.002, strengths=(0.1,)
+    ),
+    "penalties": PenaltiesConfig(),
+    "exact-solvers": ExactSolversConfig(samples=30, width=24),
+    "low-rank-targets": LowRankConfig(
+        sizes=(20, 40), beyond=(60,), peers=("Network",), targets=("product", "square"), seeds=2, inputs=8, other_inputs=(4,),
+        units=20, test_samples=100, product=3.0, square=3.0, epochs=6, patience=3,
+    ),
+    "sample-complexity": SampleComplexityConfig(
+        datasets=("toy",), seeds=2, sizes=(12, 30), width=8, depth=3, patience=1, max_epochs=4, validation=20, test=40,
+        exact=12,
+    ),
+}  # fmt: skip
+
+
+def made_up_digits(
+    name: str, *, data_dir: str | None = None, classes: Sequence[int] | None = None, side: int = 9
+) -> Dataset:
+    """As ``load_digits``: 120 images to train on and 30 to test, classes in turn, ``side`` pixels wide."""
+    generator = torch.Generator().manual_seed(7)
+    classes = range(10) if classes is None else classes
+
+    def some(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor(list(classes)).repeat(n)[:n]
+        faces = torch.randint(0, 256, (10, side, side), generator=torch.Generator().manual_seed(8))
+        noise = torch.randint(0, 256, (n, side, side), generator=generator)
+        return ((faces[labels] + noise) // 2).to(torch.uint8), labels
+
+    return Dataset("made up", *some(120), *some(30), "random images")
+
+
+def as_vectors(images: Tensor) -> Tensor:
+    """As ``normalize_digits``, of images of any size."""
+    flat = images.flatten(1) / 255
+    return nn.functional.normalize(flat - flat.mean(1, keepdim=True))
+
+
+def toy(
+    name: str = "toy", *, data_dir: str | None = None, train: int = 160, shape: tuple[int, ...] = (6, 6)
+) -> Dataset:
+    """As ``load_images``: three classes, each with a bright row of its own under noise."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(train + 60) % 3
+    images = torch.randint(0, 160, (train + 60, *shape), generator=generator, dtype=torch.uint8)
+    for k, label in enumerate(labels.tolist()):
+        images[k, ..., label, :] += 60
+    return Dataset(name, images[:train], labels[:train], images[train:], labels[train:], "Made up.")
+
+
+@contextmanager
+def made_up_data() -> Iterator[None]:
+    """All studies on small made-up images, and explanations that need few rounds."""
+    with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1):
+        for module in ("kernel_alignment.setup", "feature_change.run", "spectra.weights", "exact_solvers.run"):
+            patch.setattr(f"adaptive_tangents.experiments.{module}.load_digits", made_up_digits)
+            patch.setattr(f"adaptive_tangents.experiments.{module}.normalize_digits", as_vectors, raising=False)
+        patch.setattr("adaptive_tangents.experiments.sample_complexity.run.load_images", toy)
+        # A strong pull toward the identity, and no other: the fit is done after a few rounds.
+        patch.setattr("adaptive_tangents.experiments.hard_targets.run.explain", partial(explain, strengths=(10.0,)))
+        yield
+
+
+class Remembered(Units):
+    """Parts in memory; ``left`` says how many may still be made before an interruption."""
+
+    def __init__(self, parts: dict[str, dict[str, Tensor]] | None = None, left: int = 10**6) -> None:
+        self.parts = {} if parts is None else dict(parts)
+        self.left = left
+        self.made: list[str] = []
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        return self.parts.get(name)
+
+    def put(self, name: str, tensors: Tensors) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.made.append(name)
+        self.parts[name] = dict(tensors)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A small run of a study: its result, the parts it kept, and the fractions of progress that it told."""
+
+    result: RunResult
+    parts: dict[str, dict[str, Tensor]]
+    fractions: list[float]
+
+
+@cache
+def small_run(name: str) -> Run:
+    """The one small run of a study in this process, never changed by a test."""
+    units, fractions = Remembered(), list[float]()
+    with made_up_data():
+        result = STUDIES[name].run(SMALL[name], units=units, progress=lambda _, fraction: fractions.append(fraction))
+    return Run(result, units.parts, fractions)
+
+
+def assert_same(one: RunResult, other: RunResult, *, rel: float = 0.0) -> None:
+    """Results and arrays are the same, all but seconds; numbers within ``rel``."""
+
+    def compare(a: Any, b: Any, where: str) -> None:
+        if "seconds" in where:
+            return
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, list | tuple):
+            assert len(a) == len(b), where
+            for k, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{where}[{k}]")
+        elif isinstance(a, float):
+            assert a == pytest.approx(b, rel=rel, abs=0.0, nan_ok=True), where
+        else:
+            assert a == b, where
+
+    compare(one.results, other.results, "results")
+    assert one.arrays.keys() == other.arrays.keys()
+    for key, array in one.arrays.items():
+        np.testing.assert_allclose(array, other.arrays[key], rtol=rel, atol=0.0, err_msg=key)
+
+
+@contextmanager
+def explained_in_rounds(rounds: int) -> Iterator[None]:
+    """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("adaptive_tangents.explain"), "_ROUNDS", rounds)
+        yield
+
+
+@contextmanager
+def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
+    """A page whose figures but one are empty axes: what commands do with a page is no matter of what it shows."""
+    page = cli.PAGES[experiment]()
+    figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
+    plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cli.PAGES, experiment, plain)
+        yield
+
+
+def ended(function: Callable[[], object]) -> int:
+    """The status of a forked child that calls a function."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
