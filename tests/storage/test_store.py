@@ -186,7 +186,10 @@ def test_reading_keeps_to_the_memory_limit(made: at.storage.KernelStore) -> None
     ("options", "message"),
     [
         ({"rows": torch.tensor([11])}, "^read: indices of samples are 0 to 10, got others"),
-        ({"block": "0"}, "^read: .* holds one kernel, of all blocks, and block '0' was asked for; name what it holds"),
+        (
+            {"block": "0"},
+            "^read: .* holds one kernel, of all blocks, and block '0' was asked for; name a block that it holds",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(

@@ -199,7 +199,7 @@ def disproved(
 ) -> frozenset[str]:
     """Blocks whose features, summed with random weights over samples and outputs, are not the gradient of that sum.
 
-    This catches what no layer rule can see: samples in another order inside the model, say, or a changed ``Linear``.
+    This catches what no layer rule can see, such as samples in another order inside the model, or a changed ``Linear``.
     Both are compared along a random direction of the input side, which is cheaper than whole matrices. ``dtype`` is the
     least precise dtype in the graph.
     """

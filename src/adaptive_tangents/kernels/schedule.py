@@ -52,7 +52,7 @@ class FeatureCache(Generic[_Features]):
 
 
 def keys_of(place: Place, *, symmetric: bool) -> tuple[Key, Key]:
-    """The features that a tile is made of."""
+    """The keys of the features that a tile is made of: those of its rows and of its columns."""
     return (0, place[0]), (0 if symmetric else 1, place[1])
 
 

@@ -181,12 +181,12 @@ class Tiled(ABC):
             yield rows, columns, self.read(rows, columns).double()
 
     def entries(self, samples: slice) -> slice:
-        """The rows of a matrix that belong to samples."""
+        """The rows of a matrix that belong to these samples."""
         return slice(samples.start * self.width, samples.stop * self.width)
 
     @property
     def size(self) -> int:
-        """The rows of a matrix."""
+        """Number of rows of a matrix."""
         return self.n * self.width
 
     def reduced(self, value: Tensor) -> Tensor:

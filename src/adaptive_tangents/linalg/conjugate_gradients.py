@@ -56,7 +56,7 @@ def iterate(
         if progress is not None:
             progress(steps, float(_ratio(best_size, size).max()))
         moved = near(residual)
-        # Uses only the change of the residual: this keeps directions conjugate though ``near`` is rounded more coarsely.
+        # With the change of the residual, directions stay conjugate though ``near`` is less exact than the rest.
         ratio = _ratio(_inner(residual - before, moved), product)
         product = _inner(residual, moved)
         direction = moved + ratio * direction

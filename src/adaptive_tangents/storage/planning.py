@@ -85,7 +85,7 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """Peak memory of a process: features held and being made, a tile, and the room for contracting it."""
+        """Peak memory of a process: features held and being made, a tile, and the working memory of contracting it."""
         return self.layout.bytes
 
     @property

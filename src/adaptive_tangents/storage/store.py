@@ -104,7 +104,7 @@ class KernelStore:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel."""
+        """Shape of the kernel, or of each block's kernel."""
         return kernel_shape(self.outputs, self.n, self.m, self.c)
 
     @property
@@ -293,7 +293,9 @@ class KernelStore:
         if (block is None) != (not self.blocks) or (block is not None and block not in self.blocks):
             asked = "no block was named" if block is None else f"block {block!r} was asked for"
             holds = f"kernels of the blocks {', '.join(self.blocks)}" if self.blocks else "one kernel, of all blocks"
-            raise TangentError(f"{call}: {self.path} holds {holds}, and {asked}; name what it holds")
+            raise TangentError(
+                f"{call}: {self.path} holds {holds}, and {asked}; name a block that it holds, or none if there is one kernel"
+            )
         return block or ""
 
     def _tile(self, call: str, place: Place, name: str) -> Tensor:
@@ -411,7 +413,7 @@ def _settle(path: Path) -> None:
 
 
 def _positions(call: str, index: Index | None, size: int) -> Tensor:
-    """An index as positions."""
+    """A slice or indices as a vector of positions; None is all of them."""
     every = torch.arange(size)
     try:
         return every if index is None else every[index]
