@@ -11,7 +11,7 @@ import torch
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runs.parallel import side_by_side
-from adaptive_tangents.runs.record import Progress
+from adaptive_tangents.runtime.progress import Progress
 
 
 def write(folder: Path, name: str, progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """explain() against planted transforms and dense least squares (theory §7)."""
 
+import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,7 +15,9 @@ from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense, Outer
 from adaptive_tangents.features.transforms import Matrix, Sides
 
-explanation = sys.modules["adaptive_tangents.measures.explain"]  # the package's function of that name hides the module
+explanation = importlib.import_module(
+    "adaptive_tangents.measures.explain"
+)  # the function of that name hides the module
 
 SHAPES = ((4, 3, 2), (3, 5, 1), (3, 2, 0))
 STRUCTURES: dict[str, at.structures.Structure] = {
@@ -462,3 +464,7 @@ def test_a_side_too_wide_for_memory_is_refused_naming_the_block() -> None:
     ):
         at.explain(feats, moved, at.TwoSided())
     assert at.explain(feats, moved, at.Left()).r2["0"] > 0.1
+    with pytest.raises(
+        at.TangentError, match=r"explain: needs 128 bytes .* limit is 100 bytes; leave block '0' out .* left side, of 2"
+    ):
+        at.explain(feats, moved, at.Left(), memory_limit=100)

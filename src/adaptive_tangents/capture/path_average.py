@@ -18,6 +18,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Progress
 
 Buffers = Literal["same", "path"]
 
@@ -63,6 +64,7 @@ def average_features(
     output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
     buffers: Buffers = "same",
+    progress: Progress | None = None,
 ) -> AverageFeatures:
     r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
 
@@ -86,6 +88,8 @@ def average_features(
         memory_limit: bytes that may be used; None is half of what is free.
         buffers: "same" refuses floating buffers that differ between the ends (a batch norm's running statistics, for
             example); "path" moves them along the path with the parameters. Integer buffers stay as at the start.
+        progress: called with the number of nodes and the fraction of them that is done; it starts again where nodes are
+            doubled.
 
     Raises:
         TangentError: when the state dicts do not fit, nothing changes between them, or memory would exceed the limit.
@@ -127,7 +131,7 @@ def average_features(
     delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
     count = nodes or min(4, max_nodes)
     while True:
-        made, moved_by = _average(call, first, after, shift, x, count)
+        made, moved_by = _average(call, first, after, shift, x, count, progress)
         rest = change - made.matvec(delta).double()
         error = float((rest if moved_by is None else rest - moved_by).norm()) / scale
         if nodes is not None or error <= tol or count >= max_nodes:
@@ -147,7 +151,13 @@ def average_features(
 
 
 def _average(
-    call: str, first: Capture, after: Capture, shift: Mapping[str, Tensor], x: Batch, count: int
+    call: str,
+    first: Capture,
+    after: Capture,
+    shift: Mapping[str, Tensor],
+    x: Batch,
+    count: int,
+    progress: Progress | None,
 ) -> tuple[TangentFeatures, Tensor | None]:
     """Features averaged over the nodes, and the change that the buffers made."""
     points, weights = np.polynomial.legendre.leggauss(count)
@@ -159,7 +169,7 @@ def _average(
     )  # fmt: skip
     collected: dict[str, list[Block]] = {}
     by_buffers: Tensor | None = None
-    for s, w in zip((points + 1) / 2, weights / 2, strict=True):
+    for done, (s, w) in enumerate(zip((points + 1) / 2, weights / 2, strict=True), start=1):
         between = {name: torch.lerp(theta0[name], theta1[name], float(s)) for name in theta0}
         stats = {**buffers0, **{name: buffers0[name] + float(s) * step for name, step in shift.items()}}
         node = first.at(between, stats)
@@ -173,6 +183,8 @@ def _average(
         if shift:
             part = float(w) * _buffer_derivative(node, shift, x)
             by_buffers = part if by_buffers is None else by_buffers + part
+        if progress is not None:
+            progress(f"{count} nodes", done / count)
     blocks = {name: sum_blocks(parts) for name, parts in collected.items()}
     return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested), by_buffers
 

@@ -13,11 +13,12 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked, Study
 from adaptive_tangents.runs.parallel import side_by_side
-from adaptive_tangents.runs.record import Progress, settings
+from adaptive_tangents.runs.record import settings
 from adaptive_tangents.runs.results import ARRAYS_FILE, RESULTS_FILE, write_results
 from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
 from adaptive_tangents.runs.summary import collect
 from adaptive_tangents.runs.units import StoredUnits
+from adaptive_tangents.runtime.progress import Progress
 
 
 def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume: bool, jobs: int | None) -> None:

@@ -18,8 +18,9 @@ from adaptive_tangents.inspection.measures import STAGES, Explained, Models, def
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.measures.alignment import alignment, cka
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, silent, versions
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, versions
 from adaptive_tangents.runs.user_files import Data
+from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "inspect"
 _SHOWN = 24

@@ -24,6 +24,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.schedule import FeatureCache, Key, ordered
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import require_memory
+from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketched_kernel
 
 
@@ -32,21 +33,21 @@ def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
-    precision: Precision = "float32",
+    precision: Precision = "float32", progress: Progress | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
-    precision: Precision = "float32",
+    precision: Precision = "float32", progress: Progress | None = None,
 ) -> dict[str, Tensor]: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
-    precision: Precision = "float32",
+    precision: Precision = "float32", progress: Progress | None = None,
 ) -> SketchedKernel: ...  # fmt: skip
 def tangent_kernel(
     model: nn.Module,
@@ -62,6 +63,7 @@ def tangent_kernel(
     tile: int | None = None,
     sketch: Sketch | None = None,
     precision: Precision = "float32",
+    progress: Progress | None = None,
 ) -> Tensor | dict[str, Tensor] | SketchedKernel:
     """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile: features of all samples are never held at once.
 
@@ -81,6 +83,7 @@ def tangent_kernel(
         sketch: gives an unbiased estimate from this sketch, a ``SketchedKernel`` with the error of every entry; None is
             the exact kernel.
         precision: "float32", "mixed", "float64" or "bfloat16", as in ``TangentFeatures.kernel``.
+        progress: called with "tiles" (of a sketch "samples") and the fraction that is done.
 
     Raises:
         TangentError: when samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite, or
@@ -101,7 +104,7 @@ def tangent_kernel(
                 f"{call}: with sketch, kernels are made whole and in float32; leave out by_block, tile and precision, or use "
                 "sketch_features(...).kernel(...)"
             )
-        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output_fn, memory_limit)
+        return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output_fn, memory_limit, progress)
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
     capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
@@ -117,7 +120,10 @@ def tangent_kernel(
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)
-        return left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload, no-any-return]
+        found = left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload]
+        if progress is not None:
+            progress("tiles", 1.0)
+        return found  # type: ignore[no-any-return]
     kernels: dict[str, Tensor] = {}
     rows, columns = list(ranges(n, tile)), list(ranges(m, tile))
     batches = (x, x if x2 is None else x2)
@@ -129,7 +135,7 @@ def tangent_kernel(
         return capture.features(take(batches[key[0]], (rows, columns)[key[0]][key[1]]))
 
     held = FeatureCache(part, order, capacity, symmetric=x2 is None)
-    for place in order:
+    for done, place in enumerate(order, start=1):
         left, other = held.pair(place)
         right = None if other is left else other
         piece = (
@@ -141,6 +147,8 @@ def tangent_kernel(
             if name not in kernels:
                 kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))
             _place(kernels[name], values, rows[place[0]], columns[place[1]], outputs, mirror=x2 is None)
+        if progress is not None:
+            progress("tiles", done / len(order))
     return kernels if by_block else kernels[""]
 
 

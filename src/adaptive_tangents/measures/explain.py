@@ -19,6 +19,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Entrywise, Matrix, Sides, Transform
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
 from adaptive_tangents.structures.grouped import Grouped, LayerScale
 from adaptive_tangents.structures.mixed import Mixed, as_structure
@@ -59,6 +60,8 @@ def explain(
     *,
     strengths: Sequence[float] = _STRENGTHS,
     generator: torch.Generator | None = None,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Explanation:
     r"""R² of the best transform of a structure for the feature change φ₀ → φ̄ measured on the same samples.
 
@@ -72,10 +75,12 @@ def explain(
             block names to any of these but Full.
         strengths: ridges to choose from, relative to the features' mean square.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
+        memory_limit: bytes that may be used; None is that of ``start_feats``.
+        progress: called with "blocks" and the fraction of them that is done.
 
     Raises:
         TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, or the
-            structure has no least-squares fit.
+            structure has no least-squares fit, or a side of a block has too many units for the memory limit.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Linear(3, 1)
@@ -112,10 +117,13 @@ def explain(
             raise TangentError(
                 f"explain: {type(one).__name__} has no least-squares fit; use one of the named structures"
             )
+    limit = limit_for(start.limit if memory_limit is None else memory_limit, start.device)
+    for name, block in start.blocks.items():
+        _check_room(block, end.blocks[name], own[name], limit)
     r2, fit_r2, chosen = {}, {}, {}
     transforms: dict[str, Transform] = {}
     errors, changes = 0.0, 0.0
-    for name, block in start.blocks.items():
+    for done, (name, block) in enumerate(start.blocks.items(), start=1):
         pairs = [_Pair(*_wide(block, end.blocks[name], index)) for index in parts]
         best, strength = _best(pairs, own[name], strengths)
         transforms[name], chosen[name] = best, strength
@@ -123,6 +131,8 @@ def explain(
         errors, changes = errors + error, changes + change
         r2[name] = _r2(error, change)
         fit_r2[name] = _r2(pairs[0].error(best), pairs[0].change)
+        if progress is not None:
+            progress("blocks", done / len(start.blocks))
     return Explanation(structure, r2, _r2(errors, changes), fit_r2, chosen, transforms, sizes)
 
 
@@ -135,11 +145,39 @@ def explain_operations(block: Block, after: Block, structure: Structure, n: int)
         s = after.outer.backward.shape[1]
         inner = min(inner, 2.0 * n * t * s * (c * c * o + i))
     forming = 2.0 * n * c * o * i * max(block.positions, after.positions)
-    sides: tuple[int, ...] = {Left: (o,), Right: (i,), TwoSided: (o, i)}.get(type(structure), ())
+    sides = _sides(block, structure).values()
     each: float = sum(4.0 * n * c * o * i * d + 2 * forming for d in sides)
     if len(sides) == 2:
         each = len(_STRENGTHS) * _USUAL_ROUNDS * (each + 2 * forming + sum(d**3 for d in sides))
     return 12 * inner + each + sum(6.0 * d**3 for d in sides)
+
+
+def _sides(block: Block, structure: Structure) -> dict[str, int]:
+    """The units of each side that a structure has a full matrix for."""
+    (o, i), kind = block.shape, type(structure)
+    return (
+        {"left": o}
+        if kind is Left
+        else {"right": i}
+        if kind is Right
+        else {"left": o, "right": i}
+        if kind is TwoSided
+        else {}
+    )
+
+
+def _check_room(block: Block, after: Block, structure: Structure, limit: int) -> None:
+    """Raise TangentError where a matrix of one side would exceed the limit; factors on both sides need none."""
+    if _factored(block, after):
+        return
+    for side, size in _sides(block, structure).items():
+        remedy = f"leave block {block.name!r} out with wrt, or use a structure without its {side} side, of {size} units"
+        require_memory("explain", 4 * 8 * size**2, limit, remedy=remedy)
+
+
+def _factored(a: Block, b: Block) -> bool:
+    """Whether both blocks are factors and nothing else."""
+    return a.outer is not None and b.outer is not None and len(a.summands) == len(b.summands) == 1
 
 
 @dataclass(frozen=True)
@@ -256,7 +294,7 @@ def _ridge(square: Float[Tensor, "d d"], cross: Float[Tensor, "d d"], strength: 
 
 def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
     """Σ A Bᵀ for the left side (o, o), Σ Aᵀ B for the right (i, i)."""
-    if a.outer is not None and b.outer is not None and len(a.summands) == len(b.summands) == 1:
+    if a.outer is not None and b.outer is not None and _factored(a, b):
         total: Tensor | None = None
         for part in ranges(a.samples, max(1, _CHUNK // _cost(a, b))):
             x, y = (block.outer.map(SampleMap(part)) for block in (a, b))  # type: ignore[union-attr]
@@ -276,11 +314,6 @@ def _moment(a: Block, b: Block, side: str) -> Float[Tensor, "d d"]:
             total = piece if total is None else total + piece
         assert total is not None
         return total
-    size = a.shape[0 if side == "left" else 1]
-    require_memory(
-        "explain", 4 * 8 * size**2, limit_for(None), remedy=f"leave block {a.name!r} out with wrt, or use a structure "
-        f"without its {side} side, of {size} units",
-    )  # fmt: skip
     spec = "kor,kpr->op" if side == "left" else "koi,koj->ij"
     pieces = (torch.einsum(spec, x.flatten(0, 1), y.flatten(0, 1)) for x, y in _in_parts(a, b))
     return reduce(torch.add, pieces)
@@ -294,7 +327,7 @@ def _in_parts(a: Block, b: Block) -> Iterator[tuple[Float[Tensor, "n c o i"], Fl
 
 def _inner(a: Block, b: Block) -> float:
     """Σ_k ⟨A_k, B_k⟩ over samples and outputs."""
-    if a.outer is not None and b.outer is not None and len(a.summands) == len(b.summands) == 1:
+    if a.outer is not None and b.outer is not None and _factored(a, b):
         total = 0.0
         for part in ranges(a.samples, max(1, _CHUNK // _cost(a, b))):
             x, y = (block.outer.map(SampleMap(part)) for block in (a, b))  # type: ignore[union-attr]
@@ -378,7 +411,7 @@ def _check(start: TangentFeatures, end: TangentFeatures) -> None:
     }:
         raise TangentError(
             f"explain: the features differ in samples, outputs or blocks: {start!r} and {end!r}; "
-            "make both on the same samples with the same model, wrt and output"
+            "make both on the same samples with the same model, wrt and output_fn"
         )
     if start.n < 8:
         raise TangentError(f"explain: needs at least 8 samples to fit, choose and report, got {start.n}")

@@ -4,14 +4,13 @@ Several runs side by side, the summary of many, and a user's own model, checkpoi
 """
 
 from adaptive_tangents.runs.parallel import side_by_side
-from adaptive_tangents.runs.record import Clock, Progress, RunResult
+from adaptive_tangents.runs.record import Clock, RunResult
 from adaptive_tangents.runs.results import load_results, write_results
 from adaptive_tangents.runs.summary import collect
 from adaptive_tangents.runs.units import StoredUnits, Units
 
 __all__ = [
     "Clock",
-    "Progress",
     "RunResult",
     "StoredUnits",
     "Units",

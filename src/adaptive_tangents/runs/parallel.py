@@ -12,7 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runs.record import Progress
+from adaptive_tangents.runtime.progress import Progress
 
 Work = Callable[[Progress], None]
 

@@ -13,12 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Progress = Callable[[str, float], None]
-"""Called with the name of a stage and the fraction of all work that is done."""
-
-
-def silent(stage: str, fraction: float) -> None:
-    """Progress that nobody watches."""
+from adaptive_tangents.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

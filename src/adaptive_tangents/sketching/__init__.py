@@ -4,12 +4,12 @@ It makes sketches and sketched kernels, and keeps sketched features on disk. It 
 runtime.
 """
 
+from adaptive_tangents.sketching.jackknife import SketchedMeasure
 from adaptive_tangents.sketching.sketch_files import append_sketch, load_sketch, save_sketch
 from adaptive_tangents.sketching.sketches import (
     Sketch,
     SketchedFeatures,
     SketchedKernel,
-    SketchedMeasure,
     sketch_features,
 )
 

@@ -24,7 +24,9 @@ from adaptive_tangents.linalg.hadamard import SignRows, paired_rows
 from adaptive_tangents.runtime import tensor_files as files
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.sketching.block_projection import acts_on, projected
+from adaptive_tangents.sketching.jackknife import SketchedMeasure, jackknifed
 
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
@@ -293,7 +295,7 @@ class SketchedKernel:
         """√Σ(standard error)²/‖K‖ over all entries."""
         return float(self.standard_error.double().norm() / self.kernel.double().norm())
 
-    def error_of(self, measure: Callable[[Tensor], float]) -> "SketchedMeasure":
+    def error_of(self, measure: Callable[[Tensor], float]) -> SketchedMeasure:
         r"""Any measure of the kernel with its standard error and bias, by the jackknife over the R repetitions.
 
         With v from all repetitions and v_r from all but the r-th, the standard error is √((R − 1)/R Σ_r(v_r − v̄)²) and the
@@ -315,10 +317,7 @@ class SketchedKernel:
         if not self.left.sketched:
             return SketchedMeasure(value, 0.0, 0.0, count)
         rest = [[k for k in range(count) if k != r] for r in range(count)]
-        others = [float(measure(self.of_repetitions(kept))) for kept in rest]
-        mean = sum(others) / count
-        error = math.sqrt((count - 1) / count * sum((v - mean) ** 2 for v in others))
-        return SketchedMeasure(value, error, (count - 1) * (mean - value), count)
+        return jackknifed(value, [float(measure(self.of_repetitions(kept))) for kept in rest])
 
     def of_repetitions(self, repetitions: list[int]) -> Tensor:
         """The kernel from some of the repetitions alone.
@@ -330,29 +329,10 @@ class SketchedKernel:
         return self.left.only(repetitions).kernel(right, outputs=self.outputs)
 
 
-@dataclass(frozen=True)
-class SketchedMeasure:
-    """A measure of a sketched kernel, with its error.
-
-    Attributes:
-        value, standard_error, bias: the measure of the estimate, its standard error, and its bias.
-        repetitions: the number of repetitions they are from.
-    """
-
-    value: float
-    standard_error: float
-    bias: float
-    repetitions: int
-
-    @property
-    def corrected(self) -> float:
-        """The value minus its bias."""
-        return self.value - self.bias
-
-
 def sketch_features(
     model: nn.Module, x: Batch, sketch: Sketch, *, params: Mapping[str, Tensor] | None = None,
     wrt: Selection | None = None, output_fn: OutputFn | None = None, memory_limit: int | None = None,
+    progress: Progress | None = None,
 ) -> SketchedFeatures:  # fmt: skip
     r"""The sketch of tangent features, made a few samples at a time: the factors of all samples are never held.
 
@@ -366,6 +346,7 @@ def sketch_features(
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
         memory_limit: bytes that may be used; None is half of what is free.
+        progress: called with "samples" and the fraction that is done.
 
     Raises:
         TangentError: as ``tangent_features`` and ``Sketch.apply``, and when the sketch would exceed the memory limit.
@@ -392,6 +373,8 @@ def sketch_features(
         # Twice, because joining the parts copies them once.
         needed = 2 * n * made[0].bytes // made[0].n
         require_memory(call, needed, capture.limit, remedy="take a smaller dim or fewer samples")
+        if progress is not None:
+            progress("samples", part.stop / n)
     first = made[0]
     parts = [dict(feats.blocks) for feats in made]
     del made
@@ -401,12 +384,14 @@ def sketch_features(
 
 def sketched_kernel(
     model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Mapping[str, Tensor] | None,
-    wrt: Selection | None, output_fn: OutputFn | None, memory_limit: int | None,
+    wrt: Selection | None, output_fn: OutputFn | None, memory_limit: int | None, progress: Progress | None,
 ) -> SketchedKernel:  # fmt: skip
     """``tangent_kernel`` from a sketch."""
     left, right = (
         None if batch is None else
-        sketch_features(model, batch, sketch, params=params, wrt=wrt, output_fn=output_fn, memory_limit=memory_limit)
+        sketch_features(
+            model, batch, sketch, params=params, wrt=wrt, output_fn=output_fn, memory_limit=memory_limit, progress=progress
+        )
         for batch in (x, x2)
     )  # fmt: skip
     assert left is not None

@@ -22,6 +22,7 @@ from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
+from adaptive_tangents.structures.spectral import TWO_SIDED
 
 _PRODUCTS = 50  # at most, of the power iteration, which stops when the eigenvalue changes by less than _SETTLED
 _SETTLED = 1e-3
@@ -73,7 +74,7 @@ def proximal_gradient(
     r: Values,
     *,
     ridge: float,
-    structure: Structure | Mapping[str, Structure],
+    structure: Structure | Mapping[str, Structure] = TWO_SIDED,
     loss: LossName = "squared",
     offset: Values | None = None,
     tol: float = 1e-8,

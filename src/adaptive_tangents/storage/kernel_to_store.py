@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from math import prod
@@ -24,6 +24,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.schedule import FeatureCache, Key, Place, captures, dealt
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
+from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
 from adaptive_tangents.storage.locks import claim, writer_lock
@@ -31,8 +32,6 @@ from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
 from adaptive_tangents.storage.store import CLAIMS, LOCK, KernelStore, create_store, open_kernel, read_meta
-
-Progress = Callable[[str, float], None]
 
 _TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9

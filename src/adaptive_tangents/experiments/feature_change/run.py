@@ -34,8 +34,9 @@ from adaptive_tangents.features.transforms import LowRank, Matrix, Sides, Transf
 from adaptive_tangents.measures.alignment import effective_rank
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, heading, settings, silent
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading, settings
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Fixed, Full, Structure

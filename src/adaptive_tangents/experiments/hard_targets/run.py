@@ -39,8 +39,9 @@ from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.measures.alignment import alignment, representability
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, heading, silent
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.structures.spectral import TwoSided
 

@@ -46,8 +46,9 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.measures.alignment import alignment, effective_rank
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, heading, silent
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Fixed, Full, Structure

@@ -37,8 +37,9 @@ from adaptive_tangents.experiments.low_rank_targets.peers import (
 )
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, heading, settings, silent
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading, settings
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.spectral import Left, Right, TwoSided

@@ -17,8 +17,9 @@ from adaptive_tangents.experiments.penalties.claims import EXPECTED, claims
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.penalties.closed_forms import Absolute, Quadratic
 from adaptive_tangents.penalties.penalty import Penalty
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, flatten, heading, settings, silent
+from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading, settings
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 
 FORMULAS = {"omega1": "λ(z − 1)²", "omega2": "λ|z − 1|", "omega3": "ω₁ ⊕ ω₂"}
 

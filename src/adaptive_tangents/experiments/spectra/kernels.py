@@ -35,8 +35,9 @@ from adaptive_tangents.experiments.spectra.claims import kernel_claims
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.measures.alignment import effective_rank
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runs.record import Clock, Progress, RunResult, heading, silent
+from adaptive_tangents.runs.record import Clock, RunResult, heading
 from adaptive_tangents.runs.units import Units
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.structures.spectral import TwoSided
 
