@@ -55,10 +55,11 @@ ONLY_IN = {
     "jinja2": {"reporting.report"},
     "typer": {"cli", "commands"},
     "rich": {"commands"},
+    "threadpoolctl": {"runs.parallel"},
     "zarr": {"storage.store"},
     "xrfm": {"experiments"},
 }
-LAZY = {"sklearn", "mlxtend", "zarr", "xrfm"}  # imported by the function that needs them
+LAZY = {"sklearn", "mlxtend", "threadpoolctl", "zarr", "xrfm"}  # imported by the function that needs them
 
 LONGEST = 450
 MACHINE_PATH = re.compile(rb"(?<![\w.~})/-])/(?:work|root|opt|home)/")

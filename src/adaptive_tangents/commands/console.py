@@ -8,6 +8,7 @@ from functools import partial
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -64,7 +65,7 @@ def worded_errors(
     try:
         yield
     except TangentError as error:
-        errors.print(f"[red]error[/red] {error}", soft_wrap=True, highlight=False)
+        errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         errors.print(interrupted)

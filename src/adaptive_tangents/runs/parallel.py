@@ -9,7 +9,6 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, cast
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runtime.progress import Progress
@@ -69,6 +68,8 @@ def _end(name: str, process: SpawnProcess) -> None:
 def _do(work: Work, threads: int, told: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(threads):
         try:
             work(lambda stage, fraction: told.send((stage, fraction)))
