@@ -48,7 +48,7 @@ def test_a_kernel_is_decomposed_as_numpy_does_and_energies_are_those_of_projecti
     found = decomposed(torch.from_numpy(kernel), torch.from_numpy(y))
     centring = np.eye(12) - np.full((12, 12), 1 / 12)
     u, values, _ = np.linalg.svd(centring @ kernel @ centring)
-    np.testing.assert_allclose(found["centered"], values / values.sum(), atol=1e-12)
+    np.testing.assert_allclose(found["centred"], values / values.sum(), atol=1e-12)
     plain = np.linalg.svd(kernel, compute_uv=False)
     np.testing.assert_allclose(found["spectrum"], plain / np.trace(kernel), rtol=1e-10)
     centered = y - y.mean()
@@ -100,13 +100,13 @@ def test_measures_are_of_the_arrays_beside_them(small) -> None:
     for target in ("smooth", "sign"):
         for kind in KERNELS:
             found = {key: results["over_seeds"][f"{target}.{key}.{kind}"] for key in ("share", "leading", "top")}
-            assert found["share"] == pytest.approx(arrays[f"{target}.{kind}.centered"][:, 0])
+            assert found["share"] == pytest.approx(arrays[f"{target}.{kind}.centred"][:, 0])
             assert found["leading"] == pytest.approx(arrays[f"{target}.{kind}.energy"][:, 0])
             assert found["top"] == pytest.approx(arrays[f"{target}.{kind}.energy"][:, 9])
             for k in range(SMALL.seeds):
                 wanted = spearmanr(arrays[f"{target}.{kind}.diagonal"][k], np.abs(arrays[f"{target}.teacher"][k]))[0]
                 assert results["over_seeds"][f"{target}.distance.{kind}"][k] == pytest.approx(wanted)
-    assert results["metrics"]["sign.share.final"] == pytest.approx(np.mean(arrays["sign.final.centered"][:, 0]))
+    assert results["metrics"]["sign.share.final"] == pytest.approx(np.mean(arrays["sign.final.centred"][:, 0]))
 
 
 def test_rank_correlation_is_spearmans_with_ties_and_nothing_where_it_is_not_defined() -> None:

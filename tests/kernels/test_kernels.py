@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_case
 def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None:
     p = prepare(case)
-    keywords = {"wrt": case.wrt, "output": case.output_fn}
+    keywords = {"wrt": case.wrt, "output_fn": case.output_fn}
     before = fingerprint(p.model, p.x)
     for tile, outputs in ((2, "full"), (None, "trace")):
         made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)

@@ -291,7 +291,7 @@ def test_cross_entropy_refuses_what_it_cannot_fit() -> None:
         with pytest.raises(at.TangentError, match=rf"fit: labels are 0\.\.2, sample 2 has {wrong}"):
             at.fit(case.feats, bad, offset=offset, **ask)
     for ridge in (0.0, -1.0, math.inf):
-        with pytest.raises(at.TangentError, match=r"positive, finite ridge ρ, got .* can separate have no optimum"):
+        with pytest.raises(at.TangentError, match=r"positive, finite ridge ρ, got .* separate have no optimum"):
             at.fit(case.feats, labels, loss="cross-entropy", offset=offset, ridge=ridge)
     with pytest.raises(at.TangentError, match="offset is for cross-entropy"):
         at.fit(case.feats, case.r, offset=offset)
