@@ -552,12 +552,12 @@ def test_features_that_are_wrong_in_the_whole_batch_only_are_found_out(
             values[:, 1] *= 2
         return block.of([Dense(values)])
 
-    def blocks_of(groups: Any, sources: Any, out: Tensor, *rest: Any) -> Any:
-        blocks, reach = sources_file.blocks_of(groups, sources, out, *rest)
+    def blocks_from(groups: Any, sources: Any, out: Tensor, *rest: Any) -> Any:
+        blocks, reach = sources_file.blocks_from(groups, sources, out, *rest)
         return ({name: spoilt(b) for name, b in blocks.items()} if len(out) == 20 else blocks), reach
 
     checked = _watched(monkeypatch)
-    monkeypatch.setattr(passes_file, "blocks_of", blocks_of)
+    monkeypatch.setattr(passes_file, "blocks_from", blocks_from)
     feats = at.tangent_features(model, x)
     # The norm's bias has the same features for every sample.
     assert checked[1:] == [set(feats.blocks) - ({"4.bias"} if fault == "samples in another order" else set())]

@@ -13,7 +13,7 @@ from torch.nn import functional
 import adaptive_tangents as at
 from adaptive_tangents.linalg.cholesky import partial_cholesky
 from adaptive_tangents.linalg.conjugate_gradients import conjugate_gradients
-from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.linalg.kernel_systems import DenseKernel, KernelSystem, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers import certificates
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
 from adaptive_tangents.solvers.fit import check_choice
@@ -309,7 +309,7 @@ def test_cross_entropy_refuses_what_it_cannot_fit() -> None:
 @pytest.mark.parametrize("kind", ["dense", "primal", "sketched", "rounded"])
 def test_every_form_inverts_the_same_systems(kind: str) -> None:
     case = problem(6, n=5, c=2, shapes=SHAPES)
-    kernel: Kernel = {
+    kernel: KernelSystem = {
         "dense": lambda: DenseKernel(case.feats.kernel().flatten(2).flatten(0, 1)),
         "primal": lambda: PrimalKernel(case.feats),
         "sketched": lambda: PivotedKernel(FeatureProducts(case.feats), 4),

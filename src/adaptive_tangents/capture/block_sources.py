@@ -13,9 +13,9 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.capture.calls import Use
 from adaptive_tangents.capture.derivatives import backward
 from adaptive_tangents.capture.graph import Graph
-from adaptive_tangents.capture.graph_uses import Key, Signature, Term, block_of, keyed, signatures, terms_of
+from adaptive_tangents.capture.graph_uses import Signature, Term, UseKey, block_of, keyed, signatures, terms_of
 from adaptive_tangents.capture.groups import Group
-from adaptive_tangents.capture.sample_layouts import Layout
+from adaptive_tangents.capture.sample_layouts import SampleLayout
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from adaptive_tangents.runtime.memory import empty
@@ -33,7 +33,7 @@ class Choice:
     """
 
     preference: int = 0
-    layouts: Mapping[Key, Layout] | None = None
+    layouts: Mapping[UseKey, SampleLayout] | None = None
     calls: bool = True
     refused: frozenset[Signature] = frozenset()
     allowed: frozenset[Signature] | None = None
@@ -57,14 +57,14 @@ class Source:
         return len(self._arrangements)
 
     @cached_property
-    def _possible(self) -> dict[Key, tuple[Layout, ...]]:
+    def _possible(self) -> dict[UseKey, tuple[SampleLayout, ...]]:
         """The possible layouts of the samples in each use."""
         if self.uses:
             return {("call", k): use.layouts(self.n) for k, use in enumerate(self.uses)}
         return {key: term.layouts for found in keyed(self.terms).values() for key, term in found}
 
     @cached_property
-    def _arrangements(self) -> list[dict[tuple[Layout, ...], Layout]]:
+    def _arrangements(self) -> list[dict[tuple[SampleLayout, ...], SampleLayout]]:
         """Candidates: a layout for every set of possible ones. First the likeliest of all, then the second, then mixtures."""
         sets = list(dict.fromkeys(self._possible.values()))
         alike = [tuple(way[min(k, len(way) - 1)] for way in sets) for k in range(max(map(len, sets), default=1))]
@@ -72,7 +72,7 @@ class Source:
         every = dict.fromkeys([*alike, *mixtures])
         return [dict(zip(sets, ways, strict=True)) for ways in every]
 
-    def layouts(self, choice: Choice) -> dict[Key, Layout]:
+    def layouts(self, choice: Choice) -> dict[UseKey, SampleLayout]:
         """The layout to use for each use: the settled one if shapes allow it, otherwise the guess of ``preference``."""
         arrangements, known = self._arrangements, choice.layouts or {}
         guess = arrangements[min(choice.preference, len(arrangements) - 1)]
@@ -167,7 +167,7 @@ def made_from(
     return block_of(group, source.terms, gradients, out, source.layouts(choice))
 
 
-def blocks_of(
+def blocks_from(
     groups: Sequence[Group],
     sources: Mapping[str, Source],
     out: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from adaptive_tangents.capture.layers import LayerRule, rule_for
-from adaptive_tangents.capture.sample_layouts import Layout, layouts
+from adaptive_tangents.capture.sample_layouts import SampleLayout, layouts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Use:
     version: int
     edge: GradientEdge
 
-    def layouts(self, n: int) -> tuple[Layout, ...]:
+    def layouts(self, n: int) -> tuple[SampleLayout, ...]:
         """The possible layouts of the samples in the input."""
         ways = layouts(tuple(self.inputs.shape), n)
         before_last = self.inputs.ndim > 2 or not self.inputs.is_floating_point()

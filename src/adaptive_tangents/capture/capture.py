@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
-from adaptive_tangents.capture.graph import Form, form_of, same_form
+from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
@@ -99,7 +99,7 @@ class Probe:
     refuted: frozenset[str]
     index: Tensor
     out: Tensor
-    form: Form | None
+    form: GraphForm | None
     projections: Mapping[str, Tensor]
     spreads: Mapping[str, Tensor]
 

@@ -66,10 +66,10 @@ _ALIKE = {
 }  # fmt: skip
 
 
-Form = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, int, int], ...]], ...]
+GraphForm = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[int, int, int], ...]], ...]
 
 
-def form_of(graph: Graph) -> Form | None:
+def form_of(graph: Graph) -> GraphForm | None:
     """Every operation of a graph: name, output shapes, users; None if some operation may treat samples differently."""
     # Only torch's own operations end in a number: a user's function of the same name does not match.
     names = [re.sub(r"Backward\d+$", "", str(node.name())) for node in graph.parents]
@@ -81,7 +81,7 @@ def form_of(graph: Graph) -> Form | None:
     return tuple(zip(names, shapes, users, strict=True))
 
 
-def same_form(one: Form | None, n: int, two: Form | None, m: int) -> bool:
+def same_form(one: GraphForm | None, n: int, two: GraphForm | None, m: int) -> bool:
     """Whether the graphs of n and of m samples differ in the number of samples only."""
     if one is None or two is None or len(one) != len(two):
         return False

@@ -18,12 +18,12 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.capture.graph import Parents
 from adaptive_tangents.capture.groups import Group
 from adaptive_tangents.capture.layers import convolution_of, learning, lookup, normalized_channels
-from adaptive_tangents.capture.sample_layouts import Layout, arranged, gathered, layouts
+from adaptive_tangents.capture.sample_layouts import SampleLayout, arranged, gathered, layouts
 from adaptive_tangents.features.blocks import Block, Slot
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, Summand
 
 Signature = tuple[Any, ...]
-Key = tuple[Any, ...]
+UseKey = tuple[Any, ...]
 """A signature, and the number of earlier uses with the same signature."""
 Node = Any  # torch.autograd.graph.Node, but TorchScript's nodes are not of that type
 _Made = Outer | Lookup | Flipped | Dense
@@ -59,7 +59,7 @@ class Term:
     shape: tuple[int, ...]
     tail: tuple[int, ...]
     chain: tuple[Step, ...]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[SampleLayout, ...]
     factor: float = 1.0
 
     @property
@@ -129,13 +129,13 @@ def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node._input_metadata[0].shape)
 
 
-def _free(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
+def _free(tail: tuple[int, ...], shape: tuple[int, ...], way: SampleLayout) -> bool:
     """Whether a tensor of shape ``tail`` broadcasts over the samples of ``shape``."""
     padded = (1,) * (len(shape) - len(tail)) + tail
     return len(padded) == len(shape) and padded[1 if way == "second" else 0] == 1
 
 
-def _leading(tail: tuple[int, ...], shape: tuple[int, ...], way: Layout) -> bool:
+def _leading(tail: tuple[int, ...], shape: tuple[int, ...], way: SampleLayout) -> bool:
     """Whether samples are in the first dimension of ``shape``, alone or with others."""
     return way != "second"
 
@@ -149,7 +149,7 @@ class Operand:
     """
 
     kind: str
-    fits: Callable[[tuple[int, ...], tuple[int, ...], Layout], bool] = _leading
+    fits: Callable[[tuple[int, ...], tuple[int, ...], SampleLayout], bool] = _leading
     known: Callable[[Node], bool] = lambda node: True
     shape: Callable[[Node], tuple[int, ...]] = _shape
     factor: Callable[[Node], float] = lambda node: 1.0
@@ -201,7 +201,7 @@ OPERANDS: Mapping[tuple[str, int], Operand] = {
 # Features of a term, from the gradients g (c, *shape) at its output.
 
 
-def part(term: Term, slot: Slot, rows: int, way: Layout, gradient: Tensor, n: int) -> _Made:
+def part(term: Term, slot: Slot, rows: int, way: SampleLayout, gradient: Tensor, n: int) -> _Made:
     """The features of a term, in the columns (o, width) of its slot."""
     saved: Any = term.node
     if term.kind == "lookup":
@@ -228,7 +228,7 @@ def part(term: Term, slot: Slot, rows: int, way: Layout, gradient: Tensor, n: in
     return Dense(slot.place(_undone(_reduced(term, way, gradient, n), term), rows))
 
 
-def _product(term: Term, way: Layout, gradient: Tensor, n: int) -> Outer | Dense:
+def _product(term: Term, way: SampleLayout, gradient: Tensor, n: int) -> Outer | Dense:
     saved: Any = term.node
     g = arranged(gradient.reshape(len(gradient), *term.shape), way, n, lead=1)
     if term.kind == "convolution":
@@ -273,7 +273,7 @@ def _as_matrix(term: Term, slot: Slot, outer: Outer, rows: int) -> Outer | Flipp
     return None
 
 
-def _reduced(term: Term, way: Layout, gradient: Tensor, n: int) -> Tensor:
+def _reduced(term: Term, way: SampleLayout, gradient: Tensor, n: int) -> Tensor:
     """∂f/∂(arriving value), (n, c, *tail), of a sum, a scale, or one value per channel."""
     saved: Any = term.node
     g, c = term.factor * gradient if term.factor != 1 else gradient, len(gradient)
@@ -337,10 +337,10 @@ def signatures(terms: Mapping[str, list[Term]]) -> frozenset[Signature]:
     return frozenset(term.signature for found in terms.values() for term in found)
 
 
-def keyed(terms: Mapping[str, list[Term]]) -> dict[str, list[tuple[Key, Term]]]:
+def keyed(terms: Mapping[str, list[Term]]) -> dict[str, list[tuple[UseKey, Term]]]:
     """Every use with a key; the same use in another batch has the same key."""
     seen: Counter[Signature] = Counter()
-    found: dict[str, list[tuple[Key, Term]]] = {}
+    found: dict[str, list[tuple[UseKey, Term]]] = {}
     for parameter, uses in terms.items():
         found[parameter] = []
         for term in uses:
@@ -354,7 +354,7 @@ def block_of(
     terms: Mapping[str, list[Term]],
     gradients: Mapping[tuple[Any, int], Tensor],
     out: Tensor,
-    layouts: Mapping[Key, Layout],
+    layouts: Mapping[UseKey, SampleLayout],
 ) -> Block:
     """The block made from uses in the graph, each in its parameter's columns."""
     (n, c), (rows, width) = out.shape, group.matrix

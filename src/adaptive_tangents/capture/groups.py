@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.calls import Use
 from adaptive_tangents.capture.layers import bias_alone, packed_pairs, rule_for
 from adaptive_tangents.capture.network import Network
-from adaptive_tangents.capture.sample_layouts import Layout, arranged, gathered
+from adaptive_tangents.capture.sample_layouts import SampleLayout, arranged, gathered
 from adaptive_tangents.features.blocks import Block, Slot
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, Summand
 
@@ -41,7 +41,7 @@ class Group:
         """The block whose features are the sum of ``parts``."""
         return Block(self.name, self.matrix, self.slots, modes=self.modes).of(parts)
 
-    def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, ways: Sequence[Layout]) -> Block:
+    def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, ways: Sequence[SampleLayout]) -> Block:
         """The block made from all calls: positions are concatenated, features without factors are summed."""
         parts: list[Summand] = []
         for use, way in zip(uses, ways, strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_tangents.capture.batches import Batch
-from adaptive_tangents.capture.block_sources import Choice, Source, blocks_of, next_choice, source_of
+from adaptive_tangents.capture.block_sources import Choice, Source, blocks_from, next_choice, source_of
 from adaptive_tangents.capture.calls import Use, recorded_calls
 from adaptive_tangents.capture.derivatives import disproved, saved_copies
 from adaptive_tangents.capture.graph import Graph, read_graph
@@ -88,7 +88,7 @@ def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Ma
     """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source."""
     made = ((g.name, source_of(g, seen.uses, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
     sources = {name: source for name, source in made if source is not None}
-    blocks, held = blocks_of(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
+    blocks, held = blocks_from(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
     return Found(seen, target, blocks, sources, choices, held, frozenset(blocks))
 
 

@@ -6,21 +6,21 @@ from torch import Tensor
 
 from adaptive_tangents.features.summands import Dense, Lookup, Outer
 
-Layout = Literal["first", "second", "last"]
+SampleLayout = Literal["first", "second", "last"]
 """Where samples are: "first" dimension, alone or as its outer index; "second" dimension; "last": inner index of the first."""
 
 
-def layouts(shape: tuple[int, ...], n: int) -> tuple[Layout, ...]:
+def layouts(shape: tuple[int, ...], n: int) -> tuple[SampleLayout, ...]:
     """The possible layouts of n samples in a tensor, likeliest first."""
     first = bool(shape) and shape[0] > 0 and shape[0] % n == 0
     second = n > 1 and len(shape) > 1 and shape[1] == n
-    ways: list[Layout] = ["first"] if first and (shape[0] == n or not second) else []
+    ways: list[SampleLayout] = ["first"] if first and (shape[0] == n or not second) else []
     ways += ["second"] if second else []
     ways += ["first"] if first and "first" not in ways else []
     return (*ways, "last") if first and n > 1 and shape[0] != n else tuple(ways)
 
 
-def arranged(tensor: Tensor, way: Layout, n: int, *, lead: int = 0) -> Tensor:
+def arranged(tensor: Tensor, way: SampleLayout, n: int, *, lead: int = 0) -> Tensor:
     """The tensor with the samples as outer index of dimension ``lead``; what belongs to a sample follows it."""
     if way == "second":
         return tensor.transpose(lead, lead + 1)

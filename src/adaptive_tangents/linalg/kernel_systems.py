@@ -14,7 +14,7 @@ Root = Float[Tensor, "n c c"]
 _ROUNDING = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5)  # shifts of a single-precision kernel, in units of its own rounding
 
 
-class Kernel(ABC):
+class KernelSystem(ABC):
     """An adapted kernel K_M over nc outputs: its products, and the inverses that the losses need."""
 
     jitter = 0.0
@@ -32,7 +32,7 @@ class Kernel(ABC):
         """The map x ↦ (I + ½SᵀKS)⁻¹ x; S is block-diagonal, one block per sample."""
 
 
-class DenseKernel(Kernel):
+class DenseKernel(KernelSystem):
     """The kernel as a matrix, factorized."""
 
     def __init__(self, matrix: Float[Tensor, "k k"], kept: Int[Tensor, " m"] | None = None) -> None:
@@ -73,7 +73,7 @@ class DenseKernel(Kernel):
         return Factorized(torch.linalg.cholesky(system), 0.0).solve
 
 
-class FreeKernel(Kernel):
+class FreeKernel(KernelSystem):
     """A kernel known by its products in float64; systems are solved by conjugate gradients with a preconditioner."""
 
     def __init__(self, products: Products) -> None:

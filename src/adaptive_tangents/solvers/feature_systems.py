@@ -11,10 +11,10 @@ from torch import Tensor
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.cholesky import CHUNK, factorize
 from adaptive_tangents.linalg.conjugate_gradients import Solve
-from adaptive_tangents.linalg.kernel_systems import Kernel, Root, rooted_product
+from adaptive_tangents.linalg.kernel_systems import KernelSystem, Root, rooted_product
 
 
-class PrimalKernel(Kernel):
+class PrimalKernel(KernelSystem):
     """The kernel as GGᵀ, for p < nc parameters: the systems are p × p."""
 
     def __init__(self, adapted: TangentFeatures) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector, plus, product
+from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector, inner_product, plus
 from adaptive_tangents.structures.base import Matrices
 
 _MOST = 200
@@ -51,7 +51,7 @@ def newton_direction(
         with problem.timed("curvature"):
             bent = curvature(along)
         pushed = _loss_curvature(problem, here, along_outputs)
-        bend = product(along, bent) + float(along_outputs @ pushed)
+        bend = inner_product(along, bent) + float(along_outputs @ pushed)
         if not bend > 0:
             downhill = along, along_outputs
             if path:

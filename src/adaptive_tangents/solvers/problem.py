@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform, squared, transform_matrices
 from adaptive_tangents.linalg.conjugate_gradients import Solve
-from adaptive_tangents.linalg.kernel_systems import DenseKernel, Kernel, PivotedKernel, RoundedKernel
+from adaptive_tangents.linalg.kernel_systems import DenseKernel, KernelSystem, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
 from adaptive_tangents.solvers.losses import Loss, SquaredError
@@ -24,7 +24,7 @@ from adaptive_tangents.structures.base import Fixed, Matrices, Solution, Structu
 Vector = Float[Tensor, " k"]
 
 
-def product(x: Matrices, y: Matrices) -> float:
+def inner_product(x: Matrices, y: Matrices) -> float:
     """⟨X, Y⟩ over all blocks."""
     return sum(float((x[name] * y[name]).sum()) for name in x)
 
@@ -63,7 +63,7 @@ class System:
     """A held transform with its kernel K_M and the inverse for the loss."""
 
     transforms: Mapping[str, Transform]
-    kernel: Kernel
+    kernel: KernelSystem
     root: "Float[Tensor, 'n c c'] | None"
     inverse: Solve
 
@@ -171,14 +171,14 @@ class Problem(Tempered):
             kernel = self.kernel(transforms)
         return self.inverted(transforms, kernel, outputs)
 
-    def inverted(self, transforms: Mapping[str, Transform], kernel: Kernel, outputs: Vector) -> System:
+    def inverted(self, transforms: Mapping[str, Transform], kernel: KernelSystem, outputs: Vector) -> System:
         """The system of a kernel, with the inverse for the loss at these outputs."""
         with self.timed("factorizations"):
             root = self.loss.root(outputs)
             inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
         return System(transforms, kernel, root, inverse)
 
-    def kernel(self, transforms: Mapping[str, Transform]) -> Kernel:
+    def kernel(self, transforms: Mapping[str, Transform]) -> KernelSystem:
         """K_M in the form chosen."""
         adapted = self.feats.transformed(transforms) if transforms else self.feats
         if self.form == "dense":
@@ -205,7 +205,7 @@ class Problem(Tempered):
         whole = plus(gradient, 1.0, self.combine(multipliers))
         step = {name: -x / 2 for name, x in system.square(whole).items()}
         # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both sums of squares.
-        size = -product(whole, step) + float(moved @ (slope - multipliers))
+        size = -inner_product(whole, step) + float(moved @ (slope - multipliers))
         return Reduced(step, -moved, multipliers, whole, size)
 
     def restored(
@@ -241,5 +241,5 @@ class Problem(Tempered):
         """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖."""
         generators = {name: 2 * x for name, x in self.combine(alpha).items()}
         gap = plus(point.solution.gradient, -1.0, generators)
-        size = product(generators, generators)
-        return math.sqrt(product(gap, gap) / size) if size > 0 else 0.0
+        size = inner_product(generators, generators)
+        return math.sqrt(inner_product(gap, gap) / size) if size > 0 else 0.0

@@ -27,7 +27,7 @@ from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
-from adaptive_tangents.storage.locks import claim, writer_lock
+from adaptive_tangents.storage.locks import claim_tile, writer_lock
 from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_costs
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
@@ -335,7 +335,7 @@ def _fill(
     claims, already = store.path / CLAIMS, len(store.places) - len(missing)
     with _worded(call, store.path):
         for place in order:
-            if not claim(claims, f"{place[0]}-{place[1]}"):
+            if not claim_tile(claims, f"{place[0]}-{place[1]}"):
                 continue
             store.write(place, _tile(call, made, store, held, place, layout))
             if progress is not None and crew.leads:

@@ -38,7 +38,7 @@ def writer_lock(call: str, path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def claim(folder: Path, name: str) -> bool:
+def claim_tile(folder: Path, name: str) -> bool:
     """Whether this process is the first to claim ``name``."""
     try:
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))

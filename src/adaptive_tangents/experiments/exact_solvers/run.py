@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +32,12 @@ from adaptive_tangents.runs.units import Units
 from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.solvers.search import Solver
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.spectral import Left, TwoSided
 
 LAYERS = ("hidden1", "hidden2", "readout")
-Solver = Literal["newton", "anderson", "alternation"]
+
 SOLVERS: tuple[Solver, ...] = ("newton", "anderson", "alternation")
 
 # Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
