@@ -113,7 +113,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(kernel_alignment, "run", interrupt)
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(tmp_path)])
     assert done.exit_code == 130
-    assert "--resume keeps what was trained" in done.output
+    assert "--resume continues it" in done.output
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_another_experiments_folder_is_refused(folder) -> None:
 def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_one(tmp_path) -> None:
     for arguments, message in (
         (["--quick", "--full"], "--quick and --full exclude each other"),
-        (["--seeds", "0"], "--seeds is at least 1, got 0"),
-        (["--jobs", "0"], "--jobs is at least 1, got 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     ):
         done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(tmp_path / "out"), *arguments])
         assert done.exit_code == 1

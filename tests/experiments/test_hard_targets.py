@@ -162,7 +162,9 @@ def test_a_correlation_with_what_never_changes_is_said_not_to_be_defined() -> No
 
 @pytest.mark.parametrize("temperatures", [(1.0, 0.5), (0.1, 0.5, 1.0), (1.0, 0.5, 0.0)])
 def test_temperatures_are_positive_and_fall(temperatures) -> None:
-    with pytest.raises(TangentError, match="hard-targets: at least 3 temperatures, positive and falling, got"):
+    with pytest.raises(
+        TangentError, match="hard-targets: at least 3 positive and falling temperatures are needed, got"
+    ):
         HardTargetsConfig(temperatures=temperatures)
 
 

@@ -279,7 +279,7 @@ def _without_array(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, r"no folder .*run; give the folder an experiment wrote"),
+        (shutil.rmtree, r"no folder .*run; give the folder with an experiment's results"),
         (_remove("results.json"), r"no results\.json in .*run; run an experiment with --out .*run first"),
         (
             _write("results.json", '{"a": '),

@@ -46,7 +46,7 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "one", PART, CONFIG)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(TangentError, match=r"resume: .* cannot be read .*; delete it, and its training is repeated"):
+    with pytest.raises(TangentError, match=r"resume: .* cannot be read .*; delete it to repeat its training"):
         read_checkpoints(tmp_path, CONFIG)
 
 
