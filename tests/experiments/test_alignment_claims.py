@@ -149,5 +149,5 @@ def test_seeds_are_one_unless_asked_for_and_three_in_full() -> None:
     assert configured(Asked()).seeds == 1
     assert configured(Asked(size="full")).seeds == 3
     assert configured(Asked(seeds=5, size="quick")).seeds == 5
-    with pytest.raises(TangentError, match="kernel-alignment: seeds is at least 1, got 0"):
+    with pytest.raises(TangentError, match="kernel-alignment: seeds must be at least 1, got 0"):
         KernelAlignmentConfig(seeds=0)

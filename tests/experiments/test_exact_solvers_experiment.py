@@ -127,7 +127,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(
     assert [name for name, found in claims.items() if not found["holds"]] == [claim]
     assert evidence in claims[claim]["evidence"]
     verdict = exact_page.PAGE.context({**spoiled, "experiment": "exact-solvers", "claims": claims})["verdict"]
-    assert verdict == f"6 of 7 claims hold; these do not: {claims[claim]['claim']}."
+    assert verdict == f"6 of 7 claims hold. These do not: {claims[claim]['claim']}."
 
 
 def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
@@ -140,8 +140,8 @@ def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 1}, "at least 2 samples and a width of 2"),
-        ({"width": 1}, "at least 2 samples and a width of 2"),
+        ({"samples": 1}, "samples and width must be at least 2"),
+        ({"width": 1}, "samples and width must be at least 2"),
         ({"samples": 900}, r"made up holds 120 training digits \(2, 3\), fewer than samples = 900"),
         ({"strength": -1.0, "samples": 20, "width": 8}, "strength"),
     ],

@@ -168,10 +168,10 @@ def test_quick_is_small_and_full_has_three_seeds() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "counts are positive"),
+        ({"seeds": 0}, "counts must be positive"),
         ({"width": 4}, "width at least 8"),
         ({"samples": 8}, "samples at least 16"),
-        ({"strengths": ()}, "counts are positive"),
+        ({"strengths": ()}, "counts must be positive"),
         ({"networks": ("rnn",)}, "networks are mlp, cnn, transformer, got"),
         ({"networks": ()}, "networks are mlp, cnn, transformer, got"),
     ],

@@ -173,7 +173,7 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
     assert quick.seeds == 1 < standard.seeds < full.seeds
     asked = hard_targets.configured(Asked(seeds=7, samples=50, epochs=9, seed=3))
     assert (asked.seeds, asked.kernel_samples, asked.training.epochs, asked.seed) == (7, 50, 9, 3)
-    with pytest.raises(TangentError, match="hard-targets: kernel_samples is at least 16, got 4"):
+    with pytest.raises(TangentError, match="hard-targets: kernel_samples must be at least 16, got 4"):
         HardTargetsConfig(kernel_samples=4)
     with pytest.raises(TangentError, match="hard-targets: training on the tau10 target diverged; lower"):
         run(replace(SMALL, training=SGD(epochs=20, learning_rate=1e6)))

@@ -118,7 +118,7 @@ def test_rank_correlation_is_spearmans_with_ties_and_nothing_where_it_is_not_def
 
 def test_a_target_of_one_value_is_an_error() -> None:
     with pytest.raises(
-        TangentError, match="kernel-spectra: the target has one value on all 4 samples; use more of them"
+        TangentError, match="kernel-spectra: the target has one value on all 4 samples; use more samples"
     ):
         decomposed(torch.eye(4), torch.ones(4))
 
@@ -178,9 +178,9 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
     assert quick.seeds == 1 < standard.seeds < full.seeds
     asked = kernel_spectra.configured(Asked(seeds=7, samples=50, epochs=9, seed=3))
     assert (asked.seeds, asked.kernel_samples, asked.training.epochs, asked.seed) == (7, 50, 9, 3)
-    with pytest.raises(TangentError, match="kernel-spectra: kernel_samples is at least 16, got 4"):
+    with pytest.raises(TangentError, match="kernel-spectra: kernel_samples must be at least 16, got 4"):
         KernelSpectraConfig(kernel_samples=4)
-    with pytest.raises(TangentError, match="kernel-spectra: seeds is at least 1, got 0"):
+    with pytest.raises(TangentError, match="kernel-spectra: seeds must be at least 1, got 0"):
         KernelSpectraConfig(seeds=0)
     with pytest.raises(TangentError, match=r"kernel-spectra: made up holds 120 training digits \(2, 3\), fewer than"):
         run(KernelSpectraConfig())

@@ -211,10 +211,10 @@ def test_nearly_of_low_rank_means_ten_values_with_nine_tenths_of_the_squares(sha
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "seeds, epochs and batch size are positive, samples, depth and width at least 2, got"),
-        ({"depth": 1}, "seeds, epochs and batch size are positive"),
-        ({"samples": 1}, "seeds, epochs and batch size are positive"),
-        ({"epochs": 0}, "seeds, epochs and batch size are positive"),
+        ({"seeds": 0}, "seeds, epochs and batch size must be positive, and samples, depth and width at least 2, got"),
+        ({"depth": 1}, "seeds, epochs and batch size must be positive"),
+        ({"samples": 1}, "seeds, epochs and batch size must be positive"),
+        ({"epochs": 0}, "seeds, epochs and batch size must be positive"),
         ({"protocols": ("none",)}, "protocols are fixed subset, fresh subset each epoch, got"),
         ({"protocols": ()}, "protocols are fixed subset"),
     ],

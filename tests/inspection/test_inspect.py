@@ -391,7 +391,7 @@ def test_states_that_say_nothing_are_refused() -> None:
         run(model, {"a": start, "b": big | {"2.weight": big["2.weight"] * 1e200}}, data)
     with pytest.raises(at.TangentError, match="--samples must be at least 4, got 3"):
         InspectConfig(samples=3)
-    with pytest.raises(at.TangentError, match="nodes and tol are positive"):
+    with pytest.raises(at.TangentError, match="nodes and tol must be positive"):
         InspectConfig(nodes=0)
 
 

@@ -26,7 +26,7 @@ def _context(results: Results) -> dict[str, Any]:
     claims = [claim for run in results["runs"].values() for claim in run["claims"].values()]
     found = counts(claims)
     return {
-        "verdict": f"Of {len(claims)} claims, {found['holds']} hold, {found['holds in part']} hold in part and "
+        "verdict": f"Of {len(claims)} claims {found['holds']} hold, {found['holds in part']} hold in part and "
         f"{found['does not hold']} do not hold.",
         "command": results.get("command", "adaptive-tangents reproduce all"),
     }

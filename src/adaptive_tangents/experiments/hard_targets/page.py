@@ -154,8 +154,8 @@ def _story(results: Results) -> Story:
             )),
             Section("against", "Adaptation against representability", (
                 "The figure plots adaptation against three measures of how poorly K_0 represents the target; rising lines "
-                "mean more adaptation to harder targets. The measures are the RKHS norm of the target, its energy outside the "
-                "ten leading eigenvectors, and the leave-one-out error of kernel interpolation.",
+                "mean more adaptation to harder targets. The measures are the RKHS norm of the target, its energy outside "
+                "the ten leading eigenvectors, and the leave-one-out error of kernel interpolation.",
                 Shown("against", "Gain of alignment and transform size against each measure of representability",
                       "One line per seed, starting at the smooth target. Look for lines that rise to the right."),
                 _correlations(results),
