@@ -27,7 +27,7 @@ REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller() -> Iterator[None]:
-    """A quick run in a second: what the commands do with it is no matter of its numbers."""
+    """Make quick runs take a second; the commands do not depend on the numbers."""
     configured = kernel_alignment.configured
 
     def small(asked: Asked) -> KernelAlignmentConfig:
@@ -91,7 +91,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     out, _ = folder
     before = json.loads((out / "results.json").read_text())["metrics"]
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
-    monkeypatch.setattr(reproduce, "finish", lambda folder: None)  # draws what is drawn already
+    monkeypatch.setattr(reproduce, "finish", lambda folder: None)  # would draw the same again
     (out / "results.json").unlink()
     with made_up_data():
         done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])

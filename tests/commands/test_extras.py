@@ -1,4 +1,4 @@
-"""What an installation without the extra `report` does, and what a shell completes."""
+"""The command line without the extra `report`, and shell completion."""
 
 import os
 import subprocess

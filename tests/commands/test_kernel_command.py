@@ -1,4 +1,4 @@
-"""``adaptive-tangents kernel``: from files to a store, with a plan before and a way on after an interruption."""
+"""``adaptive-tangents kernel``: from files to a store, with a plan first, and resumable after an interruption."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""The experiment on exact solvers: what is measured, claims judged by numbers, refusals, and the page that says so."""
+"""The study exact-solvers: measures, verdicts, refusals and the page."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def small() -> RunResult:
 
 
 def kernel_regression() -> dict[str, np.ndarray]:
-    """Coefficients of the fixed kernel by the Jacobian outright: β = Jᵀ(JJᵀ)⁻¹r, a matrix [weight, bias] a layer."""
+    """Coefficients of the fixed kernel from the Jacobian, β = Jᵀ(JJᵀ)⁻¹r, as a matrix [weight, bias] per layer."""
     digits = made_up_digits("", classes=(2, 3))
     x, labels = as_vectors(digits.train_images[:30]), digits.train_labels[:30]
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Targets from smooth to sign: what is measured of each, what is correlated with what, and the verdicts."""
+"""The study hard-targets: measures, correlations and verdicts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -118,7 +118,7 @@ def test_correlations_are_spearmans_over_temperatures_seed_by_seed() -> None:
 
 
 def _arrays(**changes: list[float]) -> dict[str, np.ndarray]:
-    """Two seeds in which everything grows together, but for what is changed."""
+    """Two seeds in which everything grows together, except for ``changes``."""
     rising = {key: [1.0, 2.0, 3.0, 4.0] for key in (*HARDNESS, *AGAINST)}
     return {key: np.array([row, [2 * v for v in row]]) for key, row in (rising | changes).items()}
 

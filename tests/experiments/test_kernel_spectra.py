@@ -1,4 +1,4 @@
-"""Spectra of tangent kernels: eigenvalues, eigenvectors and energies as defined, and the verdicts that follow from them."""
+"""The study kernel-spectra: eigenvalues, eigenvectors and energies as defined, and verdicts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_the_students_are_those_of_kernel_alignment() -> None:
 
 
 def test_kernels_are_of_the_weights_before_after_and_between(small) -> None:
-    """Gauss-Legendre nodes of the straight path, features written out."""
+    """The path average is computed directly, with Gauss-Legendre nodes and Jacobians."""
     result, units = small
     config = replace(SMALL, seed=1)
     posed = alignment_setup.problem(config, "cpu")
@@ -127,7 +127,7 @@ def test_a_target_of_one_value_is_an_error() -> None:
 
 
 def _seeds() -> dict[str, list[float]]:
-    """Two seeds in which everything is as claimed."""
+    """Numbers of two seeds for which every claim holds."""
     steps = {"initial": 0.1, "average": 0.3, "final": 0.4, "adapted": 0.25}
     made: dict[str, list[float]] = {}
     for target, more in (("smooth", 0.0), ("sign", 0.1)):

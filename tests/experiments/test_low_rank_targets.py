@@ -1,4 +1,4 @@
-"""Targets of low rank: the errors measured earlier, reproduced; what the experiment counts, and the page that tells it."""
+"""The study low-rank-targets: earlier errors reproduced, measures, peers, and verdicts."""
 
 import importlib.util
 import json
@@ -161,7 +161,7 @@ def test_another_dimension_is_the_same_experiment_with_as_many_inputs(small: Run
 
 
 def _line(n: int, seed: int = 0) -> Samples:
-    """A target that a network learns at once: a sum of inputs."""
+    """A target that is easy to learn: a sum of inputs."""
     generator = torch.Generator().manual_seed(seed)
     x, x_test = (torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in (n, 200))
     return Samples(x, x[:, :2], x_test, x_test[:, :2])
@@ -172,7 +172,7 @@ def _two_layers(units: int = 40) -> torch.nn.Sequential:
 
 
 def test_the_trained_network_is_the_one_trained_alone_by_a_plain_loop() -> None:
-    """All targets and one rate at once against torch's own module, optimizer and loop, a target at a time."""
+    """Training all targets at once equals torch's own module, optimizer and loop, one target at a time."""
     samples, model = _line(60), _two_layers()
     epochs, fitted = 5, 48
     for column in range(2):
@@ -225,7 +225,7 @@ def test_feature_machines_learn_a_line_and_leave_the_global_generator_alone() ->
 
 @needs_xrfm
 def test_a_machine_without_repetitions_is_kernel_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    """exp(−‖x − x′‖/s) with s the median distance, ridge 0.1, to all samples: written out."""
+    """The expected value is direct: exp(−‖x − x′‖/s) with s the median distance, ridge 0.1, all samples."""
     for name, only in (("EXPONENTS", (1.0,)), ("BANDWIDTHS", (1.0,)), ("RIDGES", (0.1,))):
         monkeypatch.setattr(low_rank_peers, name, only)
     samples = _line(60)

@@ -1,4 +1,4 @@
-"""The paper's figure of penalties: curves as defined, claims judged by numbers, and the page that says so."""
+"""The study penalties: curves as defined, verdicts, and the page."""
 
 import numpy as np
 import pytest

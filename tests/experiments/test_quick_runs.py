@@ -1,4 +1,4 @@
-"""Quick runs on real digits, by the command, from end to end."""
+"""Quick end-to-end runs of the command on real digits."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Singular values of what training changes: the matrices compared are those they are called, and the verdicts theirs."""
+"""The study weight-spectra: the compared matrices are the ones named, and verdicts follow from them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,7 +47,7 @@ def _problem(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 
 
 def _descend(parameters: torch.Tensor, gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """SGD with momentum, written out, on the fixed subset in the order of seed 1's batches."""
+    """Direct SGD with momentum on the fixed subset, in the order of seed 1's batches."""
     generator, velocity = torch.Generator().manual_seed(2), torch.zeros_like(parameters)
     for _ in range(SMALL.epochs):
         for index in torch.randperm(SMALL.samples, generator=generator).split(SMALL.batch_size):

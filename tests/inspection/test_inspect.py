@@ -1,4 +1,4 @@
-"""`inspect`: its numbers against direct computation, what it refuses, its page, and the command from end to end."""
+"""`inspect`: its numbers against direct computation, its refusals, its page, and the command end to end."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def found() -> dict[str, RunResult]:
 
 
 def direct(name: str) -> tuple[dict[str, at.TangentFeatures], Tensor, Any]:
-    """Features at start, on average and at the end by the public functions alone, and the change of the outputs."""
+    """Initial, average and final features from public functions alone, and the change of the outputs."""
     model, start, end, data = problem(name)
     values = [torch.func.functional_call(model, s, (data.x,)).detach() for s in (start, end)]
     change, pick = values[1] - values[0], None

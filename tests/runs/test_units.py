@@ -1,4 +1,4 @@
-"""Parts of a run on disk: whole or absent, tied to their settings, and found again after whatever ended the run."""
+"""Parts of a run on disk: complete or absent, tied to their settings, and found again after an interruption."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def die(*_: Any, **__: Any) -> None:
 def test_settings_are_whole_or_absent_after_a_kill_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed as the file is opened and empty, or as it is about to be swapped in."""
+    """The kill comes while the new file is empty, or just before it replaces the old one."""
     with monkeypatch.context() as patch:
         if moment == "replace":
             patch.setattr("os.replace", die)

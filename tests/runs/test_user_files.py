@@ -1,4 +1,4 @@
-"""What `inspect` is handed: factories, checkpoints and data are read without pickle, or refused with the remedy."""
+"""A user's factories, checkpoints and data are read without pickle, or refused with a remedy."""
 
 import pickle
 from pathlib import Path

@@ -148,7 +148,7 @@ def verdict(claims: Mapping[str, Any]) -> str:
     }[claims["same"]["verdict"]]
     if claims["same"]["verdict"] == "does not hold":
         by_labels = {claims[key]["verdict"] for key in ("labels", "written_labels")} == {"holds"}
-        shuffled = "." if by_labels else "; at some, the transform of shuffled labels agrees as much."
+        shuffled = "." if by_labels else "; at some, that of shuffled labels agrees as much."
         agreed = {claims[key]["verdict"] for key in ("directions", "written")} != {"does not hold"}
         same += (
             ", though the two agree more than chance at some of the sides" + shuffled
