@@ -288,7 +288,7 @@ print([name for name in heavy if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-# what the tests themselves rely on
+# helpers of the tests
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -87,7 +87,7 @@ def test_chance_is_what_random_subspaces_and_turns_give() -> None:
     assert found.expected_cosine == pytest.approx(np.mean(cosines), abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------------------------- measures
 
 
 def test_r2_of_given_transforms_are_those_of_the_features_written_out() -> None:

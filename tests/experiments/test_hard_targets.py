@@ -38,7 +38,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def test_targets_go_from_the_teachers_output_to_its_sign_at_unit_mean_square() -> None:

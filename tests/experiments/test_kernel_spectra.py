@@ -38,7 +38,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def test_a_kernel_is_decomposed_as_numpy_does_and_energies_are_those_of_projections() -> None:

@@ -64,7 +64,7 @@ def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_t
     assert errors["TwoSided"]["200"] < errors["Fixed"]["800"]
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 @pytest.fixture(scope="module")

@@ -466,7 +466,7 @@ def test_data_without_published_figures_are_claimed_nothing_of_them() -> None:
     assert made["openml:things.order"]["claim"].startswith("openml:things: with fresh subsets")
 
 
-# ------------------------------------------------------------------------------------------------ what is asked for
+# --------------------------------------------------------------------------------------------------------- settings
 
 
 def test_settings_follow_what_is_asked(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def _problem(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:

@@ -583,7 +583,7 @@ def test_tiles_are_shared_only_where_processes_can_meet(monkeypatch: pytest.Monk
         at.kernels.SharedKernel(torch.eye(3))
 
 
-# -------------------------------------------------------------------------------------------------------- what comes in
+# ---------------------------------------------------------------------------------------------------------------- input
 
 
 K, R = torch.eye(6, dtype=torch.float64) + 1, torch.arange(6.0)

@@ -271,7 +271,7 @@ def test_a_zero_matrix_has_rank_zero() -> None:
         assert (found.stable, found.entropy, found.participation) == (0.0, 0.0, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------- what comes in
+# ------------------------------------------------------------------------------------------------------------ input
 
 
 def test_numpy_and_float32_inputs_give_the_same_numbers() -> None:

@@ -323,7 +323,7 @@ def test_the_strength_is_chosen_for_samples_that_were_not_fitted() -> None:
     assert free.fit_r2["block0"] < weak.fit_r2["block0"]
 
 
-# ---------------------------------------------------------------------------------------------------- samples held out
+# ---------------------------------------------------------------------------------------------------- held-out samples
 
 
 @pytest.mark.parametrize("kind", ["LayerScale", "Left", "Right", "TwoSided"])
@@ -374,7 +374,7 @@ def test_rotating_either_side_of_the_features_rotates_the_transform() -> None:
         assert turned.total == pytest.approx(found.total, rel=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------- odd requests
+# ------------------------------------------------------------------------------------------------- unusual requests
 
 
 def test_a_block_that_does_not_change_or_is_zero_has_no_r2_and_leaves_the_total_alone() -> None:

@@ -357,7 +357,7 @@ def test_a_small_change_loses_nothing_beside_a_large_kernel() -> None:
     torch.testing.assert_close(small / 2**-42, whole, rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ of a fit
+# ---------------------------------------------------------------------------------------- changes by a fit
 
 
 STRUCTURES: dict[str, at.structures.Structure] = {
@@ -441,7 +441,7 @@ def test_a_network_is_split_by_its_layers() -> None:
     assert "TangentFeatures" not in repr(fit)
 
 
-# --------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def test_summary_is_a_table_of_blocks_and_sides() -> None:

@@ -56,7 +56,7 @@ def joint_objective(adaptive: at.TangentModule, x: Any, r: Tensor, ridge: float)
     return adaptive.regularizer() + ((r - change) ** 2).sum() / ridge
 
 
-# ----------------------------------------------------------------------------------------------------- what it computes
+# ---------------------------------------------------------------------------------------------------------- computation
 
 
 @every_case

@@ -429,7 +429,7 @@ def test_scaling_targets_and_penalty_together_scales_the_coefficients() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------- what comes in
+# --------------------------------------------------------------------------------------------------- input
 
 
 def test_targets_of_one_output_may_be_a_vector() -> None:
@@ -528,7 +528,7 @@ def test_the_features_and_targets_given_are_left_as_they_were() -> None:
     assert torch.equal(case.r, before[1])
 
 
-# ------------------------------------------------------------------------------------------- what comes out
+# --------------------------------------------------------------------------------------------------- output
 
 
 def test_summary_names_the_certificates() -> None:

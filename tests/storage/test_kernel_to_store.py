@@ -444,7 +444,7 @@ def test_a_tile_is_a_positive_number_of_samples(tile: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-# what the system refuses
+# refusals of the system
 
 
 @contextlib.contextmanager

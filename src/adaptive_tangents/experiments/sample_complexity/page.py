@@ -172,12 +172,13 @@ def _settings(results: Results) -> tuple[str, ...]:
     config = results["config"]
     texts = [
         "The settings are those of the published code, except for the bias (last sentence). Gray images: a dense ReLU "
-        f"network of depth {config['depth']} and width {config['width']}, SGD with learning rate 0.01 and momentum 0.9. "
-        "Color images: four convolutions of width 16 to 128, each with average pooling, two dense layers and the readout; "
-        "Adam with learning rate 0.001. Batches of 50, or 25 below n = 250; pixels/255; mean cross-entropy; weights of "
-        "variance 1/fan-in, truncated at two standard deviations; biases start at zero. The adaptive model has one factor for a "
-        "layer’s outputs and one for its inputs (for a convolution: channels and window). Factors start at the identity and "
-        "θ at 0. In dense layers the inputs’ factor includes the bias as one more input; in the published code it does not.",
+        f"network of depth {config['depth']} and width {config['width']}, SGD with learning rate 0.01 and momentum "
+        "0.9. Color images: four convolutions of width 16 to 128, each with average pooling, two dense layers and the "
+        "readout; Adam with learning rate 0.001. Batches of 50, or 25 below n = 250; pixels/255; mean cross-entropy; "
+        "weights of variance 1/fan-in, truncated at two standard deviations; biases start at zero. The adaptive model "
+        "has one factor for a layer’s outputs and one for its inputs (for a convolution: channels and window). "
+        "Factors start at the identity and θ at 0. In dense layers the inputs’ factor includes the bias as one more "
+        "input; in the published code it does not.",
         f"A run ends {config['patience']} epochs after its best epoch on the test set or on the validation split, whichever "
         f"is later, or after {config['max_epochs']:,} epochs (published: 1,000) or {config['max_steps']:,} steps, but not "
         f"before 40 epochs. An eighth of the training images, at most {config['validation']:,}, is held out for "
