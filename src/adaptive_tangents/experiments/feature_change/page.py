@@ -191,11 +191,12 @@ def _transform_section(results: Results) -> Section:
         for kind, numbers in results["networks"].items() for key, side in numbers["sides"].items()
     ]  # fmt: skip
     return Section("transforms", "The measured transforms", (
+        "The curves show the singular values of each layer’s transform: few values far above 1 mean that it acts along few "
+        "directions.",
         Shown("sides", "Singular values of the factors M_L and M_R of each layer",
               "Singular values of the measured two-sided transforms from the initial to the average features "
               "(lines), and of those that the exact model predicts (dotted). Each layer has a shade, the first layers "
-              "the lightest; the thin line is the identity. Look for few values far above 1: there the transform acts "
-              "along few directions."),
+              "the lightest; the thin line is the identity. Look for few values far above 1."),
         Table(("side", "width", "largest singular values", "participation ratio of M − I"), rows),
     ))  # fmt: skip
 
@@ -268,7 +269,8 @@ def _network_section(results: Results) -> Section:
     head = ("network", "wrong in test", "training error", "path average, dB", "λ, relative", "exact model, error",
             "fixed, error", "converged")  # fmt: skip
     return Section("networks", "The networks", (
-        "MLP: two dense ReLU layers; CNN: three 3×3 convolutions, each followed by ReLU and average pooling; "
+        "The table gives the errors of the networks and of the exact models: both learned if these are small. MLP: two "
+        "dense ReLU layers; CNN: three 3×3 convolutions, each followed by ReLU and average pooling; "
         "transformer: two layers of self-attention and dense ReLU layers on 4 × 4 patches. All have one output, which "
         "is trained to ±1 with the mean squared error.",
         Table(head, rows, "The errors of the exact models are mean squared errors on held-out images. Decibels say how "

@@ -161,6 +161,7 @@ def _story(results: Results) -> Story:
                 _correlations(results),
             )),
             Section("made-of", "What was measured", (
+                "These settings define the numbers above. "
                 "Students and training are those of kernel-alignment; all targets have unit mean square. The measured "
                 "transform is the two-sided M that best maps the initial to the average features (explain). The exact one "
                 f"is that of TwoSided, λ = {config['strength']:g}, fitted to the same {config['kernel_samples']} digits. "

@@ -171,7 +171,8 @@ def _measures(results: Results) -> tuple[str, ...]:
 def _settings(results: Results) -> tuple[str, ...]:
     config = results["config"]
     texts = [
-        "The settings are those of the published code, except for the bias (last sentence). Gray images: a dense ReLU "
+        "These settings, and the lengths of the runs below, say how comparable the errors are with the published ones. All "
+        "follow the published code except for the bias (last sentence). Gray images: a dense ReLU "
         f"network of depth {config['depth']} and width {config['width']}, SGD with learning rate 0.01 and momentum "
         "0.9. Color images: four convolutions of width 16 to 128, each with average pooling, two dense layers and the "
         "readout; Adam with learning rate 0.001. Batches of 50, or 25 below n = 250; pixels/255; mean cross-entropy; "

@@ -172,6 +172,8 @@ def _story(results: Results) -> Story:
                 *tables,
             )),
             Section("vectors", "Leading eigenvectors", (
+                "The figures show whether the kernels’ leading eigenvectors turn toward the target, which means that the "
+                "kernel learns the target as its main direction.",
                 Shown("vectors", "The leading eigenvectors of the centered kernels over the teacher’s output",
                       "The three leading eigenvectors of the centered kernels and the target over the teacher’s output, for "
                       "the first seed, all of unit mean square. Look for the first vector becoming the target."),
@@ -180,11 +182,13 @@ def _story(results: Results) -> Story:
                       "over seeds. Look for where K_M lies between K_0 and K̄."),
             )),
             Section("diagonals", "Diagonals", (
+                "The figure compares the kernels’ diagonals sample by sample: samples above the line gained more.",
                 Shown("diagonals", "Diagonals of the kernels against each other, sample by sample",
                       "K(x, x) of one kernel against another, first seed. The color is the distance of the teacher’s output "
                       "from zero; the dashed line is one factor for all. Look for samples near the boundary above it."),
             )),
             Section("made-of", "What was measured", (
+                "These settings define the numbers above. "
                 "Students, targets and training are those of kernel-alignment. K_M is that of TwoSided with Quadratic "
                 f"penalties, λ = {config['strength']:g}, interpolating the same digits.",
             )),
