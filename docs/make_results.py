@@ -18,9 +18,10 @@ KEPT, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 NOTICE = "<!-- Made by docs/make_results.py from docs/results/: run make results. -->\n\n"
 INTRODUCTION = """# Results
 
-Every claim this project makes or repeats, with what would refute it, what was published, what was measured, and the verdict
-of the numbers: *holds*, *holds in part*, *does not hold*. Most are from LeJeune & Alemohammad, *An Adaptive Tangent Feature
-Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first versions. ± is the standard deviation over seeds.
+This page lists every claim that this project makes or repeats: what would refute it, what was published, what was measured,
+and the verdict of the numbers (*holds*, *holds in part*, *does not hold*). Most claims are from LeJeune & Alemohammad, *An
+Adaptive Tangent Feature Perspective of Neural Networks* (CPAL 2024, arXiv:2308.15478) and its first versions. ± is the
+standard deviation over seeds.
 `adaptive-tangents reproduce all` makes this table, and a page with figures for every experiment, from your data.
 """
 

@@ -1,4 +1,4 @@
-"""Networks every promise about features is tested on. To enrol one, add an entry to CASES.
+"""The networks on which every promise about features is tested. To add one, add an entry to CASES.
 
 Models are in eval mode and made under a fixed seed; ``Case.build`` leaves the global random state alone.
 """
@@ -20,13 +20,13 @@ Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One network on one batch, and what to expect of its features.
+    """One network on one batch, and what its features must be like.
 
-    ``factored`` names the blocks that must come in factors: no others may. Large networks give ``may_be_whole`` instead,
+    ``factored`` names the blocks that must come in factors; no others may. Large networks give ``may_be_whole`` instead:
     patterns of the only parameters of two or more dimensions that may be materialized. ``output`` and ``wrt`` are
-    arguments of tangent_features, ``names`` the parameters that ``wrt`` means where it is given. ``twin`` makes the same
-    function for the reference, where autograd itself refuses the model as written. ``tolerance`` is for a dtype less
-    precise than float32, ``requires`` a package without which the case is skipped.
+    arguments of tangent_features, and ``names`` the parameters that ``wrt`` means, if given. If autograd refuses the model
+    as written, ``twin`` makes the same function for the reference. ``tolerance`` is for a dtype less precise than float32;
+    the case is skipped without the package ``requires``.
     """
 
     name: str
@@ -70,7 +70,7 @@ def mlp(activation: Callable[[], nn.Module], *, bias: bool = True, widths: tuple
 
 
 class Forward(nn.Module):
-    """A module from parts and a function of (self, x, ...): what the model does stands where its parts do."""
+    """A module from parts and a function of (self, x, ...), so that a case defines both in one place."""
 
     def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ def with_own_forward_on_the_instance() -> nn.Module:
 
 
 class Scaled(nn.Linear):
-    """Looks like a Linear layer and is not."""
+    """A layer that looks like Linear but is not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) * (1 + 1e-7)
 
 
 class Renamed(nn.Linear):
-    """A Linear layer by another name, with an attribute more."""
+    """A Linear layer with another name and one more attribute."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o)
@@ -159,13 +159,13 @@ def branch(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def routed(m: nn.Module, x: Tensor) -> Tensor:
-    """Samples in the order of a gate, then back: a layer that sees rows of the batch in another order."""
+    """A layer that sees the batch in another order: sorted by a gate, then restored."""
     order = x[:, 0].argsort(descending=True)
     return m.out(torch.tanh(m.fc(x[order]))[order.argsort()])
 
 
 def experts(m: nn.Module, x: Tensor) -> Tensor:
-    """Each sample through one of two layers, which see a part of the batch each."""
+    """Each sample goes through one of two layers, so each layer sees part of the batch."""
     first = x[:, 0] > 0
     out = x.new_zeros(len(x), 2)
     out[first] = m.a(x[first])
@@ -179,7 +179,7 @@ def attention(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def pooled_by_query(m: nn.Module, x: Tensor) -> Tensor:
-    """One learned query for all samples goes through a layer of its own, its first dimension not the samples."""
+    """One learned query for all samples has its own layer, whose first dimension is not the samples."""
     weights = torch.softmax((m.keys(x) @ m.to_query(m.query).mT)[..., 0], -1)
     return m.out((weights[:, :, None] * x).sum(1))
 

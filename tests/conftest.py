@@ -1,4 +1,4 @@
-"""Shapes are checked at run time under the tests only, and real data comes from a folder that is named or absent."""
+"""Check shapes at run time, in tests only, and provide the folder with real data if one is named."""
 
 import dataclasses
 import functools
@@ -16,19 +16,18 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Whoever imported the package before this line (pytest does, to resolve a warning filter of pyproject.toml that names
-# its class) has an unchecked copy: drop it, so that the tests import the checked one.
+# The package may already be imported without checks: pytest does so for a warning filter in pyproject.toml that names one
+# of its classes. Drop that copy, so that the tests import the checked one.
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
-# Checking takes longer than many of the smallest functions do, which are called a million times. So every function is
-# checked where the form of its arguments or of its result is new: their types and, for a function that says shapes, dtypes,
-# shapes and words too. Which calls are checked does not depend on how the tests are spread over processes. A check is
-# compiled at the first of them.
+# Checking small functions, which are called a million times, would take longer than running them. So a call is checked
+# only if the form of its arguments or result is new: their types and, if annotations name shapes, also dtypes, shapes and
+# strings. Which calls are checked does not depend on how tests are spread over processes. The first one compiles the check.
 _jaxtyped = jaxtyping.jaxtyped
 
 
 class _Calls(threading.local):
-    """The functions whose checks are under way."""
+    """The functions whose checks are running."""
 
     def __init__(self) -> None:
         self.waiting: list[Any] = []
@@ -38,7 +37,7 @@ _calls = _Calls()
 
 
 class _Check:
-    """The compiled check of one function, and the forms of results it has seen for each form of arguments."""
+    """The compiled check of one function, and the result forms seen for each form of arguments."""
 
     def __init__(self, made: Any, options: dict[str, Any]) -> None:
         calls = _calls
@@ -46,16 +45,16 @@ class _Check:
         def run(*arguments: Any, **keywords: Any) -> Any:
             return calls.waiting.pop()(*arguments, **keywords)
 
-        # In the function's own globals: annotations that are strings are looked up there.
+        # String annotations are looked up in the function's own globals.
         run = types.FunctionType(run.__code__, made.__globals__, closure=run.__closure__)
         self._checked = _jaxtyped(functools.update_wrapper(run, made), **options)
-        del run.__wrapped__  # what a function within another closes over is not kept alive
+        del run.__wrapped__  # does not keep closure variables alive
         self.code = made.__code__
         self.form = _form if any("jaxtyping" in repr(kind) for kind in made.__annotations__.values()) else type
         self.seen: dict[Any, set[Any]] = {}
 
     def __call__(self, call: Any, arguments: Any, keywords: Any) -> Any:
-        """What ``call`` gives, checked: the arguments before, the result after."""
+        """The result of ``call``, with arguments checked before and the result after."""
         depth = len(_calls.waiting)
         _calls.waiting.append(call)
         try:
@@ -64,7 +63,7 @@ class _Check:
             del _calls.waiting[depth:]
 
 
-_checks: dict[int, _Check] = {}  # by code: a function within another is made anew at every call of that one
+_checks: dict[int, _Check] = {}  # by code object: a nested function is a new object at every call
 
 
 def _form(value: Any) -> Any:
@@ -81,7 +80,7 @@ def _form(value: Any) -> Any:
 
 
 def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
-    """``jaxtyped``, but for calls of a form that has been checked."""
+    """``jaxtyped``, except that a call form is checked only once."""
     if made is _jaxtyped:
         return functools.partial(_checked_where_new, **options)
     if inspect.isclass(made):
@@ -117,7 +116,7 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
 
 
 jaxtyping.jaxtyped = _checked_where_new
-# An int is a float, as the type checker reads it too.
+# An int counts as a float, as for the type checker.
 if not os.environ.get("NOHOOK"):
     install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
@@ -126,7 +125,7 @@ import torch  # noqa: E402  (after the hook, lest anything it starts import the 
 _ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
 _WORDS = frozenset({str, bool})
 
-# The same examples in every run, and as many as show a theorem; `make explore` draws new ones, ten times as many.
+# Few and fixed examples in every run; `make explore` draws ten times as many new ones.
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=400, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -144,13 +143,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The closing colon keeps pytest from reusing the class it resolved for the same words before the hook.
+    # The final colon keeps pytest from reusing the class that it resolved for the same text before this hook.
     config.addinivalue_line("filterwarnings", "error::adaptive_tangents.errors.TangentWarning:")
 
 
 @pytest.fixture(scope="session")
 def data_dir(request: pytest.FixtureRequest) -> Path:
-    """The folder with real data; tests that ask for it are skipped where none is named."""
+    """The folder with real data; tests that need it are skipped if none is named."""
     named = request.config.getoption("--data-dir") or os.environ.get(DATA_VARIABLE)
     if not named:
         pytest.skip(f"no folder with real data: give --data-dir or set {DATA_VARIABLE}")

@@ -1,4 +1,4 @@
-"""How many examples a property is drawn: as stated in CI, many times that in exploring."""
+"""The number of examples for a property test: as stated in CI, many more when exploring."""
 
 from hypothesis import settings
 

@@ -1,4 +1,4 @@
-"""Derivatives by differences, and how far off those may be: what step and rounding say."""
+"""Derivatives by finite differences, with error bounds from step and rounding."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rules of three and of five points at multiples -2 … 2 of the step, by order of the derivative.
+# Weights of the three- and five-point rules at multiples -2 … 2 of the step, by order of the derivative.
 RULES = {
     1: ((0, -1 / 2, 0, 1 / 2, 0), (1 / 12, -8 / 12, 0, 8 / 12, -1 / 12)),
     2: ((0, 1, -2, 1, 0), (-1 / 12, 16 / 12, -30 / 12, 16 / 12, -1 / 12)),
@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
     error: Tensor
 
     def check(self, found: Tensor | float) -> None:
-        """Fail where what was found is further off than the error."""
+        """Fail if ``found`` is off by more than the error."""
         gap = (torch.as_tensor(found, dtype=torch.float64).reshape(self.value.shape) - self.value).abs()
         assert bool((gap <= self.error).all()), f"{found} where differences give {self.value} ± {self.error}"
 
@@ -34,12 +34,12 @@ def derivative(
     order: int = 1,
     at_once: bool = False,
 ) -> Estimate:
-    """f′(0), or f″(0) with ``order=2``, by five points, which ``at_once`` gives to an elementwise f as a vector.
+    """f′(0), or f″(0) with ``order=2``, from five points; ``at_once`` passes them to an elementwise f as one vector.
 
-    Truncation: the rule of five is off by O(step⁴), the rule of three by O(step²), so the two differ by more than the
-    first is off. Where f″ jumps by J within reach, f′ by the rule of five is off by up to J·step/6, and then by at most
-    twice what the two differ by: three times is allowed.
-    Rounding: values off by ``rounding`` of the largest of them, or of ``least`` where that is more, times the weights.
+    Truncation: the five-point rule has error O(step⁴), the three-point rule O(step²), so their difference exceeds the error
+    of the first. If f″ jumps by J nearby, the five-point rule for f′ is off by up to J·step/6, at most twice their
+    difference; three times is allowed.
+    Rounding: each value is off by ``rounding`` times the largest value, or times ``least`` if larger.
     """
     points = step * torch.arange(-2, 3, dtype=torch.float64)
     if at_once:

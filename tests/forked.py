@@ -1,7 +1,7 @@
-"""Processes for tests of stored kernels: torch is imported once, and children that make one store are forked from here.
+"""Processes for tests of stored kernels: torch is imported once, and children that write one store are forked.
 
-``python tests/forked.py killed FOLDER`` kills a writer at random moments until a store has survived; ``together`` has several
-processes of one group make one.
+``python tests/forked.py killed FOLDER`` kills a writer at random moments until a store is complete; ``together`` has several
+processes of one group make one store.
 """
 
 import os
@@ -50,7 +50,7 @@ def code_of(pid: int) -> int:
 
 
 def killed(folder: Path) -> None:
-    """Kill at random moments: what is there is always sound, and the end is that of a run that nobody killed."""
+    """Kill at random moments: the store is always valid, and the end is that of an undisturbed run."""
     expected = folder / "expected.zarr"
     started = time.monotonic()
     assert code_of(fork(lambda: make(expected))) == 0
@@ -82,7 +82,7 @@ def killed(folder: Path) -> None:
 
 
 def together(folder: Path) -> None:
-    """Two and three processes make what one makes; an error of one is the error of all; none is left without work."""
+    """Several processes make the same store as one; an error of one stops all; and all get work."""
     assert code_of(fork(lambda: make(folder / "expected.zarr"))) == 0
 
     def member(rank: int, size: int, path: Path, prepare: Callable[[int], dict[str, Any]]) -> None:
@@ -99,11 +99,11 @@ def together(folder: Path) -> None:
         assert run(size, path, lambda rank: {}) == [0] * size
         assert files(path) == files(folder / "expected.zarr")
 
-    # Other data at one process.
+    # One process has other data.
     assert run(2, folder / "other.zarr", lambda rank: {"x": data(40, seed=rank)}) == [3, 3]
     assert not at.open_kernel(folder / "other.zarr").complete
 
-    # One that is slow leaves its share to the other.
+    # A slow process leaves its share to the other.
     def slow(rank: int) -> dict[str, Any]:
         write = KernelStore.write
 
@@ -124,14 +124,14 @@ def together(folder: Path) -> None:
 
 
 def rank(folder: Path) -> None:
-    """What torchrun starts: at its first start the second process kills itself at a fourth tile, which it alone may make."""
+    """The program that torchrun starts. At the first start the second process kills itself at its fourth tile."""
     first, second = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"] == "1"
     write, written = KernelStore.write, []
 
     def limited(self: KernelStore, place: tuple[int, int], kernels: Any) -> None:
         if first and second and len(written) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        # The other one is to leave it four tiles.
+        # The other process must leave it four tiles.
         time.sleep(0.02 if first and not second else 0)
         write(self, place, kernels)
         written.append(place)

@@ -1,4 +1,4 @@
-"""Models of other libraries, made from a configuration at tiny widths; each is skipped where its library is absent."""
+"""Models of other libraries at tiny widths; each is skipped if its library is absent."""
 
 import ctypes
 import sys
@@ -14,7 +14,7 @@ from real_cases import Made, indices
 
 
 def declare_operators_of_torchvision() -> None:
-    """Let torchvision be imported where it is made for CUDA and torch is not: no model here calls its operators."""
+    """Let a CUDA build of torchvision be imported with a CPU build of torch; no model here calls its operators."""
     found = find_spec("torchvision")
     if torch.version.cuda is not None or found is None or "torchvision" in sys.modules:
         return
@@ -29,7 +29,7 @@ declare_operators_of_torchvision()
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Weights far from the small ones that training starts at, so that every block counts."""
+    """Give the model large weights, so that every block matters."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     return model.double()

@@ -1,4 +1,4 @@
-"""Works for tests of runs side by side, in a module that their processes import quickly."""
+"""Works for tests of parallel runs, in a module that their processes import quickly."""
 
 import os
 import signal
@@ -46,6 +46,6 @@ def ignore(name: str, stage: str, fraction: float) -> None:
 
 
 if __name__ == "__main__":
-    # A shell that starts tests in the background has them ignore it.
+    # A shell that starts tests in the background makes them ignore the interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     side_by_side({name: partial(wait, Path(sys.argv[1])) for name in "ab"}, at_once=2, threads=1, progress=ignore)

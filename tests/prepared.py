@@ -1,4 +1,4 @@
-"""The networks of the registry made ready for tests: captured once a process, and what a capture could leave behind."""
+"""The registry's networks prepared for tests: captured once per process; and a fingerprint of a model's state."""
 
 import functools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ every_case = over(CASES)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case with its features on its batch and on another, and the dense twins of both."""
+    """A case with features on two batches, and dense references for both."""
 
     model: nn.Module
     x: object
@@ -78,7 +78,7 @@ KNOWN_TO_NUMPY = (torch.float16, torch.float32, torch.float64)
 def raw(tensor: Tensor | None) -> bytes | None:
     if tensor is None:
         return None
-    tensor = tensor.detach().clone()  # not one of inference mode, which numpy refuses
+    tensor = tensor.detach().clone()  # numpy refuses tensors of inference mode
     return (
         (tensor.float() if tensor.is_floating_point() and tensor.dtype not in KNOWN_TO_NUMPY else tensor)
         .numpy()

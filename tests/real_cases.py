@@ -1,4 +1,4 @@
-"""Networks as people write them, at tiny widths, enrolled like the small ones of cases.py."""
+"""Realistic networks at tiny widths, registered like the small ones of cases.py."""
 
 import warnings
 from collections.abc import Callable
@@ -160,7 +160,7 @@ def vit() -> Made:
 def encoder(*, batch_first: bool, norm_first: bool) -> Made:
     layer = nn.TransformerEncoderLayer(4, 2, 5, 0.1, "gelu", batch_first=batch_first, norm_first=norm_first)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nested tensors are not used
+        warnings.simplefilter("ignore")  # about nested tensors that are not used
         body = nn.TransformerEncoder(layer, 2)
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def self_attention(**keywords: Any) -> Callable[[], Made]:
         model = Forward(lambda m, x: m.body(x, x, x, need_weights=False)[0].mean(1)[:, :2], body=body)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                nn.init.normal_(parameter)  # they are made zero, which hides what is wrong with them
+                nn.init.normal_(parameter)  # zero initialization would hide errors
         return model, normal(3, 4, 4)
 
     return make
@@ -322,12 +322,12 @@ def losses(out: Any) -> Tensor:
 def with_weights_by(change: Callable[[nn.Module], nn.Module]) -> Callable[[], Made]:
     def make() -> Made:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the hooks of old are old
+            warnings.simplefilter("ignore")  # about deprecated hooks
             model = nn.Sequential(change(nn.Conv1d(2, 3, 2)), nn.Tanh(), nn.Flatten(), change(nn.Linear(9, 4)),
                 nn.Tanh(), nn.Linear(4, 2)).double()  # fmt: skip
         x = normal(4, 2, 4)
         with torch.no_grad():
-            model(x)  # the hooks of old then hold weights that can be copied
+            model(x)  # afterwards the deprecated hooks hold weights that can be copied
         return model, x
 
     return make

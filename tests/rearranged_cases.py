@@ -1,4 +1,4 @@
-"""Networks whose layers see samples elsewhere than first: in windows, among tokens, sorted, several times over."""
+"""Networks whose layers do not see samples first: in windows, among tokens, sorted, or repeated."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from real_cases import of, real
 
 
 def windows(m: nn.Module, x: Tensor) -> Tensor:
-    """Attention within windows of an image, which stand where samples stood (Swin)."""
+    """Attention within windows of an image, which replace samples as the first dimension (Swin)."""
     n, h, w, _ = x.shape
     cut = x.unflatten(1, (h // 2, 2)).unflatten(3, (w // 2, 2)).transpose(2, 3).reshape(-1, 4, x.shape[-1])
     q, k, v = m.qkv(cut).chunk(3, -1)
@@ -29,7 +29,7 @@ def space_to_batch(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def by_step(m: nn.Module, x: Tensor) -> Tensor:
-    """A cell of one's own, called once a step."""
+    """A custom cell, called once per step."""
     h = x.new_zeros(len(x), 4)
     for step in x.unbind(1):
         h = torch.tanh(m.inner(step) + m.outer(h))
@@ -63,14 +63,14 @@ REARRANGED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 def recurrent_twice(m: nn.Module, x: Tensor) -> Tensor:
-    """One LSTM reads the tokens, then reads them backwards from where it ended; the start is learned."""
+    """One LSTM reads the tokens, then reads them backwards from its last state; the first state is learned."""
     start = tuple(state.expand(-1, len(x), -1).contiguous() for state in (m.h, m.c))
     _, state = m.rnn(x, start)
     return m.out(m.rnn(x.flip(1), state)[1][1][0])
 
 
 def attention_twice(m: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """One layer of attention for two depths, tokens first, some tokens masked."""
+    """One attention layer used at two depths, tokens first, with some tokens masked."""
     x = x.transpose(0, 1)
     for _ in range(2):
         x = x + m.body(x, x, x, key_padding_mask=mask)[0]

@@ -1,4 +1,4 @@
-"""Slow, dense twins of the features side, written from the definitions alone.
+"""Slow, dense references for features, written from the definitions alone.
 
 Nothing here imports the package: a Jacobian is a loop of plain autograd over samples and outputs, and everything
 else is numpy on that Jacobian.
@@ -50,7 +50,7 @@ def jacobian(
     names: Sequence[str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Array:
-    """∂f/∂θ (n, c, p) of the named parameters (default: those that require a gradient), one backward pass an entry."""
+    """∂f/∂θ (n, c, p) of the named parameters (default: those that require a gradient), one backward pass per entry."""
     model = copy.deepcopy(model)
     if state is not None:
         model.load_state_dict(state)
@@ -75,7 +75,7 @@ def kernel(a: Array, b: Array, outputs: str = "full") -> Array:
 
 
 def columns(parameters: Mapping[str, tuple[int, ...]], name: str) -> slice:
-    """Where a parameter sits in a vector of all of them."""
+    """A parameter's slice in the vector of all."""
     start = 0
     for other, shape in parameters.items():
         stop = start + math.prod(shape)
@@ -150,11 +150,11 @@ def average(
 def midpoints(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], x: Any, *, points: int
 ) -> Array:
-    """The average features by the midpoint rule: no node placement or weight in common with Gauss-Legendre."""
+    """The average features by the midpoint rule, which shares no node or weight with Gauss-Legendre."""
     made = [jacobian(model, x, state=between(start, end, (q + 0.5) / points)) for q in range(points)]
     return np.mean(made, 0)
 
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], s: float) -> dict[str, Tensor]:
-    """θ₀ + s(θ₁ − θ₀); what is not floating stays as at the start."""
+    """θ₀ + s(θ₁ − θ₀); tensors that are not floating stay as at the start."""
     return {k: v + s * (end[k] - v) if v.is_floating_point() else v for k, v in start.items()}

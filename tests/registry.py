@@ -1,4 +1,4 @@
-"""All the networks that every promise about features is tested on."""
+"""All networks on which every promise about features is tested."""
 
 from cases import CASES as SMALL
 from integration_cases import CASES as INTEGRATIONS

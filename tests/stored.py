@@ -1,4 +1,4 @@
-"""What tests of stored kernels share: a small network and its data, stores compared file by file."""
+"""Helpers for tests of stored kernels: a small network and its data, and stores compared file by file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cases import mlp, normal
 
-LIMIT = 200_000_000  # bytes; given, so that no layout depends on what is free
+LIMIT = 200_000_000  # bytes; fixed, so that no layout depends on free memory
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -24,5 +24,5 @@ def data(n: int = 11, seed: int = 0) -> Tensor:
 
 
 def files(path: Path) -> Mapping[str, bytes]:
-    """Everything in a store, by its place."""
+    """Every file of a store, by path."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}

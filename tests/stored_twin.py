@@ -1,4 +1,4 @@
-"""A store that is a tensor in memory: the double of one on disk, which tells what was read of it."""
+"""An in-memory stand-in for a store, which records what was read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass
 class Twin:
-    """A kernel, or one of each block, cut into tiles; a symmetric one forgets its lower triangle of tiles."""
+    """A kernel, or one per block, cut into tiles; a symmetric one keeps no lower triangle of tiles."""
 
     kernels: Mapping[str, Tensor]
     outputs: str
     tile: int
     symmetric: bool = True
     complete: bool = True
-    most: int | None = None  # samples a side that may be read at a time
+    most: int | None = None  # samples per side that may be read at a time
     c: int = 1
     reads: list[tuple[int, int, int, int]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Studies made small: random images for digits, settings that take a second or two, and one run of each for all tests."""
+"""Small studies: random images instead of digits, settings that take a second or two, and one shared run of each."""
 
 import importlib
 import os
@@ -97,13 +97,13 @@ def toy(
 
 @contextmanager
 def made_up_data() -> Iterator[None]:
-    """All studies on small made-up images, and explanations that need few rounds."""
+    """Run all studies on small made-up images, with explanations that need few rounds."""
     with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1):
         for module in ("kernel_alignment.setup", "feature_change.run", "spectra.weights", "exact_solvers.run"):
             patch.setattr(f"adaptive_tangents.experiments.{module}.load_digits", made_up_digits)
             patch.setattr(f"adaptive_tangents.experiments.{module}.normalize_digits", as_vectors, raising=False)
         patch.setattr("adaptive_tangents.experiments.sample_complexity.run.load_images", toy)
-        # A strong pull toward the identity, and no other: the fit is done after a few rounds.
+        # With only a strong ridge toward the identity, the fit takes a few rounds.
         patch.setattr("adaptive_tangents.experiments.hard_targets.run.explain", partial(explain, strengths=(10.0,)))
         yield
 
@@ -129,7 +129,7 @@ class Remembered(Units):
 
 @dataclass(frozen=True)
 class Run:
-    """A small run of a study: its result, the parts it kept, and the fractions of progress that it told."""
+    """A small run of a study: its result, the parts it kept, and the progress it reported."""
 
     result: RunResult
     parts: dict[str, dict[str, Tensor]]
@@ -146,7 +146,7 @@ def small_run(name: str) -> Run:
 
 
 def assert_same(one: RunResult, other: RunResult, *, rel: float = 0.0) -> None:
-    """Results and arrays are the same, all but seconds; numbers within ``rel``."""
+    """Assert equal results and arrays, except for seconds; numbers within ``rel``."""
 
     def compare(a: Any, b: Any, where: str) -> None:
         if "seconds" in where:
@@ -172,7 +172,7 @@ def assert_same(one: RunResult, other: RunResult, *, rel: float = 0.0) -> None:
 
 @contextmanager
 def explained_in_rounds(rounds: int) -> Iterator[None]:
-    """Two-sided transforms after a few rounds of least squares, most of the time of a small experiment otherwise."""
+    """Limit two-sided transforms to a few rounds; otherwise they take most of a small study's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("adaptive_tangents.measures.explain"), "_ROUNDS", rounds)
         yield
@@ -180,7 +180,7 @@ def explained_in_rounds(rounds: int) -> Iterator[None]:
 
 @contextmanager
 def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
-    """A page whose figures but one are empty axes: what commands do with a page is no matter of what it shows."""
+    """Replace a page's figures, all but one, by empty axes, for tests that do not depend on figures."""
     page = PAGES[experiment]()
     figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
     plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731

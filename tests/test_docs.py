@@ -1,4 +1,4 @@
-"""What the pages in docs show runs, and what they list is complete."""
+"""The examples in docs run, and the lists in docs are complete."""
 
 import importlib
 import json

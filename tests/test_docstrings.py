@@ -1,7 +1,7 @@
 """Every example in a docstring of the package runs.
 
-The docstrings are read off the source rather than off the imported objects: under the tests, functions are wrapped for
-the shape checks, and doctest's own finder passes over a function that seems to come from another module.
+Docstrings are read from the source, not from imported objects: in the tests, functions are wrapped for the shape checks,
+and doctest's own finder skips functions that seem to come from another module.
 """
 
 import ast
@@ -48,7 +48,7 @@ def docstrings(node: ast.AST, name: str) -> list[tuple[str, str, int]]:
 
 
 def examples() -> list[doctest.DocTest]:
-    """The examples of the package, module by module, without globals as yet."""
+    """The examples of the package by module, still without globals."""
     modules = ["adaptive_tangents"]
     modules += [m.name for m in pkgutil.walk_packages(adaptive_tangents.__path__, "adaptive_tangents.")]
     tests = []
@@ -95,7 +95,7 @@ def described(text: str) -> list[str]:
 
 
 def wanted(value: Any) -> list[str]:
-    """The arguments of a function, the fields of a dataclass (keyword-only ones last), or what another class is made from."""
+    """The arguments of a function or constructor, or the fields of a dataclass (keyword-only ones last)."""
     if dataclasses.is_dataclass(value):
         fields = sorted(dataclasses.fields(value), key=lambda field: bool(field.kw_only))
         return [field.name for field in fields if not field.name.startswith("_")]

@@ -1,4 +1,4 @@
-"""What the README shows a new user runs as it stands."""
+"""The README's examples run as shown."""
 
 import re
 from pathlib import Path

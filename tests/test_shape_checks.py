@@ -1,4 +1,4 @@
-"""The checks of shapes that the tests run under find a wrong annotation whichever tests ran before in their process."""
+"""The tests' shape checks find a wrong annotation no matter which tests ran before in the process."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ def test_a_call_of_a_new_form_is_checked_after_thousands_of_another() -> None:
         return x.mT if turn else x
 
     for _ in range(2000):
-        turned(torch.ones(3, 3), turn=True)  # whose shape says nothing against the annotation
+        turned(torch.ones(3, 3), turn=True)  # this shape does not contradict the annotation
         turned(torch.ones(2, 3), turn=False)
     with pytest.raises(jaxtyping.TypeCheckError, match=r"return value of .*turned"):
         turned(torch.ones(2, 3), turn=True)

@@ -1,4 +1,4 @@
-"""The theory page is made from its source, and the source names code and tests that are there."""
+"""The theory page is generated from its source, which names only existing code and tests."""
 
 import dataclasses
 import importlib
@@ -50,7 +50,7 @@ WITHOUT_FORMULA = {
 
 
 def resolved(name: str) -> list[object]:
-    """The objects that a dotted name goes through, from its module's member on; a dataclass field is its annotation."""
+    """The objects along a dotted name, starting with the module's member; a dataclass field gives its annotation."""
     parts, module = name.split("."), "adaptive_tangents"
     while parts and importlib.util.find_spec(f"{module}.{parts[0]}") is not None:
         module = f"{module}.{parts.pop(0)}"
@@ -110,7 +110,7 @@ def test_mathematics_is_closed_on_its_own_line() -> None:
 
 
 def test_mathematics_survives_markdown() -> None:
-    """A Markdown parser that knows no mathematics leaves every formula as it is: no emphasis, escape or table in it."""
+    """A Markdown parser without mathematics leaves every formula unchanged: no emphasis, escapes or tables."""
     html = MarkdownIt("commonmark").enable("table").render(make_theory.page(SOURCE))
     for formula in (*DISPLAYED_FORMULAS, *INLINE):
         assert escape(formula, quote=False) in html, (

@@ -1,6 +1,6 @@
-"""Slow, dense twins of the theory, from its definitions: numeric minimization where the library has closed forms.
+"""Slow, dense references for the theory, from its definitions: numeric minimization instead of closed forms.
 
-A penalty is given here as a function of the excess e = z − 1 of a singular value, so that v = 1e-12 loses nothing.
+A penalty is a function of the excess e = z − 1 of a singular value, so that v = 1e-12 loses no precision.
 """
 
 import itertools
@@ -37,7 +37,7 @@ MIXED = {"block0": "Diagonal"}  # the structure "Mixed" of a joint problem: this
 
 
 class PrecisePart(NamedTuple):
-    """ω and its pull zω′/2 as functions of z − 1, in any arithmetic."""
+    """ω and zω′/2 (its pull) as functions of z − 1, in any arithmetic."""
 
     value: Callable[[mpmath.mpf], mpmath.mpf]
     pull: Callable[[mpmath.mpf], mpmath.mpf]
@@ -147,7 +147,7 @@ def precise_log_squared(strength: float) -> PrecisePart:
 
 
 def precise_root(rises: Callable[[mpmath.mpf], mpmath.mpf], low: float, high: mpmath.mpf, width: float) -> mpmath.mpf:
-    """Where a rising function passes zero, to within a width: bisection, then secants; a change of sign proves it."""
+    """The root of a rising function to within ``width``: bisection, then secants; a sign change proves it."""
     low, high = mpmath.mpf(low), mpmath.mpf(high)
 
     def halve(down_to: float) -> None:
@@ -202,7 +202,7 @@ def dual(omega: Omega, s: float) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """Random features, kept as dense arrays (n, c, o, i) beside the library's blocks of the same features."""
+    """Random features as dense arrays (n, c, o, i) and as the library's blocks."""
 
     phi: Mapping[str, Tensor]
     feats: at.TangentFeatures
@@ -262,7 +262,7 @@ def problem(
 
 
 def features_from(phi: Mapping[str, Tensor]) -> at.TangentFeatures:
-    """The library's features, materialized, of dense arrays (n, c, o, i)."""
+    """The library's materialized features from dense arrays (n, c, o, i)."""
     n, c = next(iter(phi.values())).shape[:2]
     blocks, parameters = {}, {}
     for name, values in phi.items():
@@ -289,8 +289,8 @@ def torch_absolute(strength: float) -> TorchOmega:
 class JointProblem:
     """min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) + (1/ρ)‖r − φMᵀθ‖², with every M of 𝓜 written as a dense p × p matrix.
 
-    ``kind`` is a structure's name; ``omegas`` one penalty a side. With ``symmetric`` M runs over I + AAᵀ instead of all
-    matrices, which loses nothing (by the polar decomposition, and because ω does not fall) and makes kinked ω smooth.
+    ``kind`` is a structure's name; ``omegas`` has one penalty per side. With ``symmetric``, M ranges over I + AAᵀ instead of
+    all matrices. That loses nothing (by the polar decomposition, and because ω does not fall) and smooths a kinked ω.
     """
 
     problem: Problem
@@ -300,7 +300,7 @@ class JointProblem:
     symmetric: bool = False
 
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """For each factor its block, its shape ((d, d), or (d,) where it is diagonal) and which penalty it pays."""
+        """For each factor, its block, its shape ((d, d), or (d,) if diagonal) and its penalty."""
         p = self.problem.rows.shape[1]
         if self.kind == "Full":
             return [("", (p, p), 0)]
@@ -357,7 +357,7 @@ class JointProblem:
         return torch.block_diag(*pieces), cost
 
     def objective(self, theta: Tensor | None, factors: list[Tensor]) -> Tensor:
-        """The objective; with no θ, at the θ that is best for M (interpolating where ρ = 0)."""
+        """The objective; without θ, at the best θ for M (interpolating if ρ = 0)."""
         matrix, cost = self.transform(factors)
         rows, r = self.problem.rows @ matrix.mT, self.problem.r.flatten()
         if theta is None:
@@ -369,9 +369,9 @@ class JointProblem:
     def minimize(
         self, starts: int = 3, seed: int = 0, spread: float = 0.5, near: tuple[Tensor, list[Tensor]] | None = None
     ) -> list[float]:
-        """What L-BFGS reaches from each of several random starts: in (θ, M) with a ridge, in M to interpolate.
+        """Minima that L-BFGS finds from random starts: over (θ, M) with a ridge, over M when interpolating.
 
-        ``near`` is θ (p,) and the factors to start about, instead of any θ and the identity.
+        ``near`` gives θ (p,) and factors to start near, instead of any θ and the identity.
         """
         generator = np.random.default_rng(seed)
         shapes = [shape for _, shape, _ in self.factors()]
@@ -406,7 +406,7 @@ class JointProblem:
                     options={"maxiter": 6000, "maxfun": 12000, "ftol": 1e-16, "gtol": 1e-11, "maxcor": 30},
                 )  # fmt: skip
                 x = found.x
-                if before - found.fun <= 1e-13 * abs(found.fun):  # nothing was stale
+                if before - found.fun <= 1e-13 * abs(found.fun):  # the restart changed nothing
                     break
                 before = found.fun
             reached.append(float(found.fun) if len(x) else value(x)[0])

@@ -1,7 +1,7 @@
 """The command line: ``adaptive-tangents reproduce``, ``inspect``, ``kernel`` and ``report``, with their options.
 
-Only options and help are here. What a command does is in ``commands``, imported when it runs, so that help, completion and
-the version come at once.
+This module holds only options and help. The work is in ``commands``, which is imported when a command runs, so that help,
+completion and the version respond at once.
 """
 
 from collections.abc import Iterator
@@ -22,30 +22,30 @@ EXTRA = ("jinja2", "markupsafe", "matplotlib", "mlxtend", "sklearn", "threadpool
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[str, typer.Option(help="What makes the network: package.module:factory or path/to/file.py:factory.")]
+Model = Annotated[str, typer.Option(help="Factory of the network: package.module:factory or path/to/file.py:factory.")]
 Wrt = Annotated[
-    list[str] | None, typer.Option(help="Only parameters whose name matches this pattern; may be repeated.")
+    list[str] | None, typer.Option(help="Use only parameters whose name matches this pattern; may be repeated.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of weights, samples and batches; the first of several.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights, samples and batches; with several seeds, the first.")]
 
 
 @contextmanager
 def _extra(call: str) -> Iterator[None]:
-    """What the extra `report` brings and is not there is named with the extra."""
+    """Report a missing package of the extra `report`, and how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         raise TangentError(
-            f"{call}: {error.name} is not installed; pip install 'adaptive-tangents[report]' brings what reports and "
+            f"{call}: {error.name} is not installed; pip install 'adaptive-tangents[report]' installs what reports and "
             "experiments need"
         ) from error
 
 
 @app.callback(invoke_without_command=True, help=ABOUT)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """What comes before any command."""
+    """Options that come before any command."""
     if version:
         console.print(f"adaptive-tangents {__version__}")
         raise typer.Exit
@@ -64,24 +64,28 @@ def reproduce(
             autocompletion=lambda: ["mnist5k", "mnist", "cifar10"],
         ),
     ] = "mnist5k",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the files of MNIST and CIFAR-10.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the files of MNIST and CIFAR-10.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for results and report (default: runs/NAME); with all, one folder in it for each."),
+        typer.Option(help="Folder for results and report (default: runs/NAME); with all, it gets a folder for each."),
     ] = None,
     seed: Seed = 0,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds, where an experiment takes several.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training samples the kernels and exact models are of.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, if the experiment takes several.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of training samples for kernels and exact models.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small run to see it work: its numbers mean little.")
+        bool, typer.Option("--quick", help="A small run to see it work; its numbers mean little.")
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="More seeds and sizes than usual: hours.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run in OUT has made.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More seeds and sizes than usual; takes hours.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in OUT.")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(help="With all: how many at once, sharing the cores (default: one a core to 4; on cuda 1)."),
+        typer.Option(
+            help="With all: how many run at once, sharing the cores (default: one per core, at most 4; 1 on cuda)."
+        ),
     ] = None,
 ) -> None:
     """Run a published experiment and write results.json, figures, checkpoints and report.html."""
@@ -106,22 +110,25 @@ def inspect(
     end: Annotated[Path | None, typer.Option(help="Checkpoint after training.")] = None,
     checkpoints: Annotated[
         str | None,
-        typer.Option(help="Instead: a quoted pattern of checkpoints; the first is the start, the last the end."),
+        typer.Option(
+            help="Instead of --start and --end: a quoted pattern; the first match is the start, the last the end."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/inspect"),
-    samples: Annotated[int | None, typer.Option(help="Samples the kernels are of (default: 128).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of samples for the kernels (default: 128).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of which samples.")] = 0,
     outputs: Annotated[
-        str, typer.Option(help="auto, main, main:K, margin, all, or outputs by number or class name, with commas.")
+        str,
+        typer.Option(help="auto, main, main:K, margin, all, or outputs by number or class name, separated by commas."),
     ] = "auto",
     wrt: Wrt = None,
     nodes: Annotated[
-        int | None, typer.Option(help="Nodes of the path average; else as many as it needs, to 8.")
+        int | None, typer.Option(help="Nodes of the path average (default: as many as it needs, at most 8).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Few samples and nodes, to see it work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use few samples and nodes, to see it work.")] = False,
 ) -> None:
-    """Measure what training did to a network of yours, between two checkpoints or along many."""
+    """Measure what training did to your network, between two checkpoints or along many."""
     with worded_errors("interrupted; nothing was written"), _extra("inspect"):
         from adaptive_tangents.commands import inspect as command
 
@@ -135,11 +142,13 @@ def inspect(
 def kernel(
     model: Model,
     data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names).")],
-    out: Annotated[Path, typer.Option(help="The store: a folder that is made, K.zarr say.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new store, e.g. K.zarr.")],
     weights: Annotated[
-        Path | None, typer.Option(help="Its parameters, .pt or .safetensors; else as it is made.")
+        Path | None, typer.Option(help="Checkpoint to load, .pt or .safetensors (default: the network as made).")
     ] = None,
-    data2: Annotated[Path | None, typer.Option(help="Samples of the columns, .npz; else those of the rows.")] = None,
+    data2: Annotated[
+        Path | None, typer.Option(help="Samples of the columns, .npz (default: those of the rows).")
+    ] = None,
     outputs: Annotated[
         str,
         typer.Option(
@@ -148,20 +157,22 @@ def kernel(
         ),
     ] = "full",
     wrt: Wrt = None,
-    by_block: Annotated[bool, typer.Option("--by-block", help="One kernel for every block of parameters.")] = False,
-    tile: Annotated[int | None, typer.Option(help="Samples a side of a tile; else chosen by the plan.")] = None,
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Make one kernel for every block of parameters.")
+    ] = False,
+    tile: Annotated[int | None, typer.Option(help="Samples per side of a tile (default: chosen by the plan).")] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="Of each process, 4GB say; else half of what is free.")
+        str | None, typer.Option(help="Memory of each process, e.g. 4GB (default: half of the free memory).")
     ] = None,
-    float64: Annotated[bool, typer.Option("--float64", help="Everything in double precision.")] = False,
-    sketch: Annotated[int | None, typer.Option(help="Sketch features to this many coordinates: not exact.")] = None,
+    float64: Annotated[bool, typer.Option("--float64", help="Compute everything in double precision.")] = False,
+    sketch: Annotated[int | None, typer.Option(help="Sketch features to this many coordinates; not exact.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, or cuda; under torchrun every process its own.")] = "cpu",
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it will take, and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the store in OUT, if it is there.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process uses its own.")] = "cpu",
+    plan: Annotated[bool, typer.Option("--plan", help="Print the expected cost and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the store in OUT, if there is one.")] = False,
 ) -> None:
-    """Make a tangent kernel of any size into a Zarr store, tile by tile; under torchrun by several processes."""
-    with worded_errors("interrupted; the same command with --resume makes the tiles that are missing"):
+    """Write a tangent kernel of any size to a Zarr store, tile by tile; torchrun adds processes."""
+    with worded_errors("interrupted; the same command with --resume makes the missing tiles"):
         from adaptive_tangents.commands import kernel as command
 
         command.kernel(
@@ -172,7 +183,7 @@ def kernel(
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="Folder of an earlier run.")]) -> None:
-    """Draw the figures and the page of a result folder again."""
+    """Redraw the figures and the page of a result folder."""
     with worded_errors(), _extra("report"):
         from adaptive_tangents.commands.report import finish
 

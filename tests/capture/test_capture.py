@@ -1,4 +1,4 @@
-"""Capture leaves the model as it was, sees through what models do to a batch, and says what it cannot do."""
+"""Capture leaves the model unchanged, follows what models do to a batch, and refuses what it cannot handle."""
 
 import copy
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def test_features_do_not_change_with_the_batch_or_the_model_afterwards() -> None
     assert torch.equal(feats.dense(), expected)
 
 
-# Where features are evaluated, and with respect to what.
+# The parameters at which features are evaluated, and those they differentiate.
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_an_input_overwritten_behind_the_back_of_autograd_is_not_taken_for_the_i
         return h
 
     model, x = Forward(sneaky, fc=nn.Linear(4, 2)), normal(3, 4)
-    # Autograd too is misled, and gives zeros; what it says is then what is returned.
+    # Autograd is misled too and gives zeros; capture returns the same.
     np.testing.assert_array_equal(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x))
 
 
@@ -167,7 +167,7 @@ def test_bfloat16_features_stay_in_factors() -> None:
 def test_recurrent_layers_are_factored_where_steps_could_be_taken_for_samples(
     layer: type[nn.RNNBase], steps: int
 ) -> None:
-    """The weight's rows are steps before samples, its bias is added where samples come second: each use in its own way."""
+    """The weight sees steps as the first dimension and the bias sees samples as the second; each is handled separately."""
     torch.manual_seed(0)
     body, out = layer(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
     model = Forward(lambda m, x: m.out(m.body(x)[0][:, -1]), body=body, out=out)
@@ -178,7 +178,7 @@ def test_recurrent_layers_are_factored_where_steps_could_be_taken_for_samples(
     np.testing.assert_allclose(feats.dense().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-# What is refused. Every message names the call, the cause and a remedy.
+# Refusals. Every message names the call, the cause and a remedy.
 
 
 def refused(message: str, model: nn.Module, x: Any, **keywords: Any) -> None:
@@ -340,7 +340,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("x", [[torch.ones(2)], np.ones(3), "text", None])
 def test_batches_that_are_no_tensors_are_refused(x: Any) -> None:
-    # Past the annotations, which the type checker and the tests' run-time checks hold already.
+    # This bypasses the annotations, which the type checker and the run-time checks would enforce.
     with pytest.raises(at.TangentError, match=r"f: x is a tensor, or a tuple or dict of tensors, got \w+"):
         check_batch("f", x, {"w": torch.ones(2)})
 
@@ -514,7 +514,7 @@ def _plain() -> tuple[nn.Module, Tensor]:
 
 
 def _watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The blocks that are set against gradients, pass by pass."""
+    """The blocks that each pass compares with gradients."""
     checked: list[set[str]] = []
 
     def watching(
@@ -565,7 +565,7 @@ def test_features_that_are_wrong_in_the_whole_batch_only_are_found_out(
 
 
 class Relu(torch.autograd.Function):
-    """One of torch's names for something else."""
+    """A function with one of torch's names but a different derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -615,7 +615,7 @@ def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> No
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder, batch first, pre-norm", "Transformer"])
 def test_passes_of_one_sample_and_of_several_join(name: str) -> None:
-    # Of one sample the graph shows other uses than of several, so their blocks have other numbers of positions.
+    # One sample's graph shows other uses than that of several, so blocks have other numbers of positions.
     case = by_name[name]
     model, x = case.build()
     capture = Capture("call", model, x, None, case.wrt, case.output_fn, None)

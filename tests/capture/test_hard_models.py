@@ -1,4 +1,4 @@
-"""Models that could be got wrong without a word: features are what autograd says, or there is an error with a remedy."""
+"""Models that could silently go wrong: features equal autograd's, or an error names a remedy."""
 
 import contextlib
 import warnings
@@ -32,7 +32,7 @@ def linear(i: int, o: int) -> Callable[[], nn.Module]:
 
 
 class Square(torch.autograd.Function):
-    """No vmap rule, no setup_context."""
+    """A function without a vmap rule or setup_context."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Cut(torch.autograd.Function):
-    """Gives no gradients."""
+    """A function that gives no gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def with_weights_out_of_order() -> Made:
 
 
 def beside(dtype: torch.dtype) -> Callable[[], Made]:
-    """A frozen parameter of a dtype that no derivative is taken with respect to."""
+    """A frozen parameter of a dtype that has no derivatives."""
 
     def make() -> Made:
         model = Forward(
@@ -242,7 +242,7 @@ def test_autocast_inside_a_model() -> None:
     assert feats.kernel().dtype == torch.float32
 
 
-# What only some samples of a batch do, and not one of those that are probed.
+# Behavior of only some samples of a batch, none of which is probed.
 
 
 def sorted_where_rare(m: nn.Module, x: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ def test_an_influence_of_a_sample_that_was_not_probed_is_refused() -> None:
         at.tangent_features(model, x)
 
 
-# What is refused, and what the message must say.
+# Refusals, and what their messages must say.
 
 
 def reentrant(m: nn.Module, x: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ REFUSED: dict[str, tuple[Callable[[], Made], str, dict[str, Any], str]] = {
     ],
 )
 def test_reentrant_checkpoints_hide_no_parameters(make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd itself sees nothing of what is inside: the reference runs without them."""
+    """Autograd cannot see inside them, so the reference runs without them."""
     model, x = build(make)
     made = at.tangent_features(model, x).dense().numpy()
     monkeypatch.setitem(globals(), "checkpoint", lambda function, *arguments, use_reentrant: function(*arguments))

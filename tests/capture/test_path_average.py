@@ -1,4 +1,4 @@
-"""Average features against a dense average of Jacobians, and the identity they obey."""
+"""Average features equal a dense average of Jacobians and obey the path identity."""
 
 import math
 
@@ -145,7 +145,7 @@ def test_the_model_is_left_where_it_was() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-# What is refused.
+# Refusals.
 
 
 def refused(message: str, *arguments: object, **keywords: object) -> None:

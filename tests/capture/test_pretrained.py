@@ -1,4 +1,4 @@
-"""A real sentence encoder with its trained weights, read from a package: features, kernels and what fine-tuning changes."""
+"""A real pretrained sentence encoder, read from a package: features, kernels and the change by fine-tuning."""
 
 import functools
 import os
@@ -190,7 +190,7 @@ def test_what_fine_tuning_changes_is_measured_and_explained() -> None:
 
 
 def test_every_parameter_of_the_encoder_has_its_block() -> None:
-    """The table of 30,522 words too: in factors, or two sentences would take 94 MB an output."""
+    """The table of 30,522 words has one too, as factors; whole, two sentences would take 94 MB per output."""
     model, x, _ = load()
     feats = at.tangent_features(model, few(x, slice(0, 2)))
     assert feats.p == sum(p.numel() for p in model.parameters())

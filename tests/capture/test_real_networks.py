@@ -1,4 +1,4 @@
-"""What the conformity tests leave out for networks as people write them: paths, compilation, attributes, odd states."""
+"""Realistic networks beyond the conformity tests: paths, compilation, attributes, unusual states."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ def moved(model: nn.Module, step: float) -> tuple[dict[str, Tensor], dict[str, T
     for module in model.modules():
         padding = getattr(module, "padding_idx", None)
         if padding is not None:
-            moves[id(module.weight)][padding] = 0  # which autograd counts as constant
+            moves[id(module.weight)][padding] = 0  # autograd treats padding as constant
     named = dict(model.named_parameters(remove_duplicate=False))
     return start, {k: v + moves[id(named[k])] if id(named.get(k)) in moves else v for k, v in start.items()}
 
@@ -40,7 +40,7 @@ def moved(model: nn.Module, step: float) -> tuple[dict[str, Tensor], dict[str, T
 )
 def test_averages_along_a_path_are_exact_and_obey_the_identity(case: Case) -> None:
     model, x = case.build()
-    start, end = moved(model, 3e-5)  # so short that kinks and order of tokens stay where they are
+    start, end = moved(model, 3e-5)  # short enough that kinks and the order of tokens stay in place
     average = at.average_features(model, start, end, x, nodes=2, output_fn=case.output_fn)
     phis = [
         reference.jacobian(
@@ -76,7 +76,7 @@ def test_compiled_models_have_the_features_of_what_was_compiled(backend: str, wh
         model = nn.Sequential(torch.compile(plain[:3], backend=backend), plain[3])
     before = fingerprint(model, x)
     with torch.no_grad():
-        model(x)  # as compiled models are met: run before
+        model(x)  # compiled models have usually run before
     feats = at.tangent_features(model, x)
     np.testing.assert_allclose(feats.dense().numpy(), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     assert [block.kind for block in feats.blocks.values()].count("factored") == 2
@@ -87,7 +87,7 @@ def test_compiled_models_have_the_features_of_what_was_compiled(backend: str, wh
 
 
 def test_a_model_fresh_from_training_is_left_as_found() -> None:
-    """Hooks of old hold the last step's weights with their graph, parameters their gradients."""
+    """Old hooks hold the last step's weights with their graph, and parameters hold gradients."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(5, 2)))
@@ -101,7 +101,7 @@ def test_a_model_fresh_from_training_is_left_as_found() -> None:
     before = fingerprint(model, x)
     feats = at.tangent_features(model, x)
     assert fingerprint(model, x) == before
-    # The last step's gradients are of other weights; autograd on the model as it is now says the same as the features.
+    # The last step's gradients belong to other weights; autograd on the current model agrees with the features.
     out = model(x)
     found = torch.autograd.grad(out[3, 1], list(model.parameters()))
     torch.testing.assert_close(feats.dense()[3, 1], torch.cat([g.flatten() for g in found]), rtol=1e-4, atol=1e-6)

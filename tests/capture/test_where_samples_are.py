@@ -18,7 +18,7 @@ TOKENS = 4
 
 
 class TokensFirst(nn.Module):
-    """What torch's transformer layers are by default: (tokens, samples, units)."""
+    """The default order of torch's transformer layers: (tokens, samples, units)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class TokensFirst(nn.Module):
 
 
 class UnitsFirst(nn.Module):
-    """Samples in columns, as papers write it: W₂ tanh(W₁X + b1ᵀ)."""
+    """Samples in columns, as in papers: W₂ tanh(W₁X + b1ᵀ)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class UnitsFirst(nn.Module):
 
 
 class UsedTwice(nn.Module):
-    """One layer on the mean of a sample's tokens, and on each of them, tokens first, with a small weight."""
+    """One layer on the mean of a sample's tokens and, with a small weight, on each token, tokens first."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller() -> Iterator[None]:
-    """A quick run in a second: what the commands do with it is no matter of its numbers."""
+    """Make quick runs take a second; the commands do not depend on the numbers."""
     configured = kernel_alignment.configured
 
     def small(asked: Asked) -> KernelAlignmentConfig:
@@ -91,7 +91,7 @@ def test_resume_keeps_what_was_trained(folder, monkeypatch) -> None:
     out, _ = folder
     before = json.loads((out / "results.json").read_text())["metrics"]
     monkeypatch.setattr(alignment_setup, "train", lambda *_, **__: pytest.fail("training was repeated"))
-    monkeypatch.setattr(reproduce, "finish", lambda folder: None)  # draws what is drawn already
+    monkeypatch.setattr(reproduce, "finish", lambda folder: None)  # would draw the same again
     (out / "results.json").unlink()
     with made_up_data():
         done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(out), "--resume"])
@@ -113,7 +113,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(kernel_alignment, "run", interrupt)
     done = runner.invoke(cli.app, [*REPRODUCE, "--out", str(tmp_path)])
     assert done.exit_code == 130
-    assert "--resume keeps what was trained" in done.output
+    assert "--resume continues it" in done.output
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_another_experiments_folder_is_refused(folder) -> None:
 def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_one(tmp_path) -> None:
     for arguments, message in (
         (["--quick", "--full"], "--quick and --full exclude each other"),
-        (["--seeds", "0"], "--seeds is at least 1, got 0"),
-        (["--jobs", "0"], "--jobs is at least 1, got 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     ):
         done = runner.invoke(cli.app, ["reproduce", "penalties", "--out", str(tmp_path / "out"), *arguments])
         assert done.exit_code == 1

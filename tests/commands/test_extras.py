@@ -1,4 +1,4 @@
-"""What an installation without the extra `report` does, and what a shell completes."""
+"""The command line without the extra `report`, and shell completion."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_a_command_that_needs_the_extra_says_which(words: tuple[str, ...], tmp_p
     assert done.returncode == 1
     assert done.stderr.startswith(f"error {words[0]}: ")
     assert (
-        "is not installed; pip install 'adaptive-tangents[report]' brings what reports and experiments need"
+        "is not installed; pip install 'adaptive-tangents[report]' installs what reports and experiments need"
         in done.stderr
     )
     assert list(tmp_path.iterdir()) == []

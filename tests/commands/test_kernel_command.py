@@ -1,4 +1,4 @@
-"""``adaptive-tangents kernel``: from files to a store, with a plan before and a way on after an interruption."""
+"""``adaptive-tangents kernel``: from files to a store, with a plan first, and resumable after an interruption."""
 
 import runpy
 import sys
@@ -103,7 +103,7 @@ def test_an_interruption_says_how_to_go_on_and_resume_does(folder: Path, monkeyp
         patch.setattr(KernelStore, "write", interrupted)
         done = kernel("--tile", "4")
     assert done.exit_code == 130
-    assert "interrupted; the same command with --resume makes the tiles that are missing" in done.output
+    assert "interrupted; the same command with --resume makes the missing tiles" in done.output
     refused = kernel("--tile", "4")
     assert refused.exit_code == 1
     assert "already, incomplete; continue it with resume=True (--resume)" in refused.output
@@ -131,7 +131,7 @@ def test_an_interruption_says_how_to_go_on_and_resume_does(folder: Path, monkeyp
         ),
         (
             ("--model", "factory_of_kernels.py:images"),
-            "kernel: the network's output has shape (7, 3, 6), expected (n, c), one row a sample; write a factory",
+            "kernel: the network's output has shape (7, 3, 6), expected (n, c), one row per sample; write a factory",
         ),
     ],
 )

@@ -23,7 +23,7 @@ FILES = {
 
 
 def idx(array: np.ndarray, *, dtype_code: int = 0x08) -> bytes:
-    """An IDX file as its specification words it."""
+    """An IDX file according to its specification."""
     header = bytes([0, 0, dtype_code, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     return header + array.astype(np.uint8).tobytes()
 
@@ -82,7 +82,7 @@ def test_the_embedded_sample_holds_400_train_and_100_test_digits_of_each_class(m
 
 def test_no_digit_of_the_embedded_sample_is_both_train_and_test(mnist5k: Dataset) -> None:
     train, test = sets_of_images(mnist5k)
-    assert (len(train), len(test)) == (4000, 1000)  # and no digit occurs twice
+    assert (len(train), len(test)) == (4000, 1000)  # so no digit occurs twice
     assert not train & test
 
 
@@ -535,7 +535,7 @@ def test_openml_images_are_squares_gray_or_colored_and_the_last_seventh_is_test(
     assert loaded.train_images.shape == (60, *shape)
     assert loaded.test_images.shape == (10, *shape)
     assert (loaded.train_images.reshape(60, -1).numpy() == rows[:60]).all()
-    assert loaded.train_labels[:3].tolist() == [2, 0, 1]  # by the alphabet
+    assert loaded.train_labels[:3].tolist() == [2, 0, 1]  # in alphabetical order
     assert loaded.name == "openml:things"
     assert loaded.source == "things from OpenML: 60 train and 10 test images."
 

@@ -1,4 +1,4 @@
-"""Kernel alignment over seeds: claims judged by numbers, the place on the path, and what each seed keeps."""
+"""Kernel alignment over seeds: verdicts on claims, the place on the path, and the parts kept for each seed."""
 
 import copy
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def test_every_seed_is_a_run_of_its_own(small) -> None:
 
 
 def test_place_is_where_the_kernel_on_the_path_equals_the_average(small) -> None:
-    """Between the two points around it K_s(x, x) lies on either side of K̄(x, x), before them on one."""
+    """K_s(x, x) crosses K̄(x, x) between the two points around the place, and not before."""
     arrays, parts = small[0].arrays, small[1]
     problem = alignment_setup.problem(replace(SMALL, seed=0), "cpu")
     student = alignment_setup.student(replace(SMALL, seed=0), problem, "cpu")
@@ -149,5 +149,5 @@ def test_seeds_are_one_unless_asked_for_and_three_in_full() -> None:
     assert configured(Asked()).seeds == 1
     assert configured(Asked(size="full")).seeds == 3
     assert configured(Asked(seeds=5, size="quick")).seeds == 5
-    with pytest.raises(TangentError, match="kernel-alignment: seeds is at least 1, got 0"):
+    with pytest.raises(TangentError, match="kernel-alignment: seeds must be at least 1, got 0"):
         KernelAlignmentConfig(seeds=0)

@@ -1,4 +1,4 @@
-"""What every study promises, whatever it asks: parts, resuming, its page and the command, held over the registry."""
+"""The promises of every study in the registry: parts, resuming, its page and the command."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ from study_cases import SMALL, Remembered, assert_same, made_up_data, small_run
 ROOT = Path(experiments.__file__).parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
 LIGHT = [*(ROOT / f"{name}.py" for name in ("__init__", "registry", "study")), *(f / "__init__.py" for f in FOLDERS)]
-# Done in one go: penalties in a second, exact-solvers by timing its solvers.
+# These run without parts: penalties takes a second, and exact-solvers times its solvers.
 WHOLE = ("penalties", "exact-solvers")
 IN_PARTS = [name for name in STUDIES if name not in WHOLE]
 
@@ -77,7 +77,7 @@ def test_a_run_interrupted_after_any_part_goes_on_to_the_same_numbers_and_makes_
         rest = Remembered(cut.parts)
         again = STUDIES[name].run(SMALL[name], units=rest)
     assert rest.parts.keys() == whole.parts.keys()
-    # Of a training that was cut off between its checkpoints all of them are made again.
+    # A training that was interrupted between its checkpoints makes all of them again.
     assert all(part.rpartition(".")[0] == last.rpartition(".")[0] for part in set(rest.made) & set(cut.parts))
     assert_same(again, whole.result)
 
@@ -93,7 +93,7 @@ def test_a_finished_run_is_read_from_its_checkpoints(name: str, tmp_path: Path, 
     monkeypatch.setattr(units, "put", lambda *_: pytest.fail("a part was made again"))
     with made_up_data():
         again = STUDIES[name].run(SMALL[name], units=units)
-    # Sums depend in their last digits on how what is read lies in memory; feature-change computes with what it reads.
+    # The last digits of sums depend on memory layout, and feature-change computes with the tensors it reads back.
     assert_same(again, whole.result, rel=1e-12 if name == "feature-change" else 0.0)
 
 
@@ -104,7 +104,7 @@ def test_the_others_keep_no_parts(name: str) -> None:
 
 @pytest.fixture(scope="module", params=STUDIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
-    """The folder that the command makes of a small run, and what it prints."""
+    """The folder that the command makes for a small run, and its output."""
     name, out = request.param, tmp_path_factory.mktemp(request.param)
     run = small_run(name)
     with pytest.MonkeyPatch.context() as patch:
@@ -143,7 +143,7 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(folder: tuple[s
     assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []
 
 
-# Drawing is the same for every study, and these are quick to draw.
+# Drawing works the same for every study; these are quick to draw.
 @pytest.mark.parametrize("folder", ["penalties", "exact-solvers", "low-rank-targets"], indirect=True)
 def test_report_draws_the_page_again_the_same(folder: tuple[str, Path, str]) -> None:
     _, out, _ = folder

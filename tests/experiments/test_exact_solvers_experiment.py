@@ -1,4 +1,4 @@
-"""The experiment on exact solvers: what is measured, claims judged by numbers, refusals, and the page that says so."""
+"""The study exact-solvers: measures, verdicts, refusals and the page."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def small() -> RunResult:
 
 
 def kernel_regression() -> dict[str, np.ndarray]:
-    """Coefficients of the fixed kernel by the Jacobian outright: β = Jᵀ(JJᵀ)⁻¹r, a matrix [weight, bias] a layer."""
+    """Coefficients of the fixed kernel from the Jacobian, β = Jᵀ(JJᵀ)⁻¹r, as a matrix [weight, bias] per layer."""
     digits = made_up_digits("", classes=(2, 3))
     x, labels = as_vectors(digits.train_images[:30]), digits.train_labels[:30]
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(
     assert [name for name, found in claims.items() if not found["holds"]] == [claim]
     assert evidence in claims[claim]["evidence"]
     verdict = exact_page.PAGE.context({**spoiled, "experiment": "exact-solvers", "claims": claims})["verdict"]
-    assert verdict == f"6 of 7 claims hold; these do not: {claims[claim]['claim']}."
+    assert verdict == f"6 of 7 claims hold. These do not: {claims[claim]['claim']}."
 
 
 def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
@@ -140,8 +140,8 @@ def test_a_solver_that_gives_up_is_part_of_the_results() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 1}, "at least 2 samples and a width of 2"),
-        ({"width": 1}, "at least 2 samples and a width of 2"),
+        ({"samples": 1}, "samples and width must be at least 2"),
+        ({"width": 1}, "samples and width must be at least 2"),
         ({"samples": 900}, r"made up holds 120 training digits \(2, 3\), fewer than samples = 900"),
         ({"strength": -1.0, "samples": 20, "width": 8}, "strength"),
     ],

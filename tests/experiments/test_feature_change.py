@@ -1,4 +1,4 @@
-"""Changes of features explained and predicted: what is measured against plain twins, claims, and the page that tells it."""
+"""The study feature-change: measures against direct computation, verdicts, and the page."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------- how sides agree
+# ------------------------------------------------------------------------------------------------- agreement of sides
 
 
 def test_a_side_agrees_with_itself_wholly_and_with_what_acts_elsewhere_not_at_all() -> None:
@@ -77,7 +77,7 @@ def test_chance_is_what_random_subspaces_and_turns_give() -> None:
     overlaps, cosines = [], []
     for seed in range(2000):
         turn, upper = torch.linalg.qr(normal(seed, 10, 10))
-        # As it comes, Q prefers some signs of its columns, so that its mean conjugate is no multiple of the identity.
+        # A raw Q prefers some signs of its columns, so its mean conjugate is no multiple of the identity.
         turn = turn * upper.diagonal().sign()
         overlaps.append(float(torch.linalg.svdvals(left.T @ turn @ right).square().mean()))
         p, q = a - torch.eye(10), turn @ (b - torch.eye(10)) @ turn.T
@@ -87,7 +87,7 @@ def test_chance_is_what_random_subspaces_and_turns_give() -> None:
     assert found.expected_cosine == pytest.approx(np.mean(cosines), abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------------------------- measures
 
 
 def test_r2_of_given_transforms_are_those_of_the_features_written_out() -> None:
@@ -168,10 +168,10 @@ def test_quick_is_small_and_full_has_three_seeds() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "counts are positive"),
+        ({"seeds": 0}, "counts must be positive"),
         ({"width": 4}, "width at least 8"),
         ({"samples": 8}, "samples at least 16"),
-        ({"strengths": ()}, "counts are positive"),
+        ({"strengths": ()}, "counts must be positive"),
         ({"networks": ("rnn",)}, "networks are mlp, cnn, transformer, got"),
         ({"networks": ()}, "networks are mlp, cnn, transformer, got"),
     ],
@@ -194,7 +194,7 @@ def test_too_few_images_and_training_that_diverges_are_errors() -> None:
 
 
 def _numbers(small: tuple[RunResult, dict]) -> dict:
-    """A network all of whose numbers bear the claims out."""
+    """Numbers of a network for which every claim holds."""
     numbers = json.loads(json.dumps(small[0].results["networks"]["cnn"]))
     good = {"layer_scale": 0.1, "left": 0.3, "right": 0.4, "two_sided": 0.8, "full": 0.2}
     for goal in numbers["explain"].values():
@@ -288,7 +288,7 @@ def test_the_verdict_says_what_the_claims_say(premise: str, layers: str, same: s
     verdicts |= {"directions": "does not hold", "written": directions, "labels": "holds in part"}
     found = verdict({name: {"verdict": each} for name, each in verdicts.items()})
     assert re.match(told, found)
-    assert ("shuffled labels agrees with it as much." in found) == ("than chance at some of" in found)
+    assert ("shuffled labels agrees as much." in found) == ("than chance at some of" in found)
 
 
 # --------------------------------------------------------------------------------------------------------- the page

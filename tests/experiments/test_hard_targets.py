@@ -1,4 +1,4 @@
-"""Targets from smooth to sign: what is measured of each, what is correlated with what, and the verdicts."""
+"""The study hard-targets: measures, correlations and verdicts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +38,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def test_targets_go_from_the_teachers_output_to_its_sign_at_unit_mean_square() -> None:
@@ -118,7 +118,7 @@ def test_correlations_are_spearmans_over_temperatures_seed_by_seed() -> None:
 
 
 def _arrays(**changes: list[float]) -> dict[str, np.ndarray]:
-    """Two seeds in which everything grows together, but for what is changed."""
+    """Two seeds in which everything grows together, except for ``changes``."""
     rising = {key: [1.0, 2.0, 3.0, 4.0] for key in (*HARDNESS, *AGAINST)}
     return {key: np.array([row, [2 * v for v in row]]) for key, row in (rising | changes).items()}
 
@@ -162,7 +162,9 @@ def test_a_correlation_with_what_never_changes_is_said_not_to_be_defined() -> No
 
 @pytest.mark.parametrize("temperatures", [(1.0, 0.5), (0.1, 0.5, 1.0), (1.0, 0.5, 0.0)])
 def test_temperatures_are_positive_and_fall(temperatures) -> None:
-    with pytest.raises(TangentError, match="hard-targets: at least 3 temperatures, positive and falling, got"):
+    with pytest.raises(
+        TangentError, match="hard-targets: at least 3 positive and falling temperatures are needed, got"
+    ):
         HardTargetsConfig(temperatures=temperatures)
 
 
@@ -171,7 +173,7 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
     assert quick.seeds == 1 < standard.seeds < full.seeds
     asked = hard_targets.configured(Asked(seeds=7, samples=50, epochs=9, seed=3))
     assert (asked.seeds, asked.kernel_samples, asked.training.epochs, asked.seed) == (7, 50, 9, 3)
-    with pytest.raises(TangentError, match="hard-targets: kernel_samples is at least 16, got 4"):
+    with pytest.raises(TangentError, match="hard-targets: kernel_samples must be at least 16, got 4"):
         HardTargetsConfig(kernel_samples=4)
     with pytest.raises(TangentError, match="hard-targets: training on the tau10 target diverged; lower"):
         run(replace(SMALL, training=SGD(epochs=20, learning_rate=1e6)))

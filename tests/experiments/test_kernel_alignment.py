@@ -174,12 +174,12 @@ def test_too_few_digits_are_named() -> None:
 
 
 def test_too_few_kernel_samples_are_refused() -> None:
-    with pytest.raises(TangentError, match="kernel_samples is at least 16, got 4"):
+    with pytest.raises(TangentError, match="kernel_samples must be at least 16, got 4"):
         KernelAlignmentConfig(kernel_samples=4)
 
 
 def test_settings_that_are_not_positive_are_refused() -> None:
-    with pytest.raises(TangentError, match="epochs, batch size, width and path nodes are positive"):
+    with pytest.raises(TangentError, match="epochs, batch size, width and path nodes must be positive"):
         KernelAlignmentConfig(training=SGD(epochs=0))
 
 

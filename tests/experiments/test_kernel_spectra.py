@@ -1,4 +1,4 @@
-"""Spectra of tangent kernels: eigenvalues, eigenvectors and energies as defined, and the verdicts that follow from them."""
+"""The study kernel-spectra: eigenvalues, eigenvectors and energies as defined, and verdicts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +38,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def test_a_kernel_is_decomposed_as_numpy_does_and_energies_are_those_of_projections() -> None:
@@ -78,7 +78,7 @@ def test_the_students_are_those_of_kernel_alignment() -> None:
 
 
 def test_kernels_are_of_the_weights_before_after_and_between(small) -> None:
-    """Gauss-Legendre nodes of the straight path, features written out."""
+    """The path average is computed directly, with Gauss-Legendre nodes and Jacobians."""
     result, units = small
     config = replace(SMALL, seed=1)
     posed = alignment_setup.problem(config, "cpu")
@@ -118,7 +118,7 @@ def test_rank_correlation_is_spearmans_with_ties_and_nothing_where_it_is_not_def
 
 def test_a_target_of_one_value_is_an_error() -> None:
     with pytest.raises(
-        TangentError, match="kernel-spectra: the target has one value on all 4 samples; use more of them"
+        TangentError, match="kernel-spectra: the target has one value on all 4 samples; use more samples"
     ):
         decomposed(torch.eye(4), torch.ones(4))
 
@@ -127,7 +127,7 @@ def test_a_target_of_one_value_is_an_error() -> None:
 
 
 def _seeds() -> dict[str, list[float]]:
-    """Two seeds in which everything is as claimed."""
+    """Numbers of two seeds for which every claim holds."""
     steps = {"initial": 0.1, "average": 0.3, "final": 0.4, "adapted": 0.25}
     made: dict[str, list[float]] = {}
     for target, more in (("smooth", 0.0), ("sign", 0.1)):
@@ -178,9 +178,9 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked() -> None:
     assert quick.seeds == 1 < standard.seeds < full.seeds
     asked = kernel_spectra.configured(Asked(seeds=7, samples=50, epochs=9, seed=3))
     assert (asked.seeds, asked.kernel_samples, asked.training.epochs, asked.seed) == (7, 50, 9, 3)
-    with pytest.raises(TangentError, match="kernel-spectra: kernel_samples is at least 16, got 4"):
+    with pytest.raises(TangentError, match="kernel-spectra: kernel_samples must be at least 16, got 4"):
         KernelSpectraConfig(kernel_samples=4)
-    with pytest.raises(TangentError, match="kernel-spectra: seeds is at least 1, got 0"):
+    with pytest.raises(TangentError, match="kernel-spectra: seeds must be at least 1, got 0"):
         KernelSpectraConfig(seeds=0)
     with pytest.raises(TangentError, match=r"kernel-spectra: made up holds 120 training digits \(2, 3\), fewer than"):
         run(KernelSpectraConfig())

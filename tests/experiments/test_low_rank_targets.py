@@ -1,4 +1,4 @@
-"""Targets of low rank: the errors measured earlier, reproduced; what the experiment counts, and the page that tells it."""
+"""The study low-rank-targets: earlier errors reproduced, measures, peers, and verdicts."""
 
 import importlib.util
 import json
@@ -64,7 +64,7 @@ def test_adapting_both_sides_reaches_the_fixed_kernels_error_with_a_quarter_of_t
     assert errors["TwoSided"]["200"] < errors["Fixed"]["800"]
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_another_dimension_is_the_same_experiment_with_as_many_inputs(small: Run
 
 
 def _line(n: int, seed: int = 0) -> Samples:
-    """A target that a network learns at once: a sum of inputs."""
+    """A target that is easy to learn: a sum of inputs."""
     generator = torch.Generator().manual_seed(seed)
     x, x_test = (torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in (n, 200))
     return Samples(x, x[:, :2], x_test, x_test[:, :2])
@@ -172,7 +172,7 @@ def _two_layers(units: int = 40) -> torch.nn.Sequential:
 
 
 def test_the_trained_network_is_the_one_trained_alone_by_a_plain_loop() -> None:
-    """All targets and one rate at once against torch's own module, optimizer and loop, a target at a time."""
+    """Training all targets at once equals torch's own module, optimizer and loop, one target at a time."""
     samples, model = _line(60), _two_layers()
     epochs, fitted = 5, 48
     for column in range(2):
@@ -225,7 +225,7 @@ def test_feature_machines_learn_a_line_and_leave_the_global_generator_alone() ->
 
 @needs_xrfm
 def test_a_machine_without_repetitions_is_kernel_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    """exp(−‖x − x′‖/s) with s the median distance, ridge 0.1, to all samples: written out."""
+    """The expected value is direct: exp(−‖x − x′‖/s) with s the median distance, ridge 0.1, all samples."""
     for name, only in (("EXPONENTS", (1.0,)), ("BANDWIDTHS", (1.0,)), ("RIDGES", (0.1,))):
         monkeypatch.setattr(low_rank_peers, name, only)
     samples = _line(60)
@@ -334,16 +334,16 @@ def test_a_peer_is_beaten_where_its_error_is_the_higher(errors: tuple[float, flo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sizes": ()}, "sizes rise from one at least"),
-        ({"sizes": (20, 10), "beyond": ()}, "sizes rise, got"),
-        ({"sizes": (20, 40), "beyond": (30,)}, "sizes rise, got"),
+        ({"sizes": ()}, "at least one size is needed"),
+        ({"sizes": (20, 10), "beyond": ()}, "sizes increasing, got"),
+        ({"sizes": (20, 40), "beyond": (30,)}, "sizes increasing, got"),
         ({"other_inputs": (20, 1)}, "inputs at least 2"),
         ({"peers": ("RFM", "oracle")}, "peers are Network, RFM, got"),
         ({"targets": ()}, "targets are product, square, absolute, four, got"),
-        ({"sizes": (0, 10)}, "counts are positive"),
-        ({"seeds": 0}, "counts are positive"),
+        ({"sizes": (0, 10)}, "counts must be positive"),
+        ({"seeds": 0}, "counts must be positive"),
         ({"inputs": 1}, "inputs at least 2"),
-        ({"test_samples": 0}, "counts are positive"),
+        ({"test_samples": 0}, "counts must be positive"),
         ({"structures": ("Fixed", "Sideways")}, "structures are Fixed, Right, Left, TwoSided, got"),
         ({"structures": ()}, "structures are Fixed"),
     ],

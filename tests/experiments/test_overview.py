@@ -1,4 +1,4 @@
-"""All experiments at once: one table of claims, in the report and in the docs, with none left out."""
+"""The overview of all experiments: one complete table of claims, in the report and in the docs."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The paper's figure of penalties: curves as defined, claims judged by numbers, and the page that says so."""
+"""The study penalties: curves as defined, verdicts, and the page."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
         claims = penalty_claims.claims(spoiled, near=config.near, far=config.far)
         assert [k for k, v in claims.items() if not v["holds"]] == [claim]
         verdict = STUDIES["penalties"].page().context({"experiment": "penalties", "claims": claims})["verdict"]
-        assert verdict == f"7 of 8 claims hold; these do not: {claims[claim]['claim']}."
+        assert verdict == f"7 of 8 claims hold. These do not: {claims[claim]['claim']}."
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
     [
         ({"points": 2}, "at least 3 points"),
         ({"largest_z": 1.0}, "largest_z above 1"),
-        ({"largest_v": 0.0}, "largest_v positive"),
+        ({"largest_v": 0.0}, "positive largest_v"),
         ({"near": 1e9}, "near below far"),
         ({"far": (1e9, 1e8)}, "far goes from a smaller v to a larger one"),
     ],
@@ -73,4 +73,4 @@ def test_settings_that_make_no_figure_are_refused(changes: dict[str, object], me
 
 def test_the_page_says_that_every_claim_holds() -> None:
     results = small_run("penalties").result.results
-    assert STUDIES["penalties"].page().context(results)["verdict"].endswith("every claim holds.")
+    assert STUDIES["penalties"].page().context(results)["verdict"].endswith("Every claim holds.")

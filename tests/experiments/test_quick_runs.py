@@ -1,4 +1,4 @@
-"""Quick runs on real digits, by the command, from end to end."""
+"""Quick end-to-end runs of the command on real digits."""
 
 import json
 import re
@@ -19,6 +19,6 @@ def test_exact_solvers_prove_every_claim_and_show_them(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["config"]["samples"], results["seed"]) == (60, 1)
     text = (tmp_path / "report.html").read_text("utf-8")
-    assert "every claim holds." in text
+    assert "Every claim holds." in text
     assert text.count("<figure ") == text.count("Look for") == 2
     assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", text) == []

@@ -1,4 +1,4 @@
-"""Sample complexity: both protocols and both rules of stopping from one run, exact fits, and what the page says of them."""
+"""The study sample-complexity: both protocols, both stopping rules from one run, exact fits, and the page."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_the_gray_network_has_the_published_layers_and_weights() -> None:
     for layer in dense[:4]:
         fan_in = layer.weight.shape[1]
         assert float(layer.weight.detach().var()) == pytest.approx(1 / fan_in, rel=0.05)
-        # cut off at two standard deviations of the normal distribution before the cut
+        # truncated at two standard deviations of the original normal distribution
         assert float(layer.weight.detach().abs().max()) <= 2 / 0.8796 * fan_in**-0.5 + 1e-6
     assert not any(bool(layer.bias.any()) for layer in dense)
 
@@ -154,7 +154,7 @@ def small_network() -> nn.Sequential:
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_the_fixed_model_trains_as_softmax_regression_on_tangent_features_written_out(fresh: bool) -> None:
-    """Features by torch.func, momentum by hand."""
+    """The reference uses features from torch.func and momentum by hand."""
     made, start = model("fixed", small_network()), small_network()
     course = trained(made, fresh=fresh)
     values = {k: v.detach() for k, v in start.named_parameters()}
@@ -466,7 +466,7 @@ def test_data_without_published_figures_are_claimed_nothing_of_them() -> None:
     assert made["openml:things.order"]["claim"].startswith("openml:things: with fresh subsets")
 
 
-# ------------------------------------------------------------------------------------------------ what is asked for
+# --------------------------------------------------------------------------------------------------------- settings
 
 
 def test_settings_follow_what_is_asked(tmp_path: Path) -> None:
@@ -505,7 +505,9 @@ def test_runs_end_after_the_published_epochs_or_so_many_steps_but_not_before_for
     ],
 )
 def test_settings_that_are_not_positive_or_do_not_rise_are_refused(change: dict) -> None:
-    with pytest.raises(TangentError, match=r"^sample-complexity: counts are positive and sizes rise, got Sample"):
+    with pytest.raises(
+        TangentError, match=r"^sample-complexity: counts must be positive and sizes increasing, got Sample"
+    ):
         replace(TINY, **change)
 
 
@@ -543,8 +545,8 @@ def test_the_page_says_what_the_published_curve_measures_and_every_claim(models,
         page = report.build_report(write_results(found.results, found.arrays, tmp_path), PAGES).read_text("utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     assert "every epoch is a fresh random subset of size n" in text
-    assert "the number of samples an epoch, out of all 60,000 (MNIST)" in text
-    assert "the best accuracy on the test set is the number reported" in text
+    assert "the published code counts samples per epoch" in text
+    assert "the best accuracy on the test set is reported" in text
     for claim in found.results["claims"].values():
         assert claim["evidence"].split(";")[0] in text.replace("&lt;", "<")
     assert ("Exact fits beside trained models" in text) == every
@@ -570,7 +572,7 @@ def test_a_command_killed_in_the_middle_and_resumed_ends_as_one_that_was_not(tmp
 
     whole, killed, threads = tmp_path / "whole", tmp_path / "killed", torch.get_num_threads()
     monkeypatch.setattr(sample_complexity, "train", counted)
-    torch.set_num_threads(1)  # a child that is forked has none of the others
+    torch.set_num_threads(1)  # a forked child has only one thread
     try:
         with threadpool_limits(1), plain_figures("sample-complexity"):
             dies_at = 0

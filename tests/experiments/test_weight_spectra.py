@@ -1,4 +1,4 @@
-"""Singular values of what training changes: the matrices compared are those they are called, and the verdicts theirs."""
+"""The study weight-spectra: the compared matrices are the ones named, and verdicts follow from them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +37,7 @@ def small() -> tuple[RunResult, dict[str, dict[str, torch.Tensor]]]:
     return found.result, found.parts
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# -------------------------------------------------------------------------------------------------------- measures
 
 
 def _problem(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def _problem(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 
 
 def _descend(parameters: torch.Tensor, gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """SGD with momentum, written out, on the fixed subset in the order of seed 1's batches."""
+    """Direct SGD with momentum on the fixed subset, in the order of seed 1's batches."""
     generator, velocity = torch.Generator().manual_seed(2), torch.zeros_like(parameters)
     for _ in range(SMALL.epochs):
         for index in torch.randperm(SMALL.samples, generator=generator).split(SMALL.batch_size):
@@ -211,10 +211,10 @@ def test_nearly_of_low_rank_means_ten_values_with_nine_tenths_of_the_squares(sha
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "seeds, epochs and batch size are positive, samples, depth and width at least 2, got"),
-        ({"depth": 1}, "seeds, epochs and batch size are positive"),
-        ({"samples": 1}, "seeds, epochs and batch size are positive"),
-        ({"epochs": 0}, "seeds, epochs and batch size are positive"),
+        ({"seeds": 0}, "seeds, epochs and batch size must be positive, and samples, depth and width at least 2, got"),
+        ({"depth": 1}, "seeds, epochs and batch size must be positive"),
+        ({"samples": 1}, "seeds, epochs and batch size must be positive"),
+        ({"epochs": 0}, "seeds, epochs and batch size must be positive"),
         ({"protocols": ("none",)}, "protocols are fixed subset, fresh subset each epoch, got"),
         ({"protocols": ()}, "protocols are fixed subset"),
     ],

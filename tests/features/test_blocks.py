@@ -1,4 +1,4 @@
-"""Blocks of every kind of summand obey one algebra: that of the features they stand for."""
+"""Blocks of every kind of summand behave like the features that they represent."""
 
 from dataclasses import replace
 
@@ -267,7 +267,7 @@ def test_passes_over_a_few_samples_at_a_time_give_the_same_features(name: str, m
 
 
 def test_embeddings_are_never_one_hot() -> None:
-    """A table of a million rows, of which the features hold what was looked up."""
+    """For a table of a million rows, the features hold only the rows looked up."""
     model = Forward(lambda m, x: m.out(m.table(x).mean(1)), table=nn.Embedding(1_000_000, 4), out=nn.Linear(4, 2))
     index = torch.randint(1_000_000, (6, 5), generator=torch.Generator().manual_seed(0))
     index[3] = index[0]

@@ -1,4 +1,4 @@
-"""Features against a dense autograd twin: every case of the registry keeps every promise."""
+"""Every case of the registry keeps every promise, checked against dense autograd features."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_features_in_single_precision_are_those_in_double(case: Case) -> None:
 
 
 def convert(x: Any) -> Any:
-    """A batch in single precision; indices stay what they are."""
+    """A batch in single precision; indices stay unchanged."""
     if isinstance(x, Mapping):
         return {name: convert(tensor) for name, tensor in x.items()}
     if isinstance(x, tuple):
@@ -75,7 +75,7 @@ def test_every_selected_parameter_is_in_exactly_one_block(case: Case) -> None:
     p = prepare(case)
     named = dict(p.model.named_parameters())
     chosen = [name for name, v in named.items() if (v.requires_grad if case.names is None else name in case.names)]
-    chosen = [name for name in chosen if named[name].numel()]  # what has no entries has no features
+    chosen = [name for name in chosen if named[name].numel()]  # an empty parameter has no features
     assert list(p.feats.parameters.items()) == [(name, tuple(named[name].shape)) for name in chosen]
     assert sorted(name for block in p.feats.blocks.values() for name in slots(block)) == sorted(chosen)
     assert (p.feats.n, p.feats.c, p.feats.p) == p.phi.shape
@@ -141,7 +141,7 @@ def test_converted_features_are_the_same_to_rounding(case: Case) -> None:
 @every_case
 @every_outputs
 def test_kernel_equals_that_of_the_dense_features(case: Case, outputs: str) -> None:
-    """Whole and by block, where blocks add up, with itself, where it is exactly symmetric, and with another."""
+    """Whole and by block, with blocks adding up; with itself, exactly symmetric; and with another batch."""
     p = prepare(case)
     for partner, other in ((None, p.phi), (p.other, p.other_phi)):
         whole, expected = p.feats.kernel(partner, outputs=outputs), reference.kernel(p.phi, other, outputs)
@@ -247,7 +247,7 @@ def test_a_kernel_of_bfloat16_features_is_made_in_float32() -> None:
 
 
 def adapted(case: Case, kind: str, seed: int = 3) -> tuple[at.TangentFeatures, at.TangentFeatures, list[np.ndarray]]:
-    """Features of both batches adapted in one way, and the dense twins."""
+    """Features of both batches with one kind of transform, and their dense references."""
     p = prepare(case)
     feats, phis = [p.feats, p.other], [p.phi, p.other_phi]
     for step in kind.split(" then "):
@@ -416,7 +416,7 @@ def adjoint(feats: at.TangentFeatures, transforms: dict[str, Sides], v: Tensor) 
     }
 
 
-# What is refused.
+# Refusals.
 
 
 def tanh_features(**keywords: object) -> at.TangentFeatures:

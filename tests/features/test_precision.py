@@ -1,4 +1,4 @@
-"""Precision of kernels: what each way to contract features rounds, bounded and compared with float64."""
+"""Precision of kernels: rounding errors of each contraction, bounded and compared with float64."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from adaptive_tangents.features.kernel_layout import Outputs, Precision, check_p
 from adaptive_tangents.features.summands import Dense, Lookup, Outer
 
 UNIT = 2.0**-8  # half the distance of bfloat16 from 1 to the next number
-# Of √(K(x, x) K(x′, x′)), as docs/precision.md states them.
+# Errors relative to √(K(x, x) K(x′, x′)), as stated in docs/precision.md.
 STATED: dict[Precision, float] = {"float32": 1e-5, "mixed": 1e-6, "bfloat16": 4e-3}
 
 
@@ -53,7 +53,7 @@ def sizes(K: Tensor) -> Tensor:
 
 
 def reference(feats: at.TangentFeatures) -> Tensor:
-    """The kernel of the features as they are, by one product of dense arrays in float64."""
+    """The kernel of the given features, as one product of dense float64 arrays."""
     phi = feats.to(torch.float64).dense().flatten(0, 1)
     return phi @ phi.mT
 
@@ -156,7 +156,7 @@ def test_any_tiling_stays_within_the_bound_and_the_same_tile_gives_the_same_bits
     for tile in (3, None):
         found = at.tangent_kernel(model, x, tile=tile, precision=precision)
         assert torch.equal(found, at.tangent_kernel(model, x, tile=tile, precision=precision))
-        # Features of other tiles are rounded otherwise too, in the passes that make them.
+        # The passes that make features of other tiles also round differently.
         bound = STATED.get(precision, STATED["mixed"])
         assert float(((entries(found) - exact).abs() / sizes(found)).max()) < bound
 

@@ -1,4 +1,4 @@
-"""`inspect`: its numbers against direct computation, what it refuses, its page, and the command from end to end."""
+"""`inspect`: its numbers against direct computation, its refusals, its page, and the command end to end."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def found() -> dict[str, RunResult]:
 
 
 def direct(name: str) -> tuple[dict[str, at.TangentFeatures], Tensor, Any]:
-    """Features at start, on average and at the end by the public functions alone, and the change of the outputs."""
+    """Initial, average and final features from public functions alone, and the change of the outputs."""
     model, start, end, data = problem(name)
     values = [torch.func.functional_call(model, s, (data.x,)).detach() for s in (start, end)]
     change, pick = values[1] - values[0], None
@@ -244,7 +244,7 @@ def test_what_passes_a_limit_is_left_out_and_told() -> None:
     r = run(model, {"a": start, "b": end}, data, config).results
     assert r["explain"]["left"] == {"total": None, "layer_scale_there": None, "left_out": ["0", "2"]}
     assert any(
-        "TwoSided transforms were not fitted for 0, 2: that would pass the limit" in limit for limit in r["limits"]
+        "TwoSided transforms were not fitted for 0, 2: that would exceed the limit" in limit for limit in r["limits"]
     )
     assert any("exact adaptive model was not fitted: it may take" in limit for limit in r["limits"])
     assert list(r["models"]) == ["fixed"]
@@ -252,7 +252,7 @@ def test_what_passes_a_limit_is_left_out_and_told() -> None:
 
 def test_new_norms_at_the_start_are_told(found: dict[str, RunResult]) -> None:
     assert any(
-        "1 norms, 1 first, have the running statistics 0 and 1" in limit for limit in found["conv"].results["limits"]
+        "1 norms (first: 1) have the running statistics 0 and 1" in limit for limit in found["conv"].results["limits"]
     )
     assert not any("running statistics" in limit for limit in found["mlp"].results["limits"])
 
@@ -345,9 +345,9 @@ def test_all_outputs_and_some_by_name_and_number() -> None:
         ),
         ("7", None, "--outputs has no '7'"),
         ("margin", None, "--outputs margin needs integer labels y and at least two outputs"),
-        ("main:3", torch.zeros(6, dtype=torch.int64), "--outputs main:3: there are 1 to 2 directions"),
-        ("main:0", None, "there are 1 to 3 directions"),
-        ("auto", torch.full((6,), 3), "y holds the label 3 and the network has 3 outputs; number the classes from 0"),
+        ("main:3", torch.zeros(6, dtype=torch.int64), "--outputs main:3: the number of directions must be 1 to 2"),
+        ("main:0", None, "the number of directions must be 1 to 3"),
+        ("auto", torch.full((6,), 3), "y holds the label 3, but the network has 3 outputs; number the classes from 0"),
         ("auto", torch.full((6,), -1), "y holds the label -1; number the classes from 0"),
     ],
 )
@@ -376,22 +376,22 @@ def test_two_labels_on_one_output_are_signs_and_targets_must_fit() -> None:
     assert target[:, 0].tolist() == [-1, 1, 1, -1]
     assert words == "−1 for label 0, +1 for 1"
     assert outputs.targets(one, None, 1)[0] is None
-    with pytest.raises(at.TangentError, match=r"y has 2 target\(s\) a sample and the network 1 output"):
+    with pytest.raises(at.TangentError, match=r"y has 2 target\(s\) per sample and the network 1 output"):
         outputs.targets(one, normal(4, 2), 1)
 
 
 def test_states_that_say_nothing_are_refused() -> None:
     model, start, end, data = problem("mlp")
-    with pytest.raises(at.TangentError, match="two checkpoints are needed, start and end, got 1"):
+    with pytest.raises(at.TangentError, match="two checkpoints are needed, start and end; got 1"):
         run(model, {"a": start}, data)
     with pytest.raises(at.TangentError, match="start and end give the same outputs on these samples"):
         run(model, {"a": start, "b": dict(start)}, data)
     big = {k: v * 1e200 for k, v in end.items()}
     with pytest.raises(at.TangentError, match="outputs at b are not finite"):
         run(model, {"a": start, "b": big | {"2.weight": big["2.weight"] * 1e200}}, data)
-    with pytest.raises(at.TangentError, match="--samples is at least 4, got 3"):
+    with pytest.raises(at.TangentError, match="--samples must be at least 4, got 3"):
         InspectConfig(samples=3)
-    with pytest.raises(at.TangentError, match="nodes and tol are positive"):
+    with pytest.raises(at.TangentError, match="nodes and tol must be positive"):
         InspectConfig(nodes=0)
 
 
@@ -443,7 +443,7 @@ def test_findings_are_sentences_with_the_numbers(found: dict[str, RunResult]) ->
             (0.4, 0.1),
             "The tangent kernel shrank to 0.500× and turned away from what was learned: sim 0.40 → 0.10.",
         ),
-        (1.01, (0.2, 0.21), "The tangent kernel kept its size, and hardly turned: sim 0.20 → 0.21."),
+        (1.01, (0.2, 0.21), "The tangent kernel kept its size and hardly turned: sim 0.20 → 0.21."),
         (2.0, (None, None), "The tangent kernel grew 2.00×."),
     ],
 )
@@ -542,15 +542,18 @@ def test_tokens_by_argument_name_and_logits_in_a_dict(files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--start", "a.safetensors"], "give --start and --end, or --checkpoints 'run/*.pt'; one or the other"),
-        (["--start", "a.safetensors", "--end", "b.safetensors", "--checkpoints", "*.pt"], "one or the other"),
+        (["--start", "a.safetensors"], "give either --start and --end, or --checkpoints 'run/*.pt'"),
+        (
+            ["--start", "a.safetensors", "--end", "b.safetensors", "--checkpoints", "*.pt"],
+            "give either --start and --end, or",
+        ),
         (["--start", "a.safetensors", "--end", "step_0.pt"], "does not fit the model: missing 2.weight"),
         (["--checkpoints", "none_*.pt"], "matches 0 files"),
         (
             ["--start", "a.safetensors", "--end", "b.safetensors", "--device", "tpu9"],
             "device 'tpu9' cannot be used here",
         ),
-        (["--start", "a.safetensors", "--end", "b.safetensors", "--samples", "2"], "--samples is at least 4"),
+        (["--start", "a.safetensors", "--end", "b.safetensors", "--samples", "2"], "--samples must be at least 4"),
         (["--start", "a.safetensors", "--end", "b.safetensors", "--wrt", "9*"], "wrt '9*' matches no parameter"),
         (
             ["--start", "a.safetensors", "--end", "./a.safetensors"],
@@ -558,11 +561,11 @@ def test_tokens_by_argument_name_and_logits_in_a_dict(files: Path) -> None:
         ),
         (
             ["--start", "a.safetensors", "--end", "b.safetensors", "--out", "table.npz"],
-            "--out is a folder, and table.npz",
+            "--out must be a folder, but table.npz",
         ),
         (
             ["--start", "a.safetensors", "--end", "b.safetensors", "--out", "table.npz/deeper"],
-            "and table.npz is a file",
+            "but table.npz is a file",
         ),
         (
             ["--start", "a.safetensors", "--end", "b.safetensors", "--data", "wide.npz"],

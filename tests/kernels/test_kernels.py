@@ -1,4 +1,4 @@
-"""Kernels made tile by tile are those of dense features, whatever the tile."""
+"""Kernels made tile by tile equal those of dense features for any tile size."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The order of tiles, and who makes them: every tile once, few captures, nobody idle for longer than a tile."""
+"""The order and owners of tiles: every tile once, few captures, no process idle for longer than a tile."""
 
 import itertools
 import random
@@ -35,7 +35,7 @@ def test_where_all_features_are_held_each_is_captured_once(n: int) -> None:
 def test_captures_are_those_of_ranges_of_rows_past_which_columns_stream(held: int) -> None:
     n, height = 24, held - 1
     starts = range(0, n, height)
-    # Every range captures its rows and all columns beyond, but for the tile where it meets the range before.
+    # Every range captures its rows and all later columns, except for the tile shared with the previous range.
     expected = sum(n - start for start in starts) - (len(starts) - 1)
     assert captures(ordered(grid(n), held, symmetric=True), held, symmetric=True) <= expected
     if held > 2:
@@ -99,7 +99,7 @@ def test_ranks_share_few_features() -> None:
         busiest = max(captures(share, n, symmetric=True) for share in shares)
         at_random = random.Random(0).sample(places, len(places))
         dispersed = max(captures(at_random[k::ranks], n, symmetric=True) for k in range(ranks))
-        # A square of that many tiles has as many rows and columns.
+        # A square of that many tiles has equally many rows and columns.
         assert busiest <= min(n, 3.2 * (len(places) / ranks) ** 0.5)
         assert busiest <= dispersed
 

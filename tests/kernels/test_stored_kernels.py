@@ -1,4 +1,4 @@
-"""Kernels on disk give the numbers that the same kernels in memory give, and are never held whole on the way."""
+"""Kernels on disk give the same numbers as in memory and are never loaded whole."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(folder: Path) -> Stores:
-    """Stores on disk, by the outputs of their kernels, and with the features they were made from."""
+    """Stores on disk, by ``outputs``, and the features that they were made from."""
     model, x = network(), inputs()
     made = {
         outputs: at.kernel_to_store(model, x, folder / outputs, outputs=outputs, tile=TILE)
@@ -65,7 +65,7 @@ def dense(outputs: str, *, c: int = 2) -> Tensor:
 
 
 def matrix(kernel: Tensor) -> np.ndarray:
-    """A kernel (n, c, m, c), (n, m) or (n, m, c) as what it does to vectors of (m, c)."""
+    """A kernel (n, c, m, c), (n, m) or (n, m, c) as a matrix acting on vectors of (m, c)."""
     if kernel.ndim == 3:
         kernel = torch.einsum("kla,ab->kalb", kernel, torch.eye(kernel.shape[2], dtype=kernel.dtype))
     return (kernel.flatten(2).flatten(0, 1) if kernel.ndim == 4 else kernel).numpy()
@@ -203,7 +203,7 @@ def test_the_residual_of_a_stored_decomposition_is_a_kernel_by_tiles(stores: Sto
     torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-10)
     diagonal = torch.einsum("kaka->ka", expected)
     torch.testing.assert_close(found.diagonal(), diagonal, rtol=0, atol=1e-10)
-    # A measure takes it as it is.
+    # A measure accepts the store directly.
     assert at.alignment(found, y) == pytest.approx(at.alignment(expected, y), abs=1e-9)
     with pytest.raises(
         at.TangentError, match=r"dense: needs 16.9 kB .*; read some samples at a time, or ask for tiles"
@@ -240,7 +240,7 @@ def test_representability_by_products_is_that_by_eigenvectors(stores: Stores, ou
     assert found.residual < 1e-10
     with pytest.raises(at.TangentError, match="leave_one_out_rmse: residuals need the diagonal of K₀⁻¹"):
         _ = found.leave_one_out_rmse
-    # Where memory does not hold the eigenvectors, products it is.
+    # If memory does not hold the eigenvectors, products are used.
     assert at.representability(store, r, jitter=1e-4, top=3, memory_limit=8_000).leave_one_out is None
     with pytest.raises(at.TangentError, match=r"representability: needs .*; use form='matrix-free'"):
         at.representability(store, r, form="dense", memory_limit=2_000)
@@ -323,7 +323,7 @@ def test_regression_is_the_fit_of_fixed_features(stores: Stores, folder: Path) -
     others = at.tangent_features(network(), inputs(9, 5))
     for K in (stores["others"], others.kernel(feats)):
         torch.testing.assert_close(found.predict(K), fit.predict(others), rtol=1e-8, atol=1e-8)
-    # One output's kernel for all outputs, and one for each.
+    # One kernel shared by all outputs, and one per output.
     for outputs in ("trace", "diagonal"):
         one = at.kernel_regression(stores[outputs], r, ridge=0.1)
         K = others.kernel(feats, outputs=outputs)
@@ -424,7 +424,7 @@ def test_a_fit_to_kernels_is_the_fit_to_features(
     if found.lower_bound is not None:
         assert found.lower_bound == pytest.approx(in_memory.lower_bound, rel=1e-8)
         assert found.gap == pytest.approx(0, abs=1e-8)
-    # The certificates are those of the coefficients themselves.
+    # The certificates equal those computed from the coefficients.
     coefficients = {k: found.gains[k] ** 2 * x for k, x in feats.combine(found.dual).items()}
     certified = at.certify(feats, r, coefficients=coefficients, structure=structure, ridge=ridge)
     assert certified.objective == pytest.approx(found.objective, rel=1e-9)
@@ -583,7 +583,7 @@ def test_tiles_are_shared_only_where_processes_can_meet(monkeypatch: pytest.Monk
         at.kernels.SharedKernel(torch.eye(3))
 
 
-# -------------------------------------------------------------------------------------------------------- what comes in
+# ---------------------------------------------------------------------------------------------------------------- input
 
 
 K, R = torch.eye(6, dtype=torch.float64) + 1, torch.arange(6.0)

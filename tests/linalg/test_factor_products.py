@@ -1,4 +1,4 @@
-"""Products with factors are the same whichever way the factors lie in memory, and leave them as they lay."""
+"""Products with factors do not depend on the factors' memory layout and leave it unchanged."""
 
 import pytest
 import torch

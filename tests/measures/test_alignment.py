@@ -1,4 +1,4 @@
-"""Measures of kernels against textbook twins with explicit H and loops (theory §5)."""
+"""Measures of kernels against textbook formulas with explicit H and loops (theory §5)."""
 
 import math
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def test_cka_is_the_cosine_of_kernels_centered_with_an_explicit_h(c: int | None,
 @given(seed=seeds, n=st.integers(4, 7))
 def test_unbiased_cka_is_the_mean_over_quadruples_of_distinct_samples(seed: int, n: int) -> None:
     a, b = psd(seed, n, rank=3), psd(seed + 1, n, rank=3)
-    # Its own HSICs are squared norms and so positive; the one between two kernels need not be.
+    # HSIC of a kernel with itself is a squared norm, hence positive; between two kernels it need not be.
     assert at.cka(a, b, unbiased=True) == pytest.approx(
         reference.unbiased_cka(a.numpy(), b.numpy()), rel=1e-7, abs=1e-9
     )
@@ -150,7 +150,7 @@ def test_what_decompose_leaves_is_orthogonal_to_both_kernels(seed: int) -> None:
     assert float((found.residual * torch.outer(y, y)).sum()) == pytest.approx(0, abs=1e-9 * size * float(y @ y))
     fitted = found.initial_weight * initial + found.target_weight * torch.outer(y, y)
     torch.testing.assert_close(fitted + found.residual, kernel)
-    # Pythagoras: what is explained and what is left add up.
+    # Pythagoras: the explained part and the residual add up.
     assert found.explained == pytest.approx(float((fitted**2).sum()) / size**2, rel=1e-9)
     assert 0 <= found.explained <= 1
 
@@ -185,7 +185,7 @@ def test_representability_is_norm_energy_and_residuals_by_definition(c: int | No
     ]
     np.testing.assert_allclose(found.energy.numpy(), energy, rtol=1e-8)
     assert found.energy[-1].item() == pytest.approx(1, rel=1e-12)
-    # Leave each sample out, with all of its outputs, and predict it by interpolation from the rest.
+    # Leave out each sample with all its outputs, and predict it by interpolation from the rest.
     width, out = c or 1, np.zeros((n, c or 1))
     for k in range(n):
         own = np.arange(k * width, (k + 1) * width)
@@ -271,7 +271,7 @@ def test_a_zero_matrix_has_rank_zero() -> None:
         assert (found.stable, found.entropy, found.participation) == (0.0, 0.0, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------- what comes in
+# ------------------------------------------------------------------------------------------------------------ input
 
 
 def test_numpy_and_float32_inputs_give_the_same_numbers() -> None:

@@ -42,7 +42,7 @@ def factor(size: int, seed: int, spread: float = 0.6) -> Matrix:
 
 
 def planted(feats: at.TangentFeatures, kind: str, seed: int = 5) -> dict[str, Sides]:
-    """A transform of each block that is of one kind."""
+    """One transform of the given kind for each block."""
     found = {}
     for k, (name, block) in enumerate(feats.blocks.items()):
         o, i = block.shape
@@ -57,7 +57,7 @@ def materialized(feats: at.TangentFeatures) -> at.TangentFeatures:
 
 
 def shared_out(feats: at.TangentFeatures, weights: tuple[float, ...]) -> at.TangentFeatures:
-    """The same features with every position in several parts, as the nodes of a path average are."""
+    """The same features with every position split into several, as for the nodes of a path average."""
     blocks = {}
     for name, block in feats.blocks.items():
         if block.outer is None:
@@ -87,7 +87,7 @@ def dense(feats: at.TangentFeatures, name: str, rows: list[int]) -> np.ndarray:
 def roles(
     before: at.TangentFeatures, after: at.TangentFeatures, structure: at.structures.Structure
 ) -> tuple[list[int], list[int]]:
-    """Which samples are fitted and which reported, found from outside: by what a change of one sample's end changes."""
+    """Which samples are fitted and which reported, found by changing one sample's end at a time."""
     usual = at.explain(before, after, structure, strengths=(1e-3,))
     assert usual.transforms is not None
     fitted, reported = [], []
@@ -177,7 +177,7 @@ def test_fixed_explains_nothing_and_a_transform_of_another_shape_not_everything(
     if kind == "Fixed":
         assert found.total == 0
         assert all(value == 0 for value in found.r2.values())
-    elif kind in ("TwoSided", "Full"):  # which any matrix includes
+    elif kind in ("TwoSided", "Full"):  # any matrix includes these
         assert found.total > 0.99
     else:
         assert found.total < 0.97
@@ -198,7 +198,7 @@ FORMS: dict[str, Callable[[at.TangentFeatures], at.TangentFeatures]] = {
 @pytest.mark.parametrize("kind", ["LayerScale", "Left", "Right", "TwoSided", "Full"])
 def test_every_form_of_the_same_features_gives_the_same_answer(kind: str, start_form: str, end_form: str) -> None:
     before = start(n=30)
-    # An end with factors of its own, not a transform of the start: other inputs, signals and numbers of positions.
+    # An end that is not a transform of the start: other inputs, signals and numbers of positions.
     after = start(n=30, seed=50, shapes=((4, 3, 5), (3, 5, 1), (3, 2, 0)))
     mixed = at.TangentFeatures(
         30, 2,
@@ -267,7 +267,7 @@ def test_a_scale_per_layer_is_that_of_dense_least_squares() -> None:
 
 
 def test_two_sided_alternation_reaches_a_stationary_point_of_least_squares() -> None:
-    """With hardly a ridge: each factor solves the dense problem given the other."""
+    """With a tiny ridge, each factor solves the dense problem given the other."""
     before = start(n=60, shapes=((3, 4, 2),))
     after = noised(before.transformed(planted(before, "TwoSided")), 0.2)
     fitted, _ = roles(before, after, at.Left())
@@ -279,7 +279,7 @@ def test_two_sided_alternation_reaches_a_stationary_point_of_least_squares() -> 
     rights = np.einsum("ncoj,ij->ncoi", a, right)
     better = float(((b - np.einsum("op,ncpi->ncoi", reference.best_left(rights, b), rights)) ** 2).sum())
     assert better <= reached <= better * (1 + 1e-5)
-    # Nothing that L-BFGS finds from other starts is better than that by more than the stopping rule's tolerance.
+    # L-BFGS from other starts finds nothing better beyond the stopping rule's tolerance.
     x, y = torch.from_numpy(a), torch.from_numpy(b)
     best = math.inf
     for seed in range(3):
@@ -312,7 +312,7 @@ def test_more_freedom_explains_more_of_the_samples_fitted() -> None:
 
 
 def test_the_strength_is_chosen_for_samples_that_were_not_fitted() -> None:
-    """Nothing but noise to explain: a strong ridge is chosen, and R² on fresh samples stays near zero or above."""
+    """With only noise to explain, a strong ridge is chosen, and R² on fresh samples is not far below zero."""
     before = start(n=16, c=1, shapes=((10, 3, 1),))
     after = noised(before, 1.0)
     weak = at.explain(before, after, at.Left(), strengths=(1e-8,))
@@ -323,7 +323,7 @@ def test_the_strength_is_chosen_for_samples_that_were_not_fitted() -> None:
     assert free.fit_r2["block0"] < weak.fit_r2["block0"]
 
 
-# ---------------------------------------------------------------------------------------------------- samples held out
+# ---------------------------------------------------------------------------------------------------- held-out samples
 
 
 @pytest.mark.parametrize("kind", ["LayerScale", "Left", "Right", "TwoSided"])
@@ -336,7 +336,7 @@ def test_samples_reported_on_are_not_those_fitted(kind: str) -> None:
     assert len(fitted) == 10
     assert len(reported) == 5
     assert not set(fitted) & set(reported)
-    # All reported samples at once: the transform and its strength stay, the R² does not.
+    # Changing all reported samples changes R² but not the transform or its strength.
     scale = torch.ones(20, 1, 1, 1, dtype=torch.float64)
     scale[reported] = -3.0
     other = at.explain(
@@ -374,7 +374,7 @@ def test_rotating_either_side_of_the_features_rotates_the_transform() -> None:
         assert turned.total == pytest.approx(found.total, rel=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------- odd requests
+# ------------------------------------------------------------------------------------------------- unusual requests
 
 
 def test_a_block_that_does_not_change_or_is_zero_has_no_r2_and_leaves_the_total_alone() -> None:

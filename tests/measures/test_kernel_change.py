@@ -1,4 +1,4 @@
-"""What a transform does to the kernel, against dense matrices and theorems of the adapted kernel."""
+"""The change of the kernel by a transform, against dense matrices and theorems on the adapted kernel."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from draws import examples
 from theory_reference import Problem, problem
 
 few = examples(4)
-fewest = examples(2)  # each a fit or two
+fewest = examples(2)  # each example is a fit or two
 seeds = st.integers(0, 10_000)
 OUTPUTS = ("full", "trace")
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -45,7 +45,7 @@ def dense_kernel(phi: Mapping[str, Tensor], sides: Mapping[str, tuple[Tensor, Te
 
 
 def dense_sides(case: Problem, transforms: Mapping[str, Sides]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each block's M_L and M_R, the scale in the left one; a modal side leaves its bias columns."""
+    """Each block's M_L and M_R, with the scale in M_L; a modal side leaves bias columns unchanged."""
 
     def padded(side: object, d: int) -> Tensor:
         out = torch.eye(d, dtype=torch.float64)
@@ -88,7 +88,7 @@ def sides_for(case: Problem, kind: str, seed: int) -> dict[str, Sides]:
 @few
 @given(seed=seeds)
 def test_low_rank_sides_add_the_grams_of_their_directions(kind: str, outputs: str, seed: int) -> None:
-    """K_M − K₀ = Σ_j (a_j² − 1)·gram(u_jᵀΦ), for two sides with the products of both besides."""
+    """K_M − K₀ = Σ_j (a_j² − 1)·gram(u_jᵀΦ); two sides add the products of both."""
     case = problem(seed, c=2)
     transforms = sides_for(case, kind, seed)
     left = {name: t.left for name, t in transforms.items() if t.left is not None}
@@ -156,7 +156,7 @@ def test_the_joint_transform_of_full_adds_the_outer_product_of_the_fitted_functi
 @few
 @given(seed=seeds, strength=st.floats(-2, 2).map(lambda x: 10.0**x), scale=st.floats(-2, 2).map(lambda x: 10.0**x))
 def test_full_adapts_by_how_poorly_the_kernel_represents_the_targets(seed: int, strength: float, scale: float) -> None:
-    """The one singular value that moves is z(‖β‖), and ‖β‖² is the RKHS norm rᵀK₀⁻¹r: the worse, the more."""
+    """The one singular value that changes is z(‖β‖), and ‖β‖² = rᵀK₀⁻¹r is the RKHS norm: it grows with it."""
     case = problem(seed, c=2, scale=scale)
     norm = at.representability(case.feats.kernel(), case.r, jitter=0.0).rkhs_norm
     gains = []
@@ -312,7 +312,7 @@ def test_what_is_kept_changes_no_number() -> None:
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
 def test_every_kind_of_summand_is_split_alike(outputs: str) -> None:
-    """Lookups, flipped factors and features outright against the same features materialized."""
+    """Lookups, flipped factors and whole features give the same as the features materialized."""
     n, c, t, o, i = 4, 2, 3, 3, 5
     signals = normal(0, n, t, c, o)
     lookup = Lookup(
@@ -348,7 +348,7 @@ def test_features_in_single_precision_are_measured_in_double() -> None:
 
 
 def test_a_small_change_loses_nothing_beside_a_large_kernel() -> None:
-    """Gains of 1 + 1e-13 change K₀ by less than its rounding; the parts are right all the same."""
+    """Gains of 1 + 1e-13 change K₀ by less than its rounding, but the parts are still right."""
     case = problem(5, c=2)
     direction = low_rank(0, 3, 1).directions
     tiny = LowRank(direction, torch.tensor([1 + 2**-43], dtype=torch.float64))
@@ -357,7 +357,7 @@ def test_a_small_change_loses_nothing_beside_a_large_kernel() -> None:
     torch.testing.assert_close(small / 2**-42, whole, rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ of a fit
+# ---------------------------------------------------------------------------------------- changes by a fit
 
 
 STRUCTURES: dict[str, at.structures.Structure] = {
@@ -418,7 +418,7 @@ def test_the_whole_change_of_full_lies_along_the_targets_it_interpolates(
 @fewest
 @given(seed=seeds)
 def test_no_part_of_a_fits_change_is_negative(name: str, seed: int) -> None:
-    """Gains are at least 1, so that every part is a positive semidefinite kernel, which yᵀΔy ≥ 0 shows too."""
+    """Gains are at least 1, so every part is a positive semidefinite kernel, and yᵀΔy ≥ 0."""
     case = problem(seed, c=2, scale=3.0)
     found = at.fit(case.feats, case.r, structure=STRUCTURES[name]).kernel_change(keep=True)
     for name, sides in found.kernels.items():
@@ -435,13 +435,13 @@ def test_a_network_is_split_by_its_layers() -> None:
     fit = at.fit(at.tangent_features(model, x), y, structure=at.TwoSided(at.Quadratic(0.05)), ridge=0.1)
     found = fit.kernel_change()
     assert list(found.blocks) == list(fit.features.blocks)
-    assert fit.features.dtype == torch.float32  # those given, not the copy that was solved with
+    assert fit.features.dtype == torch.float32  # the features given, not the copy used by the solver
     assert all(set(sides) == {"left", "right", "interaction"} for sides in found.sides.values())
     assert found.alignment[1] > found.alignment[0]
     assert "TangentFeatures" not in repr(fit)
 
 
-# --------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def test_summary_is_a_table_of_blocks_and_sides() -> None:

@@ -1,4 +1,4 @@
-"""Attention in forward mode: its values and both its derivatives are those of torch's own elementary operations."""
+"""Attention in forward mode: values and both derivatives equal those of torch's elementary operations."""
 
 import math
 from collections.abc import Callable

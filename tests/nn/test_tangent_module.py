@@ -1,4 +1,4 @@
-"""The trainable adaptive model: equal to its features' products for every network, and to the exact fit where that is."""
+"""The trainable adaptive model equals products with its features for every network, and reaches the exact fit."""
 
 import copy
 import pickle
@@ -43,7 +43,7 @@ def inner(adaptive: at.TangentModule, name: str) -> nn.Parameter:
 
 
 def wander(adaptive: at.TangentModule, scale: float = 0.2) -> at.TangentModule:
-    """Random θ, and M at random about where it is."""
+    """Random θ, and a random M near the current one."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adaptive.parameters():
@@ -56,7 +56,7 @@ def joint_objective(adaptive: at.TangentModule, x: Any, r: Tensor, ridge: float)
     return adaptive.regularizer() + ((r - change) ** 2).sum() / ridge
 
 
-# ----------------------------------------------------------------------------------------------------- what it computes
+# ---------------------------------------------------------------------------------------------------------- computation
 
 
 @every_case
@@ -338,7 +338,7 @@ def test_derivatives_of_derivatives_and_by_the_inputs_are_those_of_the_formula()
 
 
 class _Odd(torch.autograd.Function):
-    """Twice its input, in an operation that knows no forward mode."""
+    """Twice the input, by an operation without forward mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

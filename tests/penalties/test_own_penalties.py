@@ -1,4 +1,4 @@
-"""Penalties given as a function: the same as closed forms, globally minimal where there are many valleys, and checked."""
+"""Penalties given as functions equal closed forms, find global minima among many valleys, and are checked."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ def test_two_functions_searched_together_are_the_composition_of_their_closed_for
     torch.testing.assert_close(found.minimizer(v), expected.minimizer(v), rtol=1e-10, atol=0.0)
 
 
-# What no closed form is like: valleys, kinks, jumps, straight pieces, an end.
+# Unlike any closed form: valleys, kinks, jumps, straight pieces, an end.
 ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "waves": lambda z: z.log() + 0.225 * torch.sin(4 * z.log()),
     "root": lambda z: (z - 1) ** 0.5,
@@ -97,7 +97,7 @@ POINTS = [0.0, 1e-6, 0.2, 0.6, 0.9, 1.1, 1.6, 2.4, 3.7, 9.0, 40.0, 1e3]
 
 
 def brute(functions: Sequence[Callable[[Tensor], Tensor]], v: float, shift: float = 0.0, count: int = 400_001) -> float:
-    """The least cost on a dense grid of log z, for one function, or of both logs, for two."""
+    """The least cost on a dense grid of log z, or of both logs for two functions."""
     end = math.log1p(v) + 3
     if len(functions) == 1:
         z = torch.linspace(0, end, count, dtype=torch.float64).exp()

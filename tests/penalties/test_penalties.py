@@ -44,7 +44,7 @@ def scalar(x: float, *, grad: bool = False) -> Tensor:
 
 
 def kinked_between(penalty: at.Penalty, low: float, high: float) -> bool:
-    """Whether an absolute part starts to move between two levels: it does at half its strength."""
+    """Whether an absolute part starts to move between two levels; it starts at half its strength."""
     parts = getattr(penalty, "parts", (penalty,))
     return any(isinstance(part, at.Absolute) and low <= part.strength / 2 <= high for part in parts)
 
@@ -60,7 +60,7 @@ def test_induced_penalty_is_the_minimum_over_z(name: str, strength: float, v: fl
     induced = CLOSED[name](strength).induced()
     value, z = reference.induced(OMEGA[name](strength), v)
     assert float(induced.value(scalar(v))) == pytest.approx(value, rel=1e-12)
-    assert float(induced.minimizer(scalar(v))) == pytest.approx(z, rel=1e-6)  # golden section sees z to √eps only
+    assert float(induced.minimizer(scalar(v))) == pytest.approx(z, rel=1e-6)  # golden section finds z only to √eps
 
 
 @pytest.mark.parametrize("v", VALUES)
@@ -172,7 +172,7 @@ def test_pull_excess_and_elasticity_belong_together(name: str, strength: float, 
         torch.testing.assert_close(1 + back, z, rtol=1e-11, atol=0.0)
     u = scalar(v)
     if not kinked_between(penalty, v * math.exp(-2e-4), v * math.exp(2e-4)):
-        # What is z − 1 of a z is known to the rounding of z.
+        # z − 1 is known only to the rounding of z.
         least = 1.0 if name.startswith("absolute") else 0.0
         along = derivative(
             lambda t: torch.log1p(penalty.excess(u * t.exp())), 1e-4, rounding=2e-15, least=least, at_once=True
@@ -187,7 +187,7 @@ def test_small_values_are_treated_as_by_the_fixed_kernel(name: str, strength: fl
     torch.testing.assert_close(CLOSED[name](strength).induced().value(v), v**2, rtol=1e-12, atol=0.0)
 
 
-# What a huge value costs, relative to its leading power, and that power.
+# The cost of a huge value relative to its leading power, and that power.
 ASYMPTOTES = {
     "quadratic": (lambda s: 2 * s**0.5, 1.0),
     "absolute": (lambda s: 3 * (s / 2) ** (2 / 3), 2 / 3),
@@ -250,7 +250,7 @@ def test_other_duals_are_infinite_away_from_zero(name: str, s: float) -> None:
     penalty = CLOSED[name](1.0)
     assert float(penalty.induced().dual(scalar(s))) == math.inf
     assert float(penalty.dual(scalar(0.0))) == 0
-    v = 1e6 / min(s, 1.0) ** 4  # far out, s·v − ω̃(v) exceeds any bound
+    v = 1e6 / min(s, 1.0) ** 4  # for large v, s·v − ω̃(v) exceeds any bound
     assert s * v - float(penalty.induced().value(scalar(v))) > 1e5
 
 
@@ -276,7 +276,7 @@ def test_quantities_keep_the_dtype_and_shape_they_are_given() -> None:
         torch.testing.assert_close(induced.value(v).double(), exact, rtol=1e-5, atol=1e-12)
 
 
-# What the other closed forms add to the two of the table.
+# Closed forms beyond the two of the table.
 
 FAMILY: dict[str, tuple[at.Penalty, tuple[reference.PrecisePart, ...]]] = {
     "power 1.5": (at.Power(1.5, 0.4), (reference.precise_power(1.5, 0.4),)),

@@ -1,4 +1,4 @@
-"""The report: folders written whole or not at all, and a page that stands alone and says what the numbers say."""
+"""The report: folders are written completely or not at all; pages are self-contained and agree with the numbers."""
 
 import copy
 import html.parser
@@ -252,7 +252,7 @@ def test_a_page_that_cannot_be_built_leaves_the_old_page_untouched(built: Path, 
     assert (tmp_path / "run" / "report.html").read_bytes() == (built / "report.html").read_bytes()
 
 
-# --- what is refused
+# --- refusals
 
 
 def _remove(name: str) -> Any:
@@ -279,7 +279,7 @@ def _without_array(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, r"no folder .*run; give the folder an experiment wrote"),
+        (shutil.rmtree, r"no folder .*run; give the folder with an experiment's results"),
         (_remove("results.json"), r"no results\.json in .*run; run an experiment with --out .*run first"),
         (
             _write("results.json", '{"a": '),
@@ -307,7 +307,7 @@ def test_an_unusable_folder_is_refused_with_the_remedy(tmp_path: Path, spoil: An
 def test_a_fault_of_a_page_is_not_blamed_on_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """A key that the page's own code lacks is an error of the page; one that it asks of the results is theirs."""
+    """A key missing in the page's own code is a bug of the page; one missing in the results is theirs."""
 
     def asks(results: Any, *_: Any) -> Any:
         return {"own": {}}["own"]["forgotten"] if wrong == "own" else results["targets"]["sign"]["forgotten"]

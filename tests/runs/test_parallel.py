@@ -1,4 +1,4 @@
-"""Experiments that run at once: each in a process of its own, and all ended by whatever ends the run."""
+"""Experiments that run in parallel: each in its own process, and all end when the run ends."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> Non
 def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monkeypatch) -> None:
     few = {name: STUDIES[name] for name in ("penalties", "weight-spectra")}
     monkeypatch.setattr(reproduce, "STUDIES", few)
-    monkeypatch.setattr(reproduce, "cores", lambda: 2)  # a thread each: other sums have other roundings
+    monkeypatch.setattr(reproduce, "cores", lambda: 2)  # one thread each: other sums round differently
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Parts of a run on disk: whole or absent, tied to their settings, and found again after whatever ended the run."""
+"""Parts of a run on disk: complete or absent, tied to their settings, and found again after an interruption."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "one", PART, CONFIG)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(TangentError, match=r"resume: .* cannot be read .*; delete it, and its training is repeated"):
+    with pytest.raises(TangentError, match=r"resume: .* cannot be read .*; delete it to repeat its training"):
         read_checkpoints(tmp_path, CONFIG)
 
 
@@ -77,7 +77,7 @@ def die(*_: Any, **__: Any) -> None:
 def test_settings_are_whole_or_absent_after_a_kill_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed as the file is opened and empty, or as it is about to be swapped in."""
+    """The kill comes while the new file is empty, or just before it replaces the old one."""
     with monkeypatch.context() as patch:
         if moment == "replace":
             patch.setattr("os.replace", die)

@@ -1,4 +1,4 @@
-"""What `inspect` is handed: factories, checkpoints and data are read without pickle, or refused with the remedy."""
+"""A user's factories, checkpoints and data are read without pickle, or refused with a remedy."""
 
 import pickle
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_factory_by_module_or_file_makes_a_network_in_evaluation_mode(folder: 
         ("gone.py:make", "there is no file gone.py"),
         (
             "factories_of_test:mak",
-            "factories_of_test has no 'mak'; it holds .*make, needs, raises.*: name one that makes",
+            "factories_of_test has no 'mak'; it holds .*make, needs, raises.*; name one that makes",
         ),
         ("factories_of_test:answer", "is a int, not a function; name a function without arguments"),
         ("factories_of_test:instance", "is a Linear, not a function"),
@@ -127,14 +127,17 @@ def spoiled(path: Path, change: Any) -> Path:
         (lambda s: {"model": {"a": torch.ones(1)}}, "under 'model', does not fit the model: missing 0.weight"),
         (
             lambda s: s | {"0.weight": torch.full((4, 3), torch.nan)},
-            "not finite in 0.weight; take a checkpoint from before",
+            "not finite in 0.weight; use an earlier checkpoint",
         ),
         (
             lambda s: {"weights": s},
             "holds keys weights, not a state dict.*'state_dict' or 'model' or 'model_state_dict'",
         ),
         (lambda s: [1.0], "holds a list, not a state dict of tensors"),
-        (lambda s: nn.Linear(2, 2), "holds more than tensors.*pickles are never loaded; save model.state_dict"),
+        (
+            lambda s: nn.Linear(2, 2),
+            "is not a checkpoint of tensors alone.*pickles are never loaded; save model.state_dict",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_its_tensors(tmp_path: Path, change: Any, message: str) -> None:
@@ -149,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_its_tensors(tmp_path: Path
         ("none.pt", None, "there is no checkpoint .*none.pt"),
         ("cut.safetensors", b"\x10", "cut.safetensors cannot be read .*save the checkpoint again"),
         ("empty.pt", b"", "empty.pt cannot be read .*save the checkpoint again"),
-        ("evil.pt", pickle.dumps(print, protocol=2), "holds more than tensors, or is not a checkpoint"),
+        ("evil.pt", pickle.dumps(print, protocol=2), "is not a checkpoint of tensors alone"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(
@@ -202,15 +205,18 @@ def test_data_become_a_tensor_a_tuple_or_a_dict(tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         ({"y": np.ones(3)}, "holds no inputs; save them as x"),
-        ({"x": np.ones((3, 2)), "y": np.ones(4)}, "different numbers of samples: x 3, y 4; give each as many"),
+        (
+            {"x": np.ones((3, 2)), "y": np.ones(4)},
+            "different numbers of samples: x 3, y 4; give the same number for each",
+        ),
         ({"x": np.ones((3, 2)), "extra": np.ones((3, 2))}, "holds x beside extra; give x alone, x0, x1"),
         ({"x": np.array([[1], [1, 2]], dtype=object)}, "holds pickled objects.*never loaded; save arrays of numbers"),
-        ({"x": np.array(["a", "b"])}, "'x' in .* holds <U1, not numbers; text goes in as token indices"),
+        ({"x": np.array(["a", "b"])}, "'x' in .* holds <U1, not numbers; give text as token indices"),
         ({"x": np.float64(3.0)}, "'x' in .* is a single number"),
-        ({"x": np.array([[1.0], [np.nan]])}, "'x' in .* is not finite at sample 1; leave it out or mend it"),
+        ({"x": np.array([[1.0], [np.nan]])}, "'x' in .* is not finite at sample 1; remove or correct it"),
         ({"x": np.ones((0, 2))}, "holds no samples"),
         ({"x": np.ones((2, 2)), "y": np.ones((2, 2, 2))}, r"y in .* has shape \(2, 2, 2\); give labels"),
-        ({"x": np.ones((2, 2)), "classes": np.ones(2)}, "'classes' in .* is a list of names, got float64"),
+        ({"x": np.ones((2, 2)), "classes": np.ones(2)}, "'classes' in .* must be a list of names, got float64"),
     ],
 )
 def test_data_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Memory: what is free, what is asked for, and that nothing larger than promised is ever made."""
+"""Memory: what is free, limits, and that no tensor exceeds what was promised."""
 
 import resource
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from cases import Forward, mlp, normal
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation gives, views of what exists not counted."""
+    """Bytes of the largest tensor that any operation returns, not counting views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # What `memory.empty` takes from NumPy is not made by an operation, but first seen as bytes.
+        # Memory that `memory.empty` takes from NumPy first appears as a tensor of bytes.
         taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dtype == torch.uint8]
         self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in taken)])
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -99,7 +99,7 @@ def test_average_features_and_their_kernel_never_hold_the_features(nodes: int) -
     whole = 30 * 2 * sum(v.numel() for v in start.values()) * 8
     peak = largest(lambda: at.average_features(model, start, end, x, nodes=nodes, memory_limit=2_000_000).kernel())
     assert whole > 4_500_000
-    assert peak <= 1_000_000  # half the limit: of two tiles of features
+    assert peak <= 1_000_000  # half the limit: two tiles of features
 
 
 def test_a_kernel_in_tiles_never_holds_the_features_of_all_samples() -> None:
@@ -110,7 +110,7 @@ def test_a_kernel_in_tiles_never_holds_the_features_of_all_samples() -> None:
     whole = 80 * sum(v.numel() for v in model.parameters()) * 8
     factors = 80 * (288 + 1) * 8
     peak = largest(lambda: at.tangent_kernel(model, x, tile=8))
-    assert peak < 80 * 288 * 8  # the activations that the probes of interaction make, of at most 32 samples
+    assert peak < 80 * 288 * 8  # activations of the interaction probes, on at most 32 samples
     assert min(whole, factors) > peak
 
 

@@ -1,4 +1,4 @@
-"""Long work tells how far it is, in fractions that never fall and end at one."""
+"""Long work reports progress in fractions that never fall and end at one."""
 
 from collections.abc import Callable
 

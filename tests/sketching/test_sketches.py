@@ -1,4 +1,4 @@
-"""Sketches: unbiased, of the variance they say, the same whenever and wherever they are made, and refused where not."""
+"""Sketches are unbiased, have the stated variance, are reproducible anywhere, and are refused if they do not match."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_entries_of_hadamard_matrices_are_signs_and_rows_are_orthogonal() -> Non
     matrix = hadamard(torch.arange(16), torch.arange(16)).double()
     assert torch.equal(matrix.abs(), torch.ones(16, 16).double())
     assert torch.equal(matrix @ matrix.mT, 16 * torch.eye(16).double())
-    # The recursion it is usually defined by.
+    # The recursion that usually defines it.
     small = matrix[:8, :8]
     assert torch.equal(matrix, torch.cat([torch.cat([small, small], 1), torch.cat([small, -small], 1)]))
 
@@ -127,7 +127,7 @@ def test_many_rows_at_once_are_those_made_one_by_one() -> None:
 
 
 def test_rows_are_pinned_to_their_key_for_good() -> None:
-    """They must never change: sketches on disk are compared with new ones."""
+    """They must never change, because sketches on disk are compared with new ones."""
     left, right = paired_rows((7, "layer", 1), (5, 3), 4)
     assert left.signs.tolist() == [-1.0, -1.0, 1.0, -1.0, -1.0]
     assert (left.chosen.tolist(), right.chosen.tolist()) == ([7, 1, 6, 3], [0, 1, 2, 3])
@@ -166,7 +166,7 @@ def test_coordinates_of_every_kind_of_summand_are_those_of_its_features(kind: st
 
 
 def network() -> tuple[nn.Module, Tensor]:
-    """Convolution, tokens' worth of positions and layers of one position, c = 2."""
+    """A convolution, layers with many positions and layers with one, c = 2."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 12), nn.Tanh(), nn.Linear(12, 2))
     return model, torch.randn(5, 2, 5, 5)
@@ -389,7 +389,7 @@ def test_fits_that_treat_blocks_as_wholes_are_those_of_the_sketched_kernel(struc
     fit = at.fit(found, y, structure=structure, ridge=0.1)
     plain = at.TangentFeatures(
         found.n, found.c, found.blocks, found.parameters
-    )  # features of that kernel, no sketch of any
+    )  # features with that kernel, not a sketch
     assert fit.objective == pytest.approx(at.fit(plain, y, structure=structure, ridge=0.1).objective)
     assert fit.predict(found[:2]).shape == (2, 2)
     if isinstance(structure, at.Full):
@@ -532,7 +532,7 @@ def test_options_that_a_sketched_kernel_has_not_are_refused(given: dict[str, Any
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[nn.Module, Tensor, at.Sketch, Path]:
     model, x = network()
-    sketch = at.Sketch(300, seed=2, repetitions=4)  # the last layer's block exact
+    sketch = at.Sketch(300, seed=2, repetitions=4)  # the last layer's block is exact
     folder = tmp_path / "sketch"
     at.sketching.save_sketch(folder, at.sketch_features(model, x[:2], sketch))
     at.sketching.append_sketch(folder, at.sketch_features(model, x[2:], sketch))
@@ -605,7 +605,7 @@ def test_folders_that_hold_a_sketch_or_none_are_told_apart(saved, tmp_path: Path
 
 
 def damaged(path: Path, **changes: Any) -> None:
-    """A part whose head says something else."""
+    """Rewrite a part's header with wrong values."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -658,7 +658,7 @@ def test_nothing_is_left_where_a_part_cannot_be_written(saved, monkeypatch: pyte
         at.sketching.append_sketch(folder, feats)
     assert len(list(folder.iterdir())) == 2
     monkeypatch.undo()
-    # Another process takes the next number between looking and writing.
+    # Another process takes the next number between the check and the write.
     heads = at.sketching.sketch_files._heads
     monkeypatch.setattr(at.sketching.sketch_files, "_heads", lambda *given: heads(*given)[:1])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What users hand to a fit in another shape: taken where its meaning is clear, else refused with what to pass."""
+"""Arguments of `fit` in other shapes: accepted if their meaning is clear, else refused with what to pass."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ X = torch.ones(6, 4)
 
 
 def unchecked(function: Callable[..., object]) -> Callable[..., object]:
-    """The function as it is without the shape checks of the tests, which would refuse first."""
+    """The function without the tests' shape checks, which would fail first."""
     return inspect.unwrap(function)
 
 

@@ -33,7 +33,7 @@ strengths = pytest.mark.parametrize("strength", [0.05, 1.0])
 
 def solve(program: cp.Problem) -> float:
     with warnings.catch_warnings():
-        # It says so where rounding stopped it short of 1e-13; what it reached is compared below.
+        # It warns if rounding stopped it before 1e-13; the result is compared below.
         warnings.simplefilter("ignore", UserWarning)
         program.solve(**SOLVER)
     assert program.status in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE)
@@ -47,7 +47,7 @@ def flat(case: Problem, name: str) -> np.ndarray:
 
 
 def primal(case: Problem, kind: str, strength: float, ridge: float) -> tuple[cp.Problem, dict, dict]:
-    """(E) with its coefficients, and what stands for λMᵀM where a side moves."""
+    """(E) with its coefficients, and the variable for λMᵀM if a side adapts."""
     cost, constraints, prediction, squares = 0, [], 0, {}
     coefficients = {name: cp.Variable(tuple(part.shape[2:])) for name, part in case.phi.items()}
     for name, matrix in coefficients.items():
@@ -110,7 +110,7 @@ def test_a_fit_is_the_minimum_of_its_conic_program(kind: str, named: str, ridge:
     found = fitted(case, kind, strength, ridge)
     program, coefficients, squares = primal(case, kind, strength, ridge)
     assert solve(program) == pytest.approx(found.objective, rel=1e-8)
-    # The program with one factor is worse conditioned: its solver reaches objectives to 1e-10 only.
+    # The program with one factor is worse conditioned: its solver reaches only 1e-10.
     accuracy = 1e-6 if squares else 1e-5
     size = float(case.flatten(found.coefficients).norm())
     for name, matrix in coefficients.items():

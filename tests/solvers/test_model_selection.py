@@ -55,7 +55,7 @@ def test_as_many_folds_as_samples_leave_one_out(c: int) -> None:
         case.feats, labels, structures=[at.Fixed(), at.Left()], ridges=(0.1, 1e6), loss="cross-entropy", offset=offset
     )
     assert entropies.criterion == "5-fold cross-entropy"
-    # A ridge without end predicts nothing: log of the number of classes.
+    # With an infinite ridge nothing is predicted: the loss is the log of the number of classes.
     assert entropies.errors[2] == pytest.approx(float(torch.tensor(float(max(c, 2))).log()), rel=1e-3)
 
 

@@ -45,7 +45,7 @@ def labels_of(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ CE written out, one output being the logit of label 1 against 0."""
+    """The sum of cross-entropies, computed directly; a single output is the logit of label 1 against 0."""
     logits = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
     return -(logits.log_softmax(1).gather(1, labels[:, None])).sum()
 
@@ -99,7 +99,7 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
         (at.TwoSided(at.Quadratic(1.0)), 0.1),
         (at.TwoSided(at.Quadratic(0.01)), 0.0),
     ]
-    # Where the curvature jumps, and where the last digits of stationarity are the hardest.
+    # The curvature jumps here, so the last digits of stationarity are the hardest.
     cases += [(at.TwoSided(at.Absolute(0.05)), 0.0), (at.Left(at.Quadratic(0.05)), 0.0)]
     for chosen, ridge in cases:
         found = at.fit(feats, r, structure=chosen, ridge=ridge, tol=1e-12)
@@ -114,7 +114,7 @@ def test_newton_needs_few_kernel_solves_where_the_alternation_takes_hundreds() -
 
 
 def test_a_fit_leaves_a_saddle_in_a_few_steps() -> None:
-    """Where the model has no minimum a step goes on while the objective falls: 79 steps without that, 16 with it."""
+    """Along directions without a minimum a step continues while the objective falls: 16 steps instead of 79."""
     torch.manual_seed(1)
     layers = [torch.nn.Linear(16, 512), torch.nn.Tanh(), torch.nn.Linear(512, 512), torch.nn.Tanh()]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(512, 1))
@@ -329,7 +329,7 @@ def test_every_form_inverts_the_same_systems(kind: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rounding_of_outputs_tracked_through_the_steps_does_not_end_a_fit(threads: int) -> None:
-    # With two threads, whose sums round in another way, its objective seemed to have no more to lose at 7e-6.
+    # With two threads, whose sums round differently, the objective stopped falling at 7e-6.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

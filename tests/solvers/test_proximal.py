@@ -39,7 +39,7 @@ def cost(structure: at.structures.Structure, b: Mapping[str, Tensor], x: Mapping
 
 
 def identity_features(x: Mapping[str, Tensor]) -> Problem:
-    """One sample an entry of X, whose feature is that entry's direction and whose target is the entry."""
+    """One sample per entry of X: its feature is that entry's direction, its target the entry."""
     total, start, phi = sum(matrix.numel() for matrix in x.values()), 0, {}
     for name, matrix in x.items():
         rows = torch.zeros(total, matrix.numel(), dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_convex_fits_have_the_objective_of_a_first_order_method_from_zero(name: 
 @pytest.mark.parametrize("penalty", [at.Quadratic(0.3), at.Absolute(0.3), at.LogSquared(0.3)], ids=repr)
 @pytest.mark.parametrize("name", ["TwoSided", "Left", "Diagonal"])
 def test_a_first_order_method_finds_nothing_below_a_fit_it_starts_from(name: str, penalty: at.Penalty) -> None:
-    """Its steps go to global minima of the proximal problem, so a fit that is no minimum around would be left."""
+    """Its steps reach global minima of the proximal problem, so it would leave a fit that is no local minimum."""
     feats, r = network()
     structure = CURVED[name](penalty, penalty)
     fitted = at.fit(feats, r, structure=structure, ridge=RIDGE, tol=1e-14, max_rounds=1000)
@@ -242,7 +242,7 @@ def _objective(case: Problem, structure: at.structures.Structure, beta: Mapping[
     return structure.penalty(beta) + float(missing @ missing) / ridge
 
 
-# ------------------------------------------------------------------------------------------------------ its manners
+# ------------------------------------------------------------------------------------------------------ its behavior
 
 
 def test_neither_a_kernel_nor_the_features_are_ever_formed(monkeypatch: pytest.MonkeyPatch) -> None:

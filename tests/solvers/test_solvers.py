@@ -31,7 +31,7 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure
     "Modes": lambda p, q: at.Modes({"out": p, "in": q}),
 }
 EVERY = {**STRUCTURES, "Mixed": lambda p, q: at.Mixed({"block0": at.Diagonal(p), "*": at.Left(p)})}
-COMPOSED = ("TwoSided", "Modes")  # of several transforms of one value: not convex, and without a dual bound
+COMPOSED = ("TwoSided", "Modes")  # several transforms of one value: not convex, without a dual bound
 INVARIANT = ("Fixed", "Full", "LayerScale", "Left", "Right", "TwoSided", "Modes")  # to a rotation of either side
 SOLVERS = ("newton", "anderson", "alternation")
 CONVEX = [name for name in EVERY if name not in COMPOSED]
@@ -84,7 +84,7 @@ def test_no_random_start_beats_the_fit_where_the_penalty_is_not_convex(name: str
     joint = JointProblem(case, name, [torch_absolute(0.5)], ridge, symmetric=True)
     reached = joint.minimize(starts=4)
     if name == "Diagonal":
-        # ω̃ is concave beyond a kink: many sparse solutions are stationary, and no method names the best of them.
+        # ω̃ is concave beyond a kink: many sparse solutions are stationary, and no method finds the best.
         assert any(one == pytest.approx(found.objective, rel=1e-8) for one in reached)
         return
     assert min(reached) == pytest.approx(found.objective, rel=1e-8)
@@ -111,7 +111,7 @@ def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecke
 def test_no_minimizer_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_comes_back(
     seed: int, name: str, ridge: float, one: float, other: float, n: int, c: int, kinds: list[tuple[int, int, int]]
 ) -> None:
-    """(J) = (E): from anywhere where the problem is convex, from about the fit where there are other minima."""
+    """(J) = (E): from any start if the problem is convex, from near the fit if there are other minima."""
     case = problem(seed, n=n, c=c, shapes=kinds[:2], scale=2.0)
     assume(ridge > 0 or float(torch.linalg.cond(case.rows @ case.rows.mT)) < 1e6)
     found = at.fit(case.feats, case.r, structure=structure(name, one, other), ridge=ridge, **EXACT)
@@ -127,7 +127,7 @@ def test_no_minimizer_of_the_joint_problem_gets_below_a_fit_and_from_nearby_it_c
 
 
 def _sides(found: at.Fit) -> list[Tensor]:
-    """The factors of the transforms found, in the order and shapes that the joint problem has them."""
+    """The fitted transforms' factors, in the order and shapes of the joint problem."""
     sides: list[Tensor] = []
     for name, transform in found.transforms.items():
         o, i = found.coefficients[name].shape
@@ -278,7 +278,7 @@ def test_the_lower_bound_is_below_the_objective_and_meets_it_where_the_structure
     assert found.lower_bound <= found.objective * (1 + 1e-11)
     assert found.gap is not None
     assert found.gap < 1e-8  # at this tolerance: stationarity 3e-6 squared, with room
-    # The bound holds for every model: for the truth of a random M too.
+    # The bound holds for every model, including one with a random M.
     early = _stopped(case, structure(name, one, other), ridge, rounds=1)
     assert early.lower_bound is not None
     assert early.lower_bound <= found.objective * (1 + 1e-11)
@@ -288,7 +288,7 @@ def _stopped(case: Problem, chosen: at.structures.Structure, ridge: float, *, ro
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", at.TangentWarning)
         found = at.fit(case.feats, case.r, structure=chosen, ridge=ridge, max_rounds=rounds)
-    # Where nothing adapts, one round may do.
+    # If nothing adapts, one round may be enough.
     assert found.converged != any(issubclass(w.category, at.TangentWarning) for w in caught)
     return found
 
@@ -429,7 +429,7 @@ def test_scaling_targets_and_penalty_together_scales_the_coefficients() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------- what comes in
+# --------------------------------------------------------------------------------------------------- input
 
 
 def test_targets_of_one_output_may_be_a_vector() -> None:
@@ -528,7 +528,7 @@ def test_the_features_and_targets_given_are_left_as_they_were() -> None:
     assert torch.equal(case.r, before[1])
 
 
-# ------------------------------------------------------------------------------------------- what comes out
+# --------------------------------------------------------------------------------------------------- output
 
 
 def test_summary_names_the_certificates() -> None:
@@ -562,9 +562,9 @@ def test_running_out_of_rounds_warns_and_says_so() -> None:
     assert len(found.history) == 4  # the fit of the fixed kernel, and three more
     assert "stopped after 3 rounds" in found.reason
     assert "NOT converged" in found.summary()
-    # What was reached is returned whole all the same.
+    # The state reached is still returned completely.
     assert found.feasibility < 1e-9
-    # Wherever it stops, while adaptation sets in or after, it says why.
+    # Whether it stops during or after the tempering stages, it gives the reason.
     for rounds in range(1, 9):
         with pytest.warns(at.TangentWarning, match=rf"stopped after {rounds} rounds"):
             early = at.fit(case.feats, case.r, structure=structure("TwoSided", 0.01, 0.01), max_rounds=rounds)
@@ -587,10 +587,10 @@ def test_a_tolerance_beyond_float64_stops_and_says_why() -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_rounds_that_move_nothing_are_not_extrapolated(name: str) -> None:
-    """At its fixed point the map has residuals of exactly zero, from which no combination can be made."""
+    """At its fixed point the map has residuals of exactly zero, which cannot be combined."""
     feats = reference.features_from({"w": torch.tensor([[[[2.0]]]], dtype=torch.float64)})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", at.TangentWarning)  # a tolerance of zero, near enough: it may or may not be met
+        warnings.simplefilter("ignore", at.TangentWarning)  # the tolerance is practically zero, so it may not be met
         found = at.fit(feats, torch.tensor([3.0]), structure=structure(name), tol=1e-300, max_rounds=40)
     assert found.coefficients["w"].item() == pytest.approx(1.5, rel=1e-12)
     assert found.stationarity < 1e-14
@@ -736,4 +736,4 @@ def test_smallest_eigenvalue_of_a_large_kernel_is_that_of_a_decomposition(
     monkeypatch.setattr(systems, "factorize", lambda matrix, shift: calls.append(shift) or made(matrix, shift))
     found = at.fit(case.feats, case.r, structure=at.Fixed(), ridge=ridge)
     assert found.smallest_eigenvalue == pytest.approx(expected, abs=1e-6 * (expected + ridge))
-    assert calls == [ridge]  # of K₀ one factor serves both
+    assert calls == [ridge]  # both share one factorization of K₀

@@ -1,4 +1,4 @@
-"""Fits in the subspaces that features span: the same as in the whole, for every structure that allows it."""
+"""Fits in the subspaces that features span equal fits in the whole space, for every structure that allows it."""
 
 import importlib
 
@@ -18,7 +18,7 @@ STRUCTURES["mixed"] = at.Mixed({"0": at.Diagonal(at.Quadratic(0.3)), "*": at.Two
 
 
 def whole(feats: TangentFeatures, structure: Structure) -> Compressed:
-    """Every block as it is."""
+    """Features whose blocks are not compressed."""
     return Compressed(feats, dict.fromkeys(feats.blocks, Subspace()))
 
 

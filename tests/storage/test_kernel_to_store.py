@@ -1,4 +1,4 @@
-"""Making a stored kernel: the same bits on any way, few captures, and no way to end with a store that is not what it says."""
+"""Making a stored kernel: the same bits by any route, few captures, and never a store with wrong metadata."""
 
 import contextlib
 import errno
@@ -42,12 +42,12 @@ def store(path: Path, **options: Any) -> at.storage.KernelStore:
 
 
 class Stopped(Exception):
-    """An end in the middle."""
+    """An interruption."""
 
 
 @contextlib.contextmanager
 def stopping(after: int, error: BaseException | None = None) -> Iterator[list[tuple[int, int]]]:
-    """Stop after some tiles are written; gives the tiles written."""
+    """Stop after some tiles are written; yields the tiles written."""
     written: list[tuple[int, int]] = []
     write = KernelStore.write
 
@@ -87,7 +87,7 @@ def test_neither_order_nor_room_nor_interruptions_change_a_bit(outputs: str, tmp
 
 
 def narrow(lay_out: Any) -> Any:
-    """Layouts that hold two ranges of samples only."""
+    """Limit layouts to two ranges of samples."""
     from dataclasses import replace
 
     return lambda *arguments, **options: replace(lay_out(*arguments, **options), cached=2)
@@ -165,7 +165,7 @@ def test_the_kernel_of_a_fit_is_stored_with_its_transforms(tmp_path: Path) -> No
 
 @dataclass(frozen=True)
 class Doubled:
-    """Stands for a sketch: features times two."""
+    """A stand-in for a sketch: features times two."""
 
     by: float = 2.0
 
@@ -323,7 +323,7 @@ store = at.kernel_to_store(model, x, sys.argv[1], outputs="trace")
 some = torch.tensor([0, 4500, 8999])
 print(store.complete, torch.allclose(store.read(some, some), at.tangent_kernel(model, x[some], outputs="trace"), rtol=1e-4))
 """
-    # Each thread's own arena would take addresses, which the limit counts, and no memory.
+    # Each thread's own arena would use address space, which the limit counts, but no memory.
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "K.zarr")], capture_output=True, text=True,
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},
@@ -388,7 +388,7 @@ def test_a_store_of_another_version_or_network_is_not_resumed(begun: Path, tmp_p
     with pytest.raises(at.TangentError, match=rf"was made by another version \({at.__version__[:0]}0.1.0, now 9.9\)"):
         store(begun, outputs="full", resume=True)
     monkeypatch.undo()
-    # The same parameters and data in another function: what no hash can tell.
+    # Another function with the same parameters and data; no hash can tell them apart.
     relu = network()
     relu[1] = nn.ReLU()
     message = "was made with another network: parameters and data are the same, but the kernel of the first sample is"
@@ -444,12 +444,12 @@ def test_a_tile_is_a_positive_number_of_samples(tile: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-# what the system refuses
+# refusals of the system
 
 
 @contextlib.contextmanager
 def small_disk(path: Path, size: int) -> Iterator[bool]:
-    """A disk of so many bytes, where one can be mounted."""
+    """A disk of the given size, if one can be mounted."""
     path.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
     try:

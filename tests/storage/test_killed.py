@@ -1,4 +1,4 @@
-"""Writers that are killed, at any moment and alone or among others, lose the tile they were at and nothing else."""
+"""A writer killed at any moment, alone or among others, loses only its current tile."""
 
 import re
 import subprocess

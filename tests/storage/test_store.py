@@ -1,4 +1,4 @@
-"""A kernel on disk is the kernel, tile by tile, and says of itself what it was made from and whether it is all there."""
+"""A stored kernel equals the kernel, tile by tile, and records its sources and whether it is complete."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The curvature of every regularizer against differences of its gradient and of itself, where it is hardest to get right."""
+"""The curvature of every regularizer against finite differences, at the hardest points."""
 
 from collections.abc import Callable, Mapping
 
@@ -40,7 +40,7 @@ def with_values(seed: int, o: int, i: int, values: list[float]) -> Tensor:
     )
 
 
-# Matrices of unit size at which a Hessian has a limit to take.
+# Matrices of unit size at which the Hessian has a limit.
 MATRICES: dict[str, Callable[[int], Tensor]] = {
     "wide": lambda seed: normal(seed, 2, 5),
     "tall": lambda seed: normal(seed, 5, 3),

@@ -101,7 +101,7 @@ def test_a_fit_with_a_structure_and_a_strength_for_each_block_closes_its_gap_and
     assert found.transforms["block1"] == Sides()
     assert isinstance(found.transforms["block2"], Joint)
     assert found.transforms["block0"].left.gains.max() > 1
-    # Blocks whose penalty does not let them move are left to the others: what is cheap moves more.
+    # If a block's penalty keeps it fixed, the others move more.
     stiff = {**structures, "block0": at.Modes({"out": at.Quadratic(1e9)})}
     other = at.fit(given_case.feats, given_case.r, structure=stiff, **EXACT)
     assert other.objective > found.objective
@@ -121,11 +121,11 @@ def test_patterns_that_do_not_divide_the_blocks_are_refused_with_names() -> None
     refused({"block0": fixed, "*1": fixed}, r"no pattern matches block 'block2'; add '\*'")
     refused({}, r"Mixed: give structures by pattern, .* got none")
     unchecked = at.Mixed({"*": fixed})
-    object.__setattr__(unchecked, "structures", {"*": "left"})  # past the type checks that only tests have
+    object.__setattr__(unchecked, "structures", {"*": "left"})  # bypasses the tests' type checks
     with pytest.raises(at.TangentError, match=r"got 'left' for '\*'"):
         unchecked.__post_init__()
     everything = at.fit(given_case.feats, given_case.r, structure={"block?": fixed, "*": at.Left()})
-    assert everything.converged  # a rest of no blocks is no error
+    assert everything.converged  # an empty rest is no error
 
 
 def test_explain_takes_patterns_but_no_joint_transform_of_a_part() -> None:
@@ -155,7 +155,7 @@ def test_explain_recovers_one_factor_a_unit_or_an_entry(name: str) -> None:
     assert found.total > 1 - 1e-9
     assert set(found.strengths.values()) == {1e-12}
     torch.testing.assert_close(start.transformed(found.transforms).dense(), end.dense(), rtol=1e-6, atol=1e-6)
-    # What mixes units is explained in part only.
+    # A mix of units is explained only in part.
     turned = start.transformed(
         {
             key: Sides(
@@ -187,7 +187,7 @@ def test_the_scale_of_a_block_is_the_mean_diagonal_of_its_kernel() -> None:
 @few
 @given(seed=seeds, factor=factors)
 def test_a_scale_invariant_penalty_does_not_see_the_units_of_the_features(name: str, seed: int, factor: float) -> None:
-    """Features times c and coefficients over c: the same transforms, and the penalty over c² as that of no adaptation."""
+    """With features times c and coefficients over c, transforms stay, and the penalty scales by 1/c²."""
     given_case = case(seed)
     b = random_coefficients(given_case, seed + 1)
     structure = SCALED[name](at.Quadratic(0.3), scale_invariant=True)
@@ -248,7 +248,7 @@ def test_predictions_do_not_depend_on_the_units_of_the_features_exactly_where_as
 
 
 def test_one_strength_moves_large_and_small_layers_alike_exactly_where_asked() -> None:
-    """Two blocks of the same features but for their size, and coefficients that give the same predictions."""
+    """Two blocks whose features differ only in size, with coefficients that give the same predictions."""
     phi = problem(6, n=5, shapes=((3, 4, 2),)).phi["block0"]
     feats = reference.features_from({"small": 0.01 * phi, "large": 100 * phi})
     matrix = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -42,7 +42,7 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure
     **reference.CURVED,
     "Modes": lambda p, q: at.Modes({"out": p, "in": q, "spatial": p}, modes=MODES),
 }
-# What a rotation of both sides of every block leaves as it is.
+# Structures that are invariant to a rotation of both sides of every block.
 INVARIANT = ("Fixed", "Full", "LayerScale", *SIDED)
 PENALTIES = {"quadratic": at.Quadratic, "absolute": at.Absolute}
 few = examples(8)
@@ -63,7 +63,7 @@ def flat(matrices: Mapping[str, Tensor]) -> Tensor:
 
 
 def omega(values: Tensor, penalty: at.Penalty) -> float:
-    """Ω(M) = Σ ω(σ_j(M)) of the singular values of a factor, free below 1."""
+    """Ω(M) = Σ ω(σ_j(M)) over the singular values of a factor; values below 1 cost nothing."""
     return float(penalty.value(values.clamp_min(1)).sum())
 
 
@@ -155,7 +155,7 @@ def attained(
             theta = torch.linalg.solve(m.mT, theta)
             total += omega(torch.linalg.svdvals(m), first)
         if isinstance(sides.right, Modal):
-            # The bias column comes after the modes and stays.
+            # The bias column comes after the modes and is unchanged.
             m = torch.block_diag(sides.right.matrix(), torch.eye(1, dtype=torch.float64))
             theta = torch.linalg.solve(m.mT, theta.mT).mT
             for factor, w in zip(sides.right.factors, (right, first), strict=True):
@@ -183,13 +183,13 @@ def test_update_attains_the_induced_penalty(
 
 
 def scalars(name: str, matrix: np.ndarray) -> np.ndarray:
-    """The numbers that ω̃ is summed over in one block."""
+    """The numbers over which ω̃ is summed in one block."""
     if name in ("Rows", "Columns"):
         return np.linalg.norm(matrix, axis=1 if name == "Rows" else 0)
     return np.abs(matrix).ravel() if name == "Diagonal" else np.linalg.svd(matrix, compute_uv=False)
 
 
-@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "Modes"])  # which has no closed form
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "Modes"])  # Modes has no closed form
 @few
 @given(seed=seeds, scale=scales)
 def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: int, scale: float) -> None:
@@ -202,7 +202,7 @@ def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: 
     elif name == "LayerScale":
         expected = sum(reference.induced(one, float(matrix.norm()))[0] for matrix in b.values())
     else:
-        if name == "TwoSided":  # the twin is slow: one block only
+        if name == "TwoSided":  # the reference is slow: one block only
             b = {"wide": b["wide"]}
         values = np.concatenate([scalars(name, matrix.numpy()) for matrix in b.values()])
         expected = sum(
@@ -305,7 +305,7 @@ def test_equal_sides_move_equally_and_a_stronger_penalty_moves_less() -> None:
 
 
 def test_a_composition_can_be_the_penalty_of_a_side() -> None:
-    """Three transforms of one value, two of them on the left: the induced penalty is that of all three composed."""
+    """With two transforms on the left and one on the right, the induced penalty is that of all three composed."""
     one, two, three = at.Quadratic(0.5), at.Absolute(0.7), at.Quadratic(3.0)
     b = coefficients(5, 4.0)
     nested = at.TwoSided(one.compose(two), three)
@@ -326,7 +326,7 @@ def test_more_freedom_never_costs_more(seed: int, scale: float) -> None:
     assert both <= one * (1 + 1e-12)
     assert one <= fixed * (1 + 1e-12)
     assert at.LayerScale(p).penalty(b) <= fixed * (1 + 1e-12)
-    assert full <= at.LayerScale(p).penalty(b) * (1 + 1e-12)  # one rank-one M against one factor a block
+    assert full <= at.LayerScale(p).penalty(b) * (1 + 1e-12)  # one rank-one M against one factor per block
     for finer, coarser in ((at.Left, at.Rows), (at.Right, at.Columns)):  # a diagonal M_L is an M_L
         assert finer(p).penalty(b) <= coarser(p).penalty(b) * (1 + 1e-12)
     modes = at.Modes(p, modes=MODES)
@@ -348,7 +348,7 @@ def test_dual_bounds_the_conjugate(name: str, seed: int, strength: float, scale:
     g = {key: share * 2 * math.sqrt(strength) / largest * matrix for key, matrix in g.items()}
     conjugate = structure.dual(g)
     if name in ("TwoSided", "Modes"):
-        assert conjugate == math.inf or not flat(g).any()  # the least of shares leaves zeros
+        assert conjugate == math.inf or not flat(g).any()  # the smallest share leaves zeros
     else:
         assert math.isfinite(conjugate)
     reached = float((flat(g) * flat(b)).sum()) - structure.penalty(b)
@@ -412,7 +412,7 @@ def test_low_rank_factors_are_the_dense_matrices_they_stand_for(seed: int) -> No
 @few
 @given(seed=seeds)
 def test_features_and_coefficients_are_transformed_by_the_same_matrix(name: str, seed: int) -> None:
-    """⟨Mφ, θ⟩ = ⟨φ, Mᵀθ⟩, and the transforms found are symmetric: both sides of it are the library's."""
+    """⟨Mφ, θ⟩ = ⟨φ, Mᵀθ⟩ with symmetric M; the library computes both sides."""
     case = reference.problem(seed, n=3, c=2, shapes=(*reference.KERNEL, (2, 1, 0)), modes=reference.KERNEL_MODES)
     structure = STRUCTURES[name](at.Quadratic(0.1), at.Quadratic(0.2)).prepared(case.feats)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -465,7 +465,7 @@ def written_out(case: reference.Problem, transforms: Mapping[str, at.features.tr
 def test_rows_are_left_of_coefficients_with_orthogonal_rows_and_diagonal_is_rows_of_single_entries(
     seed: int, strength: float, scale: float
 ) -> None:
-    """Where the left singular vectors are the axes, the best M_L is diagonal already: nothing is lost by asking for that."""
+    """If the left singular vectors are the axes, the best M_L is diagonal, so requiring that loses nothing."""
     p, b = at.Quadratic(strength), coefficients(seed, scale)["wide"]
     _, _, vt = torch.linalg.svd(b, full_matrices=False)
     matrix = {"w": scale * torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) @ vt}
@@ -529,12 +529,12 @@ def test_every_turn_of_the_modes_lowers_the_objective_and_no_factor_can_be_impro
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(modes, "_SWEEPS", sweeps)
             objectives.append(at.Modes(penalties, modes=MODES).penalty(b))
-    # Large gains undo each other in the value found: its rounding is some hundred times that of a sum.
+    # Large gains cancel in the value, so its rounding is some hundred times that of a sum.
     assert all(after <= before * (1 + 1e-11) for before, after in itertools.pairwise(objectives))
     assert objectives[0] <= at.Modes({"out": penalties["out"]}, modes=MODES).penalty(b) * (1 + 1e-13)
     found = at.Modes(penalties, modes=MODES).solution(b)
     assert found.curvature is None
-    # One mode's problem with the others held: its own factor is the best there is.
+    # With the other modes fixed, each mode's factor is optimal.
     sides = found.transforms["kernel"]
     kernel, bias = b["kernel"][:, :6].reshape(3, 2, 3), b["kernel"][:, 6:]
     dense = [sides.left.matrix(), *(factor.matrix() for factor in sides.right.factors)]

@@ -1,1 +1,1 @@
-"""What the command line does, a module a command. The options are declared in `cli`, which imports these when they run."""
+"""The work of each command, one module per command. `cli` declares the options and imports these modules when they run."""

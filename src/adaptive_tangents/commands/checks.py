@@ -1,4 +1,4 @@
-"""What commands check before hours are spent."""
+"""Checks before a long command starts."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from adaptive_tangents.errors import TangentError
 
 
 def check_folder(call: str, out: Path) -> None:
-    """Raise TangentError where a file is in the way of the folder for results."""
+    """Raise TangentError if a file is where the result folder would be."""
     at = next((place for place in (out, *out.parents) if place.exists()), out)
     if at.exists() and not at.is_dir():
-        raise TangentError(f"{call}: --out is a folder, and {at} is a file; give another path")
+        raise TangentError(f"{call}: --out must be a folder, but {at} is a file; give another path")
 
 
 def check_device(call: str, device: str) -> None:
-    """Raise TangentError for a device that is not there."""
+    """Raise TangentError if the device cannot be used."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""What every command prints with: the console, progress bars, errors in words, and the command as it was typed."""
+"""What the commands share for printing: the console, progress bars, error messages, and the command as typed."""
 
 import shlex
 import sys
@@ -24,12 +24,12 @@ from adaptive_tangents.errors import TangentError
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 ALL = "all"
-"""The word for every study."""
+"""The name that means all studies."""
 
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, str, float], None]]:
-    """A bar for each name."""
+    """One progress bar per name."""
     columns = (
         TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -52,16 +52,16 @@ def bars() -> Iterator[Callable[[str, str, float], None]]:
 
 @contextmanager
 def one_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left; where nobody watches, one line a stage."""
+    """A bar with the time left; without a terminal, one line per stage."""
     with bars() as update:
         yield partial(update, "")
 
 
 @contextmanager
 def worded_errors(
-    interrupted: str = "interrupted; the same command with --resume keeps what was trained",
+    interrupted: str = "interrupted; the same command with --resume continues it",
 ) -> Iterator[None]:
-    """Errors of the library end the command with their message; an interruption says how to go on."""
+    """End the command with the message of a library error; an interruption says how to continue."""
     try:
         yield
     except TangentError as error:
@@ -73,7 +73,7 @@ def worded_errors(
 
 
 def typed(study: str | None = None) -> str:
-    """The command as it was typed; of one study where all were asked for."""
+    """The command as typed; if all studies were asked for, the command for one of them."""
     words = sys.argv[1:]
     if study is not None and words[:1] == ["reproduce"]:
         words = [study if word == ALL else word for word in words]

@@ -36,13 +36,13 @@ def inspect(
     device: str,
     quick: bool,
 ) -> None:
-    """Measure, write the results and tell what was found."""
+    """Measure, write the results and print the findings."""
     check_device("inspect", device)
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
-        raise TangentError("inspect: give --start and --end, or --checkpoints 'run/*.pt'; one or the other")
+        raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
     check_folder("inspect", out)
     if start is not None and end is not None and start.resolve() == end.resolve():
-        raise TangentError(f"inspect: --start and --end are the same file, {start}; give two")
+        raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     loaded = load_data(data)
     network = load_model(model).to(device)
     check_runs(network, fit_data(loaded, network), data)
@@ -62,5 +62,5 @@ def inspect(
 
 
 def _title(path: Path, paths: Sequence[Path]) -> str:
-    """A checkpoint's name, with its folder where two have the same."""
+    """A checkpoint's name, with its folder if two names are equal."""
     return path.stem if len({p.stem for p in paths}) == len(paths) else str(path)

@@ -1,4 +1,4 @@
-"""`kernel`: a tangent kernel of any size on disk, planned first; under torchrun by several processes."""
+"""`kernel`: plan a tangent kernel of any size and write it to disk; under torchrun several processes share the work."""
 
 import os
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def kernel(
     plan: bool,
     resume: bool,
 ) -> None:
-    """Print the plan, and make the store unless the plan is all that was asked for."""
+    """Print the plan, and make the store unless only the plan was asked for."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
     check_device("kernel", device)

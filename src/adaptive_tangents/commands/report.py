@@ -1,4 +1,4 @@
-"""`report`, and the end of every command with results: the page drawn, its findings printed."""
+"""`report`, and the last step of every command with results: draw the page and print its findings."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE}
 
 
 def finish(folder: Path) -> None:
-    """Draw the figures and the page of a result folder, and print what it finds."""
+    """Draw the figures and the page of a result folder, and print its findings."""
     with console.status("Drawing the report"):
         page = build_report(folder, PAGES)
     results, _ = load_results(folder)
@@ -38,7 +38,7 @@ def finish(folder: Path) -> None:
     for claim in results.get("claims", {}).values():
         mark = {"holds": "✓", "holds in part": "~"}.get(claim["verdict"], "✗")
         console.print(f"{mark} {claim['claim']}: {claim['evidence']}", highlight=False)
-    # Plain text, unwrapped: a path that is broken over lines cannot be opened.
+    # Plain text, unwrapped: a path broken over two lines cannot be opened.
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""`reproduce`: one study or all of them, resumed where they were, several at once where cores allow."""
+"""`reproduce`: run one study or all of them, resume interrupted ones, and run several at once if there are cores."""
 
 import difflib
 import os
@@ -22,18 +22,18 @@ from adaptive_tangents.runtime.progress import Progress
 
 
 def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume: bool, jobs: int | None) -> None:
-    """Run what is missing of a study, or of all, and tell what was found."""
+    """Run the missing parts of one study or of all, and print the findings."""
     names = tuple(STUDIES) if name == NAME_OF_ALL else (name,)
     if not set(names) <= set(STUDIES):
         near = difflib.get_close_matches(name, (*STUDIES, NAME_OF_ALL), n=1)
         raise TangentError(
-            f"reproduce: there is no experiment {name!r}; choose from {', '.join(STUDIES)} or {NAME_OF_ALL}"
+            f"reproduce: no experiment {name!r}; choose from {', '.join(STUDIES)} or {NAME_OF_ALL}"
             + (f" (did you mean {near[0]}?)" if near else "")
         )
     if asked.seeds is not None and asked.seeds < 1:
-        raise TangentError(f"reproduce: --seeds is at least 1, got {asked.seeds}")
+        raise TangentError(f"reproduce: --seeds must be at least 1, got {asked.seeds}")
     if jobs is not None and jobs < 1:
-        raise TangentError(f"reproduce: --jobs is at least 1, got {jobs}")
+        raise TangentError(f"reproduce: --jobs must be at least 1, got {jobs}")
     check_device("reproduce", device)
     if out is not None:
         check_folder("reproduce", out)
@@ -58,18 +58,18 @@ def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def complete(study: Study, asked: Asked, folder: Path) -> bool:
-    """Whether the folder holds all results of a run with these settings."""
+    """Whether the folder holds the complete results of a run with these settings."""
     StoredUnits(folder, _settings(study, asked))
     return (folder / RESULTS_FILE).is_file() and (folder / ARRAYS_FILE).is_file()
 
 
 def run(name: str, asked: Asked, folder: Path, device: str, progress: Progress, *, command: str, resume: bool) -> None:
-    """Run one study into a folder, keeping its parts as they are made."""
+    """Run one study and write it to a folder, saving each part as it is made."""
     study = STUDIES[name]
     units = StoredUnits(folder, _settings(study, asked), resume=resume)
     result = study.run(study.configured(asked), device=device, progress=progress, units=units)
@@ -78,7 +78,7 @@ def run(name: str, asked: Asked, folder: Path, device: str, progress: Progress, 
 
 
 def _jobs(device: str) -> int:
-    """Studies at once, unless asked otherwise: more than four would want too much memory."""
+    """The default number of studies at once: at most four, to limit memory."""
     return min(cores(), 4) if device == "cpu" else 1
 
 

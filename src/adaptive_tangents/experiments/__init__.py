@@ -1,7 +1,7 @@
-"""The studies: published and new claims, each measured, judged and told in a folder of its own.
+"""The studies: each folder measures published and new claims, judges them, and has a page for them.
 
-A folder enrols its studies by being here: its ``__init__`` holds ``STUDIES``, light enough to be imported for a name. Beside
-it lie the run (settings, measurements), the claims with their verdicts, and the page with its figures.
+Every folder here is found automatically. Its ``__init__`` holds ``STUDIES`` and imports nothing heavy. The other modules
+are the run (settings, measurements), the claims with their verdicts, and the page with its figures.
 """
 
 from adaptive_tangents.experiments.registry import STUDIES

@@ -1,4 +1,4 @@
-"""What the studies' claims are made of: a statement with its verdict, numbers over seeds in words, rank correlation."""
+"""The building blocks of claims: a statement with its verdict, numbers over seeds in words, rank correlation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -39,7 +39,7 @@ def claim(
 
 
 def spread(values: "list[float] | np.ndarray", form: str | Callable[[float], str] = ".2f") -> str:
-    """Mean and standard deviation over seeds in words; one value alone is itself.
+    """Mean and standard deviation over seeds in words; a single value is shown alone.
 
     ``form`` is a format or a function from a number to its text.
 
@@ -53,7 +53,7 @@ def spread(values: "list[float] | np.ndarray", form: str | Callable[[float], str
 
 
 def rank_correlation(a: "list[float] | np.ndarray", b: "list[float] | np.ndarray") -> float:
-    """Spearman's correlation, ties sharing their mean rank; NaN where one side is constant or fewer than two are given.
+    """Spearman's correlation, with mean ranks for ties; NaN if one side is constant or has fewer than two values.
 
     >>> round(rank_correlation([1.0, 2.0, 3.0], [10.0, 1000.0, 20.0]), 6)
     0.5
@@ -65,7 +65,7 @@ def rank_correlation(a: "list[float] | np.ndarray", b: "list[float] | np.ndarray
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The values of every number that all runs have, by its path."""
+    """The values over runs of every number that all runs have, by its path."""
     flat = [flatten(numbers) for numbers in runs]
     shared = [key for key in flat[0] if all(numbers.get(key) is not None for numbers in flat)]
     return {key: [float(numbers[key] or 0.0) for numbers in flat] for key in shared}

@@ -1,4 +1,4 @@
-"""The page of all experiments: a table of claims each, and what it was made with."""
+"""The page of all experiments: a table of claims for each, and how each was made."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ VERDICTS = ("holds", "holds in part", "does not hold")
 
 
 def counts(claims: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many claims have each verdict.
+    """The number of claims with each verdict.
 
     >>> counts([{"verdict": "holds"}, {"verdict": "does not hold"}, {"verdict": "holds"}])
     {'holds': 2, 'holds in part': 0, 'does not hold': 1}
@@ -22,7 +22,7 @@ def counts(claims: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _context(results: Results) -> dict[str, Any]:
-    """The verdicts counted in a line."""
+    """The verdicts, counted in one sentence, and the command."""
     claims = [claim for run in results["runs"].values() for claim in run["claims"].values()]
     found = counts(claims)
     return {

@@ -1,4 +1,4 @@
-"""The pages of all studies and of their overview, by the name that results carry; each is imported once it is asked for."""
+"""The pages of all studies and of their overview, by name. A page is imported when it is used."""
 
 from collections.abc import Callable
 

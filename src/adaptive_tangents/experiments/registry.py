@@ -1,4 +1,4 @@
-"""Every study by its name, in the order they are told: those of all folders beside this file."""
+"""Every study by name, in order of presentation, found in the folders beside this file."""
 
 import pkgutil
 from importlib import import_module

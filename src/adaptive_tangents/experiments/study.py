@@ -1,4 +1,4 @@
-"""What a study is, and what may be asked of it: light, as its run and its page are imported once they are used."""
+"""What a study is and what can be asked of it. Its run and its page are imported only when used."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +14,7 @@ Size = Literal["quick", "standard", "full"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks of any study; None leaves a number to it. Each takes what it has a use for."""
+    """What the command line asks of a study; None leaves a number to the study, which uses the fields it needs."""
 
     size: Size = "standard"
     data: str = "mnist5k"
@@ -26,11 +26,11 @@ class Asked:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where the data come from and the seed, as a config names them."""
+        """The data source and the seed, under the names of config fields."""
         return {"data": self.data, "data_dir": self.data_dir, "seed": self.seed}
 
     def sized(self, standard: T, *, quick: T | None = None, full: T | None = None) -> T:
-        """The value for the size asked for; ``standard`` where the size has none of its own.
+        """The value for the requested size, or ``standard`` if that size has none.
 
         >>> Asked(size="quick").sized(5, quick=1), Asked(size="full").sized(5, quick=1)
         (1, 5)
@@ -41,13 +41,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its folder offers it, in the tuple ``STUDIES`` of the folder's ``__init__``.
+    """A study, listed in ``STUDIES`` of its folder's ``__init__``.
 
     Args:
-        name: The command line's name of it, and its folder's among the results.
-        about: What it asks, in one line.
-        place: Its place among the studies as they are told.
-        minutes: Of a full run on two cores: the longest begins first where several run at once.
+        name: The study's name on the command line and the name of its result folder.
+        about: The question it asks, in one line.
+        place: Its position in the order of presentation.
+        minutes: Duration of a full run on two cores; when several run at once, the longest starts first.
         package: The folder's package, ``__name__``.
         measured_in: Module of the package with ``configured(asked)`` and ``run(config, device=, progress=, units=)``.
         told_in: Module of the package with the page, ``PAGE``.
@@ -62,16 +62,16 @@ class Study:
     told_in: str = "page"
 
     def configured(self, asked: Asked) -> Any:
-        """The settings for what was asked."""
+        """The settings for what the command line asked."""
         return self._module(self.measured_in).configured(asked)
 
     def run(self, config: Any, **keywords: Any) -> "adaptive_tangents.runs.record.RunResult":
-        """Measure everything. Takes ``device``, ``progress`` and the ``units`` that keep its parts."""
+        """Measure everything. Takes ``device``, ``progress`` and the ``units`` that keep the run's parts."""
         found: adaptive_tangents.runs.record.RunResult = self._module(self.measured_in).run(config, **keywords)
         return found
 
     def page(self) -> "adaptive_tangents.reporting.pages.Page":
-        """The page its results are told on."""
+        """The page for its results."""
         found: adaptive_tangents.reporting.pages.Page = self._module(self.told_in).PAGE
         return found
 

@@ -1,4 +1,4 @@
-"""Networks and training runs of the experiments: exactly the published protocol, on any device, from one seed."""
+"""Networks and training of the experiments: exactly the published protocol, on any device, from one seed."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class MiniBatches(Protocol):
-    """Mini-batches for some epochs by some optimizer."""
+    """Mini-batch training: epochs, batch size and optimizer."""
 
     @property
     def epochs(self) -> int: ...
@@ -20,7 +20,7 @@ class MiniBatches(Protocol):
     def batch_size(self) -> int: ...
 
     def over(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of all the model's parameters."""
+        """The optimizer for all parameters of the model."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class SGD:
     momentum: float = 0.9
 
     def over(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD of all the model's parameters."""
+        """SGD for all parameters of the model."""
         return torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=self.momentum)
 
 
 def relu_network(
     widths: tuple[int, ...], names: tuple[str, ...], *, bias: bool, generator: torch.Generator
 ) -> nn.Sequential:
-    """A ReLU network with weights N(0, 2/fan_in) and zero biases, its linear layers called ``names``."""
+    """A ReLU network with weights N(0, 2/fan_in) and zero biases; ``names`` are those of its linear layers."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for k, name in enumerate(names):
         layer = nn.Linear(widths[k], widths[k + 1], bias=bias)
@@ -60,7 +60,7 @@ def epoch(
     batches: Iterable[Tensor],
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> float:
-    """One step of the optimizer a batch of indices; the sum over batches of their mean loss times their size."""
+    """Take one optimizer step per batch of indices; return the sum of all samples' losses."""
     total = 0.0
     for index in batches:
         loss = loss_of(index)
@@ -82,9 +82,9 @@ def train(
     generator: torch.Generator,
     progress: Callable[[float], None],
 ) -> list[float]:
-    """Train ``model`` in place, the learning rate falling to 0 along a cosine; the mean squared error of every epoch.
+    """Train ``model`` in place with a cosine learning rate schedule to 0; return every epoch's mean squared error.
 
-    ``progress`` hears the fraction done.
+    ``progress`` is called with the fraction done.
     """
     optimizer = settings.over(model)
     batches = -(-len(x) // settings.batch_size)

@@ -1,4 +1,4 @@
-"""`inspect`: what training did to a user's own network, measured between two checkpoints, and its page. No file is read."""
+"""`inspect`: measure what training did to a user's network between two checkpoints, and make its page. Reads no files."""
 
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.inspection.run import run

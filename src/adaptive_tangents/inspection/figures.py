@@ -1,4 +1,4 @@
-"""The figures of an inspection: finished numbers arranged for the eye, nothing measured."""
+"""The figures of an inspection. They draw finished numbers and measure nothing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ _WORDS = {"initial": "start", "average": "average over the path", "final": "end"
 
 
 def draw_kernels(results: Results, arrays: Arrays) -> Figure:
-    """Heat maps of K₀, K̄, K_T and of the kernels of the change and of the labels, centered, samples sorted."""
+    """Heat maps of K₀, K̄, K_T and of the kernels of the change and the labels: centered, with samples sorted."""
     order, ticks = sorting(results, arrays)
     panels = [(STAGES[stage], _WORDS[stage], arrays[f"kernel.{stage}"], stage) for stage in STAGES]
     panels.append((r"$K_y = \hat{y}\,\hat{y}^{\top}$", "the network’s change", _outer(arrays["change"]), ""))
@@ -58,7 +58,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
 
 
 def sorting(results: Results, arrays: Arrays) -> tuple[NDArray[Any], list[tuple[float, str]]]:
-    """Samples by class, classes and samples by the change of the first output; where each class begins."""
+    """The samples' order and tick labels: by class, then by the change of the first output."""
     change = arrays["change"][:, 0]
     if results["data"]["labels"] != "classes":
         return np.argsort(change), [(0, short(float(change.min()))), (len(change) - 1, short(float(change.max())))]
@@ -72,7 +72,7 @@ def sorting(results: Results, arrays: Arrays) -> tuple[NDArray[Any], list[tuple[
 
 
 def class_name(results: Results, kind: int) -> str:
-    """The name of a class, or its number."""
+    """The class's name if known, else its number."""
     names = results["data"]["classes"]
     return names[kind] if names is not None and 0 <= kind < len(names) else str(kind)
 
@@ -136,13 +136,13 @@ def draw_trajectory(results: Results, arrays: Arrays) -> Figure:
 
 
 def performance_key(results: Results) -> str | None:
-    """What tells the network's performance: accuracy or mse, where it is known."""
+    """The name of the performance number, "accuracy" or "mse", or None if unknown."""
     first = results["trajectory"][0]["performance"]
     return None if first is None else next(iter(first))
 
 
 def short_name(name: str) -> str:
-    """A checkpoint's name, its end where it is long."""
+    """A checkpoint's name; of a long one, its end."""
     return name if len(name) <= 12 else "…" + name[-11:]
 
 
@@ -167,7 +167,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_ranks(results: Results, arrays: Arrays) -> Figure:
-    """Effective rank of each block's weight change and of its adaptive explanation, beside the full rank."""
+    """Effective rank of each block's weight change and of the models' coefficients, beside the full rank."""
     names = [name for name in shown_blocks(results) if name in matrices(results)]
     figure, ((axes,),) = grid(1, 1, 1.0 + 0.21 * len(names))
     places = np.arange(len(names))
@@ -287,13 +287,13 @@ def sample_growth(arrays: Arrays) -> NDArray[Any]:
 
 
 def matrices(results: Results) -> list[str]:
-    """Blocks that are matrices; all of them where none is."""
+    """Blocks that are matrices; all blocks if none is."""
     blocks: Mapping[str, Any] = results["blocks"]
     return [name for name, numbers in blocks.items() if min(numbers["shape"]) > 1] or list(blocks)
 
 
 def shown_blocks(results: Results) -> list[str]:
-    """The matrices, in the network's order; of very many, those with the largest share of K_T."""
+    """The matrices in the network's order; if there are too many, those with the largest share of K_T."""
     names, blocks = matrices(results), results["blocks"]
     heavy = sorted(names, key=lambda name: -real(blocks[name]["trace_share"]["final"]))[:SHOWN_BLOCKS]
     return [name for name in names if name in heavy]

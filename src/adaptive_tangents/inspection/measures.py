@@ -1,4 +1,4 @@
-"""Numbers of kernels, blocks and weight changes; each expensive measure says what it left out, and why."""
+"""Measures of kernels, blocks and weight changes. Each expensive measure reports what it left out and why."""
 
 import math
 import warnings
@@ -26,13 +26,13 @@ STAGES = ("initial", "average", "final")
 STRUCTURES: dict[str, Structure] = {
     "layer_scale": LayerScale(), "left": Left(), "right": Right(), "two_sided": TwoSided(),
 }  # fmt: skip
-# Relative to the squared largest singular value of the fixed model's coefficients: how cheap the transform is.
+# Strengths of the penalty, relative to the squared largest singular value of the fixed model's coefficients.
 _STRENGTHS = (1.0, 0.1, 0.01)
 _FIT_ROUNDS = 100
 
 
 def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
-    """The measure, or None where it is not defined (a kernel that is zero, constant targets once centered)."""
+    """The measure, or None if it is undefined (a zero kernel, or targets that centering makes zero)."""
     try:
         value = measure(*arguments, **keywords)
     except TangentError:
@@ -41,14 +41,14 @@ def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> 
 
 
 def total(blocks: Kernels) -> Tensor:
-    """The kernel of all blocks, in float64."""
+    """The sum of the kernels of all blocks, in float64."""
     return torch.stack([kernel.double() for kernel in blocks.values()]).sum(0)
 
 
 def kernel_numbers(
     kernels: Kernels, change: Float[Tensor, "n k"], target: Float[Tensor, "n k"] | None
 ) -> dict[str, Any]:
-    """Alignment of K₀, K̄, K_T, growth, CKA, decomposition, and how much of the turn lies along the targets."""
+    """Alignment of K₀, K̄, K_T, growth, CKA, decomposition, and how much of the change lies along the targets."""
     start = kernels["initial"]
     goals = {"change": change} | ({} if target is None else {"labels": target})
     growth = {stage: _ratio(float(kernels[stage].trace()), float(start.trace())) for stage in ("average", "final")}
@@ -66,7 +66,7 @@ def kernel_numbers(
 
 
 def _decomposed(kernel: Tensor, start: Tensor, change: Tensor) -> dict[str, float | None]:
-    """K ≈ w₀K₀ + w_yK_y, and of ‖K − K₀‖² the share along K_y."""
+    """Weights of K ≈ w₀K₀ + w_yK_y, and the share of ‖K − K₀‖² along K_y."""
     turn, task = kernel - start, change.double() @ change.double().mT
     sizes = float(turn.norm() * task.norm())
     along = (float((turn * task).sum()) / sizes) ** 2 if sizes > 0 else None
@@ -108,13 +108,13 @@ def _ratio(a: float, b: float) -> float | None:
 
 
 def spectrum(kernel: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """Eigenvalues, largest first, rounding below zero set to zero."""
+    """Eigenvalues, largest first; negative rounding errors are set to zero."""
     values: Tensor = torch.linalg.eigvalsh(kernel.double())
     return values.flip(0).clamp_min(0)
 
 
 def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
-    """Singular values, largest first, by the smaller Gram matrix in float64: those below 1e-8 of the largest are rounding."""
+    """Singular values, largest first, from the smaller Gram matrix in float64; below 1e-8 of the largest is rounding."""
     wide = matrix.double()
     return spectrum(wide @ wide.mT if matrix.shape[0] <= matrix.shape[1] else wide.mT @ wide).sqrt()
 
@@ -124,7 +124,7 @@ def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
 
 @dataclass(frozen=True)
 class Explained:
-    """R² per structure and block, with the blocks left out of each for their cost."""
+    """R² per structure and block, and the blocks each structure leaves out for their cost."""
 
     r2: dict[str, dict[str, float | None]]
     left_out: dict[str, list[str]]
@@ -133,7 +133,7 @@ class Explained:
 def explain_blocks(
     start: TangentFeatures, average: TangentFeatures, limit: float, tick: Callable[[float], None]
 ) -> Explained:
-    """R² of each structure, on the blocks whose operations fit into a limit for each structure, cheapest first."""
+    """R² of each structure on the cheapest blocks whose operations stay within the limit per structure."""
     r2: dict[str, dict[str, float | None]] = {}
     left_out: dict[str, list[str]] = {}
     for k, (key, structure) in enumerate(STRUCTURES.items()):
@@ -150,7 +150,7 @@ def explain_blocks(
         left_out[key] = [name for name in start.blocks if name not in affordable]
         r2[key] = _explained(only(start, names), only(average, names), structure) if names else {"total": None}
         if names and key != "layer_scale":
-            # On the same blocks, so that the two can be compared.
+            # Fitted on the same blocks, so that the two can be compared.
             scale = (
                 r2["layer_scale"]
                 if not left_out[key]
@@ -170,7 +170,7 @@ def _explained(start: TangentFeatures, average: TangentFeatures, structure: Stru
 
 
 def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
-    """The features of some of the blocks."""
+    """The features of the named blocks."""
     blocks = {name: feats.blocks[name] for name in names}
     held = {slot.parameter for block in blocks.values() for slot in block.slots}
     return TangentFeatures(
@@ -182,14 +182,14 @@ def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
 
 
 def fit_operations(feats: TangentFeatures) -> float:
-    """Operations of a round of `fit` with TwoSided: kernel, coefficients, one decomposition a block."""
+    """Operations per round of `fit` with TwoSided: kernel, coefficients, one decomposition per block."""
     rounds = sum(20.0 * min(b.shape) ** 2 * max(b.shape) for b in feats.blocks.values())
     return rounds + 2.0 * feats.plan().operations + (feats.n * feats.c) ** 3 / 3
 
 
 @dataclass(frozen=True)
 class Models:
-    """Fits to the network's own change from the initial features, and why the adaptive ones are missing if they are."""
+    """Fits of the network's change in the initial features, and why the adaptive fit is missing, if it is."""
 
     numbers: dict[str, Any]
     coefficients: Mapping[str, Kernels]
@@ -199,7 +199,7 @@ class Models:
 def fit_models(
     feats: TangentFeatures, change: Tensor, goal: float | None, limit: float, tick: Callable[[float], None]
 ) -> Models:
-    """The kernel regression of K₀ and, where operations allow, TwoSided at the strength whose alignment is nearest to K̄'s."""
+    """Kernel regression with K₀ and, if affordable, TwoSided at the strength whose alignment is nearest to K̄'s."""
     wide = feats.to(torch.float64)
     fixed = _fitted(wide, change, Fixed())
     if fixed is None:
@@ -209,7 +209,7 @@ def fit_models(
     cost = fit_operations(wide) * _FIT_ROUNDS * len(_STRENGTHS)
     tick(0.2)
     if cost > limit:
-        return Models(numbers, coefficients, f"it may take {cost:.0e} operations and the limit is {limit:.0e}")
+        return Models(numbers, coefficients, f"it may take {cost:.0e} operations, but the limit is {limit:.0e}")
     top = max(float(singular_values(matrix)[0]) for matrix in fixed.coefficients.values())
     found: dict[float, Fit] = {}
     for k, share in enumerate(_STRENGTHS):
@@ -226,7 +226,7 @@ def fit_models(
 
 def _fitted(feats: TangentFeatures, change: Tensor, structure: Structure) -> Fit | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TangentWarning)  # rounds that ran out are told by `converged`
+        warnings.simplefilter("ignore", TangentWarning)  # `converged` already reports a fit that ran out of rounds
         try:
             return fit(feats, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
         except TangentError:

@@ -1,8 +1,8 @@
-"""From what a network returns to the few outputs whose features are measured, and the targets that belong to them.
+"""Reduce a network's outputs to the few whose features are measured, and find the targets for them.
 
-Features cost as much as there are outputs, so a classifier's c logits are reduced, by default to the one direction in
-output space along which training moved the samples apart most. It is the same for all samples: labels cannot leak into
-the kernel, as they do with a margin, whose sign is each sample's own.
+The cost of features grows with the number of outputs, so a classifier's c logits are reduced. The default is the one
+direction in output space along which training separated the samples most. It is the same for all samples, so labels cannot
+leak into the kernel. They do leak with a margin, whose sign depends on each sample's label.
 """
 
 import re
@@ -23,7 +23,7 @@ _CHUNK = 100
 
 
 def pick(out: Any, call: str = "inspect") -> Tensor:
-    """The tensor (n, c) in what a network returns: itself, its `logits`, or the first of several."""
+    """The output tensor (n, c): what the network returns, its `logits`, or the first of several outputs."""
     if isinstance(out, Mapping) and "logits" in out:
         out = out["logits"]
     elif not isinstance(out, Tensor) and hasattr(out, "logits"):
@@ -38,14 +38,14 @@ def pick(out: Any, call: str = "inspect") -> Tensor:
     rows: Tensor = out[:, None] if out.ndim == 1 else out
     if rows.ndim != 2:
         raise TangentError(
-            f"{call}: the network's output has shape {tuple(out.shape)}, expected (n, c), one row a sample; write a factory "
-            "whose network returns that, e.g. the output at one position"
+            f"{call}: the network's output has shape {tuple(out.shape)}, expected (n, c), one row per sample; write a "
+            "factory whose network returns that, e.g. the output at one position"
         )
     return rows
 
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
-    """f(x; θ) of all samples, in parts."""
+    """f(x; θ) of all samples, computed in parts."""
     parts = []
     with torch.no_grad():
         for first in range(0, samples(x), _CHUNK):
@@ -57,7 +57,7 @@ def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> 
 
 
 class _Margin(nn.Module):
-    """Σ_j f_j(x) a_j with weights a (n, c) of each sample's own: they travel as the last argument."""
+    """Σ_j f_j(x) a_j with weights a (n, c) for each sample, passed as the last argument."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class _Margin(nn.Module):
 
 @dataclass(frozen=True)
 class Reduction:
-    """The outputs measured: their names, a sentence on them, and weights (c, k), or (n, c) of each sample for a margin.
+    """The outputs measured: their names, a sentence about them, and weights (c, k), or (n, c) per sample for a margin.
 
-    ``share`` is the part of ‖f_T − f_0‖² (less what all samples, or all logits, share) that they carry.
+    ``share`` is their part of ‖f_T − f_0‖², without the change that all samples, or all logits, have in common.
     """
 
     kind: str
@@ -84,13 +84,13 @@ class Reduction:
     share: float
 
     def apply(self, outputs: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
-        """The reduced outputs of the network's own."""
+        """The reduced outputs, from the network's outputs."""
         if self.kind == "margin":
             return (outputs * self.weights.to(outputs)).sum(1, keepdim=True)
         return outputs @ self.weights.to(outputs)
 
     def arrange(self, model: nn.Module, x: Batch) -> tuple[nn.Module, Batch, OutputFn]:
-        """Model, batch and `output_fn=` that give these outputs' features."""
+        """The model, batch and `output_fn=` for these outputs' features."""
         if self.kind != "margin":
             weights = self.weights
             return model, x, lambda out: pick(out) @ weights.to(pick(out))
@@ -100,7 +100,7 @@ class Reduction:
         return _Margin(model), (*arguments, self.weights), pick
 
     def state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict under the names that the arranged model has."""
+        """A state dict with the names of the arranged model."""
         return {f"{PREFIX}{name}": value for name, value in state.items()} if self.kind == "margin" else dict(state)
 
     def patterns(self, wrt: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -113,9 +113,9 @@ def reduce_outputs(
 ) -> Reduction:
     """What `--outputs` means for a network whose outputs changed by f_T − f_0 (n, c).
 
-    "auto": the output where there is one, else "main"; "main" or "main:k": the k directions of largest variance of the
-    change over samples (orthogonal to all-ones where outputs are logits); "margin": logit of the label minus the mean of
-    the others; "all"; or outputs by number or class name, separated by commas.
+    "auto": a single output as it is, else "main"; "main" or "main:k": the k directions of largest variance of the change
+    over samples (for logits, orthogonal to all-ones); "margin": the label's logit minus the mean of the others; "all"; or
+    outputs by number or class name, separated by commas.
 
     >>> reduce_outputs("auto", torch.tensor([[1.0], [2.0]]), None, None).names
     ('output',)
@@ -124,7 +124,7 @@ def reduce_outputs(
     logits = labels is not None and c > 1
     if logits and labels is not None and int(labels.max()) >= c:
         raise TangentError(
-            f"inspect: y holds the label {int(labels.max())} and the network has {c} outputs; number the classes from 0, "
+            f"inspect: y holds the label {int(labels.max())}, but the network has {c} outputs; number the classes from 0, "
             "or give real targets as floats"
         )
     if logits and labels is not None and int(labels.min()) < 0:
@@ -137,21 +137,23 @@ def reduce_outputs(
     moved = moved - moved.mean(1, keepdim=True) if logits else moved
     total = float(moved.square().sum())
     if how == "all":
-        sentence = "The network's one output." if c == 1 else f"All {c} outputs; kernels are summed over them."
+        sentence = (
+            "The network has one output." if c == 1 else f"All {c} outputs are measured; kernels are summed over them."
+        )
         return Reduction("all", titles, sentence, eye, 1.0)
     if found := re.fullmatch(r"main(?::(\d+))?", how):
         k = int(found[1] or 1)
         most = c - logits
         if not 1 <= k <= most:
-            raise TangentError(f"inspect: --outputs {how}: there are 1 to {most} directions; choose as many, or all")
+            raise TangentError(f"inspect: --outputs {how}: the number of directions must be 1 to {most}, or use all")
         values, vectors = torch.linalg.eigh(moved.mT @ moved)
         top = vectors[:, -k:].flip(1)
         top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
         share = float(values[-k:].clamp_min(0).sum() / values.clamp_min(0).sum().clamp_min(1e-300))
         names = ("main direction",) if k == 1 else tuple(f"direction {j + 1}" for j in range(k))
         sentence = (
-            f"The network has {c} outputs; features are of {'the direction' if k == 1 else f'the {k} directions'} in output "
-            f"space along which training moved the samples apart most, {100 * share:.0f} % of the variance of the change."
+            f"The network has {c} outputs. Features are of {'the direction' if k == 1 else f'the {k} directions'} in output "
+            f"space along which training separated the samples most: {100 * share:.0f} % of the variance of the change."
         )
         return Reduction("main", names, sentence, top.to(change), share)
     if how == "margin":
@@ -161,8 +163,8 @@ def reduce_outputs(
             )
         weights = eye[labels] - (1 - eye[labels]) / (c - 1)
         sentence = (
-            "Features are of each sample's margin: the logit of its label minus the mean of the others. Labels are in its "
-            "sign, so its kernel is not comparable to label kernels; the label target is +1 for every sample."
+            "Features are of each sample's margin: the logit of its label minus the mean of the others. The margin's sign "
+            "depends on the label, so its kernel cannot be compared to label kernels; its label target is +1 everywhere."
         )
         share = float((moved * weights.double()).sum(1).square().sum() / (c / (c - 1)) / max(total, 1e-300))
         return Reduction("margin", ("margin",), sentence, weights, min(share, 1.0))
@@ -184,7 +186,7 @@ def _index(word: str, titles: tuple[str, ...]) -> int:
 
 
 def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tensor, "n k"] | None, str]:
-    """The labels as targets of the reduced outputs, and what they are in words: one-hot centered, ±1, or real."""
+    """The labels as targets of the reduced outputs, and a description: one-hot centered, ±1, or real."""
     if y is None:
         return None, "no labels were given"
     like = reduction.weights
@@ -202,7 +204,7 @@ def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tenso
     real = (y[:, None] if y.ndim == 1 else y).to(like)
     if real.shape[1] != c:
         raise TangentError(
-            f"inspect: y has {real.shape[1]} target(s) a sample and the network {c} output(s); give y of shape (n, {c}), or "
-            "integer labels (n,)"
+            f"inspect: y has {real.shape[1]} target(s) per sample and the network {c} output(s); give y of shape (n, {c}) "
+            "or integer labels (n,)"
         )
     return real @ like, "the targets"

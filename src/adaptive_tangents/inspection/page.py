@@ -1,4 +1,4 @@
-"""The page of an inspection: the findings in sentences, and what its template shows beside them."""
+"""The page of an inspection: the findings in sentences, and the context of its template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ _NOTICEABLE = 0.02
 
 
 def findings(results: Results) -> list[str]:
-    """What the numbers say, one sentence or two a finding, most important first."""
+    """The findings, one or two sentences each, most important first."""
     made = (_growth, _turn, _along, _ranks, _explained, _path, _milestones)
     return [sentence for make in made if (sentence := make(results))]
 
 
 def headline(results: Results) -> str:
-    """The one line at the top of the page."""
+    """The line at the top of the page."""
     growth, sims = results["growth"]["final"], results["alignment"]["change"]
     grew = _times(growth)
     if sims["initial"] is None or sims["final"] is None:
         return f"The tangent kernel {grew}."
     turn = sims["final"] - sims["initial"]
     if abs(turn) <= _NOTICEABLE:
-        return f"The tangent kernel {grew}, and hardly turned: sim {fixed(sims['initial'])} → {fixed(sims['final'])}."
+        return f"The tangent kernel {grew} and hardly turned: sim {fixed(sims['initial'])} → {fixed(sims['final'])}."
     where = "toward" if turn > 0 else "away from"
     sim = f"sim {fixed(sims['initial'])} → {fixed(sims['final'])}"
     return f"The tangent kernel {grew} and turned {where} what was learned: {sim}."
@@ -35,7 +35,7 @@ def headline(results: Results) -> str:
 
 def _times(growth: float | None) -> str:
     if growth is None:
-        return "has no size at the start"
+        return "was zero at the start"
     if abs(growth - 1) < 0.05:
         return "kept its size"
     return f"grew {number(float(growth))}×" if growth > 1 else f"shrank to {number(float(growth))}×"
@@ -44,7 +44,9 @@ def _times(growth: float | None) -> str:
 def _growth(results: Results) -> str:
     blocks: Mapping[str, Any] = results["blocks"]
     names = [name for name in figures.matrices(results) if blocks[name]["growth"]["final"] is not None]
-    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over K_0; averaged over the path "
+    sentence = (
+        f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0; averaged over the path "
+    )
     sentence += f"{number(results['growth']['average'])}×)"
     if not names:
         return sentence + "."
@@ -52,8 +54,8 @@ def _growth(results: Results) -> str:
     heavy = max(blocks, key=lambda name: real(blocks[name]["trace_share"]["final"]))
     first, last = (blocks[heavy]["trace_share"][stage] for stage in ("initial", "final"))
     return (
-        f"{sentence}; most in block {most}, {number(blocks[most]['growth']['final'])}×. The largest part of K_T is {heavy}: "
-        f"{_percent(last)} of the trace, {_percent(first)} at the start."
+        f"{sentence}; block {most} grew most, {number(blocks[most]['growth']['final'])}×. The largest part of K_T is "
+        f"{heavy}, with {_percent(last)} of the trace ({_percent(first)} at the start)."
     )
 
 
@@ -65,7 +67,11 @@ def _turn(results: Results) -> str:
             continue
         turn = sims["final"] - sims["initial"]
         verb = (
-            "turned toward" if turn > _NOTICEABLE else "turned away from" if turn < -_NOTICEABLE else "did not turn to"
+            "turned toward"
+            if turn > _NOTICEABLE
+            else "turned away from"
+            if turn < -_NOTICEABLE
+            else "did not turn toward"
         )
         centered = results["alignment_centered"][goal]
         extra = (
@@ -130,7 +136,7 @@ def _explained(results: Results) -> str:
     if sided["total"] is None:
         if scale is None:
             return ""
-        return f"One factor a block explains R² = {fixed(scale)} of how the features moved, on samples held out."
+        return f"One factor per block explains R² = {fixed(scale)} of the feature change on held-out samples."
     fitted = total - len(sided["left_out"])
     wide = figures.matrices(results)
     held = sum(name not in sided["left_out"] for name in wide)
@@ -141,22 +147,22 @@ def _explained(results: Results) -> str:
     )
     beside = sided.get("layer_scale_there")
     return (
-        f"A two-sided transform a block explains R² = {fixed(sided['total'])} of how the features moved, on samples held out"
-        f"{where}{'' if beside is None else f'; one factor a block {fixed(beside)}'}."
+        f"A two-sided transform per block explains R² = {fixed(sided['total'])} of the feature change on held-out samples"
+        f"{where}{'' if beside is None else f'; one factor per block explains {fixed(beside)}'}."
     )
 
 
 def _path(results: Results) -> str:
     path = results["path"]
     sentence = (
-        f"In its averaged features the trained network is linear to {number(float(path['error_db']))} dB "
+        f"The trained network is linear in its averaged features to {number(float(path['error_db']))} dB "
         f"(f_T − f_0 = φ̄ Δθ up to {_percent(path['error'])}, {path['nodes']} nodes)"
     )
     if path["buffers_moved"]:
         share = _percent(path["through_buffers"])
-        sentence += f"; {share} of the change went through buffers such as batch norms’ running statistics"
+        sentence += f"; {share} of the change went through buffers, such as batch norms’ running statistics"
         if path["through_buffers"] < 0:
-            sentence += ", which worked against what the parameters did"
+            sentence += ", against the change through the parameters"
     return sentence + "."
 
 
@@ -172,9 +178,9 @@ def _milestones(results: Results) -> str:
     top = max((p for p in points if p["alignment"] is not None), key=lambda p: p["alignment"])
     last = half is points[-1]
     sentence = (
-        "Most of the turn came after the last checkpoint but one"
+        "Most of the turn came after the second-to-last checkpoint"
         if last
-        else f"Half of the turn was made by {half['name']}"
+        else f"Half of the turn had happened by {half['name']}"
     )
     if top["alignment"] > end + _NOTICEABLE:
         sentence += f"; the kernel was most aligned at {top['name']}, {fixed(top['alignment'])}"
@@ -188,7 +194,7 @@ def _percent(value: float | None) -> str:
 
 
 def _applies(results: Results, name: str) -> bool:
-    """Whether a figure has anything to show."""
+    """Whether the results have what the figure shows."""
     if name == "trajectory":
         return len(results["trajectory"]) > 2
     if name == "images":

@@ -1,4 +1,4 @@
-"""What an inspection is asked, and its problem: the samples, the outputs on them, what is measured of these, and how."""
+"""An inspection's settings and its problem: the samples, the network's outputs on them, and what is measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,10 +17,10 @@ _SAMPLES = 128
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What is measured: how many samples, which outputs and parameters, and how much work the costly measures may take.
+    """Settings: how many samples, which outputs and parameters, and how much work the costly measures may take.
 
-    ``nodes`` of the path average (None: doubled up to ``max_nodes`` until the identity holds to ``tol``); the limits are in
-    floating-point operations, so that the same call leaves out the same blocks on every machine.
+    ``nodes`` are those of the path average; None doubles them, up to ``max_nodes``, until the identity holds to ``tol``. The
+    limits are in floating-point operations, so that the same call leaves out the same blocks on every machine.
     """
 
     samples: int = _SAMPLES
@@ -35,18 +35,18 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 4:
-            raise TangentError(f"inspect: --samples is at least 4, got {self.samples}")
+            raise TangentError(f"inspect: --samples must be at least 4, got {self.samples}")
         if (self.nodes is not None and self.nodes < 1) or self.max_nodes < 1 or not self.tol > 0:
-            raise TangentError(f"inspect: nodes and tol are positive, got {self}")
+            raise TangentError(f"inspect: nodes and tol must be positive, got {self}")
 
     def quick(self) -> "InspectConfig":
-        """The same inspection, small: to see it work."""
+        """The same inspection with few samples and nodes, to see it work."""
         return replace(self, samples=min(self.samples, 32), nodes=4, explain_operations=2e9, fit_operations=2e10)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The samples measured, the outputs of the network on them at every checkpoint, and what is measured of these."""
+    """The samples, the network's outputs on them at every checkpoint, and what is measured of these."""
 
     data: Data
     reduction: Reduction
@@ -61,7 +61,7 @@ class Problem:
 
 
 def pose(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data, config: InspectConfig) -> Problem:
-    """Choose samples, outputs, chunks and nodes, as many as memory allows. Raises TangentError where nothing changed."""
+    """Choose samples, outputs, chunks and nodes within the memory. Raises TangentError if the outputs did not change."""
     data = fit_data(data, model)
     wanted = min(config.samples, data.n)
     order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed)).to(tensors(data.x)[0].device)
@@ -81,7 +81,9 @@ def pose(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Dat
         tangents, fitting = fitting_chunk(tangents, tangents.cost(start, nodes), count)
         if fitting >= count:
             break
-        limits = [f"Memory holds the features of {fitting} samples, so that many were taken of the {wanted} asked for."]
+        limits = [
+            f"Memory holds the features of {fitting} samples, so only that many of the {wanted} requested were used."
+        ]
         count = fitting
     fresh = _fresh_norms(model, states[next(iter(states))])
     target, words = targets(reduction, chosen.y, gained.shape[1])
@@ -102,7 +104,7 @@ def _fresh_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _outputs(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data) -> list[Tensor]:
-    """The network's outputs at every checkpoint, which differ between the ends."""
+    """The network's outputs at every checkpoint; start and end must differ."""
     outputs = []
     for name, state in states.items():
         outputs.append(network_outputs(model, state, data.x))

@@ -1,4 +1,4 @@
-"""One inspection: from a model, its checkpoints and data to every number and array of the report."""
+"""Run an inspection: from a model, checkpoints and data to the numbers and arrays of the report."""
 
 import time
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _SHOWN = 24
 
 @dataclass(frozen=True)
 class _Measured:
-    """What the start, the path and the end gave: kernels by stage and block, their sums, and what is made of the features."""
+    """What was measured at the start, along the path and at the end: kernels by stage and block, their sums, and fits."""
 
     kernels: dict[str, dict[str, Tensor]]
     wholes: dict[str, Tensor]
@@ -39,7 +39,7 @@ class _Measured:
     weights: dict[str, Tensor]
 
 
-# Work expected of each stage, relative to the features of one state.
+# Expected work of each stage, relative to the features of one state.
 _WORK = {"start": 1.0, "average": 7.0, "end": 1.0, "explain": 2.0, "models": 1.0, "checkpoint": 1.0}
 
 
@@ -51,10 +51,10 @@ def run(
     *,
     progress: Progress = silent,
 ) -> RunResult:
-    """Inspect what happened between the first and the last of a network's states, by name, in order of training.
+    """Measure the change between the first and the last of a network's states, which are named and in order of training.
 
-    ``progress`` hears the stage and the share of all work done. Raises TangentError where data, states and model do not go
-    together, or nothing changed.
+    ``progress`` is called with the stage and the fraction of all work done. Raises TangentError if data, states and model do
+    not fit together, or if nothing changed.
 
     >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     >>> start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -65,7 +65,7 @@ def run(
     """
     config = InspectConfig() if config is None else config
     if len(states) < 2:
-        raise TangentError(f"inspect: two checkpoints are needed, start and end, got {len(states)}")
+        raise TangentError(f"inspect: at least two checkpoints are needed, start and end; got {len(states)}")
     model = model.eval()
     expected = sum(_WORK.values()) + _WORK["checkpoint"] * (len(states) - 3)
     clock, cpu = Clock(progress, 0.5 + expected), time.process_time()
@@ -90,7 +90,7 @@ def run(
 def _measure(
     problem: Problem, states: Mapping[str, Mapping[str, Tensor]], config: InspectConfig, clock: Clock
 ) -> _Measured:
-    """Features at the start, along the path and at the end, held no longer than something is made of them."""
+    """Measure at the start, along the path and at the end; features are freed as soon as they are used."""
     first, *_, last = states
     start, end = (problem.reduction.state(states[name]) for name in (first, last))
     tangents = problem.tangents
@@ -121,7 +121,7 @@ def _by_block(feats: TangentFeatures) -> dict[str, Tensor]:
 def _trajectory(
     problem: Problem, states: Mapping[str, Mapping[str, Tensor]], wholes: Mapping[str, Tensor], clock: Clock
 ) -> list[dict[str, Any]]:
-    """Every checkpoint's kernel beside those of the ends."""
+    """Compare every checkpoint's kernel with those of start and end."""
     first, *_, last = states
     ends = {first: wholes["initial"], last: wholes["final"]}
     found = []
@@ -178,7 +178,7 @@ def _told(
 
 
 def _block_numbers(problem: Problem, measured: _Measured) -> dict[str, dict[str, Any]]:
-    """Of every block its numbers, its shape, and what transforms and models found of it."""
+    """Every block's numbers, its shape, and the results of transforms and models."""
     changes = measured.changes
     blocks = measures.block_numbers(measured.kernels, problem.change, problem.target, changes, measured.weights)
     for name, numbers in blocks.items():
@@ -241,7 +241,7 @@ def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str,
 
 
 def _performance(outputs: Tensor, data: Data) -> dict[str, float] | None:
-    """Share of labels met, or the mean squared error of real targets, on the samples measured."""
+    """Accuracy for labels, or mean squared error for real targets, on the measured samples."""
     if data.y is None:
         return None
     if data.labels is not None and (outputs.shape[1] > 1 or len(torch.unique(data.labels)) == 2):
@@ -270,31 +270,31 @@ def _checkpoint(
 
 
 def _left_out(config: InspectConfig, explained: Explained, models: Models, problem: Problem) -> list[str]:
-    """What the costly measures did not cover, in sentences."""
+    """Sentences on what the costly measures did not cover."""
     words = []
     if problem.fresh:
         words.append(
-            f"At the start {len(problem.fresh)} norms, {problem.fresh[0]} first, have the running statistics 0 and 1 of a "
-            "new network, which fit no input: the kernel of the start is of that uncalibrated network. A start saved after "
-            "a few batches in training mode (no optimizer step) would tell the growth that training made."
+            f"At the start {len(problem.fresh)} norms (first: {problem.fresh[0]}) have the running statistics 0 and 1 of a "
+            "new network, so the initial kernel is that of an uncalibrated network. To see the growth due to training, save "
+            "the start after a few batches in training mode, without optimizer steps."
         )
     for key, names in explained.left_out.items():
         if names:
             shown = ", ".join(_plain(name, problem.reduction) for name in names[:4])
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             words.append(
-                f"{type(measures.STRUCTURES[key]).__name__} transforms were not fitted for {shown}{more}: that would pass "
-                f"the limit of {config.explain_operations:.0e} operations a structure."
+                f"{type(measures.STRUCTURES[key]).__name__} transforms were not fitted for {shown}{more}: that would exceed "
+                f"the limit of {config.explain_operations:.0e} operations per structure."
             )
     if models.left_out:
         words.append(f"The exact adaptive model was not fitted: {models.left_out}.")
     if "two_sided" in models.numbers and not models.numbers["two_sided"]["converged"]:
-        words.append("The exact adaptive model did not converge within its rounds; its ranks are provisional.")
+        words.append("The exact adaptive model did not converge within the round limit; its ranks are provisional.")
     return words
 
 
 def _image_like(data: Data) -> Tensor | None:
-    """The input that is a stack of gray or color images (n, 1 or 3, h, w), or (n, h, w), if there is one."""
+    """The first input that looks like gray or color images, (n, 1 or 3, h, w) or (n, h, w), if any."""
     for x in tensors(data.x):
         if x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) >= 4:
             return x
@@ -330,7 +330,7 @@ def _arrays(problem: Problem, measured: _Measured) -> dict[str, np.ndarray]:
 
 
 def _pixels(images: Tensor, shown: Tensor) -> Tensor:
-    """Some images as bytes (k, h, w, channels), every channel stretched over the range it has on all samples."""
+    """The chosen images as bytes (k, h, w, channels); each channel is scaled by its range over all samples."""
     low, high = (f(images.float(), dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
     scaled = (images[shown].float() - low) / (high - low).clamp_min(1e-12)
     return (255 * scaled).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Features of many samples of a large network: made in chunks, kept in whichever form is smaller, put together."""
+"""Features of many samples of a large network: computed in chunks, stored in the smaller form, and joined."""
 
 import math
 import warnings
@@ -23,20 +23,20 @@ _PROBED = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """Memory that features of one sample take: while an average is made, and kept (one node, the average)."""
+    """Memory of one sample's features: while an average is made, and when kept (at one node, or the average)."""
 
     making: int
     kept: int
     kept_average: int
 
     def samples(self, limit: int, chunk: int) -> int:
-        """Samples whose features at start and on average, with one chunk in the making, stay within the limit."""
+        """How many samples' features, at the start and averaged, fit into the limit beside one chunk being made."""
         return max(0, (limit - chunk * self.making) // (self.kept + 2 * self.kept_average))
 
 
 @dataclass(frozen=True)
 class Tangents:
-    """A network, its samples and the outputs measured: features at any state, or averaged between two."""
+    """A network, samples and outputs; gives features at one state, or averaged between two."""
 
     model: nn.Module
     x: Batch
@@ -57,7 +57,7 @@ class Tangents:
     def average(
         self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], nodes: int, tick: Tick = lambda fraction: None
     ) -> AverageFeatures:
-        """Features averaged over so many nodes; the error of the identity is of all samples together."""
+        """Features averaged over ``nodes`` nodes; the identity's error is of all samples together."""
         parts = []
         for part, done in self._parts():
             parts.append(self._average(part, start, end, nodes=nodes))
@@ -73,14 +73,14 @@ class Tangents:
         )  # fmt: skip
 
     def nodes(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, tol: float, most: int) -> int:
-        """Nodes at which the identity holds to ``tol`` on a few samples, ``most`` where it does not."""
+        """The number of nodes at which the identity holds to ``tol`` on a few samples, at most ``most``."""
         few = take(self.x, torch.linspace(0, samples(self.x) - 1, min(8, samples(self.x))).long())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TangentWarning)
             return self._average(few, start, end, tol=tol, max_nodes=most).nodes
 
     def cost(self, state: Mapping[str, Tensor], nodes: int) -> Cost:
-        """What one sample takes, from the features of a single one."""
+        """The memory per sample, estimated from the features of one sample."""
         one = tangent_features(
             self.model, take(self.x, slice(0, 1)), params=state, wrt=self.wrt, output_fn=self.output_fn
         )
@@ -102,7 +102,7 @@ class Tangents:
         )  # fmt: skip
 
     def _parts(self) -> Iterator[tuple[Batch, float]]:
-        """The batch in chunks, smaller ones where less memory is free than when they were planned."""
+        """The batch in chunks; they shrink if less memory is free than planned."""
         n, first = samples(self.x), 0
         while first < n:
             room = limit_for(None, next(self.model.parameters()).device) // self.making
@@ -112,28 +112,28 @@ class Tangents:
 
 
 def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents, int]:
-    """Chunks of a size that memory allows, and how many of the samples wanted fit.
+    """Set the chunk size to what memory allows, and count how many of the wanted samples fit.
 
-    Raises TangentError where not even eight do.
+    Raises TangentError if fewer than eight fit.
     """
     limit = limit_for(None, next(tangents.model.parameters()).device)
     chunk = max(1, min(_PROBED, wanted, limit // 3 // cost.making))
     n = min(wanted, cost.samples(limit, chunk))
     if n < min(8, wanted):
         raise TangentError(
-            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)} and "
-            f"{format_bytes(limit)} may be used, too little for 8 samples; narrow --wrt, or give a machine with more memory"
+            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)}, and "
+            f"the {format_bytes(limit)} allowed are too little for 8 samples; narrow --wrt or use a machine with more memory"
         )
     return replace(tangents, chunk=chunk, making=cost.making), n
 
 
 def collapsed(feats: TangentFeatures) -> TangentFeatures:
-    """The same features, each block as factors or as their sum Σ_t δ_t h_tᵀ, whichever takes less memory."""
+    """The same features; each block as factors or as their sum Σ_t δ_t h_tᵀ, whichever is smaller."""
     return replace(feats, blocks={name: block.compact(least=0) for name, block in feats.blocks.items()})
 
 
 def together(parts: Sequence[TangentFeatures]) -> TangentFeatures:
-    """Features of several batches as those of one; each part's blocks have the same form."""
+    """Join the features of several batches, whose blocks have the same form."""
     first = parts[0]
     stacks = [dict(part.blocks) for part in parts]
     blocks = {name: stack_blocks([stack.pop(name) for stack in stacks]) for name in first.blocks}

@@ -1,6 +1,6 @@
-"""Pages that tell a run: drawing, what pages are made of, and the report that puts them together. Nothing is measured here.
+"""Report pages: drawing, the building blocks of pages, and the report that assembles them. Nothing is measured here.
 
-A page itself belongs to what it tells, `inspection` or a study; the caller hands it in.
+Each page is defined by what it reports, `inspection` or a study; the caller passes it in.
 """
 
 from adaptive_tangents.reporting.pages import Page, Section, Shown, Story, Table, told

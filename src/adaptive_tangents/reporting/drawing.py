@@ -1,4 +1,4 @@
-"""What all figures share: the style, the page's width and colors, and drawing to both formats."""
+"""What all figures share: the style, the page's width and colors, and rendering to PNG and SVG."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Draw = Callable[[Results, Arrays], Figure]
 
 INK, MUTED, RULE, PAPER = "#1b1f24", "#6a717c", "#d8dbe0", "#ffffff"
 STAGES = {"initial": "$K_0$", "average": r"$\bar{K}$", "final": "$K_T$"}
-# Okabe-Ito: told apart under every common color-vision deficiency, and in gray.
+# Okabe-Ito: distinct under every common color-vision deficiency, and in gray.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 DIVERGING = LinearSegmentedColormap.from_list(
     "kernel", ["#08306b", "#2f79b5", "#a9cfe5", "#fbfaf7", "#f6c08f", "#d9691c", "#7a2a04"]
@@ -31,14 +31,14 @@ DASHES = (0, (4, 2))
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure in both formats, the bytes of a PNG and the text of an SVG."""
+    """One figure in both formats: PNG bytes and SVG text."""
 
     png: bytes
     svg: str
 
 
 def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
-    """Draw a figure; `name` keeps the SVG's identifiers apart from those of other figures on one page."""
+    """Draw a figure; `name` makes the SVG's identifiers unique on the page."""
     raster, vector = BytesIO(), StringIO()
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     style: dict[Any, Any] = {**_style(), "svg.hashsalt": name}
@@ -52,7 +52,7 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
 def grid(
     rows: int, columns: int, height: float, *, sharex: Any = False, sharey: Any = False, **space: float
 ) -> tuple[Figure, NDArray[Any]]:
-    """A figure as wide as the page and its (rows, columns) axes; spaced by hand where heat maps must line up."""
+    """A figure as wide as the page and its (rows, columns) axes; spacing is manual if heat maps must line up."""
     figure = Figure(figsize=(10, height), layout=None if space else "constrained")
     if space:
         figure.subplots_adjust(**{"left": 0.07, "right": 0.995, **space})
@@ -60,39 +60,39 @@ def grid(
 
 
 def legend_above(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """One legend above all panels, of what one of them shows: within it, it would lie on curves."""
+    """One legend above all panels, from the entries of one: inside a panel it would cover curves."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns, columnspacing=1.2)
 
 
 def limit_of(kernel: NDArray[Any]) -> float:
     """The value at which a kernel's colors saturate."""
-    # The diagonal and a few large pairs would wash everything else out.
+    # Otherwise the diagonal and a few large pairs would wash out everything else.
     return float(np.nanquantile(np.abs(kernel), 0.99)) or 1.0
 
 
 def spectrum(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Index from 1 and values relative to the largest."""
+    """Indices from 1, and values relative to the largest."""
     return np.arange(1, len(values) + 1), values / (values.max() or 1.0)
 
 
 def tint(color: str, amount: float) -> str:
-    """A color mixed with white: amount 1 is the color itself."""
+    """A color mixed with white; amount 1 is the color itself."""
     red, green, blue = (1 - amount * (1 - channel) for channel in to_rgb(color))
     return to_hex((red, green, blue))
 
 
 def shades(items: list[str]) -> NDArray[Any]:
-    """Amounts for `tint`, light to full, one an item."""
+    """Amounts for `tint`, from light to full, one per item."""
     return np.linspace(0.3, 1, len(items))
 
 
 def real(value: float | None) -> float:
-    """The number, NaN for none."""
+    """The number, or NaN for None."""
     return float("nan") if value is None else float(value)
 
 
 def fixed(value: float | None, *, none: str = "–") -> str:
-    """Two decimals with a true minus sign; ``none`` where there is no number."""
+    """Two decimals with a true minus sign; ``none`` if there is no number."""
     return none if value is None or not np.isfinite(value) else f"{value:.2f}".replace("-", "−")
 
 
@@ -102,13 +102,13 @@ def label(text: str) -> str:
 
 
 def short(value: float | None, digits: int = 2) -> str:
-    """A number for a label: few digits, a true minus sign, a dash where there is none."""
+    """A number for a label: few digits, a true minus sign, a dash for None."""
     return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}g}".replace("-", "−")
 
 
 @cache
 def _style() -> dict[str, Any]:
-    # Helvetica's metrics where some version of it is installed; DejaVu Sans comes with matplotlib.
+    # Helvetica or a font with its metrics if installed; DejaVu Sans comes with matplotlib.
     installed = set(font_manager.get_font_names())
     fonts = [f for f in ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans") if f in installed][:1]
     return {

@@ -1,4 +1,4 @@
-"""What the pages of all experiments share: what a page is made of, and how its numbers read."""
+"""What all pages share: their building blocks, and how numbers are formatted."""
 
 import math
 import re
@@ -15,10 +15,10 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Page:
-    """What an experiment's page needs: its template, figures and their arrays, and what the template shows beside results.
+    """What an experiment's page needs: a template, figures with their arrays, and extra context for the template.
 
-    ``applies`` says which figures a run has, ``headline`` which metrics of each target its summary begins with, and
-    ``labels`` what metrics are called. The template is a path within the package.
+    ``applies`` says which figures a run has, ``headline`` which metrics of each target begin its summary, and ``labels``
+    how metrics are named. The template is a path within the package.
     """
 
     template: str
@@ -32,7 +32,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under their headings; the first column is what a row is about."""
+    """Rows of text under headings; the first column names the row."""
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -41,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure of the page: its name, what it is for those who cannot see it, and its caption."""
+    """A figure of the page: its name, alternative text and caption."""
 
     name: str
     alt: str
@@ -50,7 +50,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """A section: paragraphs, tables and figures in their order. ``key`` is its anchor."""
+    """A section: paragraphs, tables and figures in order. ``key`` is its anchor."""
 
     key: str
     title: str
@@ -59,7 +59,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Story:
-    """An experiment told: the question, what was done, the answer, and sections; claims and settings come by themselves."""
+    """An experiment's story: question, method, answer and sections. Claims and settings are added automatically."""
 
     title: str
     lead: str
@@ -70,7 +70,7 @@ class Story:
 def told(
     figures: Mapping[str, Draw], arrays: Callable[[Results], list[str]], story: Callable[[Results], Story]
 ) -> Page:
-    """The page of an experiment that is a story, its claims and how it was made. ``arrays`` names what figures need."""
+    """The page of a story with its claims and settings. ``arrays`` names what the figures need."""
 
     def context(results: Results) -> dict[str, Any]:
         kinds = {Table: "table", Shown: "figure", str: "text"}
@@ -86,11 +86,11 @@ def told(
 
 
 def claims_context(results: Results, verdict: str) -> dict[str, Any]:
-    """The verdict if every claim holds, else which do not; and the command."""
+    """The verdict if every claim holds, else the claims that do not; and the command."""
     claims = results["claims"].values()
     failed = [claim["claim"] for claim in claims if not claim["holds"]]
     if failed:
-        verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold; these do not: {'; '.join(failed)}."
+        verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold. These do not: {'; '.join(failed)}."
     return {
         "verdict": verdict,
         "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
@@ -98,7 +98,7 @@ def claims_context(results: Results, verdict: str) -> dict[str, Any]:
 
 
 def number(value: Any) -> str:
-    """A measured value to three figures, with true minus signs and powers, and a dash for nothing.
+    """A measured value to three figures, with true minus signs and powers, and a dash for None.
 
     >>> number(0.4), number(-2.41e-9), number(None), number(True)
     ('0.400', '−2.4·10⁻⁹', '—', 'yes')
@@ -113,7 +113,7 @@ def number(value: Any) -> str:
 
 
 def given(value: Any) -> str:
-    """A value someone chose or published, with the figures it came with.
+    """A chosen or published value, with the digits it was given with.
 
     >>> given(0.4), given(0.05), given("20–30"), given([0.1, 1.0]), given(None)
     ('0.40', '0.05', '20–30', '0.1, 1', '—')
@@ -136,7 +136,7 @@ def fixed(value: float | None) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """So many of a thing, in words.
+    """A count of things, in words.
 
     >>> counted(1, "seed"), counted(3, "seed")
     ('1 seed', '3 seeds')

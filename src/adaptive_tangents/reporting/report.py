@@ -1,4 +1,4 @@
-"""A result folder told as one self-contained page, with its figures beside it."""
+"""Turn a result folder into one self-contained page, with its figures beside it."""
 
 import base64
 import os
@@ -21,7 +21,7 @@ Pages = Mapping[str, Callable[[], Page]]
 
 
 class Finding(NamedTuple):
-    """One number of a run beside the published one and the one measured earlier for this project, all as text."""
+    """One number of a run beside the published one and this project's earlier one, all as text."""
 
     label: str
     ours: str
@@ -30,17 +30,19 @@ class Finding(NamedTuple):
 
 
 def page_of(results: Results, pages: Pages) -> Page:
-    """The page of these results, by the experiment they name. Raises TangentError where there is none."""
+    """The page for the experiment that the results name. Raises TangentError if there is none."""
     name = str(results.get("experiment"))
     if name not in pages:
-        raise TangentError(f"report: no page for experiment {name!r}; the experiments with one are {', '.join(pages)}")
+        raise TangentError(
+            f"report: no page for experiment {name!r}; the experiments with a page are {', '.join(pages)}"
+        )
     return pages[name]()
 
 
 def build_report(directory: str | os.PathLike[str], pages: Pages) -> Path:
     """Draw every figure of a result folder as PNG and SVG, write the page, and return its path.
 
-    ``pages`` holds what gives the page of each experiment, by its name. Raises TangentError where `load_results` does, for
+    ``pages`` maps an experiment's name to a function that returns its page. Raises TangentError as `load_results` does, for
     an experiment without a page, and for missing arrays or numbers.
     """
     directory = Path(directory)
@@ -50,7 +52,7 @@ def build_report(directory: str | os.PathLike[str], pages: Pages) -> Path:
         lacking = [name for name in page.arrays(told) if name not in arrays]
         if lacking:
             raise TangentError(f"report: {ARRAYS_FILE} lacks {', '.join(lacking)}; run the experiment again")
-        # One precision for all drawings; images stay bytes.
+        # All drawings in one precision; images stay bytes.
         arrays = {name: array.astype(float) if array.dtype.kind == "f" else array for name, array in arrays.items()}
         drawings = {
             name: drawing.render(draw, name, told, arrays)
@@ -82,20 +84,20 @@ def summary_table(results: Results, page: Page) -> list[Finding]:
 
 
 class _Lacking(KeyError):
-    """The results lack a key that their page asks for: their fault, where any other KeyError is the page's."""
+    """The results lack a key that their page needs. Any other KeyError is a bug of the page."""
 
     __str__ = Exception.__str__
 
 
 class _Held(dict[str, Any]):
-    """A mapping of the results, which tells its own missing keys from those of a page's own mappings."""
+    """A mapping from the results: its missing keys raise `_Lacking`, unlike those of a page's own mappings."""
 
     def __missing__(self, key: str) -> Any:
         raise _Lacking(repr(key))
 
 
 class _Undefined(jinja2.StrictUndefined):
-    """What a template does not find: the results' fault where it asked them, or asked for a name of no mapping."""
+    """A name that a template does not find: `_Lacking` if it was looked up in the results or at top level."""
 
     def __init__(
         self, hint: str | None = None, obj: Any = missing, name: str | None = None, exc: Any = jinja2.UndefinedError
@@ -105,7 +107,7 @@ class _Undefined(jinja2.StrictUndefined):
 
 
 def _held(value: Any) -> Any:
-    """Results as mappings that know what they lack."""
+    """The results, with every mapping a `_Held`."""
     if isinstance(value, Mapping):
         return _Held({key: _held(item) for key, item in value.items()})
     return [_held(item) for item in value] if isinstance(value, list) else value
@@ -121,7 +123,7 @@ def _label(key: str, page: Page) -> str:
 
 
 def _inline(figure: drawing.Drawing) -> Markup:
-    """The figure for the page: drawn shapes take the page's colors, pixels go in as PNG for their size."""
+    """The figure for the page: vector shapes take the page's colors; pixels go in as PNG, which is smaller."""
     if "<image" in figure.svg:
         return Markup('<img class="pixels" alt="" src="data:image/png;base64,{}">').format(
             base64.b64encode(figure.png).decode()
@@ -155,7 +157,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
 
 
 def _notation(text: str) -> Markup:
-    """Set the letters of the theory: K_y with a subscript, a bar over K, K(x, x) in italics."""
+    """Typeset mathematical symbols: K_y with a subscript, a bar over K, K(x, x) in italics."""
     html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', str(escape(text))).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
     html = re.sub(r"\b([A-Za-zθφσ])_([A-Za-z])\b", r"<i>\1</i><sub><i>\2</i></sub>", html)
     return Markup(re.sub(r"\b([A-Za-zθφσ])_(\d)\b", r"<i>\1</i><sub>\2</sub>", html))

@@ -1,6 +1,6 @@
-"""What a run keeps: its results and arrays in a folder, its parts as checkpoints, its stages and their seconds.
+"""What a run keeps: results and arrays in a folder, parts as checkpoints, and the seconds of each stage.
 
-Several runs side by side, the summary of many, and a user's own model, checkpoints and data from files are here too.
+This wing also runs several studies in parallel, summarizes many, and loads a user's model, checkpoints and data from files.
 """
 
 from adaptive_tangents.runs.parallel import side_by_side

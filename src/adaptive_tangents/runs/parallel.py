@@ -1,4 +1,4 @@
-"""Several experiments at once, each in a process of its own with a share of the cores."""
+"""Run several experiments at once, each in its own process with a share of the cores."""
 
 import multiprocessing
 import os
@@ -19,11 +19,11 @@ Work = Callable[[Progress], None]
 def side_by_side(
     works: Mapping[str, Work], *, at_once: int, threads: int, progress: Callable[[str, str, float], None]
 ) -> None:
-    """Do all works, the first first, never more than ``at_once`` together, each in a new process with ``threads`` threads.
+    """Run all works in order, at most ``at_once`` at a time, each in a new process with ``threads`` threads.
 
-    Works are picklable. ``progress`` hears the name of a work, its stage and the share of it that is done. The processes
-    end with this one, however it ends, and with the first of them that fails.
-    Raises TangentError where a work raises it, and where one ends in any other way.
+    Works must be picklable. ``progress`` is called with a work's name, its stage and the fraction done. All processes end
+    when this one ends, in whatever way, or when the first of them fails.
+    Raises TangentError if a work raises it or its process dies.
     """
     spawning = multiprocessing.get_context("spawn")
     waiting = list(works.items())
@@ -60,8 +60,8 @@ def _end(name: str, process: SpawnProcess) -> None:
     process.join()
     if process.exitcode:
         raise TangentError(
-            f"reproduce: the process of {name} ended with status {process.exitcode}; go on with --resume, and with --jobs 1 "
-            "where memory ran out"
+            f"reproduce: the process of {name} ended with status {process.exitcode}; continue with --resume, and with "
+            "--jobs 1 if memory ran out"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: progress, the seconds of its stages, its settings and software, and its results' form."""
+"""The record of a run: progress, seconds per stage, settings, software versions, and the form of its results."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from adaptive_tangents.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class RunResult:
-    """Everything measured: ``results`` is what results.json holds, ``arrays`` what the figures need."""
+    """Everything measured: ``results`` goes into results.json, ``arrays`` is what the figures need."""
 
     results: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
 class Clock:
-    """Wall time of each stage, and progress as a share of the work expected."""
+    """Wall time of each stage, and progress as a fraction of the expected work."""
 
     def __init__(self, progress: Progress, total: float) -> None:
         self.progress, self.total, self.done = progress, total, 0.0
@@ -34,7 +34,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, work: float) -> Iterator[Callable[[float], None]]:
-        """Time one stage of so much work; gives a function that hears what fraction of it is done."""
+        """Time one stage of this much work; yields a function to call with the fraction done."""
         began = time.perf_counter()
         self.progress(name, self.done / self.total)
         yield lambda fraction: self.progress(name, (self.done + work * fraction) / self.total)
@@ -44,20 +44,20 @@ class Clock:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """The versions of the software that made the numbers."""
     names = ("adaptive-tangents", "torch", "numpy", "scipy")
     return {name.replace("-", "_"): metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """A config's fields as plain values, without the folder of the data: where files lie changes no number."""
+    """A config's fields as plain values, without the data folder, which changes no number."""
     plain = asdict(config)
     plain.pop("data_dir", None)
     return dict(json.loads(json.dumps(plain)))
 
 
 def heading(name: str, config: Mapping[str, Any], clock: Clock, device: str = "cpu") -> dict[str, Any]:
-    """What results.json says of every run: settings, software, machine, seconds."""
+    """What results.json records for every run: settings, software, machine, seconds."""
     return {
         "experiment": name,
         "config": dict(config),
@@ -70,7 +70,7 @@ def heading(name: str, config: Mapping[str, Any], clock: Clock, device: str = "c
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Every number of a nested mapping under its path, joined by dots.
+    """Every number of a nested mapping, by its path joined with dots.
 
     >>> flatten({"sign": {"alignment": {"average": 0.3}, "reason": "words are left out"}})
     {'sign.alignment.average': 0.3}

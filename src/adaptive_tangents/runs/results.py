@@ -1,4 +1,4 @@
-"""Result folders: written whole or not at all, read back with clear errors."""
+"""Result folders: written completely or not at all, read back with clear errors."""
 
 import json
 import math
@@ -23,7 +23,7 @@ RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.n
 def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
     """Write `results.json` and `arrays.npz` into `directory`, each replaced in one step; return the folder.
 
-    Non-finite numbers become null. Raises TangentError for a value JSON has no form for, or an array of objects.
+    Non-finite numbers become null. Raises TangentError for a value that JSON cannot hold, or an array of objects.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +37,7 @@ def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike
         if array.dtype.hasobject:
             raise TangentError(f"report: array {name!r} holds Python objects; give an array of numbers or text")
     text = json.dumps(_plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
-    # The arrays first: a folder whose results.json is new has its arrays too.
+    # Arrays first: a folder with a new results.json then has its arrays too.
     # numpy 1.26 has no allow_pickle here and would store one as an array.
     write_file(directory / ARRAYS_FILE, lambda file: np.savez_compressed(file, **plain))  # type: ignore[arg-type]
     write_file(directory / RESULTS_FILE, lambda file: file.write(text.encode()))
@@ -45,10 +45,10 @@ def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike
 
 
 def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Read a result folder back as (results, arrays). Raises TangentError where a part is missing or unreadable."""
+    """Read a result folder back as (results, arrays). Raises TangentError if a part is missing or unreadable."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise TangentError(f"report: no folder {directory}; give the folder an experiment wrote its results to")
+        raise TangentError(f"report: no folder {directory}; give the folder with an experiment's results")
     source, store = directory / RESULTS_FILE, directory / ARRAYS_FILE
     if not source.is_file():
         raise TangentError(f"report: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
@@ -68,7 +68,7 @@ def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The value in JSON's own types."""
+    """The value in JSON types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):

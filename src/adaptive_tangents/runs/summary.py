@@ -1,4 +1,4 @@
-"""All experiments at once: every claim with its verdict, from the result folders of the experiments."""
+"""A summary of all experiments: every claim with its verdict, read from their result folders."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,14 +9,14 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runs.results import load_results, write_results
 
 NAME = "all"
-# What of an experiment's results the table of claims needs.
+# The parts of an experiment's results that the table of claims needs.
 KEPT = ("command", "config", "versions", "device", "threads", "cores", "wall_seconds", "claims")
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an experiment's results its claims, settings, machine and total seconds: small enough to be kept for good.
+    """An experiment's claims, settings, machine and total seconds: small enough to keep permanently.
 
-    Raises TangentError where one of these is missing.
+    Raises TangentError if one of these is missing.
     """
     missing = [key for key in KEPT if key not in results]
     if missing:
@@ -26,9 +26,9 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collect(directory: str | os.PathLike[str], names: Iterable[str], *, command: str) -> Path:
-    """Write ``directory``/results.json with the claims of all experiments in ``directory``/NAME; returns the folder.
+    """Write ``directory``/results.json with the claims of all experiments in ``directory``/NAME; return the folder.
 
-    Raises TangentError where a folder's results cannot be read, and where none of the experiments is there.
+    Raises TangentError if a folder's results cannot be read, or if no experiment has a folder.
     """
     directory = Path(directory)
     found = {name: summary(load_results(directory / name)[0]) for name in names if (directory / name).is_dir()}

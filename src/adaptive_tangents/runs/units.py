@@ -1,4 +1,4 @@
-"""Parts of a run, each made once: checkpoints on disk, each file whole or absent, tied to the settings that made it."""
+"""Parts of a run, each made once and saved as a checkpoint: a complete file or none, tied to the settings that made it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,20 +15,20 @@ FOLDER, SETTINGS_FILE = "checkpoints", "settings.json"
 
 
 class Units:
-    """Parts of a run, each made once: here for this run only; one that stores them lets an interrupted run go on.
+    """Parts of a run, each made once. This class forgets them after the run; `StoredUnits` lets an interrupted run continue.
 
-    A part is tensors that follow from the settings and the part's name alone, whatever was made before it.
+    A part is a set of tensors that depend only on the settings and the part's name, not on what was made before.
     """
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The part, if it was made before."""
+        """The part if it was made before, else None."""
         return None
 
     def put(self, name: str, tensors: Tensors) -> None:
         """Keep a part."""
 
     def __call__(self, name: str, make: Callable[[], Tensors]) -> dict[str, Tensor]:
-        """The part, made now if it was not before."""
+        """The part, made now if it was not made before."""
         found = self.get(name)
         if found is None:
             found = dict(make())
@@ -37,9 +37,9 @@ class Units:
 
 
 class StoredUnits(Units):
-    """Parts of a run as checkpoints in its folder; ``resume`` finds those of an earlier run of the same settings.
+    """Parts of a run as checkpoints in its folder; ``resume`` reuses those of an earlier run with the same settings.
 
-    Raises TangentError where the folder holds a run of other settings, or a part cannot be read or written.
+    Raises TangentError if the folder holds a run of other settings, or a part cannot be read or written.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -55,7 +55,7 @@ class StoredUnits(Units):
         write_checkpoint(self.directory, name, tensors, self.config)
 
     def settle(self) -> None:
-        """Write the settings into the folder, which is this run's from now on."""
+        """Write the settings into the folder: from now on it belongs to this run."""
         content = f"{_text(self.config)}\n".encode()
         try:
             write_file(self.directory / SETTINGS_FILE, lambda file: file.write(content))
@@ -68,7 +68,7 @@ class StoredUnits(Units):
 def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
     """Write one checkpoint into ``directory``/checkpoints, replacing an older one in one step.
 
-    Raises TangentError where the folder cannot be written.
+    Raises TangentError if the folder cannot be written.
     """
     path = directory / FOLDER / f"{name}.safetensors"
     try:
@@ -83,16 +83,14 @@ def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], 
 def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """All checkpoints of an earlier run with the same settings, by name.
 
-    Raises TangentError where one was made with other settings, or cannot be read.
+    Raises TangentError if one was made with other settings, or cannot be read.
     """
     found = {}
     for path in sorted((directory / FOLDER).glob("*.safetensors")):
         try:
             made_with, tensors = read_metadata(path).get("config"), read_tensors(path)
         except ReadError as error:
-            raise TangentError(
-                f"resume: {path} cannot be read ({error}); delete it, and its training is repeated"
-            ) from error
+            raise TangentError(f"resume: {path} cannot be read ({error}); delete it to repeat its training") from error
         if made_with != _text(config):
             raise TangentError(
                 f"resume: {path} was made with other settings; run with the same ones, without --resume, or into another "
@@ -103,7 +101,7 @@ def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, di
 
 
 def _claim_folder(directory: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a folder whose run had other settings."""
+    """Raise TangentError if the folder's run had other settings."""
     try:
         made_with = json.loads((directory / SETTINGS_FILE).read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""From names to objects for `inspect` and `kernel`: a factory to a model, files to checkpoints and to data. No pickle."""
+"""Load models from factories, and checkpoints and data from files, for `inspect` and `kernel`. Pickles are never loaded."""
 
 import glob
 import importlib
@@ -24,14 +24,14 @@ from adaptive_tangents.capture.network import plainly
 from adaptive_tangents.errors import TangentError
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile put before every name
 _LABELS, _NAMES = "y", "classes"
-_INSPECT = "inspect"  # the command that errors are of, unless another is named
+_INSPECT = "inspect"  # the command that errors name by default
 
 
 @dataclass(frozen=True)
 class Data:
-    """A batch x of n samples, their labels or targets y (n,) or (n, k), and the names of the classes, as far as given."""
+    """A batch x of n samples, their labels or targets y (n,) or (n, k), and the class names, each if given."""
 
     x: Batch
     y: Tensor | None = None
@@ -44,7 +44,7 @@ class Data:
 
     @property
     def labels(self) -> Tensor | None:
-        """Y where it holds class numbers (n,)."""
+        """``y`` if it holds class numbers (n,), else None."""
         return self.y if self.y is not None and self.y.ndim == 1 and not self.y.is_floating_point() else None
 
     def take(self, index: Tensor) -> "Data":
@@ -53,9 +53,9 @@ class Data:
 
 
 def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
-    """The network that a factory makes, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
+    """The network made by a factory, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
 
-    Raises TangentError where the module cannot be imported, holds no such function, or that makes no `nn.Module`.
+    Raises TangentError if the module cannot be imported or lacks the function, or if that returns no `nn.Module`.
 
     >>> load_model("torch.nn:Identity")
     Identity()
@@ -71,7 +71,7 @@ def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
     if factory is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TangentError(
-            f"{call}: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}: name one that makes "
+            f"{call}: {source} has no {name!r}; it holds {_listed(public) or 'no functions'}; name one that makes "
             "the network"
         )
     if not callable(factory) or isinstance(factory, nn.Module):
@@ -83,7 +83,7 @@ def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
         model = factory()
     except Exception as error:
         raise TangentError(
-            f"{call}: {spec} raised {type(error).__name__}: {error}; it is called without arguments: write a function that "
+            f"{call}: {spec} raised {type(error).__name__}: {error}; it is called without arguments; write a function that "
             "fills them in"
         ) from error
     if not isinstance(model, nn.Module):
@@ -105,7 +105,7 @@ def _module(source: str, call: str) -> ModuleType:
         assert found is not None
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
-        sys.path.insert(0, str(path.parent))  # a script's neighbors are importable, as when it is run
+        sys.path.insert(0, str(path.parent))  # the script's neighbors must be importable, as when it runs
         found.loader.exec_module(module)
         return module
     except TangentError:
@@ -120,7 +120,7 @@ def _module(source: str, call: str) -> ModuleType:
 def find_checkpoints(pattern: str, call: str = _INSPECT) -> list[Path]:
     """Files that match a pattern, in natural order: step_9.pt before step_10.pt.
 
-    Raises TangentError where fewer than two match.
+    Raises TangentError if fewer than two match.
     """
     found = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=_natural)
     if len(found) < 2:
@@ -132,26 +132,26 @@ def find_checkpoints(pattern: str, call: str = _INSPECT) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Runs of digits as numbers, the rest as text."""
+    """Sort key: digits compare as numbers, the rest as text."""
     return [
         (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path)) if part
     ]
 
 
 def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` or torch file, on the model's device and fitted to its names and shapes.
+    """The state dict in a `.safetensors` or torch file, on the model's device, with the model's names and shapes.
 
-    Accepts a bare state dict, or one under "state_dict", "model" or "model_state_dict", and drops a "module." or
-    "_orig_mod." that is before every name. Raises TangentError where it cannot be read without pickle, holds no state
-    dict, or lacks, adds or misshapes tensors.
+    Accepts a bare state dict, or one under "state_dict", "model" or "model_state_dict", and drops the prefix
+    "module." or "_orig_mod." if every name has it. Raises TangentError if the file cannot be read without pickle or holds
+    no state dict, or if tensors are missing, unexpected or of the wrong shape.
     """
     wanted = model.state_dict()
     device = next((t.device for t in wanted.values()), torch.device("cpu"))
     found, where = _state(_read(path, device, call), path, call)
-    for wrapper in WRAPPERS * 2:  # either may be around the other
+    for wrapper in WRAPPERS * 2:  # either may wrap the other
         if found and all(name.startswith(wrapper) for name in found):
             found = {name.removeprefix(wrapper): value for name, value in found.items()}
-    # Counters of an integer kind move no output; a checkpoint of safetensors may share or drop them.
+    # Integer counters change no output; a safetensors checkpoint may share or drop them.
     missing = [name for name in wanted if name not in found and wanted[name].is_floating_point()]
     unexpected = [name for name in found if name not in wanted]
     wrong = [
@@ -169,7 +169,7 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
     bad = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if bad:
         raise TangentError(
-            f"{call}: {path} holds values that are not finite in {_listed(bad)}; take a checkpoint from before"
+            f"{call}: {path} holds values that are not finite in {_listed(bad)}; use an earlier checkpoint"
         )
     return state
 
@@ -183,7 +183,7 @@ def _read(path: Path, device: torch.device, call: str) -> object:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TangentError(
-            f"{call}: {path} holds more than tensors, or is not a checkpoint, and pickles are never loaded; save "
+            f"{call}: {path} is not a checkpoint of tensors alone, and pickles are never loaded; save "
             "model.state_dict() alone, with torch.save or as .safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -195,7 +195,7 @@ def _read(path: Path, device: torch.device, call: str) -> object:
 
 
 def _state(content: object, path: Path, call: str) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a checkpoint, and the key it was under, in words."""
+    """The state dict in a checkpoint, and a phrase naming the key it was under."""
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return dict(content), ""
@@ -213,8 +213,8 @@ def _state(content: object, path: Path, call: str) -> tuple[dict[str, Tensor], s
 def load_data(path: Path, call: str = _INSPECT) -> Data:
     """Samples of an `.npz` file: `x` (or x0, x1, … for several arguments, or other names for keywords), `y`, `classes`.
 
-    Integers stay integers (token indices, labels); floating arrays keep their dtype. Raises TangentError where the file
-    is missing, no npz, holds objects or text among its inputs, values that are not finite, or arrays of different lengths.
+    Integers stay integers (token indices, labels); floating arrays keep their dtype. Raises TangentError if the file is
+    missing or no npz, its inputs hold objects, text or values that are not finite, or its arrays differ in length.
     """
     if not path.is_file():
         raise TangentError(f"{call}: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
@@ -229,7 +229,7 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
     except ValueError as error:
         if "pickle" in str(error) or "Object" in str(error):
             raise TangentError(
-                f"{call}: {path} holds pickled objects (arrays of lists of different lengths, say), which are never loaded; "
+                f"{call}: {path} holds pickled objects (e.g. arrays of lists of different lengths), which are never loaded; "
                 "save arrays of numbers"
             ) from error
         raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
@@ -237,7 +237,9 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
         raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
     names = arrays.pop(_NAMES, None)
     if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
-        raise TangentError(f"{call}: 'classes' in {path} is a list of names, got {names.dtype} of shape {names.shape}")
+        raise TangentError(
+            f"{call}: 'classes' in {path} must be a list of names, got {names.dtype} of shape {names.shape}"
+        )
     y = arrays.pop(_LABELS, None)
     if not arrays:
         raise TangentError(f"{call}: {path} holds no inputs; save them as x, or as x0, x1, …, or by argument name")
@@ -247,7 +249,7 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
     if len(set(counts.values())) > 1:
         raise TangentError(
             f"{call}: the arrays of {path} hold different numbers of samples: "
-            f"{', '.join(f'{name} {count}' for name, count in counts.items())}; give each as many"
+            f"{', '.join(f'{name} {count}' for name, count in counts.items())}; give the same number for each"
         )
     if not next(iter(counts.values())):
         raise TangentError(f"{call}: {path} holds no samples")
@@ -264,14 +266,14 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
 def _tensor(name: str, array: NDArray[np.generic], path: Path, call: str) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise TangentError(
-            f"{call}: {name!r} in {path} holds {array.dtype}, not numbers; text goes in as token indices, classes as "
+            f"{call}: {name!r} in {path} holds {array.dtype}, not numbers; give text as token indices and classes as "
             "integers"
         )
     if array.ndim == 0:
-        raise TangentError(f"{call}: {name!r} in {path} is a single number; its first dimension is the samples")
+        raise TangentError(f"{call}: {name!r} in {path} is a single number; its first dimension must be the samples")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(np.argwhere(~np.isfinite(array))[0, 0])
-        raise TangentError(f"{call}: {name!r} in {path} is not finite at sample {bad}; leave it out or mend it")
+        raise TangentError(f"{call}: {name!r} in {path} is not finite at sample {bad}; remove or correct it")
     wide = array.astype(np.int64) if array.dtype.kind in "ub" and array.dtype != np.uint8 else array
     native: NDArray[np.generic] = np.ascontiguousarray(wide.astype(wide.dtype.newbyteorder("=")))
     return torch.from_numpy(native)
@@ -286,15 +288,15 @@ def _batch(arrays: Mapping[str, Tensor], path: Path, call: str) -> Batch:
     if "x" in arrays:
         raise TangentError(
             f"{call}: {path} holds x beside {_listed(name for name in arrays if name != 'x')}; give x alone, x0, x1, … for "
-            "several arguments, or every input by its argument's name"
+            "several arguments, or every input under its argument's name"
         )
     return dict(arrays)
 
 
 def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
-    """The data in the model's precision and on its device: floats converted, integers widened to indices.
+    """The data in the model's precision and on its device: floats are converted, integers become indices.
 
-    Raises TangentError where integers come to a network that embeds nothing, so that pixels were meant.
+    Raises TangentError if x holds integers but the network has no embedding, so that they are probably pixels.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not parameters:
@@ -322,7 +324,7 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
 
 
 def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -> None:
-    """Run the network on two samples. Raises TangentError where it cannot take them, with their shapes and its own words."""
+    """Run the network on two samples. Raises TangentError if that fails, with their shapes and the network's message."""
     x = take(take(data.x, slice(0, 2)), None)
     keywords = dict(x) if isinstance(x, Mapping) else {}
     arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
@@ -337,8 +339,8 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -
         named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
         raise TangentError(
             f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
-            f"({type(error).__name__}: {text[0] if text else ''}); save them in the shape that it was trained on, channels "
-            "first, (1, 28, 28) for images in gray, or write a factory whose network takes these"
+            f"({type(error).__name__}: {text[0] if text else ''}); save them in the shape that it was trained on, with "
+            "channels first, (1, 28, 28) for gray images, or write a factory whose network takes these"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Newton's method, the alternation and Anderson's extrapolation on one problem, and how low the rank of its solution is."""
+"""Newton's method, alternation and Anderson acceleration on one problem, and the rank of its solution."""
 
 from adaptive_tangents.experiments.study import Study
 
@@ -6,7 +6,7 @@ NAME = "exact-solvers"
 STUDIES = (
     Study(
         NAME,
-        "Do all solvers of the exact model end at one optimum, and at what cost?",
+        "Do all solvers of the exact model reach the same optimum, and at what cost?",
         place=7,
         minutes=1.0,
         package=__name__,

@@ -1,4 +1,4 @@
-"""What exact-solvers claims: one optimum, certified, and coefficients nearer to low rank than the fixed kernel's."""
+"""The claims of exact-solvers: one certified optimum, and coefficients of lower rank than the fixed kernel's."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from adaptive_tangents.experiments.claims import claim
 
 SOLVER_NAMES = {"newton": "Newton’s method", "anderson": "Anderson", "alternation": "alternation"}
 
-# Objectives this near each other, relative, are one optimum; a rise of the objective up to the second is rounding.
+# Relative: objectives within AGREEMENT are one optimum; a rise of the objective within ROUNDING is rounding.
 AGREEMENT, ROUNDING = 1e-6, 1e-12
-# What a constraint may be missed by, relative, and a convex model's objective may lie above its lower bound.
+# Relative: the largest violation of a constraint, and the largest gap between a convex objective and its lower bound.
 FEASIBLE, GAP = 1e-6, 1e-6
 
 
 def claims(measured: dict[str, Any], *, tol: float) -> dict[str, dict[str, Any]]:
-    """Each claim in words, whether the numbers bear it out, and the numbers."""
+    """Every claim in words, its verdict, and the numbers behind it."""
     solver, model = measured["solver"], measured["model"]
     objectives = [found["objective"] for found in solver.values()]
     spread = max(objectives) / min(objectives) - 1

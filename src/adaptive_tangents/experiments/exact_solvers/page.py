@@ -14,12 +14,12 @@ _EXCESS_FLOOR = 1e-13
 
 
 def draw_solvers(results: Results, arrays: Arrays) -> Figure:
-    """Excess of the objective over the best one found, of each solver, against seconds and against kernel solves."""
+    """Each solver's objective above the best one found, against seconds and against kernel solves."""
     figure, ((left, right),) = grid(1, 2, 3.9, sharey=True)
     best = min(float(arrays[f"{solver}.objective"][-1]) for solver in results["solver"])
     for (solver, name), color in zip(SOLVER_NAMES.items(), COLORS, strict=False):
         excess = np.maximum(arrays[f"{solver}.objective"] / best - 1, _EXCESS_FLOOR)
-        # How many points come before the penalty is whole; the first after them joins the two parts of a curve.
+        # Points before the penalty has full strength; the next one joins the two parts of the curve.
         early = int((arrays[f"{solver}.temper"] > 1).sum())
         for axes, against in ((left, "seconds"), (right, "solves")):
             x = arrays[f"{solver}.{against}"]
@@ -56,12 +56,12 @@ def draw_coefficients(results: Results, arrays: Arrays) -> Figure:
 
 
 def _context(results: Results) -> dict[str, Any]:
-    """In a line, what the solvers came to, or which claims do not hold; names and layers for the tables."""
+    """The answer in one sentence, or the claims that do not hold; names and layers for the tables."""
     rounds = {name: found["rounds"] for name, found in results["solver"].items()}
     verdict = (
-        f"One optimum, certified, after {rounds['newton']} kernel solves by Newton’s method, {rounds['anderson']} with "
-        f"Anderson’s extrapolation and {rounds['alternation']} by the alternation; its coefficients are nearer to low rank "
-        "than the fixed kernel’s: every claim holds."
+        f"All solvers reach one certified optimum: Newton’s method after {rounds['newton']} kernel solves, Anderson "
+        f"acceleration after {rounds['anderson']} and the alternation after {rounds['alternation']}. Its coefficients are "
+        "of lower effective rank than the fixed kernel’s. Every claim holds."
     )
     layers = [name for name, shape in results["layers"].items() if min(shape) > 1]
     return {**claims_context(results, verdict), "names": SOLVER_NAMES, "matrices": layers}

@@ -1,8 +1,9 @@
-"""Do all solvers of the exact model end at one optimum, at what cost, and how near to low rank are its coefficients?
+"""Do all solvers of the exact model reach the same optimum, at what cost, and are its coefficients of low rank?
 
-Digits 2 against 3 as ±1, less the outputs of a random ReLU network, are interpolated in that network's tangent features. The
-two-sided model is fitted by Newton's method, by the alternation of two closed forms and by that extrapolated (Anderson): the
-objective against time and kernel solves. Then the singular values of each layer's coefficients B: Fixed, Left and TwoSided.
+The targets are ±1 for digits 2 and 3, minus the outputs of a random ReLU network. They are interpolated in that network's
+tangent features. Three solvers fit the two-sided model: Newton's method, the alternation of two closed forms, and the
+alternation with Anderson acceleration. Measured are the objective against time and kernel solves, and the singular values
+of each layer's coefficients B under Fixed, Left and TwoSided.
 Source: LeJeune & Alemohammad, CPAL 2024, §3 (the alternation; solutions are approximately low rank).
 """
 
@@ -40,13 +41,13 @@ LAYERS = ("hidden1", "hidden2", "readout")
 
 SOLVERS: tuple[Solver, ...] = ("newton", "anderson", "alternation")
 
-# Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
+# Expected work of each stage, in seconds on two cores with the default config; only ratios matter.
 _WORK = {"features": 1.0, "newton": 5.0, "anderson": 6.0, "alternation": 20.0, "Left": 4.0}
 
 
 @dataclass(frozen=True)
 class ExactSolversConfig:
-    """The settings: which digits, how many, the network, λ, and when the solvers stop (stationarity below √tol)."""
+    """Settings: which digits, how many, the network, λ, and when the solvers stop (stationarity below √tol)."""
 
     data: str = "mnist5k"
     data_dir: str | None = None
@@ -60,11 +61,11 @@ class ExactSolversConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.width < 2:
-            raise TangentError(f"{NAME}: at least 2 samples and a width of 2, got {self}")
+            raise TangentError(f"{NAME}: samples and width must be at least 2, got {self}")
 
 
 def configured(asked: Asked) -> ExactSolversConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     if asked.size == "quick":
         return ExactSolversConfig(**asked.source, samples=60, width=128)
     return ExactSolversConfig(**asked.source, samples=asked.samples or ExactSolversConfig.samples)
@@ -77,9 +78,9 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Fit the two-sided model by each solver, Left and Fixed beside it, and judge what is claimed of them.
+    """Fit the two-sided model with each solver, and Left and Fixed for comparison, and judge the claims.
 
-    Raises TangentError where the data cannot be had or hold too few digits, and for settings that ``fit`` refuses.
+    Raises TangentError if the data are not available or hold too few digits, and for settings that ``fit`` refuses.
 
     >>> results = run(ExactSolversConfig(samples=20, width=8)).results
     >>> results["claims"]["agree"]["holds"], list(results["rank"])
@@ -150,7 +151,7 @@ def _fitted(
     advance: Callable[[float], None],
 ) -> Fit:
     with warnings.catch_warnings():
-        # A solver that gives up is part of what is measured: its reason goes into the results.
+        # A solver that gives up is a result too: the results store its reason.
         warnings.simplefilter("ignore", TangentWarning)
         return fit(
             feats, r, structure=structure, tol=config.tol, max_rounds=config.max_rounds, solver=solver,
@@ -159,7 +160,7 @@ def _fitted(
 
 
 def _course(found: Fit) -> dict[str, np.ndarray]:
-    """Seconds, kernel solves so far, objective of τΩ and τ of every step."""
+    """Seconds, kernel solves so far, objective with τΩ, and τ at every step."""
     history = found.history
     return {
         "seconds": np.array([entry.seconds for entry in history]),

@@ -1,4 +1,4 @@
-"""Transforms of each layer that explain how three trained networks' features changed, beside the exact model's own."""
+"""Transforms of each layer that explain the feature change of three trained networks, compared with the exact model's."""
 
 from adaptive_tangents.experiments.study import Study
 
@@ -6,7 +6,7 @@ NAME = "feature-change"
 STUDIES = (
     Study(
         NAME,
-        "Is the change of features a transform of each layer, and the one the exact model finds?",
+        "Is the feature change a transform of each layer, and is it the one that the exact model finds?",
         place=3,
         minutes=13.7,
         package=__name__,

@@ -1,4 +1,4 @@
-"""What feature-change claims: each statement, what would refute it, and the verdict of the numbers over seeds."""
+"""The claims of feature-change: each statement, what would refute it, and its verdict over seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,16 +7,16 @@ import numpy as np
 
 from adaptive_tangents.experiments.claims import Verdict, claim, spread
 
-# R² above which a transform is said to explain most of a change; how far another run's R² may be off and count as the same.
+# An R² above the first explains most of a change; another run's R² within the second counts as the same.
 MOST, NEAR = 0.5, 0.15
-# R² of the two-sided transform of an MLP of 256 units, layer by layer, as measured for this project before.
+# This project's earlier R² of the two-sided transform of an MLP with 256 units, layer by layer.
 EARLIER = {"hidden1": 0.43, "hidden2": 0.83, "readout": 0.89}
 
 Runs = Sequence[Mapping[str, Any]]
 
 
 def claims(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Every claim of the experiment, each judged on all networks of all seeds."""
+    """Every claim of the experiment, judged on all networks and seeds."""
     return {
         "premise": _most(runs, "average", "The change from φ₀ to φ̄ is mostly a two-sided transform of each layer"),
         "layers": _layers(runs),
@@ -38,7 +38,7 @@ def _share(outcomes: Sequence[bool]) -> Verdict:
 
 
 def _each(runs: Runs, value: Callable[[Mapping[str, Any]], float]) -> dict[str, np.ndarray]:
-    """A number of every network over seeds."""
+    """One number over seeds, for every network."""
     return {kind: np.array([value(run[kind]) for run in runs]) for kind in runs[0]}
 
 
@@ -60,7 +60,7 @@ def _most(runs: Runs, goal: str, text: str) -> dict[str, Any]:
 
 
 def _layers(runs: Runs) -> dict[str, Any]:
-    """The premise layer by layer: in how many matrices it holds."""
+    """The premise layer by layer: the number of matrices for which it holds."""
     told, good = [], {}
     for kind in runs[0]:
         means = {
@@ -138,7 +138,7 @@ def _earlier(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def _predicted(runs: Runs) -> dict[str, dict[str, Any]]:
-    """How much of the change the predicted transform explains: as it is, and with two numbers a layer fitted."""
+    """How much of the change the predicted transform explains: as it is, and with two fitted numbers per layer."""
     keys = ("predicted", "measured", "shuffled", "scale", "predicted_scaled", "shuffled_scaled")
     found = {key: _each(runs, lambda n, key=key: n["fresh"][key]["total"]) for key in keys}  # type: ignore[misc]
     kinds = list(runs[0])
@@ -178,7 +178,7 @@ def _predicted(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def _compared(runs: Runs) -> dict[str, list[Mapping[str, Any]]]:
-    """The sides of each network at which a measured and a predicted transform can be compared."""
+    """The sides of each network where the measured and the predicted transform can be compared."""
     return {
         kind: [side for run in runs for side in run[kind]["sides"].values() if side["match"] and side["shuffled"]]
         for kind in runs[0]
@@ -186,7 +186,7 @@ def _compared(runs: Runs) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _directions(runs: Runs, key: str, text: str) -> dict[str, Any]:
-    """Whether the subspaces in which the two read (``overlap``) or write (``written``) agree more than random ones."""
+    """Whether the subspaces that the two read (``overlap``) or write (``written``) agree more than random ones."""
     compared = _compared(runs)
     beyond = {
         kind: [side["match"][key] > side["match"]["beyond"] for side in sides] for kind, sides in compared.items()
@@ -207,7 +207,7 @@ def _directions(runs: Runs, key: str, text: str) -> dict[str, Any]:
 
 
 def _same(runs: Runs) -> dict[str, Any]:
-    """Whether the predicted directions are the measured ones: an overlap above a half."""
+    """Whether the predicted directions are the measured ones: the overlap exceeds one half."""
     compared = _compared(runs)
     half = {
         kind: [min(side["match"][key] for key in ("overlap", "written")) > MOST for side in sides]
@@ -230,7 +230,7 @@ def _same(runs: Runs) -> dict[str, Any]:
 
 
 def _labels(runs: Runs, key: str, text: str) -> dict[str, Any]:
-    """Against the same model of shuffled labels: whether the agreement comes of the task or of the data alone."""
+    """Whether the agreement comes from the task or from the data alone: a comparison with shuffled labels."""
     compared = _compared(runs)
     better = {kind: [side["match"][key] > side["shuffled"][key] for side in sides] for kind, sides in compared.items()}
     good = {kind: bool(outcomes) and all(outcomes) for kind, outcomes in better.items()}
@@ -254,6 +254,6 @@ def _mean(values: Any) -> str:
 
 
 def _not(good: Mapping[str, bool]) -> str:
-    """Which of them are against it, in words; nothing where none is."""
+    """The networks that contradict the claim, in words; empty if none do."""
     against = [name for name, fine in good.items() if not fine]
     return f"not for {', '.join(against)}" if against else ""

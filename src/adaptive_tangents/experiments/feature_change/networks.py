@@ -1,4 +1,4 @@
-"""Small networks of three architectures for images of any size, and how each is trained: one output, from one seed."""
+"""Small networks of three architectures for images of any size, with one output, and how each is trained."""
 
 import math
 from collections import OrderedDict
@@ -22,7 +22,7 @@ class Training:
     batch_size: int = 100
 
     def over(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of all the model's parameters."""
+        """The optimizer for all parameters of the model."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=0.9)
         return torch.optim.Adam(model.parameters(), lr=self.learning_rate)
@@ -36,7 +36,7 @@ TRAINING = {
 
 
 class Attention(nn.Module):
-    """Self-attention of ``heads`` heads: softmax(QKᵀ/√d)V, its four projections apart so that each is a block."""
+    """Self-attention with ``heads`` heads, softmax(QKᵀ/√d)V; four separate projections, so that each is a block."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and two dense layers, each added to what came in, normalized first."""
+    """A pre-norm transformer layer: attention and two dense layers, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Square patches of the images as tokens with learned places, two layers, the mean over tokens read out."""
+    """A transformer on square image patches with learned positions; the readout takes the mean over tokens."""
 
     def __init__(self, shape: tuple[int, int, int], *, width: int, patch: int, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ _KINDS = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer}
 
 
 def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int) -> nn.Module:
-    """The network of a kind at its initial weights: images (n, channels, height, breadth) to one output.
+    """A network of the given kind at its initial weights: images (n, channels, height, width) to one output.
 
     mlp: two dense layers of 8·width units; cnn: 3×3 convolutions of width/2, width and 2·width channels, average pooling
     after each; transformer: two layers of that width on 4 × 4 patches.
@@ -125,7 +125,7 @@ def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int) ->
     >>> [tuple(network(k, (1, 28, 28), width=8, seed=0)(torch.zeros(2, 1, 28, 28)).shape) for k in TRAINING]
     [(2, 1), (2, 1), (2, 1)]
     """
-    # Layers draw from torch's global generator before, or instead of, this one.
+    # Constructors of layers draw from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _KINDS[kind](shape, width, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""The page of feature-change: R² of each structure layer by layer, the measured transforms, and the predicted ones beside."""
+"""The page of feature-change: R² of each structure by layer, and measured against predicted transforms."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -28,7 +28,7 @@ def _short(name: str) -> str:
 
 
 def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
-    """Held-out R² of each structure in each layer and in all, a panel a network."""
+    """Held-out R² of each structure, per layer and in total, one panel per network."""
     networks = results["networks"]
     most = max(len(numbers["blocks"]) for numbers in networks.values()) + 1
     figure, (row,) = grid(1, len(networks), 1.3 + 0.23 * most)
@@ -50,7 +50,7 @@ def draw_r2(results: Results, arrays: Arrays, *, goal: str) -> Figure:
 
 
 def draw_sides(results: Results, arrays: Arrays) -> Figure:
-    """Singular values of the measured factors of each layer, largest first, the predicted ones dotted."""
+    """Singular values of each layer's measured factors, largest first; the predicted ones are dotted."""
     networks = results["networks"]
     figure, panels = grid(2, len(networks), 5.6, sharex=True, sharey="row")
     for column, (kind, numbers) in zip(panels.T, networks.items(), strict=True):
@@ -75,7 +75,7 @@ def draw_sides(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_match(results: Results, arrays: Arrays, *, which: str) -> Figure:
-    """Overlap of the measured and the predicted principal subspace at each side, beside shuffled labels and chance."""
+    """Overlap of measured and predicted principal subspaces at each side, beside shuffled labels and chance."""
     networks = {k: n for k, n in results["networks"].items() if _compared(n)} or dict(results["networks"])
     most = max(len(_compared(numbers)) for numbers in networks.values())
     figure, (row,) = grid(1, len(networks), 1.4 + 0.2 * max(most, 4))
@@ -125,7 +125,7 @@ def _story(results: Results) -> Story:
         f"Three networks are trained to tell two classes of images apart ({results['data']['name']}). The premise "
         "of LeJeune and Alemohammad (An Adaptive Tangent Feature Perspective of Neural Networks, CPAL 2024, "
         "arXiv:2308.15478) is that training changes their tangent features as a transform M of the initial ones "
-        "would, layer by layer on both sides. Here that M is measured, and set beside the one that the exact model "
+        "would, layer by layer on both sides. Here that M is measured and compared with the one that the exact model "
         "finds from the initial features and the labels alone.",
         verdict(claims),
         (_change_section(results), _transform_section(results), _predicted_section(results), _network_section(results)),
@@ -136,11 +136,11 @@ def verdict(claims: Mapping[str, Any]) -> str:
     """Whether a transform describes the change, and whether it is the predicted one, in a few sentences."""
     premise = {
         "holds": "Yes: in every network a two-sided transform of each layer explains most of the change of features.",
-        "holds in part": "In part: in some of the networks a two-sided transform of each layer explains most of the change.",
+        "holds in part": "In part: in some networks a two-sided transform of each layer explains most of the change.",
         "does not hold": "No: in no network does a two-sided transform of each layer explain most of the change of features.",
     }[claims["premise"]["verdict"]]
     if claims["premise"]["verdict"] != "does not hold" and claims["layers"]["verdict"] != "holds":
-        premise += " That is of all layers together: there are layers of which it explains less than half."
+        premise += " This holds for all layers together; for some layers it explains less than half."
     same = {
         "holds": "It is the transform that the exact model predicts.",
         "holds in part": "At some sides it acts in the directions that the exact model predicts.",
@@ -148,7 +148,7 @@ def verdict(claims: Mapping[str, Any]) -> str:
     }[claims["same"]["verdict"]]
     if claims["same"]["verdict"] == "does not hold":
         by_labels = {claims[key]["verdict"] for key in ("labels", "written_labels")} == {"holds"}
-        shuffled = "." if by_labels else "; at some, that of shuffled labels agrees with it as much."
+        shuffled = "." if by_labels else "; at some, that of shuffled labels agrees as much."
         agreed = {claims[key]["verdict"] for key in ("directions", "written")} != {"does not hold"}
         same += (
             ", though the two agree more than chance at some of the sides" + shuffled
@@ -166,19 +166,21 @@ def _change_section(results: Results) -> Section:
     ]  # fmt: skip
     config = results["config"]
     caption = (
-        "Held-out R² of each structure, per layer and in all: 1 explains the whole change, 0 none of it. Values "
+        "Held-out R² of each structure, per layer and in total: 1 explains the whole change, 0 none of it. Values "
         "below −0.25 are drawn at the left edge. "
     )
     return Section("change", "What a transform explains", (
-        f"Of {config['samples']} training images half fit the transform, a quarter chooses its ridge toward the "
-        "identity, and R² is of the last quarter. Full is one transform over all layers, by kernel regression.",
+        "The figures show how much of the feature change a transform of the initial features explains on held-out "
+        f"images: R² near 1 confirms the premise. Of {config['samples']} training images, half fit the transform, a "
+        "quarter chooses its ridge toward the identity, and the last quarter gives R². Full is one transform over all "
+        "layers, by kernel regression.",
         Shown("average", "Held-out R squared of each structure per layer, for the average features",
-              caption + "From the initial features to their average over the path of training, in which the network is "
-              "exactly linear. Look for the distance from LayerScale to TwoSided."),
+              caption + "The change is from the initial features to their average over the path of training, in which "
+              "the network is exactly linear. Look for the distance from LayerScale to TwoSided."),
         Shown("final", "Held-out R squared of each structure per layer, for the final features",
-              caption + "The same to the final features. Look for layers in which less is explained than of the "
-              "average."),
-        Table(("network", "change", *STRUCTURES.values()), rows, "R² of all layers together."),
+              caption + "The change is from the initial to the final features. Look for layers where R² is lower than "
+              "for the average."),
+        Table(("network", "change", *STRUCTURES.values()), rows, "R² for all layers together."),
     ))  # fmt: skip
 
 
@@ -189,10 +191,12 @@ def _transform_section(results: Results) -> Section:
         for kind, numbers in results["networks"].items() for key, side in numbers["sides"].items()
     ]  # fmt: skip
     return Section("transforms", "The measured transforms", (
+        "The curves show the singular values of each layer’s transform: few values far above 1 mean that it acts along few "
+        "directions.",
         Shown("sides", "Singular values of the factors M_L and M_R of each layer",
-              "Singular values of the two-sided transforms measured from the initial to the average features "
-              "(lines), and of those that the exact model predicts (dotted), a shade a layer, first layers "
-              "lightest; the thin line is the identity. Look for the few values far above 1."),
+              "Singular values of the measured two-sided transforms from the initial to the average features "
+              "(lines), and of those that the exact model predicts (dotted). Each layer has a shade, the first layers "
+              "the lightest; the thin line is the identity. Look for few values far above 1."),
         Table(("side", "width", "largest singular values", "participation ratio of M − I"), rows),
     ))  # fmt: skip
 
@@ -211,33 +215,34 @@ def _predicted_section(results: Results) -> Section:
     ]  # fmt: skip
     k = results["config"]["directions"]
     return Section("predicted", "Is it the predicted one?", (
-        "The exact two-sided model is fitted to the labels with the initial features, and never sees the trained "
-        "network. Its strength is the one, of those tried, with the lowest error on held-out images. As it takes "
-        "no part in explaining the change, its R² may be far below 0. A control is the same model of shuffled "
-        "labels.",
+        "The figures compare the measured transforms with those that the exact model predicts: large overlaps would "
+        "mean that it predicts how features change. The exact two-sided model is fitted to the labels with the initial "
+        "features and never sees the trained network. Of the strengths tried, the one with the lowest error on "
+        "held-out images is used. The model is not fitted to the feature change, so its R² may be far below 0. The "
+        "control is the same model with shuffled labels.",
         _preference(results),
         Table(("network", "measured", "best scale", "predicted", "shuffled", "scale, predicted", "scale, shuffled"), fresh,
-              "R² of the change from φ_0 to φ̄ on fresh images, all layers together. In the last two columns two "
-              "numbers a layer are fitted: a scale of φ_0, and the amplitude of the predicted transform."),
+              "R² of the change from φ_0 to φ̄ on fresh images, all layers together. The last two columns fit two "
+              "numbers per layer: a scale of φ_0 and the amplitude of the predicted transform."),
         Shown("read", "Overlap of the subspaces in which measured and predicted transforms read, at each side",
-              f"Where they read: of each side the {k} right singular vectors of M − I of the largest values, of the "
-              "measured and of the predicted transform; their overlap is the mean squared cosine of their principal "
-              "angles, 1 where the subspaces are the same. Gray: up to where 95% of random subspaces come. Look for "
-              "diamonds beyond the gray, and beyond the rings."),
+              f"What they read: at each side, the {k} right singular vectors of M − I with the largest values, for the "
+              "measured and for the predicted transform. The overlap is the mean squared cosine of the principal "
+              "angles, 1 for equal subspaces. Gray: the range of 95% of random subspaces. Look for diamonds beyond the "
+              "gray and beyond the rings."),
         Shown("written", "Overlap of the subspaces in which measured and predicted transforms write, at each side",
-              f"Where they write: the same of the {k} left singular vectors. Look for diamonds beyond the rings: where "
-              "rings lie as far, the agreement owes nothing to the labels."),
-        "A measured side is not symmetric, so that the directions in which it reads are not those in which it writes. "
-        "At first only the former were compared, a choice made after both had been seen; here both are, and each has "
-        "its own claims.",
+              f"What they write: the same for the {k} left singular vectors. Look for diamonds beyond the rings: where "
+              "the rings lie as far out, the agreement does not come from the labels."),
+        "A measured side is not symmetric, so the directions that it reads differ from those that it writes. At first "
+        "only the former were compared, and that choice was made after both had been seen. Here both are compared, and "
+        "each has its own claims.",
         Table(("side", "angles", "read", "shuffled", "written", "shuffled", "chance", "95%", "cosine", "chance"), sides,
-              "Principal angles of reading, the overlaps beside those of the model of shuffled labels, what chance and "
-              "its 95% give; the cosine of the two M − I, and its mean where one of them is turned at random."),
+              "Principal angles of the directions read; overlaps, also for shuffled labels; the mean and the 95th "
+              "percentile by chance; the cosine of the two M − I, and its mean if one of them is rotated at random."),
     ))  # fmt: skip
 
 
 def _preference(results: Results) -> str:
-    """How much adaptation the labels themselves ask for: whether the strength chosen is the edge of those tried."""
+    """How much adaptation the labels favor: whether the chosen strength is at the edge of those tried."""
     edge, worse = [], []
     for kind, numbers in results["networks"].items():
         chosen, errors = f"{numbers['fit']['strength']:g}", numbers["fit"]["errors"]
@@ -245,8 +250,8 @@ def _preference(results: Results) -> str:
         worse += [NAMES.get(kind, kind)] if errors[chosen] >= numbers["fit"]["fixed_error"] else []
     tried = ", ".join(f"{share:g}" for share in results["config"]["strengths"])
     return (
-        f"Tried were λ = {tried}, relative; the larger, the nearer M is to the identity. The largest was chosen for "
-        f"{_listed(edge)}, and no strength tried had a lower error than the fixed kernel for {_listed(worse)}."
+        f"The relative strengths tried are λ = {tried}; the larger λ, the nearer M is to the identity. The largest was "
+        f"chosen for {_listed(edge)}, and no strength had a lower error than the fixed kernel for {_listed(worse)}."
     )
 
 
@@ -264,10 +269,11 @@ def _network_section(results: Results) -> Section:
     head = ("network", "wrong in test", "training error", "path average, dB", "λ, relative", "exact model, error",
             "fixed, error", "converged")  # fmt: skip
     return Section("networks", "The networks", (
-        "MLP: two dense ReLU layers; CNN: three 3×3 convolutions, each followed by ReLU and average pooling; "
-        "transformer: two layers of self-attention and dense ReLU layers on 4 × 4 patches. All have one output, "
-        "trained to ±1 by the mean squared error.",
-        Table(head, rows, "The errors of the exact models are mean squared errors on held-out images; decibels tell how "
+        "The table gives the errors of the networks and of the exact models: both learned if these are small. MLP: two "
+        "dense ReLU layers; CNN: three 3×3 convolutions, each followed by ReLU and average pooling; "
+        "transformer: two layers of self-attention and dense ReLU layers on 4 × 4 patches. All have one output, which "
+        "is trained to ±1 with the mean squared error.",
+        Table(head, rows, "The errors of the exact models are mean squared errors on held-out images. Decibels say how "
               "exactly the network’s change is linear in the average features."),
     ))  # fmt: skip
 

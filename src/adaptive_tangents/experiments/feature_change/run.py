@@ -1,10 +1,10 @@
-"""Is the change of a trained network's features a transform of each layer, and is it the one that the exact model finds?
+"""Is the feature change of a trained network a transform of each layer, and is it the one that the exact model finds?
 
-An MLP, a CNN and a small transformer are trained to tell two classes of images apart. Of each, the change of tangent features
-from the initial ones φ₀ to their average φ̄ over the path of training, and to the final ones φ_T, is explained by the best
-transform of each structure, layer by layer, with R² on samples held out from the fit and from choosing its ridge. Beside it
-stands the transform that the exact two-sided model predicts from φ₀ and the labels alone, never having seen the trained
-network: how much of the change it explains, and whether it acts in the measured directions.
+An MLP, a CNN and a small transformer are trained to tell two classes of images apart. For each, the best transform of every
+structure explains, layer by layer, the change of tangent features from the initial φ₀ to the average φ̄ over the path of
+training, and to the final φ_T. R² is on samples held out from the fit and from the choice of its ridge. The exact two-sided
+model predicts a transform from φ₀ and the labels alone, without the trained network. Measured is how much of the change
+that transform explains, and whether it acts in the measured directions.
 """
 
 from collections.abc import Mapping
@@ -54,11 +54,11 @@ SIDES = ("left", "right")
 class FeatureChangeConfig:
     """The experiment's settings.
 
-    ``samples`` training images are explained and fitted, ``held_out`` test images judge what was predicted; ``ridges``
-    toward the identity are tried in every explanation. ``strengths`` λ of the exact model are relative to the squared
-    largest singular value of the fixed kernel's coefficients, and the one with the lowest error on the held-out images is
-    taken. ``directions`` are compared of each side of at least ``least_width`` units, ``draws`` random subspaces say what
-    chance gives.
+    ``samples`` training images serve explanations and fits; ``held_out`` test images judge predictions. Every explanation
+    tries the ``ridges`` toward the identity. ``strengths`` λ of the exact model are relative to the squared largest singular
+    value of the fixed kernel's coefficients; the one with the lowest error on the held-out images is used. At each side with
+    at least ``least_width`` units, ``directions`` directions are compared, and ``draws`` random subspaces give the level of
+    chance.
     """
 
     data: str = "mnist5k"
@@ -82,14 +82,14 @@ class FeatureChangeConfig:
     def __post_init__(self) -> None:
         counts = (self.seeds, self.width // 8, self.path_nodes, self.directions, self.draws, len(self.strengths))
         if min(counts) < 1 or self.samples < 16 or self.held_out < 1:
-            raise TangentError(f"{NAME}: counts are positive, width at least 8 and samples at least 16, got {self}")
+            raise TangentError(f"{NAME}: counts must be positive, width at least 8 and samples at least 16, got {self}")
         if not self.networks or not set(self.networks) <= set(self.training):
             raise TangentError(f"{NAME}: networks are {', '.join(self.training)}, got {self.networks}")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Two classes of images as ±1, each of unit norm; ``chosen`` are the training images that are measured."""
+    """Images of unit norm and their two classes as ±1; ``chosen`` are the training images that are measured."""
 
     name: str
     source: str
@@ -101,17 +101,17 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and breadth of an image."""
+        """Channels, height and width of an image."""
         channels, height, breadth = self.x.shape[1:]
         return channels, height, breadth
 
     def scaled(self, kind: str, x: Tensor) -> Tensor:
-        """What a network sees: unit norm for an MLP, as in kernel-alignment, pixels of unit mean square for the others."""
+        """Images as a network sees them: unit norm for an MLP, as in kernel-alignment, else pixels of unit mean square."""
         return x if kind == "mlp" else x * x[0].numel() ** 0.5
 
 
 def configured(asked: Asked) -> FeatureChangeConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     config = FeatureChangeConfig(
         **asked.source,
         seeds=asked.seeds or asked.sized(1, full=3),
@@ -132,10 +132,10 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Train the networks, explain the change of their features, and set the exact model's transforms beside it.
+    """Train the networks, explain their feature change, and compare with the exact model's transforms.
 
     ``units`` keeps each trained network and each explanation as soon as it is made.
-    Raises TangentError where the data cannot be had or hold too few images, and where training diverges.
+    Raises TangentError if the data are not available or hold too few images, or if training diverges.
     """
     units = units or Units()
     clock = Clock(progress, config.seeds * len(config.networks) * sum(_WORK.values()))
@@ -169,7 +169,7 @@ def run(
 
 
 def config_dict(config: FeatureChangeConfig) -> dict[str, Any]:
-    """The settings as plain values, each network's training in words."""
+    """The settings as plain values, with each network's training in words."""
     plain = settings(config)
     words = {
         f"training of the {kind}": f"{t['optimizer']}, rate {t['learning_rate']:g}, {t['epochs']} epochs"
@@ -178,12 +178,12 @@ def config_dict(config: FeatureChangeConfig) -> dict[str, Any]:
     return plain | words
 
 
-# Work expected of each stage, in seconds: only their ratio matters.
+# Expected work of each stage, in seconds; only ratios matter.
 _WORK = {"train": 20.0, "features": 10.0, "explain": 60.0, "models": 20.0, "fresh": 5.0, "match": 5.0}
 
 
 def _images(config: FeatureChangeConfig, device: str) -> Images:
-    """Two classes of the data set, normalized; the images that are measured drawn by the seed."""
+    """Two classes of the data set, normalized; the seed draws the images that are measured."""
     data = load_digits(config.data, data_dir=config.data_dir, classes=config.classes)
     x, x_test = (
         normalize_digits(images).reshape(-1, 1, *images.shape[1:]).to(device)
@@ -207,7 +207,7 @@ def _images(config: FeatureChangeConfig, device: str) -> Images:
 def _measure(
     config: FeatureChangeConfig, kind: str, images: Images, clock: Clock, units: Units
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Everything measured of one trained network, and what its figures need."""
+    """Measure one trained network; return its numbers and the tensors of its figures."""
     prefix = f"seed{config.seed}.{kind}"
     model = network(kind, images.shape, width=config.width, seed=config.seed + 1).to(images.x)
     start, end = _trained(config, kind, prefix, model, images, clock, units)
@@ -276,7 +276,7 @@ def _explained(
     clock: Clock,
     units: Units,
 ) -> tuple[dict[str, Any], dict[str, Transform]]:
-    """R² of every structure for both changes, and the two-sided transforms measured from φ₀ to φ̄."""
+    """R² of every structure for both changes, and the measured two-sided transforms from φ₀ to φ̄."""
     found: dict[str, Any] = {goal: {} for goal in goals}
     transforms: dict[str, Transform] = {}
     share = _WORK["explain"] / (len(goals) * len(STRUCTURES))
@@ -300,7 +300,7 @@ def _sides_of(part: Mapping[str, Tensor], name: str) -> Sides:
 def _explanation(
     initial: TangentFeatures, after: TangentFeatures, structure: Structure, ridges: tuple[float, ...]
 ) -> dict[str, Tensor]:
-    """R² of a structure, in all and by block, and its sides where it has them."""
+    """R² of a structure, in total and by block, and its sides if it has them."""
     found = explain(initial, after, structure, strengths=ridges)
     part = {f"r2.{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.r2.items()}
     part["r2.total"] = torch.tensor(found.total, dtype=torch.float64)
@@ -317,7 +317,7 @@ def _predicted(
     config: FeatureChangeConfig, kind: str, prefix: str, images: Images, model: nn.Module, start: Mapping[str, Tensor],
     initial: TangentFeatures, held: TangentFeatures, clock: Clock,
 ) -> tuple[Fit, Fit, dict[str, Any]]:  # fmt: skip
-    """The exact two-sided model of the labels, that of shuffled labels at the same strength, and their certificates."""
+    """The exact two-sided model of the labels, that of shuffled labels at the same strength, and certificates."""
     x, fresh = (images.scaled(kind, v) for v in (images.x[images.chosen], images.x_test[: config.held_out]))
     begun, begun_fresh = outputs(model, start, x), outputs(model, start, fresh)
     y, y_fresh = images.y[images.chosen], images.y_test[: config.held_out]
@@ -350,7 +350,7 @@ def _predicted(
 def _grams(
     before: TangentFeatures, after: TangentFeatures, transforms: Mapping[str, Transform]
 ) -> dict[str, Float[Tensor, "3 3"]]:
-    """By block the inner products, over all samples, of φ̄, φ₀ and Mφ₀."""
+    """For each block, the inner products of φ̄, φ₀ and Mφ₀ over all samples."""
     three = [feats.to(torch.float64) for feats in (after, before)]
     three.append(three[1].transformed(transforms))
     grams = {name: torch.zeros(3, 3, dtype=torch.float64) for name in before.blocks}
@@ -365,8 +365,9 @@ def _grams(
 def _r2(
     fitted: Mapping[str, Tensor], fresh: Mapping[str, Tensor], regressors: tuple[int, ...] | None
 ) -> dict[str, float]:
-    """R² on fresh samples, in all and by block: of Mφ₀ as it is, or of the best combination, by the samples fitted, of
-    φ₀ (1) and Mφ₀ (2).
+    """R² on fresh samples, in total and by block, of Mφ₀ or of a fitted combination of the ``regressors``.
+
+    Regressor 1 is φ₀ and 2 is Mφ₀; ``fitted`` determines their weights.
     """
     errors, changes = {}, {}
     for name, gram in fresh.items():
@@ -386,7 +387,7 @@ def _sides(
     config: FeatureChangeConfig, names: list[str], measured: Mapping[str, Transform], predicted: Mapping[str, Transform],
     shuffled: Mapping[str, Transform],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
-    """For each side wide enough its singular values, and how far the predicted one agrees with the measured one."""
+    """For each wide enough side, singular values, and the agreement of the predicted and the measured transform."""
     numbers: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""How much two transforms of one side of a layer agree, against chance: cosine of M − I, principal angles of subspaces."""
+"""Agreement of two transforms of one side of a layer, against chance: cosine of M − I, principal angles of subspaces."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A singular value of M − I that counts as a direction at all, relative to the largest.
+# The smallest singular value of M − I that counts as a direction, relative to the largest.
 _SMALL = 1e-6
 
 
@@ -14,10 +14,10 @@ _SMALL = 1e-6
 class Match:
     """Agreement of a measured side with a predicted one.
 
-    ``cosine`` is that of M − I, ``expected_cosine`` its mean where the predicted side is turned at random; ``overlap`` the
-    mean squared cosine of the principal angles between the k directions in which each reads what it changes most, ``angles``
-    those angles in degrees, smallest first; ``written`` is the overlap of the directions in which each writes that change.
-    ``expected`` is k/d, the mean overlap of random subspaces, ``beyond`` the 95th percentile.
+    ``cosine`` is that of the two M − I, ``expected_cosine`` its mean if the predicted side is rotated at random. ``overlap``
+    is the mean squared cosine of the principal angles between the k input directions that each changes most; ``angles`` are
+    those angles in degrees, smallest first. ``written`` is the same overlap of output directions. ``expected`` is k/d, the
+    mean overlap of random subspaces, and ``beyond`` their 95th percentile.
     """
 
     cosine: float
@@ -30,7 +30,7 @@ class Match:
 
 
 def directions(side: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d j"]:
-    """The at most k directions of a side's input that M − I changes most: its first right singular vectors.
+    """The input directions, at most k, that M − I changes most: its first right singular vectors.
 
     >>> directions(torch.diag(torch.tensor([1.0, 4.0, 1.0])), 2).abs()
     tensor([[0.],
@@ -46,7 +46,7 @@ def directions(side: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d j"]:
 def match(
     measured: Float[Tensor, "d d"], predicted: Float[Tensor, "d d"], *, k: int, draws: int, seed: int
 ) -> Match | None:
-    """The agreement of two sides and what chance gives; None where one of them is the identity."""
+    """The agreement of two sides, and that by chance; None if one of them is the identity."""
     first, second = directions(measured, k), directions(predicted, k)
     size = min(first.shape[1], second.shape[1])
     if size == 0:

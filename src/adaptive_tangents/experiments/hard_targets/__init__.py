@@ -1,4 +1,4 @@
-"""From the smooth target to its sign, step by step: how hard each is for the initial features, and how far these adapt."""
+"""Targets from smooth to sign: how hard each is for the initial features, and how far the features adapt."""
 
 from adaptive_tangents.experiments.study import Study
 
@@ -6,7 +6,7 @@ NAME = "hard-targets"
 STUDIES = (
     Study(
         NAME,
-        "Do features adapt more the harder a target is for the initial ones?",
+        "Do features adapt more if the target is harder for the initial features?",
         place=2,
         minutes=32.3,
         package=__name__,

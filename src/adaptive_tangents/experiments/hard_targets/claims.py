@@ -1,4 +1,4 @@
-"""What hard-targets claims: each statement, what would refute it, and the verdict of rank correlations over temperatures."""
+"""The claims of hard-targets: each statement, what would refute it, and its verdict from rank correlations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from jaxtyping import Float
 
 from adaptive_tangents.experiments.claims import Verdict, claim, rank_correlation, spread
 
-# How poorly K_0 represents a target, three ways; each grows with it.
+# Three measures of how poorly K_0 represents a target; larger is worse.
 HARDNESS = {"rkhs_norm": "RKHS norm", "energy_outside": "energy outside", "leave_one_out": "leave-one-out error"}
-# A rank correlation this large, mean over seeds, counts as growing together.
+# Quantities grow together if their rank correlation, mean over seeds, is at least this.
 STRONG = 0.7
 AGAINST = ("gain", "size_nuclear", "size_frobenius", "gain_exact", "size_exact_nuclear", "size_exact_frobenius")
 
@@ -18,7 +18,7 @@ AGAINST = ("gain", "size_nuclear", "size_frobenius", "gain_exact", "size_exact_n
 def correlations(
     arrays: Mapping[str, Float[np.ndarray, "seeds k"]], temperatures: tuple[float, ...]
 ) -> dict[str, dict[str, list[float]]]:
-    """Spearman's correlation over temperatures of each way a target is hard with its sharpness 1/τ, gains and sizes."""
+    """Spearman's correlation over temperatures of each hardness with the sharpness 1/τ, gains and sizes."""
     sharp = 1 / np.array(temperatures)
     return {
         hard: {"sharpness": [rank_correlation(sharp, row) for row in arrays[hard]]}
@@ -30,7 +30,7 @@ def correlations(
 def claims(
     arrays: Mapping[str, np.ndarray], found: Mapping[str, Mapping[str, list[float]]]
 ) -> dict[str, dict[str, Any]]:
-    """Each claim in words, whether the numbers bear it out, and the numbers."""
+    """Every claim in words, its verdict, and the numbers behind it."""
     nuance = "aligns more where the target is poorly represented by the initial features"
     sentences = {
         "premise": ("The sharper the target, the more poorly K_0 represents it", "sharpness", "premise of the nuance"),
@@ -58,7 +58,7 @@ def claims(
 def _together(
     text: str, found: Mapping[str, list[float]], values: np.ndarray | None, published: str | None
 ) -> dict[str, Any]:
-    """A claim that something grows with each of the three ways a target is hard."""
+    """A claim that something grows with each of the three measures of hardness."""
     means = {hard: float(np.mean(of_seeds)) for hard, of_seeds in found.items()}
     strong = [hard for hard, mean in means.items() if mean >= STRONG]
     verdict: Verdict = "holds" if len(strong) == len(means) else "holds in part" if strong else "does not hold"

@@ -41,7 +41,7 @@ _MEASURED = {
 
 
 def draw_curve(results: Results, arrays: Arrays) -> Figure:
-    """Hardness, alignment and size of the transform over the temperature, with the range of seeds."""
+    """Hardness, alignment and size of the transform over the temperature, with the range over seeds."""
     figure, (row,) = grid(1, 3, 3.5)
     places = arrays["temperatures"]
     for (key, words), color in zip(HARDNESS.items(), COLORS, strict=False):
@@ -72,7 +72,7 @@ def draw_curve(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_against(results: Results, arrays: Arrays) -> Figure:
-    """Gain of alignment, and the size of the transform, against each way the target is hard; a line a seed."""
+    """Gain of alignment and size of the transform against each measure of hardness, one line per seed."""
     figure, axes = grid(2, len(HARDNESS), 5.4, sharex="col")
     for column, (hard, words) in zip(axes.T, HARDNESS.items(), strict=True):
         for axis, keys in zip(column, (("gain", "gain_exact"), ("size_nuclear", "size_exact_nuclear")), strict=True):
@@ -139,28 +139,33 @@ def _story(results: Results) -> Story:
     config = results["config"]
     return Story(
         title="Do features adapt more to harder targets?",
-        lead="The same networks learn tanh(y/τ) of a teacher’s output y, from the smooth target, τ large, to its sign, τ "
-        "small; how far their features adapt is set against how poorly the initial features represent what they learn.",
+        lead="Students learn tanh(y/τ) of a teacher’s output y: a smooth target for large τ, its sign for small τ. The page "
+        "compares how far their features adapt with how poorly the initial features represent the target.",
         verdict=_verdict(results),
         sections=(
             Section("curve", "From smooth to sign", (
+                "The curves show, as the target becomes sharper, how poorly the initial features represent it and how far "
+                "the features adapt. If both rise, harder targets come with more adaptation.",
                 Shown("curve", "Hardness, alignment and transform size over the temperature",
                       "Over the temperature: how poorly K_0 represents the target, the alignment of the kernels with the "
-                      "task, the size of transforms; bands are the range of seeds. Look for curves that rise together."),
+                      "task, and the size of transforms. Bands are the range over seeds. Look for curves that rise "
+                      "together."),
                 _measured(results),
             )),
             Section("against", "Adaptation against representability", (
-                "Three ways in which K_0 may represent a target poorly: a large norm in its space of functions, energy "
-                "outside of its ten leading eigenvectors, a large error of interpolation where a sample is left out.",
+                "The figure plots adaptation against three measures of how poorly K_0 represents the target; rising lines "
+                "mean more adaptation to harder targets. The measures are the RKHS norm of the target, its energy outside "
+                "the ten leading eigenvectors, and the leave-one-out error of kernel interpolation.",
                 Shown("against", "Gain of alignment and transform size against each measure of representability",
-                      "A line a seed, from the smooth target on. Look for lines that rise to the right."),
+                      "One line per seed, starting at the smooth target. Look for lines that rise to the right."),
                 _correlations(results),
             )),
             Section("made-of", "What was measured", (
+                "These settings define the numbers above. "
                 "Students and training are those of kernel-alignment; all targets have unit mean square. The measured "
-                "transform is the two-sided M that takes the initial to the average features best (explain); the exact one "
-                f"is fitted to the same {config['kernel_samples']} digits, TwoSided, λ = {config['strength']:g}. Sizes are "
-                "of M − I, over both sides of all layers.",
+                "transform is the two-sided M that best maps the initial to the average features (explain). The exact one "
+                f"is that of TwoSided, λ = {config['strength']:g}, fitted to the same {config['kernel_samples']} digits. "
+                "Sizes are of M − I, over both sides of all layers.",
             )),
         ),
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Do features adapt more the harder a target is for the initial ones? From the smooth target to its sign, step by step.
+"""Do features adapt more if the target is harder for the initial features? Targets go from smooth to sign.
 
-The problem of kernel-alignment, digits 2 and 3, with targets y_τ ∝ tanh(y/τ) of unit mean square: the teacher's output y
-itself where τ is large, its sign where τ is small. For every τ a student is trained from the same initial weights. How
-poorly the initial kernel K_0 represents y_τ is told three ways: the norm y_τᵀK_0⁻¹y_τ, the energy of y_τ outside the ten
-leading eigenvectors, the leave-one-out error of kernel interpolation. Set against these: what sim(K̄, K_y) gains over
-sim(K_0, K_y), the size of the two-sided transform M that best takes the initial to the average features (`explain`), and
-the size of M in the exact model, with what its K_M gains. Sizes are of M − I over all sides and layers.
-Source: LeJeune & Alemohammad, CPAL 2024, §4: it aligns more where the initial features represent the target poorly.
+The problem is that of kernel-alignment, digits 2 and 3, with targets y_τ ∝ tanh(y/τ) of unit mean square: the teacher's
+output y for large τ, its sign for small τ. For every τ a student is trained from the same initial weights. Three measures
+say how poorly the initial kernel K_0 represents y_τ: the norm y_τᵀK_0⁻¹y_τ, the energy of y_τ outside the ten leading
+eigenvectors, and the leave-one-out error of kernel interpolation. They are compared with the gain of sim(K̄, K_y) over
+sim(K_0, K_y), the size of the two-sided transform M that best maps the initial to the average features (`explain`), the
+size of M in the exact model, and the gain of its K_M. Sizes are of M − I over all sides and layers.
+Source: LeJeune & Alemohammad, CPAL 2024, §4: K̄ aligns more if the initial features represent the target poorly.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,13 +46,13 @@ from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.structures.spectral import TwoSided
 
 TOP = 10
-# Work expected of each stage, in seconds on one core with the default config: only their ratio matters.
+# Expected work of each stage, in seconds on one core with the default config; only ratios matter.
 _WORK = {"data": 1.0, "train": 12.0, "measure": 14.0}
 
 
 @dataclass(frozen=True)
 class HardTargetsConfig(TeacherTask):
-    """The problem's settings, the temperatures τ from smooth to sign, and λ of the exact model's penalty."""
+    """Settings: the problem, the temperatures τ from smooth to sign, and λ of the exact model's penalty."""
 
     experiment: ClassVar[str] = NAME
 
@@ -66,11 +66,13 @@ class HardTargetsConfig(TeacherTask):
         super().__post_init__()
         falling = all(a > b for a, b in pairwise(self.temperatures))
         if len(self.temperatures) < 3 or not falling or self.temperatures[-1] <= 0:
-            raise TangentError(f"{NAME}: at least 3 temperatures, positive and falling, got {self.temperatures}")
+            raise TangentError(
+                f"{NAME}: at least 3 positive and falling temperatures are needed, got {self.temperatures}"
+            )
 
 
 def configured(asked: Asked) -> HardTargetsConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     config = HardTargetsConfig(**asked_fields(asked, standard=2, full=5))
     return replace(config, path_nodes=8, temperatures=(10.0, 0.5, 0.01)) if asked.size == "quick" else config
 
@@ -82,9 +84,9 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Train and measure one student for every temperature and seed; each training and each measurement is a part of the run.
+    """Train and measure one student for every temperature and seed; each training and measurement is a part of the run.
 
-    Raises TangentError where the data cannot be had or hold too few digits, and where training diverges.
+    Raises TangentError if the data are not available or hold too few digits, or if training diverges.
     """
     each_seed = _WORK["data"] + len(config.temperatures) * (_WORK["train"] + _WORK["measure"])
     clock, units = Clock(progress, config.seeds * each_seed), units or Units()
@@ -133,7 +135,7 @@ def hard_target(y: Float[Tensor, "n 1"], temperature: float) -> Float[Tensor, "n
 def _measurer(
     config: HardTargetsConfig, target: Tensor, posed: Problem, start: Checkpoint, end: Checkpoint, device: str
 ) -> Callable[[], dict[str, Tensor]]:
-    """What measures one student: hardness of its target, alignments, sizes of transforms."""
+    """A function that measures one student: hardness of its target, alignments, sizes of transforms."""
 
     def make() -> dict[str, Tensor]:
         model, x, y = student(config, posed, device), posed.x[posed.chosen], target[posed.chosen]
@@ -167,7 +169,7 @@ def _measurer(
 
 
 def sizes(transforms: Mapping[str, Transform]) -> dict[str, float]:
-    """Nuclear and Frobenius norm of M − I, over both sides of all layers.
+    """Nuclear and Frobenius norms of M − I, over both sides of all layers.
 
     >>> from adaptive_tangents.features.transforms import Matrix
     >>> found = sizes({"layer": Sides(Matrix(4 * torch.eye(2)), None)})

@@ -1,6 +1,6 @@
-"""How training turns the tangent kernel toward the task: teacher's targets, a trained student, its kernels and exact models.
+"""How training turns the tangent kernel toward the task: a teacher's targets, a student, its kernels and exact models.
 
-``setup`` (problem, student, training) and ``measures`` serve other studies of the same problem too.
+Other studies of the same problem also use ``setup`` (problem, student, training) and ``measures``.
 """
 
 from adaptive_tangents.experiments.study import Study
@@ -9,7 +9,7 @@ NAME = "kernel-alignment"
 STUDIES = (
     Study(
         NAME,
-        "Does training turn the tangent kernel toward the task, and more so where the target is hard?",
+        "Does training turn the tangent kernel toward the task, and more so if the target is hard?",
         place=1,
         minutes=8.2,
         package=__name__,

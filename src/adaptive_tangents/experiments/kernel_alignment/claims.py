@@ -1,4 +1,4 @@
-"""What kernel-alignment claims: each published statement, what would refute it, and the verdict of the numbers."""
+"""The claims of kernel-alignment: each published statement, what would refute it, and its verdict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,18 @@ import numpy as np
 
 from adaptive_tangents.experiments.claims import Verdict, claim, spread
 
-# sim(K̄, K_y) as published, from 5,000 samples, and how far off counts as the same.
+# The published sim(K̄, K_y), from 5,000 samples, and the difference that still counts as the same.
 PUBLISHED = {"smooth": (0.17, 0.04), "sign": (0.40, 0.06)}
-# Between these the kernel's diagonal counts as flat; a path average this accurate, in dB, as the network's change.
+# A diagonal ratio within these counts as flat; a path average must be at least this accurate, in dB.
 FLAT, ACCURATE_DB = 1.5, 40.0
-# R² above which a transform is said to explain most of a change.
+# A transform with an R² above this explains most of a change.
 MOST = 0.5
 
 Targets = Mapping[str, Mapping[str, Any]]
 
 
 def claims(targets: Targets, seeds: Mapping[str, list[float]], samples: int) -> dict[str, dict[str, Any]]:
-    """Every claim of the experiment; ``seeds`` holds the values of each number over seeds, ``targets`` the first's."""
+    """Every claim of the experiment; ``seeds`` holds each number over seeds, ``targets`` the first seed's results."""
     values = {key: np.array(of_seeds) for key, of_seeds in seeds.items()}
     gains = {t: values[f"{t}.alignment.average"] - values[f"{t}.alignment.initial"] for t in targets}
     made = {f"{t}.alignment": _published(t, values[f"{t}.alignment.average"], samples) for t in targets}
@@ -94,7 +94,7 @@ def _published(target: str, found: np.ndarray, samples: int) -> dict[str, Any]:
 
 
 def _exact(targets: Targets) -> dict[str, dict[str, Any]]:
-    """Whether transforms explain the change, and whether the exact optimum turns as the network does: first seed only."""
+    """Whether transforms explain the change and the exact optimum turns as the network does; first seed only."""
     r2 = {t: numbers["explain"]["two_sided"]["total"] for t, numbers in targets.items()}
     scale = {t: numbers["explain"]["layer_scale"]["total"] for t, numbers in targets.items()}
     turned = {}

@@ -1,4 +1,4 @@
-"""The figures of a report: finished numbers arranged and scaled for the eye, nothing measured."""
+"""The figures of kernel-alignment. They draw finished numbers and measure nothing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ R2_FLOOR = -0.25
 
 
 def draw_kernels(results: Results, arrays: Arrays) -> Figure:
-    """Heat maps of the kernels, a row per target, samples sorted by the teacher's output."""
+    """Heat maps of the kernels, one row per target, samples sorted by the teacher's output."""
     columns = {
         "initial": ("$K_0$", "initial"),
         "average": (r"$\bar{K}$", "average over the path"),
@@ -94,7 +94,7 @@ def draw_digits(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_layers(results: Results, arrays: Arrays) -> Figure:
-    """Alignment of each layer's part of the kernel, and the share of the trace it carries."""
+    """Alignment of each layer's part of the kernel, and its share of the trace."""
     targets, blocks = results["targets"], list(results["blocks"])
     figure, grid = _grid(2, len(targets), 4.6, sharey="row")
     for column, (target, numbers) in zip(grid.T, targets.items(), strict=True):
@@ -116,7 +116,7 @@ def draw_layers(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_decomposition(results: Results, arrays: Arrays) -> Figure:
-    """The average kernel as a weighted sum of the initial and the target kernel, and what is left."""
+    """The average kernel as a weighted sum of the initial and the target kernel, and the residual."""
     targets = results["targets"]
     figure, grid = _grid(len(targets), 5, 2.1 * len(targets) + 0.4, wspace=0.24, hspace=0.2, bottom=0.09, top=0.92)
     titles = (r"$\bar{K}$", "$w_0 K_0$", "$w_y K_y$", "residual", "residual’s diagonal")
@@ -162,7 +162,7 @@ def draw_path(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_places(results: Results, arrays: Arrays) -> Figure:
-    """Where on the path each sample's kernel passes its average, against the teacher's output."""
+    """Where on the path each sample's K_s(x, x) passes its average, against the teacher's output."""
     figure, (row,) = _grid(1, len(results["targets"]), 3.0, sharey=True)
     for axes, target in zip(row, results["targets"], strict=True):
         y, place, color = arrays[f"{target}.teacher"], arrays[f"{target}.place"], _color(results, target)
@@ -186,7 +186,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
     figure, grid = _grid(len(targets), len(matrices), 2.35 * len(targets) + 0.6, sharex="col", sharey=True)
     for row, (target, numbers) in zip(grid, targets.items(), strict=True):
         color, model = _color(results, target), numbers["model"]
-        # Full leaves the coefficients of Fixed as they are, so its curve would hide behind that one.
+        # Full has the coefficients of Fixed, so its curve would be hidden.
         shown = [key for key in model if model[key]["structure"] != "Full"]
         adapted = sorted((k for k in shown if model[k]["strength"] is not None), key=lambda k: -model[k]["strength"])
         tints = dict(zip(adapted, _shades(adapted), strict=True))
@@ -207,7 +207,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_models(results: Results, arrays: Arrays) -> Figure:
-    """How alignment and test error of the exact models move with the strength λ, beside the network's own."""
+    """Alignment and test error of the exact models against the strength λ, beside the network's."""
     figure, (row,) = _grid(1, 2, 3.5)
     marks = {"TwoSided": "o-", "Full": "s:"}
     solved = [model for numbers in results["targets"].values() for model in numbers["model"].values()]
@@ -227,7 +227,7 @@ def draw_models(results: Results, arrays: Arrays) -> Figure:
         axes.set(xlabel="strength λ of the penalty on $M$  (weaker adaptation →)", ylabel=quantity)
         axes.set_ylim(bottom=0)
         if strengths:
-            # Told outright: an axis that never saw a finite point cannot turn logarithmic.
+            # Explicit limits: an axis without a finite point cannot become logarithmic.
             axes.set(xlim=(min(strengths) / 1.5, max(strengths) * 1.5), xscale="log")
     row[0].set_title("Alignment of $K_M$", loc="left")
     row[1].set_title("Test error", loc="left")
@@ -259,7 +259,7 @@ def draw_explain(results: Results, arrays: Arrays) -> Figure:
 
 
 def _heat(axes: Axes, kernel: NDArray[Any], y: NDArray[Any], *, values: bool, limit: float | None = None) -> None:
-    """One kernel, zero at the middle of the colors, the teacher's sign change marked."""
+    """Draw one kernel, with zero in the middle of the colors and a tick at the teacher's sign change."""
     limit = _limit(kernel) if limit is None else limit
     axes.imshow(kernel, cmap=_DIVERGING, vmin=-limit, vmax=limit, rasterized=True)
     boundary = int(np.searchsorted(y, 0))
@@ -288,5 +288,5 @@ def _color(results: Results, target: str) -> str:
 
 
 def model_name(model: Mapping[str, Any]) -> str:
-    """An exact model by its structure and strength: `TwoSided, λ = 0.1`."""
+    """The name of an exact model, from its structure and strength: `TwoSided, λ = 0.1`."""
     return str(model["structure"]) + ("" if model["strength"] is None else f", λ = {short(model['strength'], 3)}")

@@ -1,4 +1,4 @@
-"""What kernel-alignment measures of one trained network: its kernels, its path, and where on it they are the average's."""
+"""The measures of one trained network: its kernels, its path, and where on the path they equal the average."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +15,14 @@ Checkpoint = Mapping[str, Tensor]
 
 
 def sign(y: Tensor) -> Tensor:
-    """−1 below zero, 1 from there on, in the same dtype."""
+    """−1 below zero, else 1, in the same dtype."""
     return torch.where(y < 0, -1.0, 1.0).to(y.dtype)
 
 
 def kernels(
     feats: Mapping[str, TangentFeatures], change: Tensor, y: Tensor, near: Tensor, far: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Alignments, parts and weights of the three kernels, and the kernels; ``near`` and ``far`` pick samples."""
+    """Alignments, parts and weights of the three kernels, and the kernels; ``near`` and ``far`` select samples."""
     blocks = {kind: f.kernel(outputs="trace", by_block=True) for kind, f in feats.items()}
     kernels = {kind: torch.stack(list(parts.values())).sum(0) for kind, parts in blocks.items()}
     diagonal = kernels["average"].diagonal()
@@ -68,7 +68,7 @@ def places(
     *,
     points: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Where on the path K_s(x,x) first passes K̄(x,x), straight between points; NaN where it does not."""
+    """Where on the path K_s(x, x) first passes K̄(x, x), by linear interpolation; NaN if it never does."""
     positions = torch.linspace(0, 1, points, device=mean.device, dtype=mean.dtype)
     rows = []
     for s in positions.tolist():
@@ -85,7 +85,7 @@ def places(
 def first_crossing(
     positions: Float[Tensor, " k"], values: Float[Tensor, "k n"], levels: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Where each column first reaches its level, straight between positions; NaN where it never does.
+    """Where each column first reaches its level, by linear interpolation; NaN if it never does.
 
     >>> first_crossing(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 2.0], [3.0, 2.5]]), torch.tensor([1.5, 9.0]))
     tensor([0.2500,    nan])
@@ -100,7 +100,7 @@ def first_crossing(
 
 
 def vector(feats: TangentFeatures, parameters: Checkpoint) -> Tensor:
-    """The parameters that features are of, as one vector."""
+    """The parameters of the features, as one vector."""
     return torch.cat([parameters[name].flatten() for name in feats.parameters])
 
 
@@ -113,7 +113,7 @@ def linearization(
     *,
     points: int,
 ) -> tuple[Tensor, Tensor]:
-    """Relative error of f(x;θ₀) + φ₀(x)(θ_s − θ₀) against f(x;θ_s), s from 0 to 1 along the straight path."""
+    """Relative error of f(x;θ₀) + φ₀(x)(θ_s − θ₀) against f(x;θ_s), for s from 0 to 1 on the straight path."""
     step = initial.matvec(vector(initial, end) - vector(initial, start))
     positions = torch.linspace(0, 1, points)
     first, errors = outputs(model, start, x), [0.0]
@@ -125,7 +125,7 @@ def linearization(
 
 
 def outputs(model: nn.Module, parameters: Checkpoint, x: Tensor) -> Tensor:
-    """f(x), without a gradient."""
+    """f(x) without gradients."""
     with torch.no_grad():
         return torch.func.functional_call(model, dict(parameters), (x,))  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The page of kernel-alignment: which way its numbers answer the question, in words; what its figures need."""
+"""The page of kernel-alignment: the answer in words, and the arrays of its figures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from adaptive_tangents.reporting.pages import Page, number
 from adaptive_tangents.reporting.pages import fixed as _fixed
 from adaptive_tangents.runs.results import Results
 
-# A change of alignment smaller than this reads as "stays".
+# A smaller change of alignment counts as none.
 _NOTICEABLE = 0.02
 HEADLINE = (
     "alignment.initial",
@@ -42,7 +42,7 @@ def _alignment_arrays(results: Results) -> list[str]:
 
 
 def _alignment_context(results: Results) -> dict[str, Any]:
-    """The words that hang on the numbers: the answer, and which target K_0 represents worse by how many measures."""
+    """The words that depend on the numbers: the answer, and which target K_0 represents worse by how many measures."""
     targets = results["targets"]
     worse, votes = _represented_worse(targets)
     verdict, answer = _answer(targets, worse, votes)
@@ -70,7 +70,7 @@ _SPREAD = {
 
 
 def _spread_table(results: Results) -> list[tuple[str, list[str]]]:
-    """Mean and standard deviation over seeds of the main numbers and each layer's alignment, a column a target."""
+    """Mean and standard deviation over seeds of main numbers and layers' alignments, one column per target."""
     rows = _SPREAD | {
         f"block.{block}.alignment.{stage}": f"sim of {drawing.label(block)}’s part, {word}"
         for block in results["blocks"]
@@ -88,7 +88,7 @@ def _mean_spread(values: list[float] | None) -> str:
 
 
 def _turns(targets: Mapping[str, Any]) -> list[str]:
-    """Whether the exact models turn the kernel, for each structure and target, at the strength where they do most."""
+    """How far the exact models turn the kernel, for each structure and target, at the strength that turns it most."""
     sentences = []
     for structure in ("Full", "TwoSided"):
         parts = []
@@ -102,12 +102,12 @@ def _turns(targets: Mapping[str, Any]) -> list[str]:
                     f"(K_0: {number(start)})"
                 )
         if parts:
-            sentences.append(f"{structure} takes sim(K_M, K_y) to at most {' and '.join(parts)}.")
+            sentences.append(f"{structure} raises sim(K_M, K_y) to at most {' and '.join(parts)}.")
     return sentences
 
 
 def _represented_worse(targets: Mapping[str, Any]) -> tuple[str | None, int]:
-    """Of two targets the one that most of the three measures call worse represented by K_0, and how many do."""
+    """The target that K_0 represents worse by most of the three measures, and by how many."""
     if len(targets) != 2:
         return None, 0
     first, second = targets
@@ -121,7 +121,7 @@ def _represented_worse(targets: Mapping[str, Any]) -> tuple[str | None, int]:
 
 
 def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[str, list[str]]:
-    """Whether the claim holds in these numbers, in a line and in a few sentences."""
+    """Whether the claim holds in these numbers: a verdict and a few sentences."""
     change = {t: (n["alignment"]["initial"], n["alignment"]["average"]) for t, n in targets.items()}
     gains: dict[str | None, float] = {t: end - start for t, (start, end) in change.items() if None not in (start, end)}
     if not gains:
@@ -135,7 +135,7 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
     elif len(turned) < len(targets):
         verdict = f"In part: the kernel turns toward the task for the {' and '.join(turned)} target only."
     elif compared:
-        verdict = f"Yes, {'and' if more else 'but not'} more where the initial features represent the target poorly."
+        verdict = f"Yes, {'and' if more else 'but not'} more if the initial features represent the target poorly."
     else:
         verdict = "Yes: in this run training turns the kernel toward the task."
     parts = " and ".join(
@@ -144,10 +144,10 @@ def _answer(targets: Mapping[str, Any], worse: str | None, votes: int) -> tuple[
         for t, (start, end) in change.items()
         if t in gains
     )
-    sentences = [f"Averaged over the path of training, the kernel’s alignment with the task, sim(K̄, K_y), is {parts}."]
+    sentences = [f"The kernel’s alignment with the task, averaged over the path of training, sim(K̄, K_y), is {parts}."]
     if compared:
         sentences.append(
-            f"By {'all' if votes == 3 else 'two of'} three measures K_0 represents the {worse} target worse, and its "
+            f"By {'all' if votes == 3 else 'two of'} three measures, K_0 represents the {worse} target worse, and its "
             f"alignment rises {'more' if more else 'no more'} than the other’s: by {_fixed(gains[worse])} against "
             f"{_fixed(gains[other])}."
         )

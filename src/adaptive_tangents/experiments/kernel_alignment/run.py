@@ -1,9 +1,9 @@
-"""Does training turn the tangent kernel toward the task, and more so where the target is hard for the initial features?
+"""Does training turn the tangent kernel toward the task, and more so if the target is hard for the initial features?
 
-A teacher of random ReLU features gives a smooth target on MNIST digits 2 and 3, and its sign a discontinuous one. A ReLU
-student is trained on each. Measured: the initial, path-average and final tangent kernels, their alignment with the change
-the network made, per layer; the decomposition of the kernels; where on the data the kernel grew; how structured transforms
-explain the feature change; and what the exact adaptive model, fitted to the same data, predicts.
+A teacher of random ReLU features gives a smooth target on MNIST digits 2 and 3, and its sign gives a discontinuous one. A
+ReLU student is trained on each. Measured are the initial, path-average and final tangent kernels and their alignment, per
+layer, with the network's change; the decomposition of the kernels; where on the data the kernel grew; how well structured
+transforms explain the feature change; and what the exact adaptive model predicts from the same data.
 Source: LeJeune & Alemohammad, CPAL 2024, §4 (protocol) and figures 3-4.
 """
 
@@ -57,7 +57,7 @@ from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 TARGETS = ("smooth", "sign")
 
-# Beside each metric: the published value (5,000 samples), and what this project measured with 2,850 samples and one seed.
+# For each metric: the published value (5,000 samples), and this project's earlier one (2,850 samples, one seed).
 REFERENCE: dict[str, dict[str, float | str]] = {
     "smooth.alignment.average": {"paper": 0.17, "project": 0.173},
     "sign.alignment.average": {"paper": 0.40, "project": 0.352},
@@ -78,7 +78,7 @@ REFERENCE: dict[str, dict[str, float | str]] = {
 
 @dataclass(frozen=True)
 class KernelAlignmentConfig(TeacherTask):
-    """The experiment's settings; the defaults are the published protocol, with sizes taken from the data."""
+    """The experiment's settings. The defaults are the published protocol, with sizes taken from the data."""
 
     near: float = 0.2
     far: float = 0.8
@@ -88,7 +88,7 @@ class KernelAlignmentConfig(TeacherTask):
 
 
 def configured(asked: Asked) -> KernelAlignmentConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     config = KernelAlignmentConfig(**asked_fields(asked, standard=1, full=3))
     if asked.size == "quick":
         return replace(config, training=SGD(epochs=20), path_nodes=16, strengths=(10.0, 100.0))
@@ -104,10 +104,10 @@ def run(
 ) -> RunResult:
     """Run the experiment.
 
-    ``progress`` hears the stage and the share of all work done; ``units`` keeps each checkpoint as soon as it is trained,
-    and what an earlier run of the same config trained is not trained again.
+    ``progress`` is called with the stage and the fraction of all work done. ``units`` keeps each checkpoint as soon as it is
+    trained; checkpoints of an earlier run with the same config are reused.
 
-    Raises TangentError where the data cannot be had or hold too few digits.
+    Raises TangentError if the data are not available or hold too few digits.
 
     >>> config = KernelAlignmentConfig(width=6, training=SGD(epochs=1), kernel_samples=16, path_nodes=2, strengths=(1.0,))
     >>> sorted(run(config).results["targets"])
@@ -150,13 +150,13 @@ def run(
     return RunResult(results, arrays)
 
 
-# Work expected of each stage, in seconds on two cores with the default config: only their ratio matters.
+# Expected work of each stage, in seconds on two cores with the default config; only ratios matter.
 _WORK = {"train": 12.0, "features": 3.0, "kernels": 3.0, "path": 4.0, "explain": 10.0, "models": 20.0}
 _EVERY_SEED = ("train", "features", "kernels", "path")
 
 
 def _bands(config: KernelAlignmentConfig, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Which samples are near the boundary, and which far from it."""
+    """Masks of the samples near the boundary and of those far from it."""
     near, far = teacher.abs() < config.near, teacher.abs() > config.far
     if not bool(near.any()) or not bool(far.any()):
         raise TangentError(
@@ -176,7 +176,7 @@ class _Measured:
     shown: dict[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        """For the figures."""
+        """The tensors for the figures."""
         spectra = {f"singular_values.network.{k}": torch.linalg.svdvals(m) for k, m in self.weight_change.items()}
         return self.shown | {"change": self.change[:, 0]} | spectra
 
@@ -191,7 +191,7 @@ def _measure(
     clock: Clock,
     device: str,
 ) -> tuple[dict[str, Any], _Measured]:
-    """What is measured of every trained student."""
+    """The measures of every trained student."""
     student, x = _student(config, problem, device), problem.x[problem.chosen]
     y, steepness = problem.targets[name][problem.chosen], problem.targets["smooth"][problem.chosen][:, 0]
     with clock.stage(f"{prefix}{name}.features", _WORK["features"]):
@@ -239,7 +239,7 @@ def _extend(
     clock: Clock,
     device: str,
 ) -> None:
-    """What is measured of the first seed's students only: transforms that explain the change, and the exact models."""
+    """The measures of the first seed's students only: transforms that explain the change, and the exact models."""
     with clock.stage(f"{name}.explain", _WORK["explain"]) as progress:
         measured["explain"] = _explanations(found.initial, found.average, progress)
     with clock.stage(f"{name}.models", _WORK["models"]) as progress:
@@ -287,7 +287,7 @@ def _models(
     config: KernelAlignmentConfig, model: nn.Module, start: Checkpoint, name: str, problem: Problem,
     feats: TangentFeatures, change: Tensor, progress: Callable[[float], None],
 ) -> tuple[dict[str, Any], dict[str, Fit]]:  # fmt: skip
-    """The exact adaptive model over structures and strengths, fitted to the kernel samples and tested on all test digits."""
+    """The exact model for each structure and strength, fitted to the kernel samples and tested on all test digits."""
     x = problem.x[problem.chosen]
     residual = problem.targets[name][problem.chosen] - outputs(model, start, x)
     test_feats = tangent_features(model, problem.x_test, params=start)

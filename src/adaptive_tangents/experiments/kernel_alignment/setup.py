@@ -1,4 +1,4 @@
-"""The problem of kernel-alignment, shared with the experiments that ask more of it: data, targets, student, training."""
+"""The problem of kernel-alignment, shared with other studies: data, targets, student, training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ BLOCKS = ("hidden1", "hidden2", "readout")
 
 @dataclass(frozen=True)
 class TeacherTask:
-    """Settings of students trained on a teacher's targets; the defaults are the published protocol, sizes are the data's."""
+    """Settings of students trained on a teacher's targets. The defaults are the published protocol and the data's sizes."""
 
     experiment: ClassVar[str] = "kernel-alignment"
 
@@ -39,15 +39,15 @@ class TeacherTask:
     def __post_init__(self) -> None:
         name = self.experiment
         if self.kernel_samples < 16:
-            raise TangentError(f"{name}: kernel_samples is at least 16, got {self.kernel_samples}")
+            raise TangentError(f"{name}: kernel_samples must be at least 16, got {self.kernel_samples}")
         if self.seeds < 1:
-            raise TangentError(f"{name}: seeds is at least 1, got {self.seeds}")
+            raise TangentError(f"{name}: seeds must be at least 1, got {self.seeds}")
         if self.training.epochs < 1 or self.training.batch_size < 1 or self.width < 1 or self.path_nodes < 1:
-            raise TangentError(f"{name}: epochs, batch size, width and path nodes are positive, got {self}")
+            raise TangentError(f"{name}: epochs, batch size, width and path nodes must be positive, got {self}")
 
 
 def asked_fields(asked: Asked, *, standard: int, full: int) -> dict[str, Any]:
-    """The fields of a `TeacherTask` for what was asked; one seed where a quick run was, else ``standard`` or ``full``."""
+    """The fields of a `TeacherTask` for what was asked: one seed for a quick run, else ``standard`` or ``full``."""
     quick = asked.size == "quick"
     epochs = (asked.epochs or 20) if quick else asked.epochs
     return {
@@ -59,14 +59,14 @@ def asked_fields(asked: Asked, *, standard: int, full: int) -> dict[str, Any]:
 
 
 def config_dict(config: TeacherTask) -> dict[str, Any]:
-    """The settings as plain values, training's beside the others."""
+    """The settings as plain values, with those of training at the same level."""
     plain = settings(config)
     return plain | {f"training.{key}": value for key, value in plain.pop("training").items()}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs, both targets, and which training digits the kernels are of, sorted by the teacher's output."""
+    """Inputs, both targets, and the training digits used for kernels, sorted by the teacher's output."""
 
     x: Float[Tensor, "n d"]
     x_test: Float[Tensor, "m d"]
@@ -78,9 +78,9 @@ class Problem:
 
 
 def problem(config: TeacherTask, device: str) -> Problem:
-    """The digits, the teacher of the config's seed and its targets.
+    """The digits, the teacher for the config's seed, and its targets.
 
-    Raises TangentError where the data cannot be had or hold fewer digits than ``kernel_samples``.
+    Raises TangentError if the data are not available or hold fewer digits than ``kernel_samples``.
     """
     digits = load_digits(config.data, data_dir=config.data_dir, classes=config.digits)
     x, x_test = (normalize_digits(images).to(device) for images in (digits.train_images, digits.test_images))
@@ -124,7 +124,7 @@ def _describe(digits: Dataset, config: TeacherTask) -> dict[str, Any]:
 
 
 def student(config: TeacherTask, problem: Problem, device: str) -> nn.Sequential:
-    """The student of the config's seed, at its initial weights."""
+    """The student for the config's seed, at its initial weights."""
     generator = torch.Generator().manual_seed(config.seed + 1)
     widths = (problem.x.shape[1], config.width, config.width, 1)
     return relu_network(widths, BLOCKS, bias=True, generator=generator).to(device)
@@ -141,10 +141,10 @@ def trained(
     *,
     prefix: str = "",
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """The student's weights before and after training on a target called ``name``, and the loss of every epoch.
+    """The student's weights before and after training on the target ``name``, and the loss of every epoch.
 
-    Checkpoints are parts of the run called ``prefix`` + ``name``; what is there is not trained again.
-    Raises TangentError where training diverges.
+    Checkpoints are parts of the run called ``prefix`` + ``name``; existing ones are reused.
+    Raises TangentError if training diverges.
     """
     model = student(config, problem, device)
     start = snapshot(model)

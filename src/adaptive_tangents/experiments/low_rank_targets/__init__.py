@@ -1,4 +1,4 @@
-"""Errors over samples and dimensions for targets of few directions: exact fits, the trained network, feature machines."""
+"""Test errors over samples and dimensions for targets of few directions: exact fits, a network, feature machines."""
 
 from adaptive_tangents.experiments.study import Study
 
@@ -6,7 +6,7 @@ NAME = "low-rank-targets"
 STUDIES = (
     Study(
         NAME,
-        "Do adaptive features need fewer samples where targets depend on few directions?",
+        "Do adaptive features need fewer samples if targets depend on few directions?",
         place=8,
         minutes=19.8,
         package=__name__,

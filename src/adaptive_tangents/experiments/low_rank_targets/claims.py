@@ -1,4 +1,4 @@
-"""What low-rank-targets claims: each statement, what would refute it, and the verdict of the numbers."""
+"""The claims of low-rank-targets: each statement, what would refute it, and its verdict."""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from typing import Any
 
 from adaptive_tangents.experiments.claims import Verdict, claim
 
-WITHIN = 0.2  # relative; what counts as the same figure
-LEVELS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the error, at which samples are counted
-QUARTER = 4  # how many times fewer samples the two-sided model is said to need at least
+WITHIN = 0.2  # relative difference that counts as the same figure
+LEVELS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # errors at which the samples needed are counted
+QUARTER = 4  # the two-sided model is claimed to need at least this many times fewer samples
 PEERS = {"Network": "the trained network", "RFM": "recursive feature machines"}
 
 Targets = Mapping[str, Mapping[str, Any]]
@@ -17,23 +17,23 @@ Claims = dict[str, dict[str, Any]]
 
 
 def samples_needed(errors: Mapping[str, float], level: float) -> float | None:
-    """The n at which the error first falls to a level, straight between sizes in log n and log error; None if beyond them.
+    """The n at which the error first falls to a level, by log-log interpolation; None if outside the sizes.
 
     >>> samples_needed({"100": 0.8, "400": 0.2}, 0.4)
     200.0
     """
     for (n, e), (n_next, e_next) in pairwise((int(n), e) for n, e in errors.items()):
         if e >= level >= e_next and e > e_next:
-            # rounded, so that a level met at a size gives that size
+            # rounded, so that a level reached exactly at a size gives that size
             share = math.log(e / level) / math.log(e / e_next)
             return round(float(n * (n_next / n) ** share), 9)
     return None
 
 
 def claims(targets: Targets, dimensions: Targets, *, last: str) -> Claims:
-    """Each claim in words, whether the numbers bear it out, and the numbers; only of what was measured.
+    """Every claim about what was measured, in words, with its verdict and numbers.
 
-    ``dimensions`` holds the target of two directions at each input dimension, ``last`` the largest number of samples that
+    ``dimensions`` holds the target of two directions at each input dimension; ``last`` is the largest number of samples that
     every model is fitted to.
     """
     made: Claims = {}
@@ -78,13 +78,13 @@ def _of_target(target: str, found: Mapping[str, Any]) -> Claims:
 
 
 def reached(found: Mapping[str, Any], last: str) -> int | None:
-    """The least number of samples tried with which TwoSided is as good as Fixed is at ``last``; None if there is none."""
+    """The smallest number of samples at which TwoSided is as good as Fixed at ``last``; None if there is none."""
     errors = found["errors"]
     return next((int(n) for n, error in errors["TwoSided"].items() if error <= errors["Fixed"][last]), None)
 
 
 def _quarter(dimensions: Targets, last: str) -> Claims:
-    """At each dimension with how few samples the two-sided model is as good as the fixed one at the most samples."""
+    """The claim, at each dimension, that TwoSided matches Fixed's best error with a quarter of the samples."""
     made = {}
     for d, found in dimensions.items():
         if not {"Fixed", "TwoSided"} <= set(found["errors"]):
@@ -103,7 +103,7 @@ def _quarter(dimensions: Targets, last: str) -> Claims:
 
 
 def _dimension(dimensions: Targets) -> Claims:
-    """Whether the factor grows with the input dimension, at each error that all of the dimensions reach."""
+    """Whether the factor grows with the input dimension, at each error that all dimensions reach."""
     factors = {d: found["saved"].get("TwoSided", {}) for d, found in dimensions.items()}
     shared = [str(level) for level in LEVELS if all(f.get(str(level)) is not None for f in factors.values())]
     if len(dimensions) < 2 or not shared:
@@ -172,7 +172,7 @@ def _sides(targets: Targets) -> Claims:
 
 
 def _share(outcomes: list[bool]) -> Verdict:
-    """Holds where all do, in part where some do."""
+    """Holds if all do, holds in part if some do."""
     return "holds" if all(outcomes) else "holds in part" if any(outcomes) else "does not hold"
 
 

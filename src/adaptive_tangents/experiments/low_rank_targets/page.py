@@ -1,4 +1,4 @@
-"""The page of low-rank-targets: what adapting features saves, over samples and dimensions, beside its peers."""
+"""The page of low-rank-targets: samples saved by adapting features, over sizes and dimensions, beside peers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ NAMES = {"Network": "network", "RFM": "feature machine"}
 _LOOKS: dict[str, dict[str, Any]] = {
     "Fixed": {"color": COLORS[0], "lw": 2},
     "Right": {"color": COLORS[1], "lw": 2},
-    # Left lies on Right: drawn thin and dashed over it.
+    # Left coincides with Right, so it is drawn thin and dashed over it.
     "Left": {"color": INK, "lw": 1.2, "ls": DASHES, "zorder": 3},
     "TwoSided": {"color": COLORS[2], "lw": 2.4},
     "Network": {"color": MUTED, "lw": 1.6, "ls": DASHES},
@@ -36,7 +36,7 @@ _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 def _curves(axes: Axes, names: list[str], arrays: Arrays, prefix: str) -> None:
-    """Mean error over seeds of each model and the range between them, against the number of samples."""
+    """Mean error and range over seeds of each model, against the number of samples."""
     sizes = arrays["sizes"]
     for name in names:
         errors = arrays[f"{prefix}{name}"]
@@ -57,7 +57,7 @@ def _missing(errors: NDArray[Any]) -> NDArray[Any]:
 
 
 def draw_errors(results: Results, arrays: Arrays) -> Figure:
-    """Test error over the number of samples, a panel a target and a curve a model, earlier figures as rings."""
+    """Test error over samples, one panel per target and one curve per model; earlier figures are rings."""
     targets = results["targets"]
     rows = -(-len(targets) // 2)
     figure, panels = grid(rows, min(2, len(targets)), 3.7 * rows, sharey=True)
@@ -73,7 +73,7 @@ def draw_errors(results: Results, arrays: Arrays) -> Figure:
         axes.set_title(f"{label(target)}: {found['formula']}, λ = {short(found['strength'])}", loc="left")
     first = panels.flat[0]
     first.plot([], [], ls="", marker="o", ms=9, mfc="none", mec=MUTED, mew=1.5, label="measured earlier")
-    # The range over seeds goes further down than any mean.
+    # The range over seeds reaches lower than any mean.
     means = [error for found in targets.values() for errors in found["errors"].values() for error in errors.values()]
     first.set_ylim(min(0.003, min(means, default=1) / 2), max([3.0, *means]))
     legend_above(figure, first, columns=7)
@@ -83,7 +83,7 @@ def draw_errors(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_dimensions(results: Results, arrays: Arrays) -> Figure:
-    """Test error of the target of two directions at each dimension, and the factor of samples saved over dimensions."""
+    """Test error for two directions at each dimension, and the factor of samples saved over dimensions."""
     dimensions = results["dimensions"]
     figure, (row,) = grid(1, len(dimensions) + 1, 3.6)
     for axes, (d, found) in zip(row, dimensions.items(), strict=False):
@@ -126,11 +126,11 @@ def _story(results: Results) -> Story:
     config = results["config"]
     return Story(
         "Does adapting features save samples?",
-        f"Targets that depend on a few of {config['inputs']} directions of the inputs, fitted with the tangent "
-        f"features of the first layer of a ReLU network of {config['units']} units at initialization: as they are "
+        f"Targets depend on a few of {config['inputs']} directions of the inputs. They are fitted with the tangent "
+        f"features of the first layer of a ReLU network of {config['units']} units at initialization: unchanged "
         "(Fixed), or with the best transform of that layer’s inputs (Right), backward signals (Left), or both "
-        "(TwoSided). Beside them the network itself, trained, and recursive feature machines (Radhakrishnan and "
-        "others, Science 2024). The model is that of LeJeune and Alemohammad, An Adaptive Tangent Feature "
+        "(TwoSided). For comparison, the network itself is trained, and recursive feature machines (Radhakrishnan and "
+        "others, Science 2024) are fitted. The model is that of LeJeune and Alemohammad, An Adaptive Tangent Feature "
         "Perspective of Neural Networks, CPAL 2024, arXiv:2308.15478.",
         verdict(results),
         (
@@ -144,7 +144,7 @@ def _story(results: Results) -> Story:
 
 
 def verdict(results: Results) -> str:
-    """The answer, how many of the earlier figures are met, and which peer wins where."""
+    """The answer, how many earlier figures are reproduced, and how the peers compare."""
     targets, claims = results["targets"], results["claims"]
     lower = [claim["verdict"] for name, claim in claims.items() if name.endswith(".lower")]
     pairs = [abs(pair["difference"]) for found in targets.values() for pair in found["earlier"].values()]
@@ -164,8 +164,8 @@ def verdict(results: Results) -> str:
             beats = {"holds": "everywhere", "holds in part": "in part"}
             answer += f" It beats {name} {beats.get(claims[f'beside.{peer}']['verdict'], 'nowhere')}."
     if pairs:
-        answer += f" {met} of {len(pairs)} errors measured earlier are met within 20%"
-        answer += f"; the farthest is off by {max(pairs):.0%}." if met < len(pairs) else "."
+        answer += f" {met} of {len(pairs)} errors measured earlier are reproduced within 20%"
+        answer += f"; the largest difference is {max(pairs):.0%}." if met < len(pairs) else "."
     return answer
 
 
@@ -179,14 +179,16 @@ def _error_section(results: Results) -> Section:
     ]
     several = config["seeds"] > 1
     return Section("errors", "Test error over samples", (
+        "The curves show how fast each model’s test error falls with the number of samples: the lower a curve, the "
+        "fewer samples the model needs.",
         Shown("errors", "Relative test error of each model against the number of training samples, for every target",
               f"Relative test error, the mean of {config['seeds']} "
-              f"seed{'s and their range (shaded)' if several else ''}; rings are what was measured earlier. Left "
-              "lies on Right: they induce the same penalty, so that their fits are the same. Look for the fixed "
-              "kernel’s slow fall, as it needs of the order of d² samples for a quadratic target, and how early "
-              "the two-sided curve leaves it."),
+              f"seed{'s and their range (shaded)' if several else ''}; rings were measured earlier. Left and "
+              "Right coincide: they induce the same penalty, so their fits are the same. Look for the fixed kernel’s "
+              "slow fall (it needs of the order of d² samples for a quadratic target), and for how early the "
+              "two-sided curve falls below it."),
         Table(("target", "model", *(f"n = {n}" for n in sizes)), rows,
-              "± is the standard deviation between seeds. A dash: not fitted at this size." if several else ""),
+              "± is the standard deviation over seeds. A dash means not fitted at this size." if several else ""),
         *(f"Left out: {name}; {why}." for name, why in results["skipped"].items()),
     ))  # fmt: skip
 
@@ -203,14 +205,15 @@ def _dimension_section(results: Results) -> Section:
             for d, found in dimensions.items() for name in names]  # fmt: skip
     levels = list(next(iter(dimensions.values()))["samples"][names[0]])
     return Section("dimensions", "Over the input dimension", (
-        "The same target of two directions among more and more inputs, with the same width, strength and ridge. "
-        "Samples needed to an error are read off straight lines in log n and log error.",
+        "The figure shows whether adaptation saves more samples in higher dimensions: the target always depends on two "
+        "directions, while the number of inputs grows and width, strength and ridge stay the same. The samples needed "
+        "for an error are interpolated in log n and log error.",
         Shown("dimensions", "Test error at each input dimension, and the factor of samples saved against the dimension",
-              "Errors on (u·x)(u₂·x) at each dimension, and at the right how many times fewer samples TwoSided "
-              "needs than Fixed to the same error; both axes logarithmic. Look for lines that rise: the fixed "
-              "kernel needs of the order of d² samples, a model that finds the two directions of the order of d."),
+              "Errors on (u·x)(u₂·x) at each dimension; on the right, how many times fewer samples TwoSided needs than "
+              "Fixed for the same error. Axes are logarithmic. Look for rising lines: the fixed kernel needs of the "
+              "order of d² samples, a model that finds the two directions of the order of d."),
         Table(("inputs", "model", *(f"error {level}" for level in levels)), rows,
-              "Samples needed to each error. A dash: below or above the sizes tried."),
+              "Samples needed for each error. A dash means outside the sizes tried."),
     ))  # fmt: skip
 
 
@@ -227,9 +230,9 @@ def _saved_section(results: Results) -> Section:
         for name, of_levels in found["saved"].items()
     ]
     return Section("saved", "Samples saved", (
-        "How many times more samples the fixed kernel takes to the same error, between sizes read off straight "
-        "lines in log n and log error. A dash: the error is reached below or above the sizes tried, by one of the "
-        "two.",
+        "The table says how many times more samples the fixed kernel needs for the same error; a factor above 1 is a "
+        "saving. Sizes are interpolated in log n and log error. A dash means that one of the two reaches the error "
+        "outside the sizes tried.",
         Table(("target", "model", *(f"error {level}" for level in levels)), rows),
     ))  # fmt: skip
 
@@ -241,14 +244,14 @@ def _earlier_section(results: Results) -> Section:
          f"{100 * pair['difference']:+.0f}%".replace("-", "−"))
         for found in results["targets"].values() for name, pair in found["earlier"].items()
     ]  # fmt: skip
-    return Section("earlier", "Beside what was measured earlier", (
-        "Figures measured for this project before it had this experiment. Of their set-up the network’s width, the "
-        "inputs, the targets and the strengths were written down, and no more. The rest is chosen here: readout "
-        f"weights ±1/√{config['units']}, no biases, unit directions drawn independently, ridge "
-        f"{given(config['ridge'])}. Readout and ridge were chosen among several because they agree with these "
-        "figures, so that agreement is no independent confirmation: with normal or uniform readout weights "
-        "two-sided errors are 1.1 to 1.7 times as large (6 seeds, without a ridge), and without a ridge the fixed "
-        "kernel’s error of the square at n = 800 is 0.46 over 20 seeds, 20% below the 0.58.",
+    return Section("earlier", "Comparison with earlier figures", (
+        "The table compares this run with figures that the project measured before this experiment existed. Agreement "
+        "is no independent confirmation: only the network’s width, the inputs, the targets and the strengths of the "
+        f"earlier set-up were recorded. The rest is chosen here: readout weights ±1/√{config['units']}, no biases, "
+        f"unit directions drawn independently, ridge {given(config['ridge'])}. Readout and ridge were chosen among "
+        "several because they agree with these figures. With normal or uniform readout weights, two-sided errors are "
+        "1.1 to 1.7 times as large (6 seeds, without a ridge). Without a ridge, the fixed kernel’s error for the "
+        "square at n = 800 is 0.46 over 20 seeds, 20% below the 0.58.",
         Table(("target", "model", "earlier", "this run", "difference"), rows),
     ))  # fmt: skip
 
@@ -256,15 +259,16 @@ def _earlier_section(results: Results) -> Section:
 def _made_section(results: Results) -> Section:
     config = results["config"]
     return Section("rules", "What each model was allowed", (
-        "Exact fits are in float64, to all n samples, with the strength and the ridge above at every size, "
-        "dimension and seed: nothing of them was tuned on data. Each seed draws its own network, directions and "
-        "samples.",
-        "The network starts from the same weights, both layers trained by Adam on batches of 50 of four fifths of "
-        f"the samples, its change fitted to the target, at most {config['epochs']} epochs; the last fifth chooses "
-        f"the learning rate (0.01, 0.03) and when to stop (no better for {config['patience']} epochs).",
-        "Recursive feature machines are the package xrfm’s, with Laplace and Gaussian kernels, three bandwidths in "
-        f"units of the median distance, two ridges and up to {config['repetitions']} repetitions: the last fifth "
-        "chooses among all of them, and the chosen machine is fitted again to all n samples.",
+        "These rules say what each model could choose: the exact fits tune nothing on data, both peers do. Exact fits "
+        "use float64, all n samples, and the strength and ridge above at every size, dimension and seed. Each seed "
+        "draws its own network, directions and samples.",
+        "The network starts from the same weights. Adam trains both layers on batches of 50 from four fifths of the "
+        f"samples, for at most {config['epochs']} epochs, and fits the network’s change to the target. The last fifth "
+        "chooses the learning rate (0.01 or 0.03) and when to stop (no improvement for "
+        f"{config['patience']} epochs).",
+        "Recursive feature machines are those of the package xrfm, with Laplace and Gaussian kernels, three bandwidths "
+        f"in units of the median distance, two ridges and up to {config['repetitions']} repetitions. The last fifth "
+        "chooses among them, and the chosen machine is fitted again to all n samples.",
     ))  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""What the exact models are set beside on targets of low rank: a trained network, and recursive feature machines.
+"""Peers of the exact models on targets of low rank: a trained network and recursive feature machines.
 
-Both hold a fifth of the samples back to choose by. The network is the same network of two layers, both trained by Adam from
-the same weights on batches of 50, its change f(x;θ) − f(x;θ₀) fitted to the target; the learning rate and when to stop are
-those of the lowest error held back. Recursive feature machines (Radhakrishnan, Beaglehole, Pandit & Belkin, Science 2024)
-repeat kernel regression with exp(−(‖x − x′‖_M/s)^q) and M set to the average outer product of the gradients found; q, s in
-units of the median distance, ridge and number of repetitions are those of the lowest error held back, and the chosen machine
-is fitted again to all samples. Their code is the package xrfm, which is imported when asked for.
+Both keep a fifth of the samples for validation. The network is the same one of two layers. Adam trains both layers from the
+same weights on batches of 50 and fits the change f(x;θ) − f(x;θ₀) to the target; the lowest validation error chooses the
+learning rate and the epoch. Recursive feature machines (Radhakrishnan, Beaglehole, Pandit & Belkin, Science 2024) repeat
+kernel regression with exp(−(‖x − x′‖_M/s)^q), where M is the average outer product of the gradients. The lowest validation
+error chooses q, s (in units of the median distance), ridge and number of repetitions, and the chosen machine is fitted again
+to all samples. Their code is the package xrfm, imported when used.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ MISSING = "xrfm is not installed: pip install 'adaptive-tangents[peers]'"
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs and one column of targets a problem, to learn from and to be judged by."""
+    """Training and test inputs, and one column of targets per problem."""
 
     x: Float[Tensor, "n d"]
     y: Float[Tensor, "n k"]
@@ -36,7 +36,7 @@ class Samples:
 
     @property
     def held_back(self) -> int:
-        """How many samples, the last ones, are kept to choose by."""
+        """The number of samples, the last ones, kept for validation."""
         return max(1, len(self.x) // 5)
 
 
@@ -53,7 +53,7 @@ def relative_error(found: Float[Tensor, "m k"], wanted: Float[Tensor, "m k"]) ->
 def trained_network(
     model: nn.Sequential, samples: Samples, *, epochs: int, patience: int, seed: int
 ) -> Float[Tensor, " k"]:
-    """Relative test error of the trained network on each target, at the rate and epoch of the lowest error held back."""
+    """Relative test error of the trained network on each target, at the rate and epoch of the lowest validation error."""
     runs = [_train(model, samples, rate, epochs, patience, seed) for rate in RATES]
     held, test = (torch.stack(part) for part in zip(*runs, strict=True))
     return test.gather(0, held.argmin(0, keepdim=True))[0].double()
@@ -62,7 +62,7 @@ def trained_network(
 def _train(
     model: nn.Sequential, samples: Samples, rate: float, epochs: int, patience: int, seed: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """One network a target, all at once: the lowest error held back of each, and the test error at that epoch."""
+    """Train one network per target at once; return each lowest validation error and the test error at its epoch."""
     start_weights = {name: value.detach().float() for name, value in model.named_parameters()}
     first, last = start_weights["0.weight"], start_weights["2.weight"]
     x, y, x_test, y_test = (part.float() for part in (samples.x, samples.y, samples.x_test, samples.y_test))
@@ -84,7 +84,7 @@ def _train(
     held, test, when = torch.full((count,), torch.inf), torch.ones(count), torch.zeros(count)
 
     def loss_of(index: Tensor) -> Tensor:
-        # Summed over networks, whose parameters are apart: each is trained as if alone.
+        # The networks share no parameters, so summing their losses trains each as if alone.
         return ((outputs(x[index], weights, readout) - start[index] - y[index]) ** 2).mean(0).sum()
 
     for done in range(epochs):
@@ -102,12 +102,12 @@ def _train(
 
 
 def has_machines() -> bool:
-    """Whether recursive feature machines can be run here."""
+    """Whether recursive feature machines are installed."""
     return importlib.util.find_spec("xrfm") is not None
 
 
 def feature_machines(samples: Samples, *, repetitions: int, seed: int) -> Float[Tensor, " k"]:
-    """Relative test error of the recursive feature machine chosen for each target."""
+    """Relative test error of the chosen recursive feature machine for each target."""
     return torch.cat([_machine(samples, k, repetitions, seed) for k in range(samples.y.shape[1])])
 
 
@@ -121,7 +121,7 @@ def _machine(samples: Samples, column: int, repetitions: int, seed: int) -> Floa
     def fit(upto: int, repeated: int, setting: tuple[float, float, float], best: bool) -> "RFM":
         exponent, bandwidth, ridge = setting
         machine = RFM("laplace", exponent=exponent, bandwidth=bandwidth, bandwidth_mode="adaptive", device="cpu")
-        # The package measures the median distance on samples drawn from torch's global generator.
+        # The package draws samples for the median distance from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             machine.fit(
@@ -133,7 +133,7 @@ def _machine(samples: Samples, column: int, repetitions: int, seed: int) -> Floa
     found: dict[tuple[tuple[float, float, float], int], float] = {}
     for setting in product(EXPONENTS, BANDWIDTHS, RIDGES):
         machine = fit(fitted, repetitions, setting, best=True)
-        # The package says None for the last of the repetitions.
+        # The package returns None for the last repetition.
         repeated = repetitions if machine.best_iter is None else int(machine.best_iter)
         error = float(relative_error(machine.predict(x[fitted:]), y[fitted:]))
         found[setting, repeated] = error if error == error else float("inf")

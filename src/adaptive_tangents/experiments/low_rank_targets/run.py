@@ -1,15 +1,15 @@
-"""Where adapting features saves samples: targets that depend on a few directions of the inputs.
+"""Does adapting features save samples on targets that depend on a few directions of the inputs?
 
-Inputs x ~ N(0, I_d) and targets of one, two and four directions, which are random unit vectors. The features are the
-tangent features of the first layer of a ReLU network of two layers at initialization, weights N(0, 2/d), readout ±1/√m, no
-biases; the model is φ(x)β, whose coefficients of the product are nearly of rank one or two. What is measured is the relative
-test error ‖φβ − y‖²/‖y‖² of exact fits, over the number of samples and the input dimension, beside the trained network and
-recursive feature machines. The strengths λ and the ridge are set once, for all sizes and dimensions; both peers are tuned.
+Inputs are x ~ N(0, I_d); targets depend on one, two or four random unit directions. The features are the tangent features of
+the first layer of a two-layer ReLU network at initialization, with weights N(0, 2/d), readout ±1/√m and no biases. The model
+is φ(x)β; for the product its coefficients are nearly of rank one or two. Measured is the relative test error ‖φβ − y‖²/‖y‖²
+of exact fits, over the number of samples and the input dimension, beside the trained network and recursive feature machines.
+The strengths λ and the ridge are set once for all sizes and dimensions; both peers are tuned.
 
-The figures in ``EARLIER`` were measured for this project before it had this experiment, in a set-up of which no more is known
-than the network's width, the inputs, the targets and λ. Readout weights and ridge are those of several tried that agree with
-them: at ρ = 0 normal or uniform readout weights give two-sided errors 1.1 to 1.7 times as large (6 seeds), and the error of
-``Fixed`` for the square at n = 800 is 0.46 (20 seeds), 20% below theirs.
+The figures in ``EARLIER`` were measured for this project before this experiment existed. Of their set-up only the network's
+width, the inputs, the targets and λ are known. Readout weights and ridge were chosen among several to agree with them: at
+ρ = 0, normal or uniform readout weights give two-sided errors 1.1 to 1.7 times as large (6 seeds), and the error of ``Fixed``
+for the square at n = 800 is 0.46 (20 seeds), 20% below theirs.
 """
 
 import math
@@ -50,7 +50,7 @@ FORMULAS = {
     "absolute": "|u·x| − √(2/π)",
     "four": "(u·x)(u₂·x) + (u₃·x)(u₄·x)",
 }
-# The target of two directions, which is measured at every dimension.
+# The target of two directions; it is measured at every dimension.
 TWO_INDEX = "product"
 STRUCTURES: dict[str, Callable[[float], Structure]] = {
     "Fixed": lambda strength: Fixed(),
@@ -69,9 +69,9 @@ EARLIER: dict[str, dict[int, tuple[float, float]]] = {
 class LowRankConfig:
     """Sizes of data and network; ``product`` to ``four`` are the strength λ of each target's penalty, ``ridge`` is ρ.
 
-    ``beyond`` are sizes that only ``Fixed`` is fitted to, as it takes so many samples to the others' errors;
-    ``other_inputs`` dimensions at which the product is measured too, with all but one-sided structures. Every seed draws
-    its own network, directions and samples; sizes are nested, and the errors are means over seeds.
+    ``beyond`` are sizes for ``Fixed`` only, which needs more samples for the same errors. ``other_inputs`` are dimensions at
+    which the product is measured too, without one-sided structures. Every seed draws its own network, directions and
+    samples; sizes are nested, and errors are means over seeds.
     """
 
     sizes: tuple[int, ...] = (50, 100, 200, 400, 800)
@@ -98,9 +98,9 @@ class LowRankConfig:
         counts = (self.seeds, self.units, self.test_samples, self.epochs, self.patience, self.repetitions)
         inputs = [d - 1 for d in (self.inputs, *self.other_inputs)]
         if min(*counts, *inputs, *self.all_sizes) < 1 or any(a >= b for a, b in pairwise(self.all_sizes)):
-            raise TangentError(f"{NAME}: counts are positive, inputs at least 2 and sizes rise, got {self}")
+            raise TangentError(f"{NAME}: counts must be positive, inputs at least 2 and sizes increasing, got {self}")
         if not self.sizes:
-            raise TangentError(f"{NAME}: sizes rise from one at least, got none")
+            raise TangentError(f"{NAME}: at least one size is needed, got none")
         for kind, known, optional in (("structures", STRUCTURES, 0), ("peers", PEERS, 1), ("targets", FORMULAS, 0)):
             named = getattr(self, kind)
             if not (named or optional) or not set(named) <= set(known):
@@ -108,7 +108,7 @@ class LowRankConfig:
 
     @property
     def all_sizes(self) -> tuple[int, ...]:
-        """Every number of samples that something is fitted to."""
+        """Every number of samples that any model is fitted to."""
         return self.sizes + self.beyond
 
     def quick(self) -> "LowRankConfig":
@@ -121,7 +121,7 @@ class LowRankConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """A network and its samples: what one seed decides."""
+    """The network, directions and samples of one seed."""
 
     model: nn.Sequential
     directions: Tensor
@@ -140,14 +140,14 @@ class Draw:
         return values[name]()[:, None]
 
     def samples(self, names: tuple[str, ...], n: int) -> Samples:
-        """The first n training samples and the test samples, a column a target."""
+        """The first n training samples and the test samples, one column per target."""
         x = self.train[:n]
         y, y_test = (torch.cat([self.target(name, at) for name in names], 1) for at in (x, self.test))
         return Samples(x, y, self.test, y_test)
 
 
 def draw(config: LowRankConfig, seed: int) -> Draw:
-    """The network, the directions and the samples of a seed, in float64."""
+    """Draw the network, directions and samples of a seed, in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -160,13 +160,13 @@ def draw(config: LowRankConfig, seed: int) -> Draw:
         model[2].weight.copy_(normal(1, m).sign() / math.sqrt(m))  # type: ignore[operator]
     first = normal(d, 2)
     train, test = normal(config.all_sizes[-1], d), normal(config.test_samples, d)
-    # Last, so that targets of two directions do not change with how many others there are.
+    # Drawn last, so that targets of two directions do not depend on the number of other directions.
     directions = torch.cat([first, normal(d, 2)], 1)
     return Draw(model, directions / directions.norm(dim=0), train, test)
 
 
 def configured(asked: Asked) -> LowRankConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     config = LowRankConfig(seed=asked.seed, seeds=asked.sized(5, full=10))
     if asked.epochs is not None:
         config = replace(config, epochs=asked.epochs)
@@ -181,11 +181,11 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Fit every structure and peer to every number of samples, and set the errors beside those measured earlier.
+    """Fit every structure and peer to every number of samples, and compare the errors with earlier ones.
 
-    ``units`` keeps the errors at each dimension, seed and number of samples as soon as they are known. Recursive feature
-    machines are left out, and the results say so, where xrfm is not installed.
-    Raises TangentError where the config does, and for strengths or a ridge that ``fit`` refuses.
+    ``units`` keeps the errors at each dimension, seed and number of samples as soon as they are known. If xrfm is not
+    installed, recursive feature machines are left out, and the results say so.
+    Raises TangentError if the config does, and for strengths or a ridge that ``fit`` refuses.
 
     >>> small = LowRankConfig(
     ...     sizes=(20, 40), beyond=(), structures=("Fixed",), peers=(), targets=("product", "square"), seeds=1, inputs=5,
@@ -217,13 +217,13 @@ def run(
 
 
 def _at(config: LowRankConfig, inputs: int) -> LowRankConfig:
-    """What is measured at another dimension: the target of two directions."""
+    """The settings at another dimension, where only the target of two directions is measured."""
     kept = tuple(name for name in config.structures if name in ("Fixed", "TwoSided")) or config.structures
     return replace(config, inputs=inputs, other_inputs=(), targets=(TWO_INDEX,), structures=kept)
 
 
 def _errors(config: LowRankConfig, clock: Clock, units: Units) -> dict[str, np.ndarray]:
-    """Relative test errors at one dimension, (seeds, sizes) for each target and model; NaN where nothing was fitted."""
+    """Relative test errors at one dimension, (seeds, sizes) for each target and model; NaN if nothing was fitted."""
     peers = [name for name in config.peers if name != "RFM" or has_machines()]
     names = [f"{target}.{model}" for target in config.targets for model in (*config.structures, *peers)]
     errors = {name: np.full((config.seeds, len(config.all_sizes)), np.nan) for name in names}
@@ -265,7 +265,7 @@ def _peer(config: LowRankConfig, peer: str, drawn: Draw, n: int) -> dict[str, Te
 
 
 def _measure(target: str, config: LowRankConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Mean errors and their scatter, the earlier figures beside them, and the samples saved at each level of the error."""
+    """Mean errors, their scatter, the earlier figures, and the samples saved at each error level."""
     errors: dict[str, dict[str, float]] = {}
     scatter: dict[str, dict[str, float]] = {}
     for name in (key.removeprefix(f"{target}.") for key in arrays if key.startswith(f"{target}.")):
@@ -274,7 +274,7 @@ def _measure(target: str, config: LowRankConfig, arrays: Mapping[str, np.ndarray
         errors[name] = {n: float(of_seeds.mean()) for n, of_seeds in of_sizes.items()}
         scatter[name] = {n: float(e.std(ddof=1)) if len(e) > 1 else math.nan for n, e in of_sizes.items()}
     earlier = {}
-    # Measured at 40 inputs only.
+    # The earlier figures are for 40 inputs only.
     for n, pair in EARLIER.get(target, {}).items() if config.inputs == 40 else ():
         for name, figure in zip(("Fixed", "TwoSided"), pair, strict=True):
             if name in errors and str(n) in errors[name]:

@@ -1,4 +1,4 @@
-"""The penalties that penalties on the transform induce on coefficients: evaluated, drawn, judged."""
+"""The penalties on coefficients that penalties on the transform induce."""
 
 from adaptive_tangents.experiments.study import Study
 

@@ -1,18 +1,18 @@
-"""What penalties claims: v² near 0, slower growth far out, the slope of each induced penalty, and which stay convex."""
+"""The claims of penalties: v² near 0, slower growth for large v, the slope of each, and which are convex."""
 
 from typing import Any
 
 from adaptive_tangents.experiments.claims import claim
 
-# The log-log slope far out, 2/(1 + 2e) where log z rises e times as fast as the log of the level; and whether ω̃ is convex.
+# The log-log slope for large v, 2/(1 + 2e) if log z grows e times as fast as the log of the level; whether ω̃ is convex.
 EXPECTED = {"omega1": (1.0, True), "omega2": (2 / 3, False), "omega3": (1 / 2, False)}
 SYMBOLS = {"omega1": "ω̃₁", "omega2": "ω̃₂", "omega3": "ω̃₃"}
-# A measured slope is taken as the stated one within this, and ω̃ as v² within this share.
+# Tolerances: of a slope, absolute; of ω̃ against v² near 0, relative.
 SLOPE_TOLERANCE, NEAR_TOLERANCE = 0.01, 1e-3
 
 
 def claims(measured: dict[str, Any], *, near: float, far: tuple[float, float]) -> dict[str, dict[str, Any]]:
-    """Each claim in words, whether the numbers bear it out, and the numbers; ``near`` and ``far`` are in units of √λ."""
+    """Every claim in words, its verdict and numbers; ``near`` and ``far`` are in units of √λ."""
     made = {
         "near": claim(
             "Near 0 the induced penalties are v², as for the fixed kernel",

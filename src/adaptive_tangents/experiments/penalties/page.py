@@ -1,4 +1,4 @@
-"""The page of penalties: their curves, and which claims the numbers bear out."""
+"""The page of penalties: their curves and the verdicts on the claims."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def draw_penalties(results: Results, arrays: Arrays) -> Figure:
     names = dict(zip(results["penalties"], (r"(z-1)^2", r"|z-1|", r"\omega_1 \oplus \omega_2"), strict=True))
     strength = results["config"]["strength"]
     for k, ((name, formula), color) in enumerate(zip(names.items(), COLORS, strict=False), start=1):
-        # Only a strength that is not 1 is worth its letter; the third is made of the others.
+        # λ is shown only if it is not 1; the third penalty is composed of the others.
         factor = "" if strength == 1 or k == 3 else r"\lambda"
         left.plot(arrays["z"], arrays[f"{name}.value"], color=color, lw=2, label=rf"$\omega_{k} = {factor}{formula}$")
         right.plot(arrays["v"], arrays[f"{name}.induced"], color=color, lw=2, label=rf"$\tilde\omega_{k}(v)$")
@@ -24,7 +24,7 @@ def draw_penalties(results: Results, arrays: Arrays) -> Figure:
     right.set(xlabel="singular value $v$ of the coefficients", xlim=(0, arrays["v"][-1]))
     left.set_title("Penalty on the transform", loc="left")
     right.set_title("Penalty induced on the coefficients", loc="left")
-    # As high as the two that differ: the third, or v² on the right, leaves the panel early.
+    # The limits follow the other curves: the first on the left and v² on the right leave the panel early.
     left.set_ylim(0, 1.6 * max(arrays[f"{name}.value"][-1] for name in list(names)[1:]))
     right.set_ylim(0, 1.1 * max(arrays[f"{name}.induced"][-1] for name in names))
     for axes in (left, right):
@@ -33,9 +33,9 @@ def draw_penalties(results: Results, arrays: Arrays) -> Figure:
 
 
 def _context(results: Results) -> dict[str, Any]:
-    """In a line, how many of the claims the numbers bear out."""
+    """How many of the claims hold, in one sentence."""
     return claims_context(
-        results, "Small coefficients are priced as by the fixed kernel and large ones less: every claim holds."
+        results, "Small coefficients cost as much as with the fixed kernel, large ones less. Every claim holds."
     )
 
 

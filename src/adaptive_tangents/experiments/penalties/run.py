@@ -1,7 +1,7 @@
-"""What penalties on the transform do to coefficients: v² for small ones, less for large ones, and which stay convex.
+"""What do penalties on the transform cost small and large coefficients, and which induced penalties are convex?
 
-ω₁ = λ(z − 1)², ω₂ = λ|z − 1| and ω₃ = ω₁ ⊕ ω₂ on a singular value z of the transform, and the penalties ω̃₁, ω̃₂, ω̃₃ they
-induce on a singular value v of the coefficients, beside the v² of the fixed kernel.
+The penalties on a singular value z of the transform are ω₁ = λ(z − 1)², ω₂ = λ|z − 1| and ω₃ = ω₁ ⊕ ω₂. They induce ω̃₁, ω̃₂
+and ω̃₃ on a singular value v of the coefficients, which are compared with the v² of the fixed kernel.
 Source: LeJeune & Alemohammad, CPAL 2024, §3 and its figure of penalties.
 """
 
@@ -26,7 +26,7 @@ FORMULAS = {"omega1": "λ(z − 1)²", "omega2": "λ|z − 1|", "omega3": "ω₁
 
 @dataclass(frozen=True)
 class PenaltiesConfig:
-    """The strength λ of both penalties, the panels' ends, and (in units of √λ) where v counts as near 0 and as far out."""
+    """The strength λ of both penalties, the panels' limits, and the ranges of small and large v, in units of √λ."""
 
     strength: float = 1.0
     largest_z: float = 4.0
@@ -38,14 +38,14 @@ class PenaltiesConfig:
     def __post_init__(self) -> None:
         if self.points < 3 or not self.largest_z > 1 or not self.largest_v > 0 or not 0 < self.near < self.far[0]:
             raise TangentError(
-                f"{NAME}: at least 3 points, largest_z above 1, largest_v positive and near below far, got {self}"
+                f"{NAME}: needs at least 3 points, largest_z above 1, positive largest_v and near below far, got {self}"
             )
         if not self.far[0] < self.far[1]:
             raise TangentError(f"{NAME}: far goes from a smaller v to a larger one, got {self.far}")
 
 
 def configured(asked: Asked) -> PenaltiesConfig:
-    """The settings for what was asked: always the same."""
+    """The settings, the same for every request."""
     return PenaltiesConfig()
 
 
@@ -56,9 +56,9 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Evaluate the three penalties and judge what is claimed of them.
+    """Evaluate the three penalties and judge the claims about them.
 
-    Raises TangentError where the config does, and for a strength that is not positive and finite.
+    Raises TangentError if the config does, and for a strength that is not positive and finite.
 
     >>> all(claim["holds"] for claim in run(PenaltiesConfig()).results["claims"].values())
     True
@@ -85,7 +85,7 @@ def run(
 
 
 def _measure(penalty: Penalty, config: PenaltiesConfig) -> dict[str, Any]:
-    """Departure from v² near 0, log-log slope far out, and the least change of slope over the panel and beyond."""
+    """Departure from v² near 0, log-log slope for large v, and the least change of slope over the panel and beyond."""
     induced, scale = penalty.induced(), math.sqrt(config.strength)
     near = torch.logspace(-8, 0, 81, dtype=torch.float64) * config.near * scale
     far = torch.tensor(config.far, dtype=torch.float64) * scale

@@ -1,4 +1,4 @@
-"""The error over the number of samples by two protocols: network, fixed features and adaptive ones, and exact fits."""
+"""Test error over the number of samples by two protocols: network, fixed and adaptive features, and exact fits."""
 
 from adaptive_tangents.experiments.study import Study
 

@@ -1,4 +1,4 @@
-"""What sample-complexity claims: each published statement, what would refute it, and the verdict of the numbers."""
+"""The claims of sample-complexity: each published statement, what would refute it, and its verdict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from adaptive_tangents.experiments.low_rank_targets.claims import samples_needed
 
 FRESH, SAME = "fresh subset each epoch", "fixed subset"
 PROTOCOLS = (FRESH, SAME)
-# How the epoch that is reported is chosen, and by which curve.
+# How the reported epoch is chosen, and by which curve.
 TEST, VALIDATION = "test set", "validation split"
 SELECTIONS = {TEST: "test", VALIDATION: "validation"}
 FOCUS = 1000
-WITHIN = 0.2  # relative; what counts as the published error
-FLATTERS = 0.01  # of the error; less is no matter
+WITHIN = 0.2  # relative difference that counts as the published error
+FLATTERS = 0.01  # relative; a smaller difference does not count
 TITLES = {"mnist": "MNIST", "mnist5k": "MNIST", "cifar10": "CIFAR-10"}
 _SIZES = ("125", "250", "500", "1000", "2000", "4000", "8000", "16000", "32000", "all")
-# Test errors read off the plot of arXiv:2308.15478v1, and what "all" is there.
+# Test errors read off the plot of arXiv:2308.15478v1, and the size that it calls "all".
 _PUBLISHED: dict[str, tuple[int, dict[str, tuple[float, ...]]]] = {
     "MNIST": (
         60_000,
@@ -37,7 +37,7 @@ _PUBLISHED: dict[str, tuple[int, dict[str, tuple[float, ...]]]] = {
         },
     ),
 }
-# Of MNIST at n = 1000, 14,262 training digits at hand, in a set-up of which no more is known.
+# Earlier errors for MNIST at n = 1000, with 14,262 training digits available; no more is known of the set-up.
 EARLIER = {
     FRESH: {"fixed": 0.169, "adaptive": 0.117, "network": 0.042},
     SAME: {"fixed": 0.217, "adaptive": 0.268, "network": 0.127},
@@ -46,7 +46,7 @@ Errors = Mapping[str, Any]
 
 
 def published(dataset: str) -> dict[str, dict[str, float]]:
-    """The published test errors of a data set by model and size, those of all samples under how many they are.
+    """The published test errors of a data set by model and size; "all" becomes the number of samples.
 
     >>> published("mnist")["network"]["1000"], published("cifar10")["fixed"]["50000"], published("openml:other")
     (0.032, 0.453, {})
@@ -59,7 +59,7 @@ def published(dataset: str) -> dict[str, dict[str, float]]:
 
 
 def claims(errors: Errors, runs: Errors, exact: Errors, described: Errors) -> dict[str, dict[str, Any]]:
-    """Every claim about every data set, of the models that were trained."""
+    """Every claim about every data set, for the models that were trained."""
     made: dict[str, dict[str, Any]] = {}
     for name in errors:
         title = TITLES.get(name, name)
@@ -80,7 +80,7 @@ def means(curve: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def _focus(curve: Mapping[str, Any]) -> str:
-    """The measured size nearest to that of the claims."""
+    """The measured size nearest to the one that the claims are about."""
     return min(curve, key=lambda n: abs(np.log(int(n) / FOCUS)))
 
 
@@ -111,7 +111,7 @@ def _order(name: str, errors: Errors) -> dict[str, dict[str, Any]]:
 
 
 def _levels(name: str, errors: Errors, described: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whether each error is the published one of its size."""
+    """Whether each error agrees with the published one at its size."""
     made = {}
     for kind, curve in errors[FRESH][TEST].items():
         figures = {n: e for n, e in published(name).get(kind, {}).items() if n in curve}
@@ -148,10 +148,10 @@ def _words(kind: str) -> str:
 
 
 def factors(curves: Mapping[str, Mapping[str, list[float]]]) -> dict[str, tuple[float, bool]]:
-    """By what factor more samples fixed features need for the error of adaptive ones at each size; whether at least that.
+    """How many times more samples fixed features need for the error of adaptive ones at each size; whether that is a bound.
 
-    Where no measured size of the fixed ones comes down to that error, the largest is a lower bound; where all are below it,
-    the smallest is an upper bound, given as it is.
+    If no measured size of the fixed features reaches that error, the largest gives a lower bound. If all are below it, the
+    smallest gives an upper bound, which is returned as it is.
 
     >>> factors({"fixed": {"100": [0.4], "400": [0.2]}, "adaptive": {"100": [0.2], "400": [0.1]}})
     {'100': (4.0, False), '400': (1.0, True)}
@@ -170,7 +170,7 @@ def factors(curves: Mapping[str, Mapping[str, list[float]]]) -> dict[str, tuple[
 
 
 def _factor(name: str, errors: Errors) -> dict[str, dict[str, Any]]:
-    """The order of magnitude of the first versions' abstract, by both protocols."""
+    """The abstract of the first versions claims an order of magnitude: the claim by both protocols."""
     made = {}
     for key, protocol in (("fresh", FRESH), ("same", SAME)):
         curves = errors[protocol][TEST]
@@ -230,7 +230,7 @@ def _subset(errors: Errors, runs: Errors) -> dict[str, dict[str, Any]]:
 
 
 def _counts(errors: Errors, runs: Errors, described: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whether the published n is a number of training samples."""
+    """Whether the published n counts training samples."""
     kinds = list(errors[FRESH][TEST])
     n = _focus(errors[FRESH][TEST][kinds[0]])
     seen = max(max(runs[FRESH][kind][n]["distinct"]) for kind in kinds)

@@ -21,7 +21,7 @@ _TICKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def draw_errors(results: Results, arrays: Arrays) -> Figure:
-    """Test error against n, a row for each data set and a column for each protocol; published curves in gray."""
+    """Test error against n, one row per data set and one column per protocol; published curves in gray."""
     names = list(results["errors"])
     figure, axes = grid(len(names), 2, 3.9 * len(names), sharex="row", sharey="row")
     for row, name in zip(axes, names, strict=True):
@@ -48,11 +48,11 @@ def _published(axis: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
             f"{kind}, published", (sizes[0], next(iter(curve.values()))), xytext=(-3, 0), textcoords="offset points",
             ha="right", va="center", fontsize=7.5, color=MUTED,
         )  # fmt: skip
-        axis.set_xlim(left=sizes[0] / 8)  # room for the names
+        axis.set_xlim(left=sizes[0] / 8)  # leaves space for the names
 
 
 def _curve(axis: Axes, curve: Mapping[str, list[float]], color: str, label: str | None) -> None:
-    """Mean over seeds with its range; without a label, the epoch chosen by the validation split."""
+    """Mean and range over seeds; a curve without a label is for the epoch chosen by the validation split."""
     sizes, values = [int(n) for n in curve], [np.array(of_seeds) for of_seeds in curve.values()]
     means = [v.mean() for v in values]
     if label is None:
@@ -92,7 +92,7 @@ def _error(values: list[float]) -> str:
 
 
 def _error_table(results: Results, name: str) -> Table:
-    """Every error: a row for each protocol, model and way of choosing the epoch."""
+    """Every error: one row per protocol, model and rule for choosing the epoch."""
     errors, published = results["errors"][name], results["published"][name]
     sizes = [str(n) for n in results["data"][name]["sizes"]]
     rows = []
@@ -117,7 +117,7 @@ def _exact_table(results: Results, name: str) -> Table:
                 rows.append((f"{int(n):,}", loss, model, _error(values)))
     trained = results["errors"][name][_SAME][_VALIDATION]
     rows += [(f"{int(n):,}", "trained", kind, _error(curve[n])) for n in sizes for kind, curve in trained.items()]
-    note = "Trained: by gradient descent on the same subset, the epoch chosen by the validation split."
+    note = "Trained: by gradient descent on the same subset, with the epoch chosen by the validation split."
     return Table(("n", "fit", "model", "test error"), rows, note)
 
 
@@ -132,7 +132,7 @@ def _length_table(results: Results, name: str) -> Table:
 
 
 def _verdict(results: Results) -> str:
-    """The answer in two sentences: whether the published order is found, and what one fixed subset shows."""
+    """The answer in two sentences: whether the published order is reproduced, and what one fixed subset shows."""
     said = []
     for name in results["errors"]:
         title = _TITLES.get(name, name)
@@ -142,24 +142,24 @@ def _verdict(results: Results) -> str:
             said.append(f"{title}: the published order {found} with fresh subsets ({order['evidence']}).")
         if subset is not None:
             words = {
-                "holds": "adaptive features are better there too",
+                "holds": "adaptive features are better too",
                 "holds in part": "adaptive features are better at some sizes only",
                 "does not hold": "adaptive features are not better than fixed ones",
             }
             said.append(f"With one fixed subset {words[subset['verdict']]}.")
-    return " ".join(said) or "Unanswered: the run did not train the models that are compared."
+    return " ".join(said) or "Unanswered: the run did not train the models to compare."
 
 
 def _measures(results: Results) -> tuple[str, ...]:
     """What the published axis counts, in words and in this run's numbers."""
     texts = [
-        "The published plot’s axis reads “training samples”. The code published with it shuffles the whole training set, "
-        "takes n and repeats, and repeating shuffles anew: every epoch is a fresh random subset of size n. Its n is the "
-        "number of samples an epoch, out of all 60,000 (MNIST) or 50,000 (CIFAR-10). Training stops when the accuracy on "
-        "the test set has not improved for 20 epochs, and the best accuracy on the test set is the number reported.",
-        "So a small n means short epochs, hence frequent looks at the test set and an early end, more than few samples. Here "
-        "the same protocol stands beside one in which one subset of n samples is used for good, and beside each number "
-        "whose epoch was chosen by the test set one whose epoch was chosen by a validation split, from the same run.",
+        "The published axis reads “training samples”, but the published code counts samples per epoch. It shuffles the whole "
+        "training set and takes n for each epoch, so every epoch is a fresh random subset of size n, out of all 60,000 "
+        "(MNIST) or 50,000 (CIFAR-10). Training stops when the accuracy on the test set has not improved for 20 epochs, and "
+        "the best accuracy on the test set is reported.",
+        "So a small n means short epochs, frequent looks at the test set and an early stop, rather than few samples. Here "
+        "that protocol is compared with one that keeps the same subset of n samples, and each number whose epoch was chosen "
+        "by the test set is compared with one whose epoch was chosen by a validation split, from the same run.",
     ]
     for name in results["errors"]:
         counts = results["claims"].get(f"{name}.counts")
@@ -171,17 +171,19 @@ def _measures(results: Results) -> tuple[str, ...]:
 def _settings(results: Results) -> tuple[str, ...]:
     config = results["config"]
     texts = [
-        f"Gray images: dense ReLU network, depth {config['depth']}, width {config['width']}, SGD with learning rate 0.01 and "
-        "momentum 0.9. In color: four convolutions of width 16 to 128, each with average pooling, two dense layers and the "
-        "readout; Adam with learning rate 0.001. Batches of 50, of 25 below n = 250; pixels/255; mean cross-entropy; weights "
-        "of variance 1/fan-in, cut off at two standard deviations, no biases at the start: all as in the published code. "
-        "Its adaptive model has a factor for a layer’s outputs and one for its inputs (of a convolution: channels and "
-        "window), started at the identity with θ = 0; there the inputs’ factor leaves the bias alone, in dense layers here "
-        "it takes it in as one more input.",
-        f"A run ends {config['patience']} epochs after its best epoch on the test set and on the validation split, whichever "
-        f"is later, or after {config['max_epochs']:,} epochs (published: 1,000) or {config['max_steps']:,} steps, but 40 "
-        f"epochs at least. An eighth of the training images, at most {config['validation']:,}, is held out to validate; "
-        f"errors are of at most {config['test']:,} test images, drawn once for each seed.",
+        "These settings, and the lengths of the runs below, say how comparable the errors are with the published ones. All "
+        "follow the published code except for the bias (last sentence). Gray images: a dense ReLU "
+        f"network of depth {config['depth']} and width {config['width']}, SGD with learning rate 0.01 and momentum "
+        "0.9. Color images: four convolutions of width 16 to 128, each with average pooling, two dense layers and the "
+        "readout; Adam with learning rate 0.001. Batches of 50, or 25 below n = 250; pixels/255; mean cross-entropy; "
+        "weights of variance 1/fan-in, truncated at two standard deviations; biases start at zero. The adaptive model "
+        "has one factor for a layer’s outputs and one for its inputs (for a convolution: channels and window). "
+        "Factors start at the identity and θ at 0. In dense layers the inputs’ factor includes the bias as one more "
+        "input; in the published code it does not.",
+        f"A run ends {config['patience']} epochs after its best epoch on the test set or on the validation split, whichever "
+        f"is later, or after {config['max_epochs']:,} epochs (published: 1,000) or {config['max_steps']:,} steps, but not "
+        f"before 40 epochs. An eighth of the training images, at most {config['validation']:,}, is held out for "
+        f"validation. Errors are on at most {config['test']:,} test images, drawn once for each seed.",
     ]
     texts += [f"{part['source']} {part['pool']:,} to train on." for part in results["data"].values()]
     for name, sentences in results["left_out"].items():
@@ -191,7 +193,7 @@ def _settings(results: Results) -> tuple[str, ...]:
 
 
 def _named(results: Results, names: list[str], table: Callable[[Results, str], Table]) -> Iterator[str | Table]:
-    """The table of each data set, under its name where the page is about several."""
+    """The table of each data set, with its name if there are several."""
     for name in names:
         if len(results["errors"]) > 1:
             yield f"{_TITLES.get(name, name)}:"
@@ -201,13 +203,15 @@ def _named(results: Results, names: list[str], table: Callable[[Results, str], T
 def _story(results: Results) -> Story:
     names = list(results["errors"])
     caption = (
-        "Error on the test set over n. Filled: the epoch is the best on the test set, as published; hollow and dashed: the "
-        "best on a validation split. Gray: published, with fresh subsets, in both columns. Shaded: range over seeds. "
-        "Triangles and squares: exact fits to the same subset, fixed and two-sided."
+        "Error on the test set over n. Filled marks: the epoch is the best on the test set, as published. Hollow, dashed: "
+        "the best on a validation split. Gray: published curves, from fresh subsets, in both columns. Shaded: range over "
+        "seeds. Triangles and squares: exact fits to the same subset, fixed and two-sided."
     )
     exact = [*_named(results, [name for name in names if results["exact"][name]], _exact_table)]
     sections = [
         Section("errors", "Error over samples", (
+            "The curves show the test error of each model over n by both protocols: adaptive features save samples where "
+            "their curve lies below that of fixed ones.",
             Shown("errors", "Test error against the number of samples, by model and protocol", caption),
             *_named(results, names, _error_table),
         )),
@@ -215,17 +219,18 @@ def _story(results: Results) -> Story:
     ]  # fmt: skip
     if exact:
         text = (
-            "On one subset the same models can be fitted exactly: squared error and cross-entropy with a small ridge, the "
-            "two-sided model with strength λ of its penalty. These are minima of the joint problem, with certificates, so "
-            "what they show is the model and not its training."
+            "The table compares trained models with exact fits to the same subset: differences come from training, not from "
+            "the model. Exact fits use squared error or cross-entropy with a small ridge, and strength λ of the "
+            "penalty in the two-sided model. They are certified minima of the joint problem."
         )
         sections.append(Section("exact", "Exact fits beside trained models", (text, *exact)))
     training = (*_settings(results), *_named(results, names, _length_table))
     sections.append(Section("training", "How the models were trained", training))
     return Story(
         "Do adaptive tangent features need fewer samples?",
-        "A network, its linearization at the start, and the linear model whose features are transformed as it learns are "
-        "trained alike; the error on the test set is set beside the curves published in the first versions of the paper.",
+        "Three models are trained alike: a network, its linearization at the start (fixed features), and the linear model "
+        "that learns a transform of its features (adaptive). Their test errors are compared with the curves of the paper’s "
+        "first versions.",
         _verdict(results),
         tuple(sections),
     )

@@ -1,9 +1,9 @@
 """How many samples do adaptive tangent features need, and what did the published curves of the error over samples measure?
 
-A network, its linearization at the start (fixed features) and that with features Mφ (adaptive) are trained alike on n samples
-an epoch, by either of two protocols: a fresh random subset of size n each epoch, as published, where n counts samples an
-epoch out of the whole training set; or one subset of n for good. The epoch reported is the best on the test set, as
-published, or the best on a validation split; both come from one run. On one subset exact fits stand beside.
+A network, its linearization at the start (fixed features) and the linearization with features Mφ (adaptive) are trained
+alike on n samples per epoch, by two protocols: a fresh random subset of size n each epoch, as published, where n counts
+samples per epoch out of the whole training set; or the same subset of n in every epoch. The reported epoch is the best on
+the test set, as published, or the best on a validation split, both from one run. Exact fits use the same subset.
 Source: the figure of the first versions of LeJeune & Alemohammad (arXiv:2308.15478v1) and the code published with it.
 """
 
@@ -46,22 +46,22 @@ from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.spectral import TwoSided
 
-FOCUS = 1000  # the size that claims are about, measured first
+FOCUS = 1000  # the size that claims are about; measured first
 Loss = Literal["squared", "cross-entropy"]
 LOSSES: tuple[Loss, ...] = ("squared", "cross-entropy")
-_AT_LEAST = 40  # epochs, however many steps they take
+_AT_LEAST = 40  # epochs, regardless of the limit on steps
 PUBLISHED_SIZES = (125, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
-_CONVOLUTIONAL_SIZES = (1000,)  # of --full: a step of the convolutional models takes ten times as long
+_CONVOLUTIONAL_SIZES = (1000,)  # for --full: a step of the convolutional models takes ten times as long
 
 
 @dataclass(frozen=True)
 class SampleComplexityConfig:
-    """Data sets and sizes; sizes beyond what a data set holds are left out, and ``everything`` adds all it holds.
+    """Data sets and sizes. Sizes that a data set cannot fill are left out; ``everything`` adds all its samples.
 
-    ``convolutional_sizes``, where given, are those of data sets that a convolutional network learns, and all of them.
-    ``patience``, ``max_epochs`` and ``max_steps`` end a training run, the last not before 40 epochs; ``validation`` and
-    ``test`` are the most samples held out and tested on. Exact fits are made of up to ``exact`` samples, with ``strengths``
-    λ of both penalties and the ridge ρ of each loss.
+    ``convolutional_sizes``, if given, replace the sizes, including all samples, for data sets that a convolutional network
+    learns. ``patience``, ``max_epochs`` and ``max_steps`` end a training run, the last not before 40 epochs. ``validation``
+    and ``test`` limit the samples held out and tested on. Exact fits use up to ``exact`` samples, with ``strengths`` λ of
+    both penalties and the ridge ρ of each loss.
     """
 
     datasets: tuple[str, ...] = ("mnist5k",)
@@ -88,23 +88,23 @@ class SampleComplexityConfig:
         counts = (self.seeds, self.width, self.depth, self.max_epochs, self.max_steps, self.validation, self.test)
         falls = any(a >= b for sizes in (self.sizes, self.convolutional_sizes) for a, b in pairwise(sizes))
         if min(*counts, *self.sizes, *self.convolutional_sizes) < 1 or not self.sizes or falls:
-            raise TangentError(f"{NAME}: counts are positive and sizes rise, got {self}")
+            raise TangentError(f"{NAME}: counts must be positive and sizes increasing, got {self}")
         if self.patience < 0 or not self.datasets or not self.models or set(self.models) - set(MODELS):
             raise TangentError(
-                f"{NAME}: patience is 0 or more, with a data set and some of the models {', '.join(MODELS)}; got {self}"
+                f"{NAME}: needs patience of 0 or more, a data set, and some of the models {', '.join(MODELS)}; got {self}"
             )
 
     def asked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes asked of images of this shape, in color if it has three dimensions."""
+        """The requested sizes for images of this shape; three dimensions mean color."""
         return self.convolutional_sizes if self.convolutional_sizes and len(shape) == 3 else self.sizes
 
     def epochs(self, n: int, batch: int) -> int:
-        """The most epochs of n samples: of many samples an epoch fewer, as no more steps are taken."""
+        """The most epochs of n samples: fewer for large n, to limit the number of steps."""
         return min(self.max_epochs, max(_AT_LEAST, self.max_steps // max(n // batch, 1)))
 
 
 def configured(asked: Asked) -> SampleComplexityConfig:
-    """The settings for what was asked; ``--full`` adds CIFAR-10 where its files are in the folder of the data."""
+    """The settings for what was asked; ``--full`` adds CIFAR-10 if its files are in the data folder."""
     full = asked.size == "full"
     beside = full and asked.data_dir is not None and find_cifar10(Path(asked.data_dir)) is not None
     datasets = (asked.data, "cifar10") if beside and asked.data != "cifar10" else (asked.data,)
@@ -122,7 +122,7 @@ def configured(asked: Asked) -> SampleComplexityConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """What a seed makes of a data set: samples to train on in a drawn order, to validate and to test; and the start."""
+    """A data set for one seed: training samples in random order, validation and test samples, and the initial network."""
 
     pool: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -132,7 +132,7 @@ class Split:
     described: dict[str, Any]
 
     def network(self, config: SampleComplexityConfig, seed: int) -> nn.Sequential:
-        """The network at the start, the same for every model and size."""
+        """The initial network, the same for every model and size."""
         made = network(
             self.shape, self.classes, width=config.width, depth=config.depth, generator=random(seed, "network")
         )
@@ -142,7 +142,7 @@ class Split:
 def split(config: SampleComplexityConfig, dataset: str, seed: int, device: str = "cpu") -> Split:
     """Load and divide a data set: an eighth of the training images, at most ``validation``, is held out.
 
-    Raises TangentError where the data cannot be had, or hold fewer than two training images or one of another class.
+    Raises TangentError if the data are not available, or hold fewer than two training images or one of another class.
     """
     images = load_images(dataset, data_dir=config.data_dir)
     held_out = min(config.validation, len(images.train_labels) // 8)
@@ -175,10 +175,10 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Train every model on every number of samples by both protocols, fit the exact ones, and set the published beside.
+    """Train every model on every number of samples by both protocols, make the exact fits, and compare with the published.
 
-    Each training run and each fit is a unit. Raises TangentError where ``split`` does, for data that hold fewer samples than
-    the smallest size, and where training diverges.
+    Each training run and each fit is a unit. Raises TangentError if ``split`` does, if the data hold fewer samples than the
+    smallest size, or if training diverges.
 
     >>> small = SampleComplexityConfig(sizes=(20,), width=4, depth=2, max_epochs=1, test=50, exact=0, models=("network",))
     >>> list(run(small).results["errors"]["mnist5k"])
@@ -221,13 +221,13 @@ def run(
         "claims": claims(errors, runs, exact, described),
         "metrics": flatten({"errors": errors, "exact": exact}),
     }
-    # Of a run that was resumed the clock knows the last part only.
+    # After a resumption the clock covers only the last part of the run.
     results["wall_seconds"]["total"] = max(results["wall_seconds"]["total"], seconds)
     return RunResult(results, {f"sizes.{name}": np.array(sizes[name]) for name in config.datasets})
 
 
 def _sizes(config: SampleComplexityConfig, part: Split) -> list[int]:
-    """The sizes a data set has samples for."""
+    """The sizes that a data set has enough samples for."""
     held, asked = len(part.pool[1]), config.asked(part.shape)
     found = [n for n in asked if n <= held]
     if not found:
@@ -239,14 +239,14 @@ def _sizes(config: SampleComplexityConfig, part: Split) -> list[int]:
 
 
 def _work(config: SampleComplexityConfig, n: int) -> float:
-    """Work to expect of a size: an epoch's test, its steps, and the exact fits."""
+    """Expected work for one size: tests, steps and exact fits."""
     return len(config.models) * (1500 + n) + (30 * n if n <= config.exact else 0)
 
 
 def _trained(
     config: SampleComplexityConfig, name: str, here: Split, seed: int, n: int, units: Units, heard: Any
 ) -> dict[tuple[str, Model], Course]:
-    """The training runs of one size: both protocols, every model."""
+    """The training runs for one size: both protocols, every model."""
     found: dict[tuple[str, Model], Course] = {}
     total = len(PROTOCOLS) * len(config.models)
     how = recipe(here.shape)
@@ -279,7 +279,7 @@ def _trained(
 def _fitted(
     config: SampleComplexityConfig, name: str, here: Split, seed: int, n: int, units: Units
 ) -> dict[tuple[Loss, str], dict[str, float]]:
-    """The exact fits to one subset: for each loss the fixed kernel, and both sides adapted at every strength."""
+    """The exact fits to one subset, for each loss: the fixed kernel, and TwoSided at every strength."""
     if n > config.exact:
         return {}
     structures: dict[str, Structure] = {"fixed": Fixed()}
@@ -309,7 +309,7 @@ def _exact_fit(
     loss: Loss,
     structure: Structure,
 ) -> dict[str, Tensor]:
-    """One fit: errors in validation and test, and its certificates."""
+    """One fit: validation and test errors, and certificates."""
     feats, *held_out = features
     n = feats.n
     x, labels = here.pool[0][:n], here.pool[1][:n]
@@ -336,7 +336,7 @@ def _exact_fit(
 def _summary(
     config: SampleComplexityConfig, most: Mapping[int, int], courses: Mapping[tuple[str, Model, int], list[Course]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Errors by protocol, selection, model and size, one a seed; and of the runs how long they were and what they saw."""
+    """Errors per seed by protocol, selection, model and size; and the runs' lengths and numbers of samples seen."""
     errors: dict[str, Any] = {}
     runs: dict[str, Any] = {}
     for protocol in PROTOCOLS:
@@ -364,7 +364,7 @@ def _summary(
 
 
 def _exact_summary(sizes: list[int], fits: Mapping[tuple[Loss, str, int], list[dict[str, float]]]) -> dict[str, Any]:
-    """Test errors of the exact fits by loss and size, one a seed: fixed, every strength, the best in validation."""
+    """Test errors per seed of the exact fits by loss and size: fixed, every strength, the best in validation."""
     made: dict[str, Any] = {}
     for loss in LOSSES:
         words = list(dict.fromkeys(word for l, word, _ in fits if l == loss))
@@ -389,27 +389,27 @@ def _exact_summary(sizes: list[int], fits: Mapping[tuple[Loss, str, int], list[d
 
 
 def _left_out(config: SampleComplexityConfig, part: Split, sizes: list[int], described: Mapping[str, Any]) -> list[str]:
-    """What was not measured, and why, in sentences."""
+    """Sentences on what was not measured, and why."""
     said, asked, classes = [], config.asked(part.shape), part.classes
     if asked != config.sizes:
         other = [n for n in config.sizes if n not in asked]
         said.append(
-            f"n = {', '.join(f'{n:,}' for n in other)}: of convolutional networks only n = "
-            f"{', '.join(f'{n:,}' for n in asked)} was asked for, as their steps take ten times as long."
+            f"n = {', '.join(f'{n:,}' for n in other)}: convolutional networks were trained only for n = "
+            f"{', '.join(f'{n:,}' for n in asked)}, because their steps take ten times as long."
         )
     beyond = [n for n in asked if n > described["pool"]]
     if beyond:
         said.append(
-            f"n = {', '.join(f'{n:,}' for n in beyond)}: {described['name']} leaves {described['pool']:,} samples to train "
-            "on."
+            f"n = {', '.join(f'{n:,}' for n in beyond)}: {described['name']} has only {described['pool']:,} training "
+            "samples."
         )
     large = [n for n in sizes if n > config.exact]
     if large and config.exact:
         unknowns = large[0] * classes
         said.append(
-            f"Exact fits beyond n = {config.exact:,}: with {classes} outputs n = {large[0]:,} makes kernels of {unknowns:,} "
-            f"× {unknowns:,}, {8 * unknowns**2 / 1e9:.2g} GB each, to be made and factorized many times over."
+            f"Exact fits beyond n = {config.exact:,}: with {classes} outputs, n = {large[0]:,} needs kernels of {unknowns:,} "
+            f"× {unknowns:,}, {8 * unknowns**2 / 1e9:.2g} GB each, made and factorized many times."
         )
     elif large:
-        said.append("Exact fits were not asked for.")
+        said.append("Exact fits were not requested.")
     return said

@@ -1,7 +1,7 @@
-"""Networks of the sample-complexity experiment, what is trained of them, and training that stops when nothing improves.
+"""Networks of sample-complexity, the models made from them, and training with early stopping.
 
-As in the code published with the paper: weights from a normal distribution of variance 1/fan_in cut off at two standard
-deviations, no biases at the start, mean cross-entropy, pixels/255.
+As in the code published with the paper: weights from a normal distribution of variance 1/fan_in truncated at two standard
+deviations, zero initial biases, mean cross-entropy, pixels/255.
 """
 
 import math
@@ -25,13 +25,13 @@ from adaptive_tangents.structures.modes import Modes
 Model = Literal["fixed", "adaptive", "network"]
 MODELS: tuple[Model, ...] = ("fixed", "adaptive", "network")
 _CUT = 2.0  # standard deviations
-_SHRUNK = 0.87962566103423978  # the standard deviation of a standard normal distribution cut off there
+_SHRUNK = 0.87962566103423978  # the standard deviation of a standard normal distribution truncated there
 _CHUNK = 2000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all three models of a data set are trained: batches of 50, of 25 where an epoch has fewer than 250 samples."""
+    """The training of a data set's three models: batches of 50, or 25 if an epoch has fewer than 250 samples."""
 
     adam: bool
     learning_rate: float
@@ -40,28 +40,28 @@ class Recipe:
     few: int = 250
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD with momentum, or Adam with it as β₁."""
+        """SGD with momentum, or Adam with the momentum as β₁."""
         if self.adam:
             return torch.optim.Adam(model.parameters(), lr=self.learning_rate, betas=(self.momentum, 0.999))
         return torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=self.momentum)
 
     def batch(self, n: int) -> int:
-        """Samples of a batch."""
+        """The number of samples per batch."""
         return self.batch_size if n >= self.few else self.batch_size // 2
 
 
 def recipe(shape: tuple[int, ...]) -> Recipe:
-    """The published one for gray images, or for colored ones."""
+    """The published recipe for gray or for color images."""
     return Recipe(adam=True, learning_rate=1e-3) if len(shape) == 3 else Recipe(adam=False, learning_rate=1e-2)
 
 
 def network(
     shape: tuple[int, ...], classes: int, *, width: int, depth: int, generator: torch.Generator
 ) -> nn.Sequential:
-    """Gray images: dense ReLU layers of one width, ``depth`` with the readout. In color: convolutions of width/8, …, width.
+    """A dense ReLU network for gray images, ``depth`` layers with the readout; for color, convolutions of width/8, …, width.
 
-    Each of the four convolutions, 3 × 3, is followed by ReLU and average pooling over 2 × 2; then two dense layers and the
-    readout. Raises TangentError for colored images of less than 16 × 16 pixels, and widths that 8 does not divide.
+    Each of the four 3 × 3 convolutions is followed by ReLU and 2 × 2 average pooling; then come two dense layers and the
+    readout. Raises TangentError for color images of less than 16 × 16 pixels, and for widths that 8 does not divide.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) == 3:
@@ -97,9 +97,9 @@ def network(
 
 
 def model(kind: Model, start: nn.Module) -> nn.Module:
-    """The network itself, linearized at its start, or with features Mφ: M a factor each for a layer's outputs and inputs.
+    """The network itself, its linearization, or that with features Mφ, where M has factors for a layer's outputs and inputs.
 
-    A convolution's inputs have two, one for channels and one for the window. All factors start at the identity and θ at 0.
+    A convolution has two factors for its inputs, channels and window. All factors start at the identity and θ at 0.
     """
     if kind == "network":
         return start
@@ -107,14 +107,14 @@ def model(kind: Model, start: nn.Module) -> nn.Module:
 
 
 def random(seed: int, *words: object) -> torch.Generator:
-    """A generator of its own for each purpose: what a run draws hangs on nothing that was drawn before it."""
-    # Of a seed torch uses 32 bits.
+    """A separate generator for each purpose, so that draws do not depend on earlier draws."""
+    # torch uses 32 bits of a seed.
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, (seed, *words))).encode()))
 
 
 @dataclass(frozen=True)
 class Course:
-    """What one training run showed: errors after every epoch, how many different samples it saw, seconds it took."""
+    """The course of one training run: errors after every epoch, number of different samples seen, and seconds."""
 
     test: Float[Tensor, " epochs"]
     validation: Float[Tensor, " epochs"]
@@ -137,10 +137,10 @@ def train(
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Course:
-    """Train on n samples an epoch, the pool's first n or n drawn anew each epoch, until neither error improves.
+    """Train on n samples per epoch, the pool's first n or a fresh draw each epoch, until neither error improves.
 
-    Stops once the best epoch on the test set and the best on the validation set are both more than ``patience`` epochs ago,
-    so that either rule can be applied to the course. Raises TangentError where the loss is not finite.
+    Stops once the best epochs on the test set and on the validation set are both more than ``patience`` epochs ago, so that
+    either rule can be applied to the course. Raises TangentError if the loss is not finite.
     """
     began = time.perf_counter()
     x, y = pool
@@ -166,13 +166,13 @@ def train(
 
 
 def _batches(index: Tensor, size: int) -> Iterator[Tensor]:
-    """Whole batches only, as published; all samples as one where there are not enough."""
+    """Full batches only, as published; a single smaller batch if there are too few samples."""
     whole = len(index) // size * size or len(index)
     return iter(torch.split(index[:whole], min(size, whole)))
 
 
 def error(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """The share of samples whose largest output is not their label's."""
+    """The share of samples whose largest output is not that of their label."""
     with torch.no_grad():
         wrong = [
             (model(part).argmax(1) != of_part).sum()
@@ -182,7 +182,7 @@ def error(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def stopped(curve: Float[Tensor, " epochs"], patience: int) -> int:
-    """The epoch, from 0, that a run reports which stops once its best is more than ``patience`` epochs ago.
+    """The epoch, from 0, reported by a run that stops once its best epoch is more than ``patience`` epochs ago.
 
     >>> stopped(torch.tensor([0.5, 0.4, 0.4, 0.4, 0.1]), 1)
     1

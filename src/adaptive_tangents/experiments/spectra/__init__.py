@@ -1,4 +1,4 @@
-"""Singular values and eigenvalues before and after training: two studies, of tangent kernels and of weights."""
+"""Two studies of spectra before and after training: eigenvalues of tangent kernels, and singular values of weights."""
 
 from adaptive_tangents.experiments.study import Study
 
@@ -6,7 +6,7 @@ KERNELS, WEIGHTS = "kernel-spectra", "weight-spectra"
 STUDIES = (
     Study(
         KERNELS,
-        "Which eigenvalues and eigenvectors of the tangent kernel does training move?",
+        "Which eigenvalues and eigenvectors of the tangent kernel does training change?",
         place=4,
         minutes=8.3,
         package=__name__,
@@ -15,7 +15,7 @@ STUDIES = (
     ),
     Study(
         WEIGHTS,
-        "Is the weight change low-rank, and do adaptive features make it so where fixed ones do not?",
+        "Is the weight change low-rank, and do adaptive features make it so while fixed ones do not?",
         place=5,
         minutes=11.1,
         package=__name__,

@@ -1,4 +1,4 @@
-"""What weight-spectra and kernel-spectra claim of their numbers: what would refute each statement, and the verdict."""
+"""The claims of weight-spectra and kernel-spectra: each statement, what would refute it, and its verdict."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from adaptive_tangents.experiments.claims import Verdict, claim, spread
 
 MEASURES = ("stable", "entropy", "participation")
-# How many singular values count as few, one a class, and what share of Σσ² they carry of a matrix called nearly of low rank.
+# The number of leading singular values, one per class, and their share of Σσ² in a matrix of approximately low rank.
 LEADING, MOST = 10, 0.9
 PUBLISHED = "figure of the first versions: network and adaptive approximately of low rank, fixed not"
 
@@ -17,7 +17,7 @@ Ranks = Mapping[str, Mapping[str, Layers]]
 
 
 def weight_claims(ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Claims on the ranks of each group's matrices, kind by kind, layer by layer, measure by measure, a value a seed."""
+    """Claims about ranks, which are given by group, kind of matrix, layer and measure, one value per seed."""
     made: dict[str, dict[str, Any]] = {}
     for group, kinds in ranks.items():
         if "network" in kinds:
@@ -56,7 +56,7 @@ def _trained(group: str, kinds: Mapping[str, Layers]) -> dict[str, dict[str, Any
 def compared(
     text: str, low: Layers, high: Layers, names: tuple[str, str], *, published: str | None = None
 ) -> dict[str, Any]:
-    """A claim that one model's ranks lie below another's: in all layers by all measures, in most, or not."""
+    """A claim that one model's ranks are below another's: in all layers by all measures, in most, or not."""
     return _counted(
         text, low, lambda layer, measure: _mean(low, layer, measure) < _mean(high, layer, measure),
         refuted_by="not lower in half of all layers, each by three measures (stable, entropy, participation rank)",
@@ -83,7 +83,7 @@ def _nearer(text: str, found: Layers, network: Layers, fixed: Layers) -> dict[st
 def _counted(
     text: str, layers: Layers, holds: Callable[[str, str], bool], *, refuted_by: str, evidence: str, published: str | None
 ) -> dict[str, Any]:  # fmt: skip
-    """The verdict of a comparison made in every layer by every measure, means over seeds."""
+    """The verdict of a comparison in every layer by every measure, with means over seeds."""
     failed = [(layer, measure) for layer in layers for measure in MEASURES if not holds(layer, measure)]
     total = len(layers) * len(MEASURES)
     verdict: Verdict = "holds" if not failed else "holds in part" if 2 * len(failed) < total else "does not hold"
@@ -130,15 +130,15 @@ def _entropies(layers: Layers, measure: str = "entropy") -> str:
     return ", ".join(f"{_mean(layers, layer, measure):.1f}" for layer in layers)
 
 
-# Spearman's correlation of the diagonal with the distance from the boundary that counts as falling away from it.
+# The diagonal falls away from the boundary if Spearman's correlation with the distance is at most this.
 FALLS = -0.5
-# Of what the network gains, the share that counts as the exact model doing the same; of steps, that holds in part.
+# Share of the network's gain at which the exact model does the same; share of steps at which a claim holds in part.
 HALF = 0.5
 _TARGETS = ("smooth", "sign")
 
 
 def kernel_claims(seeds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Claims on the spectra of K_0, K̄, K_T and K_M; ``seeds`` holds each number's values over seeds, by its path."""
+    """Claims about the spectra of K_0, K̄, K_T and K_M; ``seeds`` holds each number's values over seeds, by its path."""
     values = {key: np.array(of_seeds) for key, of_seeds in seeds.items()}
     rows = {
         "share": ("share", "the share of the trace in the leading eigenvalue of the centered kernel", 1),
@@ -206,12 +206,12 @@ def _monotone(values: Mapping[str, np.ndarray], measure: str, words: str, sign: 
 
 
 def _share_of(found: np.ndarray) -> Verdict:
-    """All, some or none of the seeds."""
+    """Holds if all seeds do, holds in part if some do."""
     return "holds" if found.all() else "holds in part" if found.any() else "does not hold"
 
 
 def _adapted(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Whether K_M gains what K̄ gains over K_0: in the leading eigenvalue's share and in what its vector holds of y."""
+    """Whether K_M gains what K̄ gains over K_0: in the leading eigenvalue's share, and in its vector's share of y."""
     shares, evidence = [], []
     for t in _TARGETS:
         for measure, words in (("share", "eigenvalue"), ("leading", "target in its vector")):

@@ -1,9 +1,9 @@
-"""Which eigenvalues and eigenvectors of the tangent kernel does training move, and does the exact model move them so?
+"""Which eigenvalues and eigenvectors of the tangent kernel does training change, and does the exact model do the same?
 
-The problem of kernel-alignment: students of a teacher's smooth output and of its sign, on digits 2 and 3. Of the initial
-kernel K_0, the path's average K̄, the final K_T and K_M, the exact two-sided model's, the spectrum in shares of the trace; of
-the centered kernels HKH, H = I − 11ᵀ/n, the leading eigenvectors, and how much of the target they hold; the diagonals.
-Centring matters: the features of a ReLU network share a mean, and the first eigenvector of K is all but constant.
+The problem is that of kernel-alignment: students of a teacher's smooth output and of its sign, on digits 2 and 3. The kernels
+are the initial K_0, the path average K̄, the final K_T, and K_M of the exact two-sided model. Measured are their spectra as
+shares of the trace; the leading eigenvectors of the centered kernels HKH, H = I − 11ᵀ/n, and their share of the target; and
+the diagonals. Centering matters: a ReLU network's features share a mean, so the first eigenvector of K is nearly constant.
 Source: LeJeune & Alemohammad, CPAL 2024, §4 and figures 3-4; arXiv:2308.15478, first versions (spectra).
 """
 
@@ -43,16 +43,16 @@ from adaptive_tangents.structures.spectral import TwoSided
 
 TARGETS = ("smooth", "sign")
 KERNELS = ("initial", "average", "final", "adapted")
-# How many leading eigenvectors are kept for the figures, and how many hold the energy that is told.
+# The number of leading eigenvectors in the figures, and the number whose energy is reported.
 SHOWN, TOP = 3, 10
 
-# Work expected of each stage, in seconds on one core with the default config: only their ratio matters.
+# Expected work of each stage, in seconds on one core with the default config; only ratios matter.
 _WORK = {"data": 1.0, "train": 12.0, "kernels": 12.0}
 
 
 @dataclass(frozen=True)
 class KernelSpectraConfig(TeacherTask):
-    """The problem's settings, and λ of the exact model's penalty on both sides."""
+    """Settings: the problem, and λ of the exact model's penalty on both sides."""
 
     experiment: ClassVar[str] = NAME
 
@@ -63,7 +63,7 @@ class KernelSpectraConfig(TeacherTask):
 
 
 def configured(asked: Asked) -> KernelSpectraConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     config = KernelSpectraConfig(**asked_fields(asked, standard=3, full=5))
     return replace(config, path_nodes=12) if asked.size == "quick" else config
 
@@ -77,7 +77,7 @@ def run(
 ) -> RunResult:
     """Train the students and decompose their kernels; trainings and decompositions are parts of the run.
 
-    Raises TangentError where the data cannot be had or hold too few digits, and where training diverges.
+    Raises TangentError if the data are not available or hold too few digits, or if training diverges.
 
     >>> from adaptive_tangents.experiments.training import SGD
     >>> config = KernelSpectraConfig(seeds=1, width=6, training=SGD(epochs=1), kernel_samples=16, path_nodes=2)
@@ -119,7 +119,7 @@ def run(
 def _decomposer(
     config: KernelSpectraConfig, name: str, posed: Problem, start: Checkpoint, end: Checkpoint, device: str
 ) -> Callable[[], dict[str, Tensor]]:
-    """What decomposes the four kernels of one student."""
+    """A function that decomposes the four kernels of one student."""
 
     def make() -> dict[str, Tensor]:
         model, x = student(config, posed, device), posed.x[posed.chosen]
@@ -148,10 +148,10 @@ def _decomposer(
 
 
 def decomposed(kernel: Float[Tensor, "n n"], y: Float[Tensor, " n"]) -> dict[str, Tensor]:
-    """A kernel's spectrum, plain and centered, in shares of its trace; leading eigenvectors; energies of y; the diagonal.
+    """A kernel's spectrum, plain and centered, as shares of the trace; leading eigenvectors; energies of y; diagonal.
 
-    ``energy`` (n,) is the share of ‖Hy‖² in the first 1, 2, … eigenvectors of HKH; ``vectors`` (SHOWN, n) those of unit
-    root mean square, turned to correlate with y.
+    ``energy`` (n,) is the share of ‖Hy‖² in the first 1, 2, … eigenvectors of HKH; ``vectors`` (SHOWN, n) are the first of
+    them, with unit root mean square and the sign that correlates with y.
 
     >>> found = decomposed(torch.tensor([[2.0, -2.0], [-2.0, 2.0]]), torch.tensor([1.0, -1.0]))
     >>> [round(share, 6) for share in found["centred"].tolist()], round(float(found["energy"][0]), 6)
@@ -160,7 +160,7 @@ def decomposed(kernel: Float[Tensor, "n n"], y: Float[Tensor, " n"]) -> dict[str
     kernel, y = kernel.double(), y.double()
     n = len(y)
     if not bool((y != y[0]).any()):
-        raise TangentError(f"{NAME}: the target has one value on all {n} samples; use more of them")
+        raise TangentError(f"{NAME}: the target has one value on all {n} samples; use more samples")
     centered = kernel - kernel.mean(0, keepdim=True)
     centered = centered - centered.mean(1, keepdim=True)
     values, vectors = torch.linalg.eigh(centered)
@@ -178,7 +178,7 @@ def decomposed(kernel: Float[Tensor, "n n"], y: Float[Tensor, " n"]) -> dict[str
 
 
 def measures(found: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The numbers that the claims are about, of one student."""
+    """The numbers of one student that the claims are about."""
     distance = found["teacher"].abs().cpu().numpy()
     diagonals = {kind: found[f"{kind}.diagonal"].cpu().numpy() for kind in KERNELS}
     energy = {kind: found[f"{kind}.energy"] for kind in KERNELS}

@@ -1,4 +1,4 @@
-"""The page of kernel-spectra: eigenvalues, leading eigenvectors, what they hold of the target, and the diagonals."""
+"""The page of kernel-spectra: eigenvalues, leading eigenvectors, their share of the target, and the diagonals."""
 
 from typing import Any
 
@@ -40,14 +40,14 @@ def _color(results: Results, target: str) -> str:
 
 
 def draw_spectra(results: Results, arrays: Arrays) -> Figure:
-    """Eigenvalues as shares of the trace, of the kernels as they are and centered: geometric means over seeds."""
+    """Eigenvalues as shares of the trace, plain and centered: geometric means over seeds."""
     targets = list(results["targets"])
     figure, axes = grid(2, len(targets), 5.6, sharex=True, sharey=True)
     for column, target in zip(axes.T, targets, strict=True):
         for axis, (key, words) in zip(column, {"spectrum": "as they are", "centred": "centred"}.items(), strict=True):
             for kind in results["kernels"]:
                 values = np.maximum(arrays[f"{target}.{kind}.{key}"], _FLOOR / 10)
-                # Centring leaves an eigenvalue of zero, the last.
+                # Centering makes the last eigenvalue zero.
                 curve = np.exp(np.log(values).mean(0))[: -1 if key == "centred" else None]
                 look = _look(kind, _color(results, target))
                 axis.plot(np.arange(1, len(curve) + 1), curve, label=KERNELS[kind], **look)
@@ -61,7 +61,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_vectors(results: Results, arrays: Arrays) -> Figure:
-    """The three leading eigenvectors of each centered kernel over the teacher's output, first seed, and the target."""
+    """The three leading eigenvectors of each centered kernel and the target over the teacher's output, first seed."""
     targets, kinds = list(results["targets"]), results["kernels"]
     figure, axes = grid(len(targets), len(kinds), 2.5 * len(targets) + 0.3, sharex=True, sharey=True)
     for row, target in zip(axes, targets, strict=True):
@@ -84,7 +84,7 @@ def draw_vectors(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_energy(results: Results, arrays: Arrays) -> Figure:
-    """The share of the target in the leading eigenvectors of each centered kernel, with the range of seeds."""
+    """The share of the target in the leading eigenvectors of each centered kernel, with the range over seeds."""
     targets = list(results["targets"])
     figure, (row,) = grid(1, len(targets), 3.2, sharey=True)
     for axis, target in zip(row, targets, strict=True):
@@ -120,7 +120,7 @@ def draw_diagonals(results: Results, arrays: Arrays) -> Figure:
 
 
 def _line(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Where the second is the first times one factor."""
+    """Draw the line where the second kernel is the first times one factor."""
     ends = np.array([x.min(), x.max()])
     axis.plot(ends, ends * (x @ y) / (x @ x), color=MUTED, lw=1, ls=DASHES)
 
@@ -132,7 +132,9 @@ def _table(results: Results, target: str) -> Table:
         cells = [found.get(f"{target}.{key}.{kind}") for kind in results["kernels"]]
         rows.append((words, *(spread(v, ".1f" if key == "rank" else ".2f") if v else "—" for v in cells)))
     decibels = found[f"{target}.path_error_db"]
-    note = f"{label(target).capitalize()} target. The path average misses the change by −{np.mean(decibels):.0f} dB."
+    note = (
+        f"{label(target).capitalize()} target. The relative error of the path average is −{np.mean(decibels):.0f} dB."
+    )
     return Table(("", *(NAMES[kind] for kind in results["kernels"])), rows, note)
 
 
@@ -140,13 +142,13 @@ def _verdict(results: Results) -> str:
     claims = results["claims"]
     answers = {"holds": "yes", "holds in part": "in part", "does not hold": "no"}
     questions = {
-        "share": "does its leading share of the centered kernel’s trace grow",
-        "leading": "does that eigenvector turn to the target",
+        "share": "does the leading share of the centered kernel’s trace grow",
+        "leading": "does that eigenvector turn toward the target",
         "hard": "do the leading ten gain more for the sign",
         "adapted": "does the exact model do the same",
     }
     found = [f"{words}: {answers[claims[key]['verdict']]}" for key, words in questions.items()]
-    return f"As the kernel is trained, {'; '.join(found)}."
+    return f"In training, {'; '.join(found)}."
 
 
 def _story(results: Results) -> Story:
@@ -154,36 +156,41 @@ def _story(results: Results) -> Story:
     n, seeds = config["kernel_samples"], counted(config["seeds"], "seed")
     tables = [_table(results, target) for target in targets]
     return Story(
-        title="Which part of the kernel does training move?",
-        lead=f"Spectra of the tangent kernels on {n} digits, initial, averaged over the path, final, and of the exact "
-        "two-sided model, for a smooth target and for its sign.",
+        title="Which part of the kernel does training change?",
+        lead=f"The page compares the spectra of tangent kernels on {n} digits: initial, averaged over the path, final, and "
+        "of the exact two-sided model, for a smooth target and for its sign.",
         verdict=_verdict(results),
         sections=(
             Section("spectra", "Eigenvalues", (
-                "A ReLU network’s features share a mean over the digits, so the leading eigenvector of each kernel is all "
-                "but constant and the leading eigenvalue tells of that mean. Centered, HKH with H = I − 11ᵀ/n, the kernel "
-                "shows what tells the digits apart.",
+                "The curves show which eigenvalues grow in training, plain and centered; eigenvalues that rise mark the "
+                "directions that training strengthens. A ReLU network’s features share a mean over the digits, so the "
+                "leading eigenvector of each plain kernel is nearly constant, and its eigenvalue measures that mean. The "
+                "centered kernel HKH, H = I − 11ᵀ/n, shows what tells the digits apart.",
                 Shown("spectra", "Eigenvalues of the four kernels in shares of the trace, plain and centered",
-                      f"Eigenvalues in shares of the trace, geometric means over {seeds}. Look for one or two leading "
+                      f"Eigenvalues as shares of the trace, geometric means over {seeds}. Look for one or two leading "
                       "eigenvalues that rise above K_0’s while the rest keeps its slope."),
                 *tables,
             )),
             Section("vectors", "Leading eigenvectors", (
+                "The figures show whether the kernels’ leading eigenvectors turn toward the target, which means that the "
+                "kernel learns the target as its main direction.",
                 Shown("vectors", "The leading eigenvectors of the centered kernels over the teacher’s output",
-                      "The three leading eigenvectors of the centered kernels over the teacher’s output, first seed, with "
-                      "the target, all of unit mean square. Look for the first becoming the target itself."),
+                      "The three leading eigenvectors of the centered kernels and the target over the teacher’s output, for "
+                      "the first seed, all of unit mean square. Look for the first vector becoming the target."),
                 Shown("energy", "The share of the target in the leading eigenvectors, for each kernel",
                       "How much of the target lies in the leading eigenvectors of the centered kernels; bands are the range "
-                      "of seeds. Look for where K_M lies between K_0 and K̄."),
+                      "over seeds. Look for where K_M lies between K_0 and K̄."),
             )),
             Section("diagonals", "Diagonals", (
+                "The figure compares the kernels’ diagonals sample by sample: samples above the line gained more.",
                 Shown("diagonals", "Diagonals of the kernels against each other, sample by sample",
-                      "K(x, x) of one kernel against another, first seed, color the distance of the teacher’s output from "
-                      "zero; dashed is one factor for all. Look for samples near the boundary that lie above it."),
+                      "K(x, x) of one kernel against another, first seed. The color is the distance of the teacher’s output "
+                      "from zero; the dashed line is one factor for all. Look for samples near the boundary above it."),
             )),
             Section("made-of", "What was measured", (
-                "Students, targets and training are those of kernel-alignment. K_M is of TwoSided with Quadratic penalties, "
-                f"λ = {config['strength']:g}, interpolating the same digits.",
+                "These settings define the numbers above. "
+                "Students, targets and training are those of kernel-alignment. K_M is that of TwoSided with Quadratic "
+                f"penalties, λ = {config['strength']:g}, interpolating the same digits.",
             )),
         ),
     )  # fmt: skip

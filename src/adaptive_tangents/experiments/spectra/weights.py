@@ -1,14 +1,14 @@
-"""Is what training changes of low rank, and do adaptive features make it so where fixed ones do not?
+"""Is the weight change low-rank, and do adaptive features make it so while fixed ones do not?
 
-A ReLU network classifies MNIST's ten digits from n of them; its linearization at the initial weights, with fixed and with
-adaptive features (`TangentModule` under `Fixed` and `TwoSided`), is trained by the same SGD on the same batches. Compared,
-layer by layer, are the singular values of the network's change θ_T − θ_0, of the fixed model's coefficients, of the adaptive
-model's inner θ and of its effective coefficients B = M_Lᵀ Θ M_R; then those of the exact fits. Every block counts its biases
-as one more input column. Pixels are divided by 255 and not centered.
+A ReLU network classifies MNIST's ten digits from n of them. The same SGD on the same batches trains its linearization at the
+initial weights, with fixed and with adaptive features (`TangentModule` with `Fixed` and `TwoSided`). Compared, layer by
+layer, are the singular values of the network's change θ_T − θ_0, of the fixed model's coefficients, of the adaptive model's
+inner θ and its effective coefficients B = M_Lᵀ Θ M_R, and of the exact fits. Every block has its biases as one more input
+column. Pixels are divided by 255 and not centered.
 
-The published figure, of n = 500, is of the pipeline that draws n digits afresh from all of the training set every epoch; here
-this is measured beside the same n digits in every epoch. Training goes on for a given number of epochs: no test set stops it.
-Exact fits interpolate the one-hot labels of the first n digits under squared error.
+The published figure, for n = 500, draws n fresh digits from the whole training set every epoch; here that is compared with
+the same n digits in every epoch. Training lasts a given number of epochs; no test set stops it. Exact fits interpolate the
+one-hot labels of the first n digits under squared error.
 Source: LeJeune & Alemohammad, arXiv:2308.15478, first versions (figure); CPAL 2024, §3 (solutions approximately of low rank).
 """
 
@@ -41,16 +41,16 @@ from adaptive_tangents.structures.spectral import TwoSided
 
 CLASSES = 10
 PROTOCOLS, EXACT = ("fixed subset", "fresh subset each epoch"), "exact"
-# What is trained, and the matrices each training leaves.
+# The trained models, and the matrices that each gives.
 TRAINED = {"network": ("network",), "fixed": ("fixed",), "adaptive": ("adaptive", "inner")}
 
-# Work expected of each stage, in seconds on one core with the default config: only their ratio matters.
+# Expected work of each stage, in seconds on one core with the default config; only ratios matter.
 _WORK = {"network": 2.0, "fixed": 5.0, "adaptive": 15.0, "exact": 25.0}
 
 
 @dataclass(frozen=True)
 class WeightSpectraConfig:
-    """The settings: digits, the network of ``depth`` dense layers, SGD as published, λ of the exact fits."""
+    """Settings: digits, a network of ``depth`` dense layers, SGD as published, λ of the exact fits."""
 
     data: str = "mnist5k"
     data_dir: str | None = None
@@ -71,7 +71,7 @@ class WeightSpectraConfig:
         counts = (self.seeds, self.samples - 1, self.depth - 1, self.width - 1, self.epochs, self.batch_size)
         if min(counts) < 1:
             raise TangentError(
-                f"{NAME}: seeds, epochs and batch size are positive, samples, depth and width at least 2, got {self}"
+                f"{NAME}: seeds, epochs and batch size must be positive, and samples, depth and width at least 2, got {self}"
             )
         unknown = [name for name in self.protocols if name not in PROTOCOLS]
         if unknown or not self.protocols:
@@ -84,7 +84,7 @@ class WeightSpectraConfig:
 
 
 def configured(asked: Asked) -> WeightSpectraConfig:
-    """The settings for what was asked."""
+    """The settings for what the command line asked."""
     default = WeightSpectraConfig(
         **asked.source,
         seeds=asked.seeds or asked.sized(3, quick=1, full=5),
@@ -97,7 +97,7 @@ def configured(asked: Asked) -> WeightSpectraConfig:
 
 @dataclass(frozen=True)
 class _Digits:
-    """Training digits, of which the first n are the fixed subset, and test digits."""
+    """Training digits, whose first n are the fixed subset, and test digits."""
 
     x: Float[Tensor, "m d"]
     labels: Int[Tensor, " m"]
@@ -113,9 +113,9 @@ def run(
     progress: Progress = silent,
     units: Units | None = None,
 ) -> RunResult:
-    """Train and fit every model, one part of the run each, and judge what is claimed of their singular values.
+    """Train and fit every model, each as a part of the run, and judge the claims about their singular values.
 
-    Raises TangentError where the data cannot be had or hold too few digits, and where training diverges.
+    Raises TangentError if the data are not available or hold too few digits, or if training diverges.
 
     >>> tiny = WeightSpectraConfig(seeds=1, samples=10, depth=2, width=20, epochs=1, strengths=(), protocols=PROTOCOLS[:1])
     >>> list(run(tiny).results["ranks"])
@@ -164,12 +164,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the part is called."""
+        """The part's name."""
         return f"seed{self.seed}.{self.group.replace(' ', '-')}.{self.model}"
 
     @property
     def work(self) -> float:
-        """What it takes."""
+        """The expected work."""
         return _WORK["exact" if self.group == EXACT else self.model]
 
 
@@ -180,12 +180,12 @@ def _jobs(config: WeightSpectraConfig) -> Iterator[Job]:
 
 
 def _kinds(model: str) -> tuple[str, ...]:
-    """What the matrices are called that a model leaves."""
+    """The names of the matrices that a model gives."""
     return TRAINED.get(model, (model,))
 
 
 def _arrays(config: WeightSpectraConfig, parts: dict[Job, dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Singular values of every kind of matrix, losses and test errors, a row a seed."""
+    """Singular values of every kind of matrix, losses and test errors, one row per seed."""
     rows: dict[str, list[np.ndarray]] = {}
     for job, made in parts.items():
         for kind in _kinds(job.model):
@@ -198,14 +198,14 @@ def _arrays(config: WeightSpectraConfig, parts: dict[Job, dict[str, Tensor]]) ->
 
 
 def structures(config: WeightSpectraConfig) -> dict[str, Structure]:
-    """What the exact fits are of, by its key: Fixed, and TwoSided at each λ."""
+    """The structures of the exact fits, by key: Fixed, and TwoSided at each λ."""
     return {"Fixed": Fixed()} | {
         f"TwoSided_{strength:g}": TwoSided(Quadratic(strength)) for strength in config.strengths
     }
 
 
 def ranks_of(values: Float[np.ndarray, "seeds k"]) -> dict[str, list[float]]:
-    """Of each seed's singular values the effective ranks, and the share of σ² in the leading ones, by its measure.
+    """The effective ranks of each seed's singular values, and the leading ones' share of Σσ², by measure.
 
     >>> ranks_of(np.ones((1, 20)))
     {'stable': [20.0], 'entropy': [20.0], 'participation': [20.0], 'leading': [0.5]}
@@ -217,7 +217,7 @@ def ranks_of(values: Float[np.ndarray, "seeds k"]) -> dict[str, list[float]]:
 
 
 def means(tree: Any) -> Any:
-    """A nested mapping with the mean of every list.
+    """The nested mapping with every list replaced by its mean.
 
     >>> means({"a": {"b": [1.0, 2.0]}})
     {'a': {'b': 1.5}}
@@ -251,7 +251,7 @@ def _network(config: WeightSpectraConfig, inputs: int, seed: int, device: str) -
 def _made(
     config: WeightSpectraConfig, job: Job, digits: _Digits, advance: Callable[[float], None], device: str
 ) -> dict[str, Tensor]:
-    """The matrices of a part, called matrices/layer, the loss of every epoch, the test error."""
+    """The matrices of a part, named kind/layer, the loss of every epoch, and the test error."""
     network = _network(config, digits.x.shape[1], job.seed, device)
     if job.group == EXACT:
         return _fitted(config, job, digits, network)
@@ -270,7 +270,7 @@ def _made(
 
 
 def _matrices(module: nn.Module, model: str, start: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """θ_T − θ_0 of a network, [weight | bias] a layer; B of a tangent module, and θ where that is another matrix."""
+    """θ_T − θ_0 of a network, [weight | bias] per layer; or B of a tangent module, and θ if it differs from B."""
     if not isinstance(module, TangentModule):
         moved = {name: value.detach() - start[name] for name, value in module.named_parameters()}
         layers = [name.removesuffix(".bias") for name in moved if name.endswith(".bias")]
@@ -287,7 +287,7 @@ def sgd(
     job: Job,
     advance: Callable[[float], None],
 ) -> list[float]:
-    """Cross-entropy by SGD with momentum at a constant rate; n digits an epoch, the first n or n drawn afresh from all."""
+    """Train on cross-entropy by SGD with momentum and constant rate; each epoch has the first n digits, or n fresh ones."""
     generator = torch.Generator().manual_seed(job.seed + 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.learning_rate, momentum=config.momentum)
     pool = config.samples if job.group == PROTOCOLS[0] else len(x)
@@ -308,12 +308,12 @@ def _fitted(config: WeightSpectraConfig, job: Job, digits: _Digits, network: nn.
     wanted = nn.functional.one_hot(digits.labels[:n], CLASSES).to(start)
     feats = tangent_features(network, digits.x[:n])
     found = fit(feats, wanted - start, structure=structures(config)[job.model], tol=config.tol)
-    # Part by part, for the memory that features of all test digits take.
+    # In parts, because features of all test digits would take too much memory.
     moved = torch.cat([found.predict(tangent_features(network, part)) for part in torch.split(digits.x_test, 1000)])
     named = {f"{job.model}/{layer}": matrix for layer, matrix in found.coefficients.items()}
     return {**named, "error": _error(test_start + moved, digits.test_labels)}
 
 
 def _error(outputs: Float[Tensor, "k c"], labels: Int[Tensor, " k"]) -> Float[Tensor, " 1"]:
-    """The share of digits whose largest output is another class's."""
+    """The share of digits whose largest output is that of another class."""
     return (outputs.argmax(1) != labels).double().mean()[None].cpu()

@@ -1,4 +1,4 @@
-"""The page of weight-spectra: singular values layer by layer, their effective ranks, and what was trained."""
+"""The page of weight-spectra: singular values by layer, effective ranks, and the training."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _name(kind: str) -> str:
 
 
 def _look(results: Results, group: str, kind: str) -> dict[str, Any]:
-    """A curve's color, weight and dashes: the network in ink, what is fixed gray, what adapts in color."""
+    """A curve's style: the network in ink, fixed models gray, adaptive models in color."""
     if kind in ("fixed", "Fixed"):
         return {"color": MUTED, "ls": DASHES, "lw": 1.6}
     if kind == "network":
@@ -36,7 +36,7 @@ def _look(results: Results, group: str, kind: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """Words for a figure's legend, where θ_T is set by mathtext."""
+    """The text for a figure's legend, with θ_T in mathtext."""
     return text.replace("θ_T − θ_0", r"$\theta_T - \theta_0$")
 
 
@@ -63,7 +63,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_ranks(results: Results, arrays: Arrays) -> Figure:
-    """Effective ranks by layer, a row a group and a column a measure, with the range of seeds."""
+    """Effective ranks by layer, one row per group and one column per measure, with the range over seeds."""
     groups, layers = results["ranks"], list(results["layers"])
     figure, axes = grid(len(groups), len(MEASURES), 2.1 * len(groups) + 0.5, sharex=True)
     places = np.arange(1, len(layers) + 1)
@@ -86,7 +86,7 @@ def draw_ranks(results: Results, arrays: Arrays) -> Figure:
 
 
 def _verdict(results: Results) -> str:
-    """The answer in a line or two: what holds of the network, of the adaptive model, of the exact fits."""
+    """The answer in a line or two: the verdicts on the network, the adaptive model and the exact fits."""
     claims = results["claims"]
     words = {"holds": "yes", "holds in part": "in part", "does not hold": "no"}
 
@@ -101,7 +101,7 @@ def _verdict(results: Results) -> str:
         "exact": [("exact", model) for model in results["ranks"]["exact"]],
     }
     return (
-        "Of lower effective rank than with fixed features? "
+        "Is the effective rank lower than with fixed features? "
         f"The network’s change: {told('network')}; the B of adaptive features trained by SGD: {told('adaptive')}; "
         f"their exact fit: {told('exact')}."
     )
@@ -134,34 +134,37 @@ def _story(results: Results) -> Story:
     n, seeds = config["samples"], counted(config["seeds"], "seed")
     tables = [part for group in groups for part in (f"{_where(group)}:", _ranks_table(results, group))]
     return Story(
-        title="Is what training changes of low rank?",
-        lead=f"A network of {config['depth']} dense layers learns the ten digits from {n:,} of them; beside it its "
-        "linearization with fixed and with adaptive features, trained by the same SGD, and the exact fits.",
+        title="Is the weight change low-rank?",
+        lead=f"A network of {config['depth']} dense layers learns the ten digits from {n:,} of them. It is compared "
+        "with its linearization with fixed and with adaptive features, trained by the same SGD, and with exact fits.",
         verdict=_verdict(results),
         sections=(
             Section("spectra", "Singular values", (
-                "One matrix a layer, its biases as one more column: the network’s change θ_T − θ_0, the coefficients β of "
-                "the fixed model, and of the adaptive model the inner θ and what its output sees, B = Mᵀθ.",
+                "The curves show the singular values of one matrix per layer and model: the earlier a curve falls, the lower "
+                "the rank. The matrices are the network’s change θ_T − θ_0, the fixed model’s coefficients β, and the "
+                "adaptive model’s inner θ and effective B = Mᵀθ, with biases as one more column.",
                 Shown("spectra", "Singular values of every model’s matrices, layer by layer, relative to the largest",
-                      f"Singular values relative to the largest, geometric means over {seeds}; the upright line marks "
-                      f"the {LEADING}th, one a class. Look for how early a curve falls: few large values are an "
-                      "approximately low rank, whatever small ones follow."),
+                      f"Singular values relative to the largest, geometric means over {seeds}. The vertical line marks the "
+                      f"{LEADING}th, one per class. Look for how early a curve falls: a few large values mean an "
+                      "approximately low rank, however many small ones follow."),
             )),
             Section("ranks", "Effective ranks", (
-                "Three soft counts of singular values σ. Small ones weigh least in the stable rank, Σσ² over the largest σ², "
-                "more in the participation rank (Σσ²)²/Σσ⁴, and most in the entropy rank exp(−Σ p log p), p = σ/Σσ. A "
-                "verdict counts all layers by all three.",
+                "The figure and the tables give three effective ranks, soft counts of large singular values σ: lower means "
+                "fewer directions. Small σ weigh least in the stable rank, Σσ² over the largest σ², more in the "
+                "participation rank (Σσ²)²/Σσ⁴, and most in the entropy rank exp(−Σ p log p), p = σ/Σσ. A verdict "
+                "counts all layers by all three.",
                 Shown("ranks", "Effective ranks of every model, layer by layer, by three measures",
-                      "Effective ranks; bands are the range of seeds. Look for where the adaptive model’s B lies: with the "
-                      "network’s change or with the fixed model’s coefficients."),
+                      "Effective ranks; bands are the range over seeds. Look for whether the adaptive model’s B is near the "
+                      "network’s change or near the fixed model’s coefficients."),
                 *tables,
             )),
             Section("training", "What was trained", (
+                "The table gives the test errors of all models, which show whether they learned. Training is "
                 f"{config['epochs']} epochs of {n:,} digits by SGD on the cross-entropy, learning rate "
                 f"{config['learning_rate']:g}, momentum {config['momentum']:g}, batches of {config['batch_size']}: "
-                f"{' and '.join(trained)}. The published figure is of fresh subsets: its pipeline draws n digits from the "
-                "whole training set at every epoch, so that many more than n are seen. Exact fits interpolate one-hot labels "
-                "of the fixed subset under squared error; λ is the strength of the penalty on M.",
+                f"{' and '.join(trained)}. The published figure uses fresh subsets: its pipeline draws n digits from the "
+                "whole training set at every epoch, so the network sees many more than n. Exact fits interpolate one-hot "
+                "labels of the fixed subset under squared error; λ is the strength of the penalty on M.",
                 _errors_table(results),
             )),
         ),
