@@ -44,7 +44,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
     targets = list(results["targets"])
     figure, axes = grid(2, len(targets), 5.6, sharex=True, sharey=True)
     for column, target in zip(axes.T, targets, strict=True):
-        for axis, (key, words) in zip(column, {"spectrum": "as they are", "centred": "centred"}.items(), strict=True):
+        for axis, (key, words) in zip(column, {"spectrum": "as they are", "centred": "centered"}.items(), strict=True):
             for kind in results["kernels"]:
                 values = np.maximum(arrays[f"{target}.{kind}.{key}"], _FLOOR / 10)
                 # Centering makes the last eigenvalue zero.
