@@ -34,7 +34,7 @@ def every_case_and(name: str, values: Sequence[Any], *, elsewhere: Sequence[Any]
     """As ``every_case`` with an argument more: all its values on the small cases, fewer where no block is of another type."""
     pairs = [(case, value) for case in CASES for value in (values if case in SMALL else elsewhere)]
     groups = [
-        pytest.param(case, value, id=f"{value}-{case.name}", marks=pytest.mark.xdist_group(case.name))
+        pytest.param(case, value, id=f"{case.name}-{value}", marks=pytest.mark.xdist_group(case.name))
         for case, value in pairs
     ]
     return pytest.mark.parametrize(("case", name), groups)
