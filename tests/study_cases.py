@@ -194,7 +194,7 @@ def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
 
 @contextmanager
 def laid_out_once() -> Iterator[None]:
-    """Figures of few pixels, laid out for the first of their two files alone: half the time of drawing."""
+    """Figures of few pixels, laid out once for both of their files."""
     execute, done = ConstrainedLayoutEngine.execute, set[Figure]()
 
     def once(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
