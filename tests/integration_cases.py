@@ -42,7 +42,7 @@ def timm_resnet() -> Made:
         timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2, channels=(2, 2, 3, 3), stem_width=2,
         stem_type="deep",
     )  # fmt: skip
-    return with_statistics(lively(model)), normal(2, 3, 32, 32)
+    return with_statistics(lively(model)), normal(2, 3, 16, 16)
 
 
 def timm_vit(**keywords: Any) -> Made:

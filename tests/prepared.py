@@ -14,6 +14,7 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.batches import take
 from adaptive_tangents.features.blocks import Block
+from cases import CASES as SMALL
 from cases import Case
 from registry import CASES
 
@@ -27,6 +28,16 @@ def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
 
 
 every_case = over(CASES)
+
+
+def every_case_and(name: str, values: Sequence[Any], *, elsewhere: Sequence[Any]) -> pytest.MarkDecorator:
+    """As ``every_case`` with an argument more: all its values on the small cases, fewer where no block is of another type."""
+    pairs = [(case, value) for case in CASES for value in (values if case in SMALL else elsewhere)]
+    groups = [
+        pytest.param(case, value, id=f"{case.name}-{value}", marks=pytest.mark.xdist_group(case.name))
+        for case, value in pairs
+    ]
+    return pytest.mark.parametrize(("case", name), groups)
 
 
 @dataclass(frozen=True)

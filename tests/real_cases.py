@@ -44,7 +44,7 @@ def resnet18() -> Made:
     for i, o, stride in ((2, 2, 1), (2, 3, 2), (3, 3, 2), (3, 4, 2)):
         layers += [BasicBlock(i, o, stride), BasicBlock(o, o, 1)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
-    return with_statistics(model), normal(2, 3, 16, 16)
+    return with_statistics(model), normal(2, 3, 8, 8)
 
 
 class SqueezeExcite(nn.Module):

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
 from adaptive_tangents.commands.report import PAGES
@@ -28,6 +30,7 @@ from adaptive_tangents.experiments.spectra.kernels import KernelSpectraConfig
 from adaptive_tangents.experiments.spectra.weights import WeightSpectraConfig
 from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import grid
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.units import Tensors, Units
@@ -186,6 +189,22 @@ def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
     plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PAGES, experiment, plain)
+        yield
+
+
+@contextmanager
+def laid_out_once() -> Iterator[None]:
+    """Figures of few pixels, laid out once for both of their files."""
+    execute, done = ConstrainedLayoutEngine.execute, set[Figure]()
+
+    def once(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
+        if figure not in done:
+            done.add(figure)
+            execute(engine, figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", once)
+        patch.setattr(drawing, "_style", lambda style=drawing._style: {**style(), "savefig.dpi": 50})
         yield
 
 

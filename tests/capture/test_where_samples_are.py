@@ -74,7 +74,7 @@ every_network = pytest.mark.parametrize("name", [pytest.param(k, marks=pytest.ma
 
 
 @every_network
-@pytest.mark.parametrize(("n", "m"), [(20, 4), (4, 20), (2, 4), (7, 2), (2, 7), (8, 1), (1, 8), (12, 3), (4, 4)])
+@pytest.mark.parametrize(("n", "m"), [(8, 4), (4, 8), (2, 4), (7, 2), (2, 7), (8, 1), (1, 8), (12, 3), (4, 4)])
 @pytest.mark.parametrize("tile", [None, 1, 3, 4])
 def test_a_kernel_of_two_batches_of_any_sizes_is_the_product_of_their_jacobians(
     name: str, n: int, m: int, tile: int | None

@@ -20,7 +20,7 @@ from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.summands import Dense, Outer
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Matrix, Sides, squared, transform_matrices
 from cases import Case, Forward, mlp, normal
-from prepared import OUTPUTS, draw, every_case, over, prepare, slots
+from prepared import OUTPUTS, draw, every_case, every_case_and, over, prepare, slots
 from registry import CASES, by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -165,12 +165,13 @@ def test_features_of_one_sample_go_with_features_of_many(case: Case) -> None:
     assert p.agrees(alone.kernel(p.feats), reference.kernel(p.phi[:1], p.phi))
 
 
-@every_case
-@pytest.mark.parametrize(
-    ("outputs", "budget"), [("full", 150), ("full", 4000), ("trace", 10**9), ("trace", 400), ("diagonal", 900)]
+@every_case_and(
+    "limited",
+    (("full", 150), ("full", 4000), ("trace", 10**9), ("trace", 400), ("diagonal", 900)),
+    elsewhere=(("full", 4000), ("trace", 400)),
 )
-def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, outputs: str, budget: int) -> None:
-    p = prepare(case)
+def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, limited: tuple[str, int]) -> None:
+    p, (outputs, budget) = prepare(case), limited
     feats, other = (f.to(kernel_layout.working_dtype(f.dtype)) for f in (p.feats, p.other))
     n, m, c = p.feats.n, p.other.n, p.feats.c
     for route in ("gram", "materialize", "nested")[: 3 if outputs == "full" else 2]:
@@ -212,7 +213,7 @@ def test_large_symmetric_kernels_are_made_in_panels_without_a_gap(outputs: str, 
 
 def test_a_budget_below_a_single_entry_still_gives_the_kernel() -> None:
     test_all_routes_give_the_same_kernel_under_any_budget(
-        by_name["a layer called on tokens and on their mean"], "full", 1
+        by_name["a layer called on tokens and on their mean"], ("full", 1)
     )
 
 
@@ -288,14 +289,10 @@ def adapted(case: Case, kind: str, seed: int = 3) -> tuple[at.TangentFeatures, a
     return feats[0], feats[1], phis
 
 
-@every_case
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "left", "right then right", "scale then joint", "joint then both then joint", "entrywise",
-        "scale then entrywise then joint then entrywise then left",
-    ],
-)  # fmt: skip
+RICH = ("joint then both then joint", "scale then entrywise then joint then entrywise then left")
+
+
+@every_case_and("kind", ("left", "right then right", "scale then joint", "entrywise", *RICH), elsewhere=RICH)
 def test_adapted_features_and_kernels_equal_explicitly_transformed_ones(case: Case, kind: str) -> None:
     feats, other, (phi, other_phi) = adapted(case, kind)
     p = prepare(case)
