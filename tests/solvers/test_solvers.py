@@ -304,8 +304,8 @@ def test_the_gap_of_convex_structures_closes_to_rounding(name: str, ridge: float
 @pytest.mark.parametrize("ridge", [0.0, 0.05])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_accelerated_and_plain_alternation_agree_and_the_first_needs_no_more_rounds(name: str, ridge: float) -> None:
-    case = problem(11, n=5, c=2, shapes=((4, 3, 2), (3, 4, 1), (3, 1, 0)), scale=4.0)
-    chosen = structure(name, 0.2, 0.5)
+    case = problem(11, n=4, c=2, shapes=((4, 3, 2), (3, 4, 1)), scale=4.0)
+    chosen = structure(name, 0.4, 0.8)
     plain, fast = (
         at.fit(case.feats, case.r, structure=chosen, ridge=ridge, solver=solver, tol=1e-13, max_rounds=5000)
         for solver in ("alternation", "anderson")
