@@ -135,7 +135,7 @@ def wandered() -> tuple[nn.Module, dict[str, at.TangentModule]]:
 @pytest.mark.parametrize("of_fit", EVERY)
 def test_a_fit_of_any_structure_is_taken_over_as_it_is_or_refused_and_nothing_changed(of_fit: str) -> None:
     model, modules_of = wandered()
-    x, r = normal(6, 2, 3, 3), 30 * normal(6, 1, seed=1)
+    x, r = normal(6, 2, 3, 3), 10 * normal(6, 1, seed=1)
     feats = at.tangent_features(model, x)
     fit = at.fit(feats, r, structure=EVERY[of_fit], ridge=0.1)
     wanted, taken, refusals = fit.transform(feats).kernel(), set(), list[str]()
