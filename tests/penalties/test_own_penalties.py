@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import adaptive_tangents as at
+from adaptive_tangents.penalties import penalty as penalty_module
 from adaptive_tangents.penalties.checks import check_function
 from adaptive_tangents.penalties.closed_forms import shares
 from adaptive_tangents.penalties.scalar_search import convex_root, global_minimum, increasing_root
+from adaptive_tangents.penalties.shared_minimum import minimizers
 from finite_differences import derivative
 
 Quantities = ("value", "derivative", "minimizer", "level")
@@ -26,6 +28,21 @@ class Searched(at.Penalty):
         return False
 
 
+@pytest.fixture
+def searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every quantity of the same penalties at the same values starts from the same search: make it once."""
+    made: dict[tuple[object, ...], list[Tensor]] = {}
+    search = minimizers
+
+    def once(parts: Sequence[at.Penalty], v: Tensor, shift: Tensor | None = None) -> list[Tensor]:
+        key = (*parts, *v.tolist(), *(() if shift is None else ("shift", *shift.tolist())))
+        if key not in made:
+            made[key] = search(parts, v, shift)
+        return list(made[key])
+
+    monkeypatch.setattr(penalty_module, "minimizers", once)
+
+
 CLOSED: dict[str, tuple[at.Penalty, Callable[[Tensor], Tensor], float]] = {
     "quadratic": (at.Quadratic(0.3), lambda z: (z - 1) ** 2, 0.3),
     "absolute": (at.Absolute(5.0), lambda z: z - 1, 5.0),
@@ -36,6 +53,7 @@ CLOSED: dict[str, tuple[at.Penalty, Callable[[Tensor], Tensor], float]] = {
 }
 
 
+@pytest.mark.usefixtures("searched_once")
 @pytest.mark.parametrize("route", [at.Penalty, Searched], ids=["by level", "by search"])
 @pytest.mark.parametrize("name", CLOSED)
 def test_each_closed_form_is_what_its_function_gives(name: str, route: type[at.Penalty]) -> None:
@@ -52,6 +70,7 @@ def test_each_closed_form_is_what_its_function_gives(name: str, route: type[at.P
     assert one.is_convex == two.is_convex
 
 
+@pytest.mark.usefixtures("searched_once")
 @pytest.mark.parametrize("other", [at.Absolute(0.4), at.LogSquared(2.0), at.NoAdaptation()])
 @pytest.mark.parametrize("route", [at.Penalty, Searched], ids=["by level", "by search"])
 @pytest.mark.parametrize("name", ["quadratic", "power 3"])
@@ -74,6 +93,7 @@ def test_functions_compose_with_closed_forms_as_closed_forms_do(
         torch.testing.assert_close(1 + found, 1 + expected, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.usefixtures("searched_once")
 def test_two_functions_searched_together_are_the_composition_of_their_closed_forms() -> None:
     v = torch.tensor([0.0, 1e-3, 0.7, 20.0, 1e4], dtype=torch.float64)
     one, two = (Searched(CLOSED[name][1]) for name in ("quadratic", "absolute"))
@@ -107,6 +127,7 @@ def brute(functions: Sequence[Callable[[Tensor], Tensor]], v: float, shift: floa
     return float((one[:, None] + two + v**2 / ((z[:, None] * z) ** 2 + shift)).min())
 
 
+@pytest.mark.usefixtures("searched_once")
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_penalty_induces_its_global_minimum(name: str) -> None:
     penalty = at.Penalty(ODD[name])
@@ -137,6 +158,7 @@ def test_an_odd_penaltys_derivative_is_the_slope_of_its_value(name: str) -> None
         along.check(v * induced.derivative(one))
 
 
+@pytest.mark.usefixtures("searched_once")
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [("waves", "root"), ("jump", "waves"), ("end", "bend"), ("straight", "straight")])
 def test_two_odd_penalties_share_a_value_at_the_global_minimum(pair: tuple[str, str]) -> None:
@@ -232,10 +254,10 @@ def test_a_given_derivative_is_used_where_autograd_sees_nothing() -> None:
 
 
 def test_all_penalties_are_penalties_and_fit_takes_a_function() -> None:
-    x = torch.linspace(-1, 1, 12)[:, None]
+    x = torch.linspace(-1, 1, 6)[:, None]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     feats = at.tangent_features(model, x)
     own, closed = at.Penalty(lambda z: (z - 1) ** 2, strength=0.5), at.Quadratic(0.5)
     assert all(isinstance(p, at.Penalty) for p in (own, closed, at.Absolute(), at.NoAdaptation(), own.compose(closed)))

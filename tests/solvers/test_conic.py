@@ -9,6 +9,7 @@ Nothing here uses the library's penalties or its alternation. With ω = λ(z −
 - one factor: λ(u − 2√u + 1) + ‖B‖²/u with u = z².
 """
 
+import functools
 import warnings
 
 import cvxpy as cp
@@ -27,8 +28,7 @@ PROBLEMS = {
     "one block": problem(3, n=10, shapes=((5, 4, 2),), scale=5.0),
 }
 every_problem = pytest.mark.parametrize("named", PROBLEMS)
-interpolating_and_with_ridge = pytest.mark.parametrize("ridge", [0.0, 0.2])
-strengths = pytest.mark.parametrize("strength", [0.05, 1.0])
+interpolating_and_with_ridge = pytest.mark.parametrize(("ridge", "strength"), [(0.0, 1.0), (0.2, 0.05)])
 
 
 def solve(program: cp.Problem) -> float:
@@ -96,18 +96,19 @@ def dual(case: Problem, strength: float, ridge: float) -> tuple[cp.Problem, cp.V
     return cp.Problem(cp.Maximize(value), constraints), a
 
 
-def fitted(case: Problem, kind: str, strength: float, ridge: float) -> at.Fit:
+@functools.cache
+def fitted(named: str, kind: str, strength: float, ridge: float) -> at.Fit:
+    case = PROBLEMS[named]
     structure = STRUCTURES[kind](at.Quadratic(strength))
     return at.fit(case.feats, case.r, structure=structure, ridge=ridge, tol=1e-13, max_rounds=3000)
 
 
-@strengths
 @interpolating_and_with_ridge
 @every_problem
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_a_fit_is_the_minimum_of_its_conic_program(kind: str, named: str, ridge: float, strength: float) -> None:
     case = PROBLEMS[named]
-    found = fitted(case, kind, strength, ridge)
+    found = fitted(named, kind, strength, ridge)
     program, coefficients, squares = primal(case, kind, strength, ridge)
     assert solve(program) == pytest.approx(found.objective, rel=1e-8)
     # The program with one factor is worse conditioned: its solver reaches only 1e-10.
@@ -123,7 +124,6 @@ def test_a_fit_is_the_minimum_of_its_conic_program(kind: str, named: str, ridge:
     assert any(float(p.norm()) > 1e-3 for p in found.coefficients.values())
 
 
-@strengths
 @interpolating_and_with_ridge
 @every_problem
 def test_the_lower_bound_of_one_sided_fits_is_the_maximum_of_the_dual_program(
@@ -133,7 +133,7 @@ def test_the_lower_bound_of_one_sided_fits_is_the_maximum_of_the_dual_program(
     program, a = dual(case, strength, ridge)
     value = solve(program)
     for kind in ("Left", "Right"):
-        found = fitted(case, kind, strength, ridge)
+        found = fitted(named, kind, strength, ridge)
         assert value == pytest.approx(found.objective, rel=1e-8)
         assert value == pytest.approx(found.lower_bound, rel=1e-8)
         assert np.linalg.norm(a.value / 2 - found.dual.flatten().numpy()) < 1e-5 * float(found.dual.norm())

@@ -61,7 +61,7 @@ MATRICES: dict[str, Callable[[int], Tensor]] = {
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @every_structure
-@examples(3)
+@examples(2)
 @given(seed=seeds, one=strengths, other=strengths, scale=scales)
 def test_curvature_is_the_derivative_of_the_gradient(
     name: str, matrix: str, seed: int, one: float, other: float, scale: float

@@ -47,6 +47,7 @@ INVARIANT = ("Fixed", "Full", "LayerScale", *SIDED)
 PENALTIES = {"quadratic": at.Quadratic, "absolute": at.Absolute}
 few = examples(8)
 seeds = st.integers(0, 10_000)
+penalties = st.sampled_from(sorted(PENALTIES))
 strengths = st.floats(-3, 3).map(lambda x: 10.0**x)
 scales = st.floats(-2, 2).map(lambda x: 10.0**x)
 
@@ -112,11 +113,10 @@ def inner_objective(
     return total
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", STRUCTURES)
 @few
 @given(
-    seed=seeds, one=strengths, other=strengths, scale=scales, spread=st.floats(0.0, 3.0)
+    penalty=penalties, seed=seeds, one=strengths, other=strengths, scale=scales, spread=st.floats(0.0, 3.0)
 )  # fmt: skip
 def test_no_transform_of_the_structure_is_cheaper_than_the_induced_penalty(
     name: str, penalty: str, seed: int, one: float, other: float, scale: float, spread: float
@@ -168,10 +168,9 @@ def attained(
     return total
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", STRUCTURES)
 @few
-@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+@given(penalty=penalties, seed=seeds, one=strengths, other=strengths, scale=scales)
 def test_update_attains_the_induced_penalty(
     name: str, penalty: str, seed: int, one: float, other: float, scale: float
 ) -> None:
@@ -215,10 +214,9 @@ def test_induced_penalty_is_the_stated_sum_of_scalar_penalties(name: str, seed: 
     assert structure.penalty(b) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("name", STRUCTURES)
 @few
-@given(seed=seeds, one=strengths, other=strengths, scale=scales)
+@given(penalty=penalties, seed=seeds, one=strengths, other=strengths, scale=scales)
 def test_gradient_is_the_derivative_along_every_direction(
     name: str, penalty: str, seed: int, one: float, other: float, scale: float
 ) -> None:
