@@ -128,7 +128,10 @@ def test_interruption_says_how_to_go_on(monkeypatch, tmp_path) -> None:
         ([*REPRODUCE, "--data", "imagenet"], "imagenet"),
         ([*REPRODUCE, "--data", "mnist", "--data-dir", "nowhere"], "nowhere"),
         ([*REPRODUCE, "--device", "tpu9"], "device 'tpu9' cannot be used here; use --device cpu"),
-        (["reproduce", "kernel-alignment", "--epochs", "0"], "epochs, batch size, width and path nodes must be positive"),
+        (
+            ["reproduce", "kernel-alignment", "--epochs", "0"],
+            "epochs, batch size, width and path nodes must be positive",
+        ),
         (["report", "nowhere"], "nowhere"),
     ],
 )
