@@ -341,8 +341,8 @@ def test_the_strength_is_chosen_by_the_validation_split(tiny) -> None:
             assert all(fitted["converged"] for fitted in fits)
     assert "30" not in found.results["exact"]["toy"]["squared"]
     assert found.results["left_out"]["toy"] == [
-        "Exact fits beyond n = 12: with 3 outputs n = 30 makes kernels of 90 × 90, 6.5e-05 GB each, to be made and "
-        "factorized many times over."
+        "Exact fits beyond n = 12: with 3 outputs, n = 30 needs kernels of 90 × 90, 6.5e-05 GB each, made and "
+        "factorized many times."
     ]
 
 
@@ -360,8 +360,8 @@ def test_all_the_data_hold_is_a_size_of_a_full_run_and_sizes_beyond_are_left_out
     found = run(config).results
     assert found["data"]["toy"]["sizes"] == [30, 140]
     assert found["left_out"]["toy"] == [
-        "n = 1,000, 2,000: toy leaves 140 samples to train on.",
-        "Exact fits were not asked for.",
+        "n = 1,000, 2,000: toy has only 140 training samples.",
+        "Exact fits were not requested.",
     ]
 
 
@@ -376,7 +376,7 @@ def test_colored_images_are_trained_too(monkeypatch: pytest.MonkeyPatch) -> None
     found = run(fewer).results
     assert found["data"]["toy"]["sizes"] == [4, 12]
     assert found["left_out"]["toy"][0] == (
-        "n = 8: of convolutional networks only n = 4, 12 was asked for, as their steps take ten times as long."
+        "n = 8: convolutional networks were trained only for n = 4, 12, because their steps take ten times as long."
     )
 
 

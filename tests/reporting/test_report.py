@@ -385,8 +385,8 @@ CLAIM = "the initial features represent the target poorly."
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        ({}, f"Yes, and more where {CLAIM}"),
-        ({"smooth.alignment.average": 0.6}, f"Yes, but not more where {CLAIM}"),
+        ({}, f"Yes, and more if {CLAIM}"),
+        ({"smooth.alignment.average": 0.6}, f"Yes, but not more if {CLAIM}"),
         ({"smooth.alignment.average": 0.05}, "In part: the kernel turns toward the task for the sign target only."),
         (
             {"smooth.alignment.average": 0.01, "sign.alignment.average": 0.03},
@@ -413,7 +413,7 @@ def test_the_answer_counts_the_measures_that_agree() -> None:
     results = _results()
     _set(results["targets"], "sign.representability.rkhs_norm", 1.0)
     answer = " ".join(kernel_alignment.PAGE.context(results)["answer"])
-    assert "By two of three measures K_0 represents the sign target worse" in answer
+    assert "By two of three measures, K_0 represents the sign target worse" in answer
     assert "0.35 for the sign target (up from 0.04 at the start)" in answer
     assert "rises more than the other’s: by 0.31 against 0.12." in answer
     assert "1.20 times for the smooth target and 2.30 times for the sign target" in answer
@@ -421,7 +421,7 @@ def test_the_answer_counts_the_measures_that_agree() -> None:
 
 def test_the_exact_models_are_said_to_turn_the_kernel_as_far_as_the_best_of_them_does() -> None:
     full, two_sided = kernel_alignment.PAGE.context(_results())["turns"]
-    assert full.startswith("Full takes sim(K_M, K_y) to at most 0.810 at λ = 1 for the smooth target (K_0: ")
+    assert full.startswith("Full raises sim(K_M, K_y) to at most 0.810 at λ = 1 for the smooth target (K_0: ")
     assert "to at most 0.490 at λ = 0.1 for the smooth target" in two_sided
     assert "and 0.490 at λ = 0.1 for the sign target (K_0: 0.0400)" in two_sided
 
