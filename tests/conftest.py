@@ -117,8 +117,7 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
 
 jaxtyping.jaxtyped = _checked_where_new
 # An int counts as a float, as for the type checker.
-if not os.environ.get("NOHOOK"):
-    install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import torch  # noqa: E402  (after the hook, lest anything it starts import the package)
 
