@@ -18,6 +18,7 @@ from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentCo
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import SGD, relu_network
+from adaptive_tangents.inspection import InspectConfig
 from study_cases import explained_in_rounds, made_up_data, plain_figures
 
 runner = CliRunner()
@@ -166,6 +167,21 @@ def test_a_folder_of_other_settings_is_refused_before_anything_is_run(folder) ->
     assert done.exit_code == 1
     assert "holds a run made with other settings (data, seed)" in done.output
     assert (folder[0] / "results.json").read_bytes() == before
+
+
+def test_with_all_a_folder_of_other_settings_is_refused_before_any_experiment_runs(tmp_path, monkeypatch) -> None:
+    last = tmp_path / list(STUDIES)[-1]
+    last.mkdir()
+    (last / "settings.json").write_text('{"experiment": "another"}')
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: pytest.fail("an experiment was run"))
+    done = runner.invoke(cli.app, ["reproduce", "all", "--quick", "--jobs", "1", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "holds a run" in done.output
+
+
+def test_the_help_of_inspect_tells_its_default(monkeypatch) -> None:
+    done = runner.invoke(cli.app, ["inspect", "--help"], env={"COLUMNS": "200"})
+    assert f"Number of samples for the kernels (default: {InspectConfig.samples})" in " ".join(done.output.split())
 
 
 def test_another_experiments_folder_is_refused(folder) -> None:

@@ -39,7 +39,9 @@ def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume:
         check_folder("reproduce", out)
     root = out or Path("runs")
     folders = {each: root if out and name != NAME_OF_ALL else root / each for each in names}
-    missing = [each for each in names if not (resume and complete(STUDIES[each], asked, folders[each]))]
+    # All folders are looked at, with or without --resume: one that holds another run is refused before any work.
+    finished = {each: complete(STUDIES[each], asked, folders[each]) for each in names}
+    missing = [each for each in names if not (resume and finished[each])]
     at_once = min(jobs or _jobs(device), len(missing))
     if at_once > 1:
         works = {
