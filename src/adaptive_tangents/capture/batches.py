@@ -32,6 +32,15 @@ def take(x: Batch, index: Index | None) -> Any:
     return tuple(take(tensor, index) for tensor in x)
 
 
+def cast(x: Batch, dtype: torch.dtype) -> Any:
+    """A batch with its floating tensors in ``dtype``."""
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() else x
+    if isinstance(x, Mapping):
+        return {name: cast(tensor, dtype) for name, tensor in x.items()}
+    return tuple(cast(tensor, dtype) for tensor in x)
+
+
 def check_batch(call: str, x: Any, parameters: Mapping[str, Tensor]) -> None:
     """Raise TangentError unless ``x`` is a batch of finite samples on the device and of the dtype of the parameters."""
     if not isinstance(x, Tensor | tuple | Mapping) or not all(isinstance(t, Tensor) for t in tensors(x)):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, take, tensors
-from adaptive_tangents.capture.network import plainly
+from adaptive_tangents.capture.lease import on_loan
 from adaptive_tangents.errors import TangentError
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
@@ -329,8 +329,8 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -
     keywords = dict(x) if isinstance(x, Mapping) else {}
     arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), plainly(model):
-            model(*arguments, **keywords)
+        with torch.no_grad():
+            on_loan(model, lambda loan: model(*arguments, **keywords))
     except TangentError:
         raise
     except Exception as error:
