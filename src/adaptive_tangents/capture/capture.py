@@ -135,7 +135,7 @@ class Capture:
         self.verify = True
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
-        self.probe = self._probe(x)
+        self.probe = self.network.lend(lambda: self._probe(x))
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
     @property
@@ -151,7 +151,7 @@ class Capture:
     def check_more(self, x: Batch) -> None:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
-        other = self._probe(x)
+        other = self.network.lend(lambda: self._probe(x))
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices

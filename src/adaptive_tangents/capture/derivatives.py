@@ -161,7 +161,7 @@ def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dic
         like = tensors_of(block.summands[0])[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         a = (torch.ones(1, 1) if index is None else _mixture(block.outputs)).to(like.device, wide)
-        sides = Row(_signs(block.shape[0], 0)), Row(_signs(block.shape[1], 1))
+        sides = Row(signs(block.shape[0], 0)), Row(signs(block.shape[1], 1))
         values = [
             sum_tensors([part.coordinates(*sides) for part in some.map(dtype=wide).summands])
             for some in ([block] if index is None else _taken(block, index))
@@ -179,7 +179,8 @@ def _taken(block: Block, index: Tensor) -> list[Block]:
 
 
 @lru_cache(maxsize=256)
-def _signs(size: int, side: int) -> Tensor:
+def signs(size: int, side: int) -> Tensor:
+    """Random signs for the rows (side 0) or the columns (side 1) of a matrix."""
     return 1.0 - 2.0 * torch.randint(2, (size,), generator=torch.Generator().manual_seed(side))
 
 
