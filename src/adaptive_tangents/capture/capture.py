@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, check_batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
-from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.derivatives import materialize, mixed, projections, saved_copies, spreads, tolerance
 from adaptive_tangents.capture.differences import check_derivative
-from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
+from adaptive_tangents.capture.graph import GraphForm, form_of, read_graph, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
@@ -232,20 +232,33 @@ class Capture:
         """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
         held: dict[int, int] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def note(tensor: Tensor) -> tuple[Tensor, int]:
             # Tensors inside a functional transform have no storage to ask for.
             with suppress(RuntimeError):
                 held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # with its history, an operation's output would hold the operation, and this it
+            # With its history, an operation's output would hold the operation, and this it.
+            return tensor.detach(), tensor._version
+
+        def kept(noted: tuple[Tensor, int]) -> Tensor:
+            if noted[0]._version != noted[1]:
+                raise RuntimeError("a saved tensor was modified by an in-place operation")
+            return noted[0]
 
         def run() -> Tensor:
             leaves = self.network.leaves()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(note, kept):
                 out = self.network(x, leaves)
             self.network.check_unwritten(thoroughly=True)
             if out.requires_grad and bool(torch.isfinite(out).all()):
-                found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), allow_unused=True)
-                check_derivative(self.network, x, dict(zip(leaves, found, strict=True)))
+                graph = read_graph(out, {})
+                self.network.check_fresh(graph.parents)
+                try:
+                    found = _gradients(out, leaves)
+                except RuntimeError:
+                    with saved_copies():
+                        found = _gradients(self.network(x, leaves), leaves)
+                if graph.dtype in (torch.float32, torch.float64):
+                    check_derivative(self.network, x, found)
             return out.detach()[0]
 
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
@@ -352,6 +365,12 @@ class Capture:
 
         # On loan until gradients are made: a backward pass may run modules again.
         return self.network.lend(taken)
+
+
+def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Autograd's gradients of a random combination of all outputs."""
+    found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def _confirmed(probe: Probe, found: Found) -> frozenset[str]:

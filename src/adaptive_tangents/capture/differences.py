@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, cast
 from adaptive_tangents.capture.derivatives import mixed, signs
@@ -48,7 +48,8 @@ def check_derivative(net: Network, x: Batch, gradients: Mapping[str, Tensor | No
     """
     if not all(net.parameters[name].dtype in _STEPS for name in gradients):
         return  # too coarse for differences
-    along = {name: _direction(net.parameters[name], gradient) for name, gradient in gradients.items()}
+    still = _padding(net)
+    along = {name: _direction(net.parameters[name], gradient, still.get(name)) for name, gradient in gradients.items()}
     if _agree(net, x, along):
         return
     wrong = [name for name, way in along.items() if not _agree(net, x, {name: way})]
@@ -61,10 +62,23 @@ def check_derivative(net: Network, x: Batch, gradients: Mapping[str, Tensor | No
         )
 
 
-def _direction(value: Tensor, gradient: Tensor | None) -> _Direction:
+def _padding(net: Network) -> dict[str, int]:
+    """The rows of tables that never learn, by what autograd calls their gradient."""
+    rows = {
+        id(module.weight): module.padding_idx
+        for module in net.model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+    }
+    return {name: rows[id(p)] for name, p in net.model.named_parameters() if id(p) in rows}
+
+
+def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Direction:
     rows = value.shape[0] if value.ndim else 1
     columns = value.numel() // rows
     s, r = (signs(size, side).to(value) for side, size in enumerate((rows, columns)))
+    if still is not None:
+        s = s.clone()
+        s[still] = 0
     norm = float(torch.linalg.vector_norm(value))
     size = norm / value.numel() ** 0.5 if norm else columns**-0.5
     slope = 0.0 if gradient is None else float(s @ (gradient.to_dense().reshape(rows, columns) @ r)) * size
