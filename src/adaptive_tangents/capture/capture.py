@@ -21,6 +21,7 @@ from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
 from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.held_nodes import free_graphs
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
 from adaptive_tangents.checks import check_finite
@@ -133,6 +134,7 @@ class Capture:
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
         self.probe = self._probe(x)
+        free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
     @property
@@ -149,6 +151,7 @@ class Capture:
         """Check and probe a second batch."""
         network(self.call, self.network.model, x, None, None, None)
         other = self._probe(x)
+        free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
@@ -329,10 +332,13 @@ class Capture:
 
     def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
         """Apply ``steps`` to a forward pass; to one with copies, if an in-place operation overwrote what they need."""
-        made = self._attempt(x, steps, copy=False)
-        made = self._attempt(x, steps, copy=True) if made is None else made
-        assert made is not None
-        return made
+        try:
+            made = self._attempt(x, steps, copy=False)
+            made = self._attempt(x, steps, copy=True) if made is None else made
+            assert made is not None
+            return made
+        finally:
+            free_graphs()
 
     def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
         with self._quiet(), torch.enable_grad():
