@@ -20,8 +20,9 @@ from adaptive_tangents.capture.batches import Batch, check_batch, samples, take,
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, saved_copies, spreads, tolerance
 from adaptive_tangents.capture.differences import check_derivative
-from adaptive_tangents.capture.graph import GraphForm, form_of, read_graph, same_form
+from adaptive_tangents.capture.graph import Graph, GraphForm, form_of, read_graph, same_form
 from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
@@ -136,6 +137,7 @@ class Capture:
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
         self.probe = self.network.lend(lambda: self._probe(x))
+        free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
     @property
@@ -152,6 +154,7 @@ class Capture:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
         other = self.network.lend(lambda: self._probe(x))
+        free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
@@ -250,15 +253,14 @@ class Capture:
                 out = self.network(x, leaves)
             self.network.check_unwritten(thoroughly=True)
             if out.requires_grad and bool(torch.isfinite(out).all()):
-                graph = read_graph(out, {})
-                self.network.check_fresh(graph.parents)
+                if self.network.holds_derived:
+                    self.network.check_fresh(_graph_of(out).parents)
                 try:
                     found = _gradients(out, leaves)
                 except RuntimeError:
                     with saved_copies():
                         found = _gradients(self.network(x, leaves), leaves)
-                if graph.dtype in (torch.float32, torch.float64):
-                    check_derivative(self.network, x, found)
+                check_derivative(self.network, x, found, least=lambda: _graph_of(out).dtype)
             return out.detach()[0]
 
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
@@ -346,10 +348,13 @@ class Capture:
 
     def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
         """Apply ``steps`` to a forward pass; to one with copies, if an in-place operation overwrote what they need."""
-        made = self._attempt(x, steps, copy=False)
-        made = self._attempt(x, steps, copy=True) if made is None else made
-        assert made is not None
-        return made
+        try:
+            made = self._attempt(x, steps, copy=False)
+            made = self._attempt(x, steps, copy=True) if made is None else made
+            assert made is not None
+            return made
+        finally:
+            free_graphs()
 
     def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
         def taken() -> _Made | None:
@@ -365,6 +370,11 @@ class Capture:
 
         # On loan until gradients are made: a backward pass may run modules again.
         return self.network.lend(taken)
+
+
+def _graph_of(out: Tensor) -> Graph:
+    with held_nodes() as nodes:
+        return read_graph(out, {}, nodes)
 
 
 def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
