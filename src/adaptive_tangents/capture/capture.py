@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
+from adaptive_tangents.capture.recording import bytes_kept
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
@@ -122,7 +124,7 @@ class Capture:
     """A network that is checked and probed on a few samples once, and then gives features on request."""
 
     def __init__(
-        self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
+        self, call: str, model: Any, x: Any, params: Mapping[str, Tensor] | None, wrt: Selection | None,
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call = call
@@ -132,7 +134,8 @@ class Capture:
         self.groups = parameter_groups(self.network)
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
-        self.probe = self._probe(x)
+        with worded(self.network, x):
+            self.probe = self._probe(x)
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
     @property
@@ -148,7 +151,8 @@ class Capture:
     def check_more(self, x: Batch) -> None:
         """Check and probe a second batch."""
         network(self.call, self.network.model, x, None, None, None)
-        other = self._probe(x)
+        with worded(self.network, x):
+            other = self._probe(x)
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
@@ -167,7 +171,8 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+        with worded(self.network, x):
+            made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -227,20 +232,10 @@ class Capture:
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
         """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
-        held: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            # Tensors inside a functional transform have no storage to ask for.
-            with suppress(RuntimeError):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self._quiet(), torch.enable_grad(), hooks:
-            out = self.network(x, leaves).detach()[0]
-        return out, sum(size for place, size in held.items() if place not in own)
+        with self._quiet(), torch.enable_grad():
+            return bytes_kept(lambda: self.network(x, leaves).detach()[0], own)
 
     def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
         n = samples(x)

@@ -15,11 +15,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.batches import Batch, tensors
+from adaptive_tangents.capture.batches import Batch, check_form, tensors
 from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.derivatives import saved_copies
+from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.network import Network, OutputFn, Selection, check_mode, check_model, overlay, select
+from adaptive_tangents.capture.network import (
+    Network,
+    OutputFn,
+    Selection,
+    check_mode,
+    check_model,
+    overlay,
+    real_parameters,
+    select,
+)
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -92,7 +103,7 @@ class TangentModule(nn.Module):
             raise TangentError(f"{call}: rank is positive, got {rank}")
         check_model(call, model)
         check_mode(call, model)
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        parameters = real_parameters(model)
         buffers = {name: b.detach() for name, b in model.named_buffers()}
         selected = select(call, model, wrt)
         if params is not None:
@@ -104,7 +115,7 @@ class TangentModule(nn.Module):
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
         self._places = _places(model)
         self._aliases = frozenset(alias for aliases in self._places.values() for alias in aliases)
-        self.model = _frozen(model, {**parameters, **buffers})
+        self.model = _frozen(model, as_given(model, {**parameters, **buffers}))
         dtype = parameters[selected[0]].dtype
         for name in selected:
             dtype = torch.promote_types(dtype, parameters[name].dtype)
@@ -128,12 +139,14 @@ class TangentModule(nn.Module):
         Args:
             x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
         """
+        check_form("TangentModule", x)
         network = self._network()
         tangents = self._parameters_of(self._coefficients(), network)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
-            initial, change = network.along(x, tangents)
-        else:
-            initial, change = _along(network, x, tangents)
+        with worded(network.network, x):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+                initial, change = network.along(x, tangents)
+            else:
+                initial, change = _along(network, x, tangents)
         total: Tensor = initial + change
         return total
 
@@ -143,8 +156,10 @@ class TangentModule(nn.Module):
         Args:
             x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
         """
-        with torch.no_grad():
-            out: Tensor = self._network()(x, {})
+        check_form("TangentModule", x)
+        network = self._network()
+        with torch.no_grad(), worded(network.network, x):
+            out: Tensor = network(x, {})
             return out
 
     def effective_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
@@ -239,7 +254,7 @@ class TangentModule(nn.Module):
 
     def _network(self) -> "_At":
         state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
-        parameters = {name: state[name] for name in self._places}
+        parameters = {name: as_real(state[name]) for name in self._places}
         rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output_fn, "TangentModule")
         return _At(self, network)

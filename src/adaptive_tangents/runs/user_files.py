@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.batches import Batch, arguments, mapped, take, tensors
 from adaptive_tangents.capture.network import plainly
+from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
@@ -311,26 +312,26 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
         )
 
     def fitted(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(device=device, dtype=dtype.to_complex())
         return value.to(device=device, dtype=dtype if value.is_floating_point() else torch.int64)
 
-    x: Batch
-    if isinstance(data.x, Tensor):
-        x = fitted(data.x)
-    elif isinstance(data.x, Mapping):
-        x = {name: fitted(value) for name, value in data.x.items()}
-    else:
-        x = tuple(fitted(value) for value in data.x)
+    x = mapped(data.x, fitted)
     return Data(x, None if data.y is None else fitted(data.y), data.classes)
 
 
 def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -> None:
     """Run the network on two samples. Raises TangentError if that fails, with their shapes and the network's message."""
-    x = take(take(data.x, slice(0, 2)), None)
-    keywords = dict(x) if isinstance(x, Mapping) else {}
-    arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
+    x = take(data.x, slice(0, 2))
+    keywords = arguments(model, x)[1]
+
+    def run(_: Mapping[str, Tensor]) -> None:
+        given, named = arguments(model, take(x, None))
+        model(*given, **named)
+
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), plainly(model):
-            model(*arguments, **keywords)
+            recorded_if_needed(run, {name: p.detach() for name, p in model.named_parameters()})
     except TangentError:
         raise
     except Exception as error:

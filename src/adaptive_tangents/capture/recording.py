@@ -1,0 +1,87 @@
+"""Passes of models that take derivatives inside forward, and the bytes that autograd keeps of a pass."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from adaptive_tangents.errors import TangentError
+
+_Made = TypeVar("_Made")
+
+
+def recorded_if_needed(run: Callable[[Mapping[str, Tensor]], Any], values: Mapping[str, Tensor]) -> Any:
+    """``run(values)``; if it fails, once more as in training, with gradients on and of all parameters.
+
+    A model may take derivatives in its forward pass, or hook a tensor's gradient. Both fail without a graph. The result has
+    no graph if gradients are off outside.
+    """
+    outside = torch.is_grad_enabled()
+    try:
+        return _apart(run(values), outside)
+    except TangentError:
+        raise
+    except Exception as error:
+        still = {name: v for name, v in values.items() if _differentiable(v) and not v.requires_grad}
+        if outside and not still:
+            raise
+        try:
+            with torch.enable_grad():
+                out = run({**values, **{name: _apart(v, False).requires_grad_() for name, v in still.items()}})
+        except Exception:
+            raise error from None
+        return _apart(out, outside)
+
+
+def _apart(value: Any, as_it_is: bool) -> Any:
+    """A tensor without its graph; unlike detach, this keeps derivatives in forward mode."""
+    if as_it_is or not isinstance(value, Tensor):
+        return value
+    with torch.no_grad():
+        return value.view_as(value)
+
+
+def _differentiable(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def bytes_kept(run: Callable[[], _Made], own: set[int]) -> tuple[_Made, int]:
+    """A result, and the bytes that autograd keeps for it beside the storages ``own``.
+
+    Transforms of torch.func refuse to run while saved tensors are watched; for them it is the bytes of all results.
+    """
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        # Tensors inside a functional transform have no storage to ask for.
+        with suppress(RuntimeError):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        # Returning the tensor itself would close a cycle through its own graph.
+        return tensor.detach()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made = run()
+        return made, sum(size for place, size in held.items() if place not in own)
+    except RuntimeError:
+        with _Results() as results:
+            made = run()
+        return made, results.bytes
+
+
+class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of every operation's results, except views."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if not any(result.alias_info for result in function._schema.returns):
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
