@@ -113,7 +113,7 @@ def described(x: Batch) -> str:
         for place, leaf in _leaves(x)
         if isinstance(leaf, Tensor)
     ]
-    return listed(parts)
+    return listed(parts) or "x"
 
 
 def _leaves(x: Any, place: str = "x") -> Iterator[tuple[str, Any]]:

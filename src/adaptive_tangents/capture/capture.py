@@ -233,7 +233,7 @@ class Capture:
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
         """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
         leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
-        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
+        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values() if p.layout == torch.strided}
         with self._quiet(), torch.enable_grad():
             return bytes_kept(lambda: self.network(x, leaves).detach()[0], own)
 

@@ -296,7 +296,7 @@ def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
     allowed, wide = tolerance(read_graph(out, {}).dtype, out.device), torch.promote_types(out.dtype, torch.float32)
     w = weights.flatten().to(wide)
     for part, gradient in zip(values.values(), gradients, strict=True):
-        rows = part.flatten(0, 1).flatten(1).to(wide)
+        rows = part.flatten(0, 1).reshape(len(w), -1).to(wide)
         total, size = w @ rows, (w * torch.linalg.vector_norm(rows, dim=1)).norm()
         if gradient is not None:
             total = total - (gradient.to_dense() if gradient.is_sparse else gradient).flatten().to(wide)

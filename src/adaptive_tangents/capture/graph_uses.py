@@ -100,6 +100,8 @@ def terms_of(
                 return None
             outputs = getattr(parent, "_input_metadata", ())
             numbers = {k for _, _, k in parents[parent]}
+            if any(made.is_nested_tensor for made in outputs):
+                return None  # its shape is no shape of a whole tensor
             if not numbers or max(numbers) >= len(outputs) or not callable(parent):
                 return None  # a node without known output shapes, or one that cannot be called
             for number in numbers:
@@ -111,7 +113,8 @@ def terms_of(
 def _term(node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...], n: int) -> Term | None:
     """The use of a parameter on input ``index`` of ``node``, if samples come in there."""
     operand = OPERANDS.get((operation(node), index))
-    if operand is None or node._input_metadata[0].dtype.is_complex:
+    made = node._input_metadata[0]
+    if operand is None or made.dtype.is_complex or made.is_nested_tensor:
         return None
     shape = operand.shape(node)
     ways = tuple(way for way in layouts(shape, n) if operand.fits(tail, shape, way))

@@ -30,10 +30,11 @@ def recorded_if_needed(run: Callable[[Mapping[str, Tensor]], Any], values: Mappi
         if outside and not still:
             raise
         try:
-            with torch.enable_grad():
-                out = run({**values, **{name: _apart(v, False).requires_grad_() for name, v in still.items()}})
-        except Exception:
+            leaves = {name: _apart(v, False).requires_grad_() for name, v in still.items()}
+        except RuntimeError:  # inside a transform of torch.func, which has leaves of its own
             raise error from None
+        with torch.enable_grad():
+            out = run({**values, **leaves})
         return _apart(out, outside)
 
 

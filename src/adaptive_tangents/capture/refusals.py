@@ -53,8 +53,24 @@ def check_parameters(call: str, model: nn.Module, selected: tuple[str, ...]) -> 
             )
 
 
+def check_copies(call: str, model: nn.Module) -> None:
+    """Raise TangentError for modules of which no copy with frozen parameters can be made."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TangentError(
+                f"{call}: {name!r} is a TorchScript module, whose parameters cannot be frozen; use the Python module it was "
+                "made from"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TangentError(
+                f"{call}: {name!r} is sparse or nested, and cannot be copied; make it dense with .to_dense()"
+            )
+
+
 def check_tensors(call: str, model: nn.Module) -> None:
     """Raise TangentError for parameters and buffers that hold no values here: not initialized, on meta, or sharded."""
+    check_sharding(call, model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TangentError(f"{call}: {name!r} is not initialized yet; run the model on one batch first")
@@ -64,6 +80,18 @@ def check_tensors(call: str, model: nn.Module) -> None:
             raise TangentError(
                 f"{call}: {name!r} is a DTensor, shared among processes (FSDP, tensor parallelism); load the full state dict "
                 "into a model that is not sharded, and pass that"
+            )
+
+
+def check_sharding(call: str, model: nn.Module) -> None:
+    """Raise TangentError for modules that gather their parameters in hooks (FSDP)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: that takes a second
+    kinds = tuple(getattr(fsdp, kind) for kind in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, kind))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            raise TangentError(
+                f"{call}: {name or 'the model'!r} is sharded by FSDP and gathers its parameters when it is called; load the "
+                "full state dict into a model that is not sharded, and pass that"
             )
 
 

@@ -31,6 +31,7 @@ from adaptive_tangents.capture.network import (
     real_parameters,
     select,
 )
+from adaptive_tangents.capture.refusals import check_copies, check_parameters
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -102,10 +103,12 @@ class TangentModule(nn.Module):
         if rank is not None and rank < 1:
             raise TangentError(f"{call}: rank is positive, got {rank}")
         check_model(call, model)
+        check_copies(call, model)
         check_mode(call, model)
         parameters = real_parameters(model)
         buffers = {name: b.detach() for name, b in model.named_buffers()}
         selected = select(call, model, wrt)
+        check_parameters(call, model, selected)
         if params is not None:
             parameters, buffers = overlay(call, model, params)
         network = Network(model, parameters, buffers, selected, output_fn, call)
@@ -311,7 +314,7 @@ class _At:
         tangents = tuple(draw(value) for value in self.selected.values())
         ways: tuple[_Way, ...] = get_args(_Way)
         for way in ways:
-            with torch.no_grad(), suppress(NotImplementedError):
+            with torch.no_grad(), suppress(RuntimeError):
                 outputs, change = getattr(self, f"_{way}")(x, tangents)
                 signal = draw(outputs)
                 back = self.against(x, signal)
@@ -353,7 +356,8 @@ class _At:
                 "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
                 "derivative with respect to the inputs; detach them"
             )
-        feats = self.module.features(x)
+        with raised_as("TangentModule", "tangent_features"):
+            feats = self.module.features(x)
         named = dict(zip(self.selected, tangents, strict=True))
         matrices = {name: block.join(named).to(feats.dtype) for name, block in feats.blocks.items()}
         outputs = self(x, {})
@@ -368,11 +372,13 @@ class _At:
                 return self._against(x, signal, None)
 
     def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        # Forward mode, which a model may use itself, is off within a Function.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             if graph is None:
                 leaves = self.leaves
                 graph = self(x, leaves), tuple(leaves.values())
-            return torch.autograd.grad(*graph, signal, materialize_grads=True)
+            found = torch.autograd.grad(*graph, signal, materialize_grads=True)
+            return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
 
 _Graph = tuple[Tensor, tuple[Tensor, ...]]  # outputs f and the parameters they depend on, for one backward pass

@@ -153,7 +153,7 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
         if found and all(name.startswith(wrapper) for name in found):
             found = {name.removeprefix(wrapper): value for name, value in found.items()}
     # Integer counters change no output; a safetensors checkpoint may share or drop them.
-    missing = [name for name in wanted if name not in found and wanted[name].is_floating_point()]
+    missing = [name for name in wanted if name not in found and _continuous(wanted[name])]
     unexpected = [name for name in found if name not in wanted]
     wrong = [
         f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
@@ -167,12 +167,16 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
             f"{call}: {path}{where} does not fit the model: {problems}; give the factory that made this checkpoint"
         )
     state = {name: found.get(name, value).to(value.dtype) for name, value in wanted.items()}
-    bad = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    bad = [name for name, value in state.items() if _continuous(value) and not bool(torch.isfinite(value).all())]
     if bad:
         raise TangentError(
             f"{call}: {path} holds values that are not finite in {_listed(bad)}; use an earlier checkpoint"
         )
     return state
+
+
+def _continuous(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _read(path: Path, device: torch.device, call: str) -> object:
