@@ -39,7 +39,7 @@ Containers may hold containers. Every tensor has the samples first.
 _FLAGS = (type(None), str, numbers.Number, Enum, torch.dtype, torch.device)
 
 
-def tensors(x: Batch) -> list[Tensor]:
+def tensors(x: Any) -> list[Tensor]:
     """The tensors of a batch."""
     return [leaf for _, leaf in _leaves(x) if isinstance(leaf, Tensor)]
 
@@ -74,7 +74,7 @@ def mapped(x: Any, function: Callable[[Tensor], Any]) -> Any:
     return x
 
 
-def take(x: Batch, index: Index | None) -> Any:
+def take(x: Any, index: Index | None) -> Any:
     """Some samples of a batch, in the same kind of container; None copies all of them."""
     return mapped(x, lambda tensor: tensor.clone() if index is None else tensor[index])
 

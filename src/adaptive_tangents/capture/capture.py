@@ -148,7 +148,7 @@ class Capture:
         """Bytes that one gradient of the selected parameters takes."""
         return sum(self.network.parameters[name].nbytes for name in self.network.selected)
 
-    def check_more(self, x: Batch) -> None:
+    def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
         network(self.call, self.network.model, x, None, None, None)
         with worded(self.network, x):

@@ -48,8 +48,9 @@ def read_graph(out: Tensor, leaves: Mapping[int, str]) -> Graph:
             if name is not None:
                 counts[name] += 1
                 found[name] = successor
-    made = {made.dtype.to_real() for node in parents for made in getattr(node, "_input_metadata", ())}
-    least = max((d for d in made | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
+    made = {made.dtype for node in parents for made in getattr(node, "_input_metadata", ())}
+    real = {d.to_real() if d.is_complex else d for d in made}
+    least = max((d for d in real | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
     return Graph(counts, found, parents, any(not isinstance(node, Node) for node in parents), least)
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +23,8 @@ def recorded_if_needed(run: Callable[[Mapping[str, Tensor]], Any], values: Mappi
     """
     outside = torch.is_grad_enabled()
     try:
-        return _apart(run(values), outside)
+        out = run(values)
+        return out if outside else _apart(out)
     except TangentError:
         raise
     except Exception as error:
@@ -30,20 +32,20 @@ def recorded_if_needed(run: Callable[[Mapping[str, Tensor]], Any], values: Mappi
         if outside and not still:
             raise
         try:
-            leaves = {name: _apart(v, False).requires_grad_() for name, v in still.items()}
+            leaves = {name: _apart(v).requires_grad_() for name, v in still.items()}
         except RuntimeError:  # inside a transform of torch.func, which has leaves of its own
             raise error from None
         with torch.enable_grad():
             out = run({**values, **leaves})
-        return _apart(out, outside)
+        return out if outside else _apart(out)
 
 
-def _apart(value: Any, as_it_is: bool) -> Any:
+def _apart(value: Any) -> Any:
     """A tensor without its graph; unlike detach, this keeps derivatives in forward mode."""
-    if as_it_is or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return value
-    with torch.no_grad():
-        return value.view_as(value)
+    tangent = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]
+    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent)  # type: ignore[no-untyped-call]
 
 
 def _differentiable(value: Tensor) -> bool:

@@ -303,12 +303,12 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
 
     Raises TangentError if x holds integers but the network has no embedding, so that they are probably pixels.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters = [p for p in model.parameters() if _continuous(p)]
     if not parameters:
         raise TangentError(f"{call}: the model has no parameters; give the factory of a network")
-    dtype, device = parameters[0].dtype, parameters[0].device
+    dtype, device = parameters[0].dtype.to_real(), parameters[0].device
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
-    if not embeds and not any(t.is_floating_point() for t in tensors(data.x)):
+    if not embeds and not any(_continuous(t) for t in tensors(data.x)):
         first = tensors(data.x)[0]
         raise TangentError(
             f"{call}: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "

@@ -104,7 +104,7 @@ class Stream:
 
 
 def stream(
-    call: str, model: nn.Module, x: Batch, x2: Batch | None, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    call: str, model: Any, x: Any, x2: Any, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
     wrt: Selection | None, by_block: bool, output_fn: OutputFn | None, memory_limit: int | None, dtype: torch.dtype | None,
     transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
 ) -> Stream:  # fmt: skip
