@@ -183,7 +183,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("call", ["tangent_features", "kernel_to_store"])
-def test_a_batch_that_cannot_be_divided_into_samples_is_refused_by_its_place(name: str, call: str, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_into_samples_is_refused_by_its_place(
+    name: str, call: str, tmp_path: Path
+) -> None:
     x, message = REFUSED[name]
     function = getattr(at, call)
     function = getattr(function, "__wrapped__", function)

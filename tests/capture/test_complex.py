@@ -112,7 +112,8 @@ def test_features_are_the_derivatives_by_real_and_imaginary_parts(name: str) -> 
     for seed in range(3):
         v = torch.randn(feats.p, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         along = derivative(
-            lambda t: torch.func.functional_call(model, moved(before, v, float(t)), (x,)).detach(), 1e-3  # noqa: B023
+            lambda t: torch.func.functional_call(model, moved(before, v, float(t)), (x,)).detach(),
+            1e-3,  # noqa: B023
         )
         along.check(feats.matvec(v))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -184,7 +185,9 @@ def test_complex_buffers_move_along_the_path() -> None:
 def test_words_for_what_has_no_real_derivative() -> None:
     model, x = CASES["complex batch"]()
     model.function = lambda m, x: m.fc(x)
-    with pytest.raises(at.TangentError, match=r"the output is torch\.complex128, .*torch\.view_as_real\(out\)\.flatten\(1\)"):
+    with pytest.raises(
+        at.TangentError, match=r"the output is torch\.complex128, .*torch\.view_as_real\(out\)\.flatten\(1\)"
+    ):
         at.tangent_features(model, x)
     feats = at.tangent_features(model, x, output_fn=lambda out: torch.view_as_real(out).flatten(1))
     assert feats.c == 4

@@ -171,7 +171,7 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        with worded(self.network, x):
+        with worded(self.network, self._users(x), x):
             made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
@@ -190,6 +190,10 @@ class Capture:
     def _own_probe(self, x: Batch) -> Probe | None:
         """The probe that was made from this very batch, if there is one."""
         return next((probe for batch, probe in self._probed if batch is x), None)
+
+    def _users(self, part: Batch) -> Batch:
+        """The batch that the user gave and of which ``part`` may be a part."""
+        return next((batch for batch, _ in self._probed if samples(batch) >= samples(part)), part)
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""

@@ -42,9 +42,20 @@ class Network:
             given, keywords = arguments(self.model, take(x, None))
             with plainly(self.model):
                 out = torch.func.functional_call(self.model, as_given(self.model, state), given, keywords)
-            return out if self.output_fn is None else self.output_fn(out)
+            return self._picked(out)
 
         return self._checked(recorded_if_needed(run, {**self.parameters, **parameters}), samples(x))
+
+    def _picked(self, out: Any) -> Any:
+        if self.output_fn is None:
+            return out
+        try:
+            return self.output_fn(out)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UnfitOutput(
+                f"{self.call}: output_fn fails on the {type(out).__name__} that the model returned "
+                f"({type(error).__name__}: {error}); pass a function of it that gives a tensor (n, c)"
+            ) from error
 
     def _checked(self, out: Any, n: int) -> Tensor:
         pick = "pass output_fn=, a function of what the model returns that gives a tensor (n, c)"

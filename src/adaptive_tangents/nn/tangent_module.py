@@ -457,6 +457,10 @@ def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return found
 
 
+def _continuous(value: Tensor | None) -> bool:
+    return value is not None and (value.is_floating_point() or value.is_complex())
+
+
 def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
     """A copy of a frozen model, its buffers turned back into parameters."""
     found = copy.deepcopy(model)
@@ -466,6 +470,6 @@ def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Modul
             path, _, name = alias.rpartition(".")
             module = found.get_submodule(path)
             buffer = module._buffers.pop(name)
-            parameter = nn.Parameter(buffer) if parameter is None else parameter  # type: ignore[arg-type]
+            parameter = nn.Parameter(buffer, _continuous(buffer)) if parameter is None else parameter  # type: ignore[arg-type]
             module.register_parameter(name, parameter)
     return found
