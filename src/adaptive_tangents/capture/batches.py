@@ -79,6 +79,18 @@ def take(x: Any, index: Index | None) -> Any:
     return mapped(x, lambda tensor: tensor.clone() if index is None else tensor[index])
 
 
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """A batch, or a state dict, with its floating tensors in ``dtype``."""
+    return mapped(x, lambda tensor: cast_tensor(tensor, dtype))
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in ``dtype``, a complex one in the complex dtype to match, others as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def refilled(x: Batch, values: Sequence[Any]) -> Any:
     """A batch with other values for its tensors, in the order of `tensors`."""
     following = iter(values)

@@ -7,8 +7,8 @@ on every batch, unless the same operations reproduce features that passed the ch
 other block is materialized, sample by sample. Nothing is skipped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, samples, take, tensors
+from adaptive_tangents.capture.batches import Batch, check_batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.differences import check_derivative
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
 from adaptive_tangents.capture.recording import bytes_kept
@@ -128,10 +130,11 @@ class Capture:
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call = call
-        self.network: Network = network(call, model, x, params, wrt, output_fn)
+        with LOCK:
+            self.network: Network = network(call, model, x, params, wrt, output_fn)
+            self.groups = parameter_groups(self.network)
         self.requested = limit
         self.verify = True
-        self.groups = parameter_groups(self.network)
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
         with worded(self.network, x):
@@ -150,7 +153,7 @@ class Capture:
 
     def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
-        network(self.call, self.network.model, x, None, None, None)
+        check_batch(self.call, x, self.network.parameters)
         with worded(self.network, x):
             other = self._probe(x)
         self._probed.append((x, other))
@@ -197,7 +200,7 @@ class Capture:
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
-        with self._quiet(), torch.no_grad():
+        with torch.no_grad():
             out = self.network(x, parameters)
         check_finite(self.call, "the output", [out])
         return out
@@ -236,10 +239,19 @@ class Capture:
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
         """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
-        leaves = {name: self.network.parameters[name].detach().requires_grad_(True) for name in self.network.selected}
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values() if p.layout == torch.strided}
-        with self._quiet(), torch.enable_grad():
-            return bytes_kept(lambda: self.network(x, leaves).detach()[0], own)
+
+        def run() -> tuple[Tensor, int]:
+            leaves = self.network.leaves()
+            out, saved = bytes_kept(lambda: self.network(x, leaves), own)
+            self.network.check_unwritten(thoroughly=True)
+            if out.requires_grad and bool(torch.isfinite(out).all()):
+                found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), allow_unused=True)
+                check_derivative(self.network, x, dict(zip(leaves, found, strict=True)))
+            return out.detach()[0], saved
+
+        with torch.enable_grad():
+            return self.network.lend(run)
 
     def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
         n = samples(x)
@@ -277,12 +289,6 @@ class Capture:
     def _tolerance(out: Tensor) -> float:
         return float(30 * torch.finfo(out.dtype).eps ** 0.75)
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Leave the global random state as it was, whatever the model draws."""
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            yield
-
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of as many samples as fit into one pass."""
         out, made = self._in_one_pass(x)
@@ -293,8 +299,7 @@ class Capture:
             names = [slot.parameter for group in rest for slot in group.slots]
             held = sum(net.parameters[name].nbytes for name in names)
             fit = max(1, min(samples(x), PASS_BYTES // max(1, 2 * probe.pass_bytes + probe.c * held)))
-            with self._quiet():
-                values = materialize(net, names, x, chunk=fit)
+            values = net.lend(lambda: materialize(net, names, x, chunk=fit))
             dtype = common_dtype(net.parameters[name] for name in net.selected)
             made |= {group.name: group.materialized(values).map(dtype=dtype) for group in rest}
         for block in made.values():
@@ -334,15 +339,19 @@ class Capture:
         return made
 
     def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
-        with self._quiet(), torch.enable_grad():
-            seen = forward(self.network, x, copy=copy)
-            try:
-                seen.check_inputs()
-                return steps(seen)
-            except RuntimeError:
-                if copy:
-                    raise
-        return None
+        def taken() -> _Made | None:
+            with torch.enable_grad():
+                seen = forward(self.network, x, copy=copy)
+                try:
+                    seen.check_inputs()
+                    return steps(seen)
+                except RuntimeError:
+                    if copy:
+                        raise
+            return None
+
+        # On loan until gradients are made: a backward pass may run modules again.
+        return self.network.lend(taken)
 
 
 def _confirmed(probe: Probe, found: Found) -> frozenset[str]:

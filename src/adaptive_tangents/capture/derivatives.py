@@ -281,12 +281,12 @@ def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict
         values = {name: made[name].detach() for name in names}
         if _stand(net, x, values):
             return values
-    return _sample_by_sample(net, chosen, x)
+    return _sample_by_sample(net, names, x)
 
 
 def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
     """Whether features, summed with random weights over samples and outputs, equal the gradient of that sum."""
-    leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in values}
+    leaves = {name: leaf for name, leaf in net.leaves().items() if name in values}
     with torch.enable_grad(), saved_copies():
         out = net(x, leaves)
         if not out.requires_grad:
@@ -312,10 +312,10 @@ def saved_copies() -> Iterator[None]:
         yield
 
 
-def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> dict[str, Tensor]:
-    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
+def _sample_by_sample(net: Network, names: list[str], x: Batch) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for k in range(samples(x)):
-        leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in chosen.items()}
+        leaves = {name: leaf for name, leaf in net.leaves().items() if name in rows}
         with torch.enable_grad():
             out = net(take(x, slice(k, k + 1)), leaves)[0]
             per_output = [
@@ -326,6 +326,6 @@ def _sample_by_sample(net: Network, chosen: Mapping[str, Tensor], x: Batch) -> d
                 else [torch.zeros_like(leaf) for leaf in leaves.values()]
                 for value in out
             ]
-        for name, gradients in zip(chosen, zip(*per_output, strict=True), strict=True):
+        for name, gradients in zip(leaves, zip(*per_output, strict=True), strict=True):
             rows[name].append(torch.stack([g.to_dense() if g.is_sparse else g for g in gradients]))
     return {name: torch.stack(parts) for name, parts in rows.items()}

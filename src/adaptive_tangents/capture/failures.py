@@ -70,7 +70,10 @@ def _failure(net: Network, x: Batch) -> Exception | None:
 
 def words(error: Exception) -> str:
     """The message of a foreign error on one line."""
-    text = " ".join(str(error).partition("\nException raised from")[0].split()).rstrip(".")
+    text = str(error)
+    for start in ("\nException raised from", ". This could be because the operator"):  # of torch's advice to its developers
+        text = text.partition(start)[0]
+    text = " ".join(text.split()).rstrip(".")
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
     kind = "" if isinstance(error, RuntimeError) and text else type(error).__name__
     return f"{kind}: {text}" if kind and text else kind or text

@@ -1,26 +1,24 @@
 """The user's model with its parameters, selection and output function, checked before any work."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptive_tangents.capture.batches import Batch, arguments, check_batch, samples, take
-from adaptive_tangents.capture.complex_parameters import as_given, as_real
-from adaptive_tangents.capture.recording import recorded_if_needed
+from adaptive_tangents.capture.complex_parameters import as_real
+from adaptive_tangents.capture.lease import Loan, current, on_loan
+from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
 from adaptive_tangents.capture.refusals import check_is_module, check_parameters, check_tensors
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, UnfitOutput
 
 OutputFn = Callable[[Any], Tensor]
 Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,56 @@ class Network:
     selected: tuple[str, ...]
     output_fn: OutputFn | None
     call: str
+    copied_from: Mapping[str, Tensor] | None = None
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c), with some parameters replaced; the model gets a copy of x, which it may overwrite."""
 
-        def run(values: Mapping[str, Tensor]) -> Any:
-            state = {**values, **{name: b.clone() for name, b in self.buffers.items()}}
-            given, keywords = arguments(self.model, take(x, None))
-            with plainly(self.model):
-                out = torch.func.functional_call(self.model, as_given(self.model, state), given, keywords)
-            return self._picked(out)
+        def evaluated() -> Tensor:
+            self.put(parameters)
+            return self.run(x)
 
-        return self._checked(recorded_if_needed(run, {**self.parameters, **parameters}), samples(x))
+        return self.lend(evaluated)
+
+    def lend(self, body: Callable[[], _Made]) -> _Made:
+        """``body()``, which may put tensors in force; the model and the process are as before afterwards."""
+        return on_loan(self.model, lambda loan: body())
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The selected parameters to differentiate by, during a loan: the model's own, or the real pairs of complex ones."""
+        own = self._loan.tensors
+        return {
+            name: self.parameters[name].detach().requires_grad_(True) if own[name].is_complex() else own[name]
+            for name in self.selected
+        }
+
+    def put(self, parameters: Mapping[str, Tensor], *, recorded: bool = False) -> None:
+        """During a loan, bring the network's parameters and copies of its buffers in force, some parameters replaced.
+
+        With ``recorded``, all parameters ask for gradients, as a model may expect that takes derivatives itself.
+        """
+        loan = self._loan
+        moved = {k: b for k, b in self.buffers.items() if torch._C._functorch.is_functorch_wrapped_tensor(b)}
+        plain = {**self.parameters, **{k: b for k, b in self.buffers.items() if k not in moved}}
+        for name in self.parameters:
+            own, needed = loan.tensors[name], recorded or name in self.selected
+            if own.requires_grad != needed and (own.is_floating_point() or own.is_complex()):
+                own.requires_grad_(needed)
+        parameters = needing_gradients(parameters) if recorded else parameters
+        loan.put(plain, {**moved, **parameters})
+        loan.hidden([*self.parameters, *parameters])
+
+    def run(self, x: Batch) -> Tensor:
+        """f(x), shape (n, c), during a loan and with what is in force; the model gets a copy of x."""
+        replaced = {name: value for name, value in self._loan.instead.items() if name not in self.buffers}
+
+        def passed(recorded: bool) -> Any:
+            if recorded:
+                self.put(replaced, recorded=True)
+            given, keywords = arguments(self.model, take(x, None))
+            return self._picked(self.model(*given, **keywords))
+
+        return self._checked(recorded_if_needed(passed), samples(x))
 
     def _picked(self, out: Any) -> Any:
         if self.output_fn is None:
@@ -56,6 +92,39 @@ class Network:
                 f"{self.call}: output_fn fails on the {type(out).__name__} that the model returned "
                 f"({type(error).__name__}: {error}); pass a function of it that gives a tensor (n, c)"
             ) from error
+
+    def check_unwritten(self, *, thoroughly: bool = False) -> None:
+        """Raise TangentError if the model, on loan, wrote to a parameter or replaced it when it was last called.
+
+        Autograd counts most writes; a thorough check compares values, and sees those through ``.data``, too.
+        """
+        name = self._loan.written(self.parameters)
+        if name is None and thoroughly:
+            name = next((k for k, value in self.parameters.items() if not _equal(value, self.sources[k])), None)
+        if name is not None:
+            raise TangentError(
+                f"{self.call}: the model changes its parameter {name!r} whenever it is called (it rescales, renormalizes "
+                "or replaces it), which no derivative shows; change it once, before the call, and leave it alone in forward"
+            )
+
+    def check_fresh(self, nodes: Container[Any]) -> None:
+        """Raise TangentError if the outputs, made by some nodes of a graph, depend on what an earlier call left behind."""
+        if any(tensor.grad_fn in nodes for tensor in self._loan.derived):
+            raise TangentError(
+                f"{self.call}: the model uses a tensor that was computed from its parameters before this call and kept, such "
+                "as a cache; empty it first, so that the model computes it again"
+            )
+
+    @property
+    def sources(self) -> Mapping[str, Tensor]:
+        """Where the parameters were copied from."""
+        return self.copied_from or self.parameters
+
+    @property
+    def _loan(self) -> Loan:
+        loan = current(self.model)
+        assert loan is not None
+        return loan
 
     def _checked(self, out: Any, n: int) -> Tensor:
         pick = "pass output_fn=, a function of what the model returns that gives a tensor (n, c)"
@@ -77,69 +146,6 @@ class Network:
         return out
 
 
-@contextmanager
-def plainly(model: nn.Module) -> Iterator[None]:
-    """Run a model as written, in operations that autograd records, and undo what it sets on itself.
-
-    So nothing is compiled, nothing is recomputed later (activation checkpointing would use the model's own parameters),
-    and attention and recurrent layers run in their elementary operations.
-    """
-    kept = [(module, dict(vars(module))) for module in model.modules()]
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_no_checkpointing())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_no_fused_encoder())
-        if recurrent:
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        try:
-            yield
-        finally:
-            for module, attributes in kept:
-                found = vars(module)
-                for name in [name for name in found if name not in attributes]:
-                    del found[name]
-                found.update(attributes)
-
-
-@contextmanager
-def _no_fused_encoder() -> Iterator[None]:
-    """Run transformer layers by their parts without gradients, too: the fused kernel has no forward mode."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _no_checkpointing() -> Iterator[None]:
-    """Make ``torch.utils.checkpoint.checkpoint`` a plain call."""
-
-    class Plain:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-            return function(*arguments)
-
-    def plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
-        yield
-
-    checkpoint = torch.utils.checkpoint
-    names = {"CheckpointFunction": Plain, "_checkpoint_without_reentrant_generator": plain}
-    before = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
-    for name in before:
-        setattr(checkpoint, name, names[name])
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(checkpoint, name, value)
-
-
 def network(
     call: str,
     model: Any,
@@ -150,16 +156,25 @@ def network(
 ) -> Network:
     """The model at ``params`` with the parameters selected by ``wrt``, after checking that everything fits together."""
     check_model(call, model)
-    # Autograd does not record tensors made under inference_mode, but it records their copies.
     parameters = real_parameters(model)
-    buffers = {name: b.detach().clone() if b.is_inference() else b.detach() for name, b in model.named_buffers()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
     selected = select(call, model, wrt)
     check_parameters(call, model, selected)
     if params is not None:
         parameters, buffers = overlay(call, model, params)
     check_mode(call, model)
     check_batch(call, x, parameters)
-    return Network(model, parameters, buffers, selected, output_fn, call)
+    # Copies: what a model writes in place must not reach its owner's memory, nor the caller's state dict.
+    with torch.inference_mode(False):
+        copies = {name: p.clone() for name, p in parameters.items()}
+        buffers = {name: b.clone() for name, b in buffers.items()}
+    return Network(model, copies, buffers, selected, output_fn, call, parameters)
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    if one.layout != torch.strided:
+        one, two = one.to_dense(), two.to_dense()
+    return torch.equal(one, two) or bool(((one == two) | (one != one)).all())
 
 
 def real_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -40,17 +40,20 @@ class Forward:
 
 
 def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
-    """Run the model on a batch under autograd; ``copy`` keeps copies of saved tensors, so that nothing overwrites them."""
-    leaves = {name: net.parameters[name].detach().requires_grad_(True) for name in net.selected}
+    """Run the model, on loan, on a batch under autograd; ``copy`` keeps copies of saved tensors, lest any be overwritten."""
+    leaves = net.leaves()
     uses: list[Use] = []
+    net.put(leaves)
     with saved_copies() if copy else nullcontext(), recorded_calls(net.model, uses, copy=copy):
-        out = net(x, leaves)
+        out = net.run(x)
+    net.check_unwritten()
     if not out.requires_grad:
         raise TangentError(
             f"{net.call}: autograd finds no path from the output to the selected parameters; remove no_grad, "
             "inference_mode or detach, or select parameters that the output depends on"
         )
     graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
+    net.check_fresh(graph.parents)
     return Forward(out, leaves, graph, [use for use in uses if use.edge.node in graph.parents])
 
 

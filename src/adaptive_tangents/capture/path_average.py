@@ -232,10 +232,10 @@ def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> 
     def outputs(buffers: Mapping[str, Tensor]) -> Tensor:
         return replace(node.network, buffers={**node.network.buffers, **buffers})(take(x, None), {})
 
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         try:
             with _PlainBatchNorm():
-                derivative: Tensor = torch.func.jvp(outputs, (base,), (dict(shift),))[1]
+                derivative: Tensor = node.network.lend(lambda: torch.func.jvp(outputs, (base,), (dict(shift),))[1])
                 return derivative.detach().double()
         except (RuntimeError, NotImplementedError):
             step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)

@@ -15,29 +15,29 @@ from adaptive_tangents.errors import TangentError
 _Made = TypeVar("_Made")
 
 
-def recorded_if_needed(run: Callable[[Mapping[str, Tensor]], Any], values: Mapping[str, Tensor]) -> Any:
-    """``run(values)``; if it fails, once more as in training, with gradients on and of all parameters.
+def recorded_if_needed(run: Callable[[bool], Any]) -> Any:
+    """``run(False)``; if it fails, ``run(True)``: once more as in training, with gradients on and of all parameters.
 
     A model may take derivatives in its forward pass, or hook a tensor's gradient. Both fail without a graph. The result has
     no graph if gradients are off outside.
     """
     outside = torch.is_grad_enabled()
     try:
-        out = run(values)
-        return out if outside else _apart(out)
+        out = run(False)
     except TangentError:
         raise
-    except Exception as error:
-        still = {name: v for name, v in values.items() if _differentiable(v) and not v.requires_grad}
-        if outside and not still:
-            raise
-        try:
-            leaves = {name: _apart(v).requires_grad_() for name, v in still.items()}
-        except RuntimeError:  # inside a transform of torch.func, which has leaves of its own
-            raise error from None
+    except Exception:
         with torch.enable_grad():
-            out = run({**values, **leaves})
-        return out if outside else _apart(out)
+            out = run(True)
+    return out if outside else _apart(out)
+
+
+def needing_gradients(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values that ask for gradients, those that did not as leaves of their own."""
+    return {
+        name: _apart(v).requires_grad_() if _differentiable(v) and not v.requires_grad else v
+        for name, v in values.items()
+    }
 
 
 def _apart(value: Any) -> Any:

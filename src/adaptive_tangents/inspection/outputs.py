@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, arguments, samples, take
 from adaptive_tangents.capture.network import OutputFn
-from adaptive_tangents.capture.recording import recorded_if_needed
+from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
 from adaptive_tangents.errors import TangentError
 
 PREFIX = "network."
@@ -50,11 +50,13 @@ def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> 
     values = {name: state[name] for name, _ in model.named_parameters() if name in state}
 
     def run(part: slice) -> Tensor:
-        def called(moved: Mapping[str, Tensor]) -> Tensor:
-            given = arguments(model, take(take(x, part), None))
-            return pick(torch.func.functional_call(model, {**state, **moved}, *given))
+        def called(recorded: bool) -> Tensor:
+            moved = needing_gradients(values) if recorded else {}
+            return pick(
+                torch.func.functional_call(model, {**state, **moved}, *arguments(model, take(take(x, part), None)))
+            )
 
-        made: Tensor = recorded_if_needed(called, values)
+        made: Tensor = recorded_if_needed(called)
         return made
 
     with torch.no_grad():

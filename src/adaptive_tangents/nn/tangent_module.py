@@ -4,10 +4,9 @@
 derivative, so training needs no second derivatives of the network.
 """
 
-import copy
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from adaptive_tangents.capture.batches import Batch, check_form, tensors
+from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.derivatives import saved_copies
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import (
     Network,
     OutputFn,
@@ -102,23 +103,24 @@ class TangentModule(nn.Module):
         call = "TangentModule"
         if rank is not None and rank < 1:
             raise TangentError(f"{call}: rank is positive, got {rank}")
-        check_model(call, model)
-        check_copies(call, model)
-        check_mode(call, model)
-        parameters = real_parameters(model)
-        buffers = {name: b.detach() for name, b in model.named_buffers()}
-        selected = select(call, model, wrt)
-        check_parameters(call, model, selected)
-        if params is not None:
-            parameters, buffers = overlay(call, model, params)
-        network = Network(model, parameters, buffers, selected, output_fn, call)
-        groups = parameter_groups(network)
+        with LOCK:
+            check_model(call, model)
+            check_copies(call, model)
+            check_mode(call, model)
+            parameters = real_parameters(model)
+            buffers = {name: b.detach() for name, b in model.named_buffers()}
+            selected = select(call, model, wrt)
+            check_parameters(call, model, selected)
+            if params is not None:
+                parameters, buffers = overlay(call, model, params)
+            network = Network(model, parameters, buffers, selected, output_fn, call)
+            groups = parameter_groups(network)
+            self._places = _places(model)
+            self.model = _frozen(model, as_given(model, {**parameters, **buffers}))
         self.structure = as_structure("TangentModule", structure)
         self.output_fn, self.selected = output_fn, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
-        self._places = _places(model)
         self._aliases = frozenset(alias for aliases in self._places.values() for alias in aliases)
-        self.model = _frozen(model, as_given(model, {**parameters, **buffers}))
         dtype = parameters[selected[0]].dtype
         for name in selected:
             dtype = torch.promote_types(dtype, parameters[name].dtype)
@@ -277,8 +279,16 @@ class _At:
         self.selected = {name: network.parameters[name] for name in network.selected}
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        def evaluated() -> Tensor:
+            self.put(parameters)
+            return self.network.run(x)
+
+        return self.network.lend(evaluated)
+
+    def put(self, parameters: Mapping[str, Tensor]) -> None:
+        """Bring θ₀ in force under all names of each parameter, some parameters replaced."""
         state = {**self.network.parameters, **parameters}
-        return self.network(x, {alias: state[name] for name, aliases in self.places.items() for alias in aliases})
+        self.network.put({alias: state[name] for name, aliases in self.places.items() for alias in aliases})
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -286,7 +296,8 @@ class _At:
 
     def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """f(x; θ₀) and φ(x)β."""
-        return getattr(self, f"_{self.way(x)}")(x, tangents)  # type: ignore[no-any-return]
+        found: tuple[Tensor, Tensor] = self.network.lend(partial(getattr(self, f"_{self.way(x)}"), x, tangents))
+        return found
 
     def recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph | None"]:
         """f(x; θ₀) and φ(x)β, with the graph of f if it was recorded."""
@@ -294,8 +305,12 @@ class _At:
             with torch.no_grad():
                 return (*self.along(x, tangents), None)
         leaves = self.leaves
-        with torch.enable_grad(), forward_attention():
-            outputs, change = self._forward(x, tangents, leaves)
+
+        def made() -> tuple[Tensor, Tensor]:
+            with torch.enable_grad(), forward_attention():
+                return self._forward(x, tangents, leaves)
+
+        outputs, change = self.network.lend(made)
         return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
 
     def way(self, x: Batch) -> _Way:
@@ -314,8 +329,8 @@ class _At:
         tangents = tuple(draw(value) for value in self.selected.values())
         ways: tuple[_Way, ...] = get_args(_Way)
         for way in ways:
-            with torch.no_grad(), suppress(RuntimeError):
-                outputs, change = getattr(self, f"_{way}")(x, tangents)
+            with torch.no_grad(), suppress(RuntimeError):  # no derivative of this kind, or not of this function
+                outputs, change = self.network.lend(partial(getattr(self, f"_{way}"), x, tangents))
                 signal = draw(outputs)
                 back = self.against(x, signal)
                 found = float((signal * change).double().sum())
@@ -366,10 +381,10 @@ class _At:
     def against(self, x: Batch, signal: Tensor, graph: "_Graph | None" = None) -> tuple[Tensor, ...]:
         """φ(x)ᵀg, shaped as the selected parameters."""
         try:
-            return self._against(x, signal, graph)
+            return self.network.lend(lambda: self._against(x, signal, graph))
         except RuntimeError:  # a saved tensor was overwritten later
             with saved_copies():
-                return self._against(x, signal, None)
+                return self.network.lend(lambda: self._against(x, signal, None))
 
     def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
         # Forward mode, which a model may use itself, is off within a Function.
@@ -377,6 +392,8 @@ class _At:
             if graph is None:
                 leaves = self.leaves
                 graph = self(x, leaves), tuple(leaves.values())
+            else:  # a backward pass may run modules again
+                self.put(dict(zip(self.selected, graph[1], strict=True)))
             found = torch.autograd.grad(*graph, signal, materialize_grads=True)
             return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
@@ -440,36 +457,28 @@ def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with parameters as buffers, and values from a state."""
-    aliases = {alias: name for name, held in _places(model).items() for alias in held}
-    found = copy.deepcopy(model).eval()
-    made: dict[str, Tensor] = {}
-    for path, module in found.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                first = aliases[f"{path}.{name}" if path else name]
-                made.setdefault(first, state[first].detach().clone())
-                del module._parameters[name]
-                module.register_buffer(name, made[first])
-        for name, buffer in module._buffers.items():
-            whole = f"{path}.{name}" if path else name
-            if buffer is not None and whole in state and whole not in aliases:
-                module._buffers[name] = state[whole].detach().clone()
+    found = copied(model).eval()
+    for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
+        tensor.requires_grad_(False)
+        if name in state:
+            tensor.data = state[name].detach().clone()
+    for module in found.modules():
+        for name in [name for name, parameter in module._parameters.items() if parameter is not None]:
+            module._buffers[name] = module._parameters.pop(name)
     return found
-
-
-def _continuous(value: Tensor | None) -> bool:
-    return value is not None and (value.is_floating_point() or value.is_complex())
 
 
 def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
     """A copy of a frozen model, its buffers turned back into parameters."""
-    found = copy.deepcopy(model)
+    found = copied(model)
     for aliases in places.values():
         parameter = None
         for alias in aliases:
             path, _, name = alias.rpartition(".")
             module = found.get_submodule(path)
             buffer = module._buffers.pop(name)
-            parameter = nn.Parameter(buffer, _continuous(buffer)) if parameter is None else parameter  # type: ignore[arg-type]
+            if parameter is None:
+                parameter = buffer if isinstance(buffer, nn.Parameter) else nn.Parameter(buffer)  # type: ignore[arg-type]
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
             module.register_parameter(name, parameter)
     return found

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, arguments, mapped, take, tensors
-from adaptive_tangents.capture.network import plainly
+from adaptive_tangents.capture.lease import on_loan
 from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 
@@ -329,13 +329,13 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -
     x = take(data.x, slice(0, 2))
     keywords = arguments(model, x)[1]
 
-    def run(_: Mapping[str, Tensor]) -> None:
+    def run(recorded: bool) -> None:
         given, named = arguments(model, take(x, None))
         model(*given, **named)
 
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), plainly(model):
-            recorded_if_needed(run, {name: p.detach() for name, p in model.named_parameters()})
+        with torch.no_grad():
+            on_loan(model, lambda loan: recorded_if_needed(run))
     except TangentError:
         raise
     except Exception as error:

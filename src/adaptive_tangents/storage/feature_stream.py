@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, check_form, mapped, samples, take, tensors
+from adaptive_tangents.capture.batches import Batch, cast_tensor, check_form, samples, take, tensors
+from adaptive_tangents.capture.batches import cast as in_dtype
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
 from adaptive_tangents.errors import TangentError
@@ -119,8 +120,8 @@ def stream(
         check_model(call, model)
         check_form(call, x)
         wrt = tuple(escape(name) for name in select(call, model, wrt))
-        model, params = _module_in(call, model, dtype), _in_dtype(params, dtype)
-        x, x2 = _in_dtype(x, dtype), _in_dtype(x2, dtype)
+        model, params = _module_in(call, model, dtype), in_dtype(params, dtype)
+        x, x2 = in_dtype(x, dtype), in_dtype(x2, dtype)
     capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     if x2 is not None:
         capture.check_more(x2)
@@ -152,26 +153,13 @@ def summed(kernels: Iterator[tuple[str, Tensor]]) -> Tensor:
 
 def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the model in another dtype, or the model itself if it has that dtype."""
-    if all(_cast(t, dtype) is t for t in (*model.parameters(), *model.buffers())):
+    if all(cast_tensor(t, dtype) is t for t in (*model.parameters(), *model.buffers())):
         return model
     try:
         # Not .to(dtype), which drops imaginary parts.
-        made: nn.Module = deepcopy(model)._apply(lambda t: _cast(t, dtype))  # type: ignore[no-untyped-call]
+        made: nn.Module = deepcopy(model)._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
         return made
     except (RuntimeError, TypeError) as error:
         raise TangentError(
             f"{call}: the model cannot be copied in order to evaluate it in {dtype} ({error}); pass it in that dtype"
         ) from error
-
-
-def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
-    """A batch or a state dict with its floating tensors in another dtype."""
-    if values is None:
-        return None
-    return mapped(values, lambda tensor: _cast(tensor, dtype))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(dtype.to_complex())
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,244 @@
+"""Everything that a model can reach and change: attributes, containers, arrays, generators; as it was, to put back."""
+
+import copy
+import functools
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_ATOMS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device, torch.Size}
+)
+# Objects that hold others but belong to no model, and a model's graph or compiled code.
+_FOREIGN = (
+    type, ModuleType, weakref.ref, torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader,
+    torch.jit.ScriptModule,
+)  # fmt: skip
+_FOREIGN_PACKAGES = frozenset(
+    {
+        "asyncio", "concurrent", "datasets", "enum", "io", "lightning", "logging", "multiprocessing", "pathlib", "queue",
+        "re", "pytorch_lightning", "socket", "subprocess", "tensorboard", "threading", "tokenizers", "wandb", "weakref",
+    }
+)  # fmt: skip
+_MOST = 50_000  # containers; a model that reaches more than this holds a data set or a trainer
+_LONG = 20_000  # entries; a longer list is put back, but what its entries hold is not
+_SMALL = 1 << 24  # bytes of an array that is copied
+
+Put = Callable[[Any], None]
+"""Puts a value in one place."""
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """What some modules hold, as found: ``restore`` puts it back, and ``places`` says where a tensor is held.
+
+    ``tensors`` are those that are neither parameters nor buffers nor made by an operation that autograd recorded;
+    ``derived`` are those that were.
+    """
+
+    dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
+    lists: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
+    others: list[Callable[[], Any]] = field(default_factory=list)
+    cells: list[tuple[CellType, Any]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    derived: list[Tensor] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Put every entry of every container back; entries are compared by identity."""
+        for held, keys, values in self.dicts:
+            if len(held) == len(keys) and all(map(_same, held.values(), values)) and tuple(held) == keys:
+                continue
+            for key in [key for key in held if key not in keys]:
+                del held[key]
+            before = dict(zip(keys, values, strict=True))
+            held.update(before)
+            if tuple(held) != keys:
+                for key in keys:
+                    held[key] = held.pop(key)
+        for entries, kept in self.lists:
+            if len(entries) != len(kept) or not all(map(_same, entries, kept)):
+                entries[:] = kept
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                cell.cell_contents = value
+        for put_back in self.others:
+            put_back()
+
+    def places(self, tensors: Iterable[Tensor]) -> dict[int, list[Put]]:
+        """By the id of each of some tensors: how to put something else where it is held."""
+        found: dict[int, list[Put]] = {id(tensor): [] for tensor in tensors}
+        for held, keys, values in self.dicts:
+            for key, value in zip(keys, values, strict=True):
+                if id(value) in found:
+                    found[id(value)].append(functools.partial(held.__setitem__, key))
+        for entries, kept in self.lists:
+            for k, value in enumerate(kept):
+                if id(value) in found:
+                    found[id(value)].append(functools.partial(entries.__setitem__, k))
+        for cell, value in self.cells:
+            if id(value) in found:
+                found[id(value)].append(functools.partial(setattr, cell, "cell_contents"))
+        return found
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model whose functions close over the copy; Python's own deep copy shares them with the model."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in belongings(model).derived}
+    made = copy.deepcopy(model, memo)
+    there = belongings(made, closures=False)
+    for held, keys, values in there.dicts:
+        held.update({key: _own_function(value, memo) for key, value in zip(keys, values, strict=True)})
+    for entries, kept in there.lists:
+        entries[:] = [_own_function(value, memo) for value in kept]
+    return made
+
+
+def _own_function(value: Any, memo: dict[int, Any]) -> Any:
+    """A function, closing over copies where its cells hold what was copied; anything else as it is."""
+    if isinstance(value, functools.partial):
+        value.__setstate__((_own_function(value.func, memo), value.args, value.keywords, vars(value)))  # type: ignore[attr-defined]
+    if not isinstance(value, FunctionType) or not (value.__closure__ or value.__defaults__):
+        return value
+    if id(value) not in memo:
+        cells = tuple(CellType() for _ in value.__closure__ or ())
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+        memo[id(value)] = functools.update_wrapper(made, value)
+        del made.__wrapped__  # type: ignore[attr-defined]
+        made.__kwdefaults__ = value.__kwdefaults__
+        made.__defaults__ = value.__defaults__ and tuple(_copy_of(given, memo) for given in value.__defaults__)
+        for cell, own in zip(value.__closure__ or (), cells, strict=True):
+            if (held := _contents(cell)) is not cell:
+                own.cell_contents = _copy_of(held, memo)
+    return memo[id(value)]
+
+
+def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    """The copy of what a function holds; what belongs to no model is shared, as by Python's own deep copy."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, FunctionType | functools.partial):
+        return _own_function(value, memo)
+    return copy.deepcopy(value, memo) if isinstance(value, dict | list | tuple | set | deque | nn.Module) else value
+
+
+def _same(one: Any, two: Any) -> bool:
+    return one is two
+
+
+def belongings(model: nn.Module, *, closures: bool = True) -> Belongings:
+    """What a model holds, found by following attributes, containers and, on request, what functions close over."""
+    found = Belongings()
+    own = {
+        id(tensor)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for tensor in held.values()
+    }
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack and len(seen) < _MOST:
+        value = stack.pop()
+        if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
+            continue
+        seen.add(id(value))
+        stack.extend(_kept(value, found, own))
+    return found
+
+
+def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
+    """Note a value as it is, and return what it holds."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            found.derived.append(value)
+        elif id(value) not in own:
+            found.tensors.append(value)
+        return ()
+    if isinstance(value, dict):
+        keys, values = tuple(value), tuple(value.values())
+        found.dicts.append((value, keys, values))
+        return values if len(values) < _LONG else ()
+    if isinstance(value, list):
+        found.lists.append((value, list(value)))
+        return value if len(value) < _LONG else ()
+    if isinstance(value, tuple):
+        return value if len(value) < _LONG else ()
+    if isinstance(value, deque | set | bytearray):
+        found.others.append(functools.partial(_refill, value, list(value)))
+        return list(value) if not isinstance(value, bytearray) and len(value) < _LONG else ()
+    if isinstance(value, np.ndarray):
+        if value.nbytes <= _SMALL and value.flags.writeable:
+            found.others.append(functools.partial(np.copyto, value, value.copy()))
+        return ()
+    if isinstance(value, torch.Generator):
+        found.others.append(functools.partial(value.set_state, value.get_state()))
+        return ()
+    if isinstance(value, random.Random):
+        found.others.append(functools.partial(value.setstate, value.getstate()))
+        return ()
+    if isinstance(value, np.random.Generator):
+        found.others.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        return ()
+    return _held(value, found)
+
+
+def _held(value: Any, found: Belongings) -> Iterable[Any]:
+    """What a function or another object holds."""
+    if isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            if (held := _contents(cell)) is not cell:
+                found.cells.append((cell, held))
+        return (*(_contents(cell) for cell in value.__closure__ or ()), value.__dict__, value.__defaults__)
+    foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
+    if isinstance(value, (CellType, *_FOREIGN)) or foreign:
+        return ()
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+    held = [getattr(value, name) for name in slots]
+    for name, there in zip(slots, held, strict=True):
+        found.others.append(functools.partial(_set_slot, value, name, there))
+    attributes = getattr(value, "__dict__", None)
+    return (*held, attributes) if type(attributes) is dict else held
+
+
+def _is_foreign(kind: type) -> bool:
+    package, _, rest = str(kind.__module__).partition(".")
+    return package in _FOREIGN_PACKAGES or (package == "torch" and not rest.startswith("nn"))
+
+
+def _slots(kind: type) -> Iterable[str]:
+    slots = kind.__dict__.get("__slots__", ()) if kind.__module__ not in ("builtins", "typing") else ()
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return (name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _contents(cell: CellType) -> Any:
+    """What a closure's cell holds; the cell itself if it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+def _set_slot(value: Any, name: str, there: Any) -> None:
+    if getattr(value, name, None) is not there:
+        object.__setattr__(value, name, there)
+
+
+def _refill(held: Any, kept: list[Any]) -> None:
+    if len(held) == len(kept) and all(map(_same, held, kept)):
+        return
+    held.clear()
+    held.extend(kept) if not isinstance(held, set) else held.update(kept)

@@ -1,0 +1,351 @@
+"""A model on loan: run at other parameters for a while, and then given back as it was, whatever happens meanwhile.
+
+The model's own parameters are what autograd differentiates by. During the loan each points at a copy of its values. So
+whatever holds a parameter uses the right one (a closure, a list, a traced function, a backward pass that runs a module
+again), and what the model writes never reaches the user's memory.
+
+Some changes hold for the whole process, such as attention in elementary operations. One lock, which a thread may take
+again, covers all loans, and each loan puts back what it found.
+"""
+
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import _lru_cache_wrapper, cached_property, partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+from adaptive_tangents.capture.belongings import Belongings, Put, belongings
+
+LOCK = threading.RLock()
+"""Held while a model is on loan, and while what a model holds is read."""
+
+_LARGE = 1 << 28  # bytes of a plain tensor above which it is not copied for every pass
+_Made = TypeVar("_Made")
+_Step = Callable[[], None]
+_loans: list["Loan"] = []
+
+
+def current(model: nn.Module) -> "Loan | None":
+    """The loan of a model that is in progress, if there is one."""
+    return next((loan for loan in reversed(_loans) if loan.model is model), None)
+
+
+def on_loan(model: nn.Module, body: Callable[["Loan"], _Made]) -> _Made:
+    """``body(loan)``, with the model and the process as they were afterwards; a loan of the model in progress goes on."""
+    with LOCK:
+        there = current(model)
+        if there is not None:
+            return body(there)
+        loan = Loan(model)
+        # Twice: an interrupt may come before the first `finally` has begun, or within it.
+        try:
+            try:
+                loan.begin()
+                return body(loan)
+            finally:
+                _surely(loan.end)
+        finally:
+            _surely(loan.end)
+
+
+def _surely(step: _Step) -> None:
+    """Take a step that may be repeated, to its end; an interrupt that comes meanwhile is raised afterwards."""
+    came: KeyboardInterrupt | None = None
+    while True:
+        try:
+            step()
+            break
+        except KeyboardInterrupt as interrupt:
+            came = interrupt
+    if came is not None:
+        raise came
+
+
+class Loan:
+    """A model during a loan: ``put`` brings tensors in force, the rest is about noting and putting back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
+        self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
+        self._undo: list[_Step] = []
+        self._held = Belongings()
+        self._random = _random_state()
+        self._overrides: list[_Step] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        self._aliases: list[tuple[Tensor, Tensor, int | torch.SymInt]] = []
+        self._places: dict[int, list[Put]] | None = None
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
+        self._versions: dict[str, int] = {}
+        self.instead: Mapping[str, Tensor] = {}
+        self._ended = False
+
+    def begin(self) -> None:
+        """Note everything, and set the process so that models run as written, in operations that autograd records."""
+        _loans.append(self)
+        _note_process(self._undo)
+        self._undo += [_tensor_undo(tensor) for tensor in self._own]
+        self._held = held = belongings(self.model)
+        _elementary(self.model)
+        owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
+        for tensor in filter(_has_storage, held.tensors):
+            self._undo.append(_tensor_undo(tensor))
+            start = tensor.untyped_storage().data_ptr()
+            if start in owners:
+                self._aliases.append((tensor, owners[start], tensor.storage_offset()))
+            elif tensor.nbytes < _LARGE:
+                self._copied.append((tensor, tensor.data))
+        for tensor in self._own:
+            tensor._backward_hooks = None  # a hook on a gradient is no part of the function
+            tensor.grad = None
+        for path, module in self.model.named_modules():
+            self._overrides += _overrides(module)
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._slots += [
+                    (module._parameters, key, p, f"{path}.{key}" if path else key)
+                    for key, p in module._parameters.items()
+                ]
+        for kind in {type(module) for module in self.model.modules()}:
+            _unmemoize(kind, self._undo)
+
+    def end(self) -> None:
+        """Put everything back; may be called again."""
+        if self._ended:
+            return
+        self._held.restore()
+        for step in reversed(self._undo):
+            step()
+        if self in _loans:
+            _loans.remove(self)
+        self._ended = True
+
+    def put(self, values: Mapping[str, Tensor], instead: Mapping[str, Tensor]) -> None:
+        """Bring tensors in force, by name, in a model as it was at the beginning.
+
+        A parameter points at its value of ``values``, a buffer at a copy. A tensor of ``instead`` takes its place wherever
+        it is held, for what a parameter cannot be: a tensor with a history, one inside a transform, a dual number.
+        """
+        self.instead = instead
+        self._held.restore()
+        _set_random_state(self._random)
+        for override in self._overrides:
+            override()
+        with torch._C._DisableFuncTorch():  # a copy made inside a transform is no plain tensor
+            for tensor, value in self._copied:
+                tensor.data = value.clone()
+            for name, value in values.items():
+                own = self.tensors[name]
+                own.data = _as_held(value, own) if name not in self._buffers else _as_held(value, own).clone()
+            for tensor, owner, offset in self._aliases:
+                with suppress(RuntimeError):
+                    tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
+        self._versions = {name: self.tensors[name]._version for name in values}
+        for name, value in instead.items():
+            own = self.tensors[name]
+            if value is not own:
+                for put in self._held_by(own):
+                    put(_as_held(value, own))
+
+    def written(self, values: Mapping[str, Tensor]) -> str | None:
+        """A parameter that was written to in place, made to point elsewhere, or replaced since ``put``."""
+        for held, key, p, name in self._slots:
+            if held.get(key) is not p and name not in self.instead:
+                return name
+        for name, value in values.items():
+            own = self.tensors[name]
+            if (_has_storage(own) and own.data_ptr() != value.data_ptr()) or own._version != self._versions[name]:
+                return name
+        return None
+
+    def hidden(self, names: Iterable[str]) -> None:
+        """Make parameters of tensors that the model holds as buffers, for a model that asks for its parameters."""
+        for name in dict.fromkeys(names):
+            if name in self._buffers:
+                path, _, last = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                module._parameters[last] = module._buffers.pop(last)  # type: ignore[assignment]
+
+    def _held_by(self, own: Tensor) -> list[Put]:
+        if self._places is None:
+            self._places = self._held.places(self._own)
+        return self._places[id(own)]
+
+    @property
+    def derived(self) -> list[Tensor]:
+        """Tensors the model holds that were computed from others before the loan."""
+        return self._held.derived
+
+
+def _as_held(value: Tensor, own: Tensor) -> Tensor:
+    """Real pairs as the complex tensor that the model holds."""
+    return torch.view_as_complex(value) if own.is_complex() and not value.is_complex() else value
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+
+
+def _tensor_undo(tensor: Tensor) -> _Step:
+    """Puts back where a tensor's values are, its gradient and its hooks."""
+    data, gradient, needs, hooks = (
+        tensor.data,
+        tensor.grad if tensor.is_leaf else None,
+        tensor.requires_grad,
+        tensor._backward_hooks,
+    )
+
+    def undo() -> None:
+        tensor.data = data
+        if tensor.is_leaf:
+            tensor.grad = gradient
+            if tensor.requires_grad != needs:
+                tensor.requires_grad_(needs)
+        if tensor._backward_hooks is not hooks:
+            tensor._backward_hooks = hooks
+
+    return undo
+
+
+def _note_process(undo: list[_Step]) -> None:
+    """Note how to put back what holds for the process or the thread."""
+    cuda: Any = torch.backends.cuda
+    functorch, hooks = torch._C._functorch, torch._C._autograd
+    checkpoint = torch.utils.checkpoint
+    attributes = [
+        (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
+        (nn.functional, "scaled_dot_product_attention"), (torch, "embedding"),
+        (parametrize, "_cache_enabled"), (parametrize, "_cache"),
+    ]  # fmt: skip
+    settings: list[tuple[Callable[[Any], Any], Any]] = [
+        (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
+        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled()),
+        (cuda.enable_math_sdp, cuda.math_sdp_enabled()),
+        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),
+        (torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
+        (torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled()),
+        (torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled()),
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (sys.setrecursionlimit, sys.getrecursionlimit()),
+        (_set_random_state, _random_state()),
+        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
+        (_leave_dual_levels, forward_ad._current_level),
+        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
+    ]
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
+        frames = sys.modules["torch._dynamo.eval_frame"]
+        settings.append((frames._set_stance, frames._stance))
+    undo += [
+        partial(setattr, holder, name, getattr(holder, name)) for holder, name in attributes if hasattr(holder, name)
+    ]
+    undo += [partial(put, value) for put, value in settings]
+    if torch.is_inference_mode_enabled():
+        normal = torch.inference_mode(False)
+        undo.append(partial(_leave, normal))
+        normal.__enter__()
+
+
+def _elementary(model: nn.Module) -> None:
+    """Attention, recurrence and checkpointing as plain operations; a fused kernel has no forward mode or no saved inputs."""
+    cuda = torch.backends.cuda
+    cuda.enable_flash_sdp(False)
+    cuda.enable_mem_efficient_sdp(False)
+    cuda.enable_cudnn_sdp(False)
+    cuda.enable_math_sdp(True)
+    torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("force_eager")
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    checkpoint: Any = torch.utils.checkpoint
+    checkpoint.CheckpointFunction = _Plain
+    checkpoint._checkpoint_without_reentrant_generator = _plain
+
+
+class _Plain:
+    """Checkpointing with reentrant backward passes, as a plain call."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
+    yield
+
+
+def _overrides(module: nn.Module) -> list[_Step]:
+    """Steps that hide what a module keeps for training or from earlier calls: backward hooks, cached values."""
+    held = vars(module)
+    steps: list[_Step] = [
+        partial(held.__setitem__, name, OrderedDict())
+        for name in ("_backward_hooks", "_backward_pre_hooks")
+        if held.get(name)
+    ]
+    steps += [
+        partial(held.pop, name, None) for name in held if isinstance(getattr(type(module), name, None), cached_property)
+    ]
+    cached = {name: value for name, value in held.items() if isinstance(value, _lru_cache_wrapper)}
+    return steps + [partial(held.__setitem__, name, value.__wrapped__) for name, value in cached.items()]
+
+
+def _unmemoize(kind: type, undo: list[_Step]) -> None:
+    """Replace the cached methods of a class by plain ones."""
+    for owner in kind.__mro__[: -len(nn.Module.__mro__)]:
+        for name, value in list(vars(owner).items()) if not owner.__module__.startswith("torch.") else ():
+            if isinstance(value, _lru_cache_wrapper):
+                undo.append(partial(setattr, owner, name, value))
+                setattr(owner, name, value.__wrapped__)
+
+
+def _leave(context: Any) -> None:
+    if "_inference_mode_raii_context" in vars(context):
+        context.__exit__(None, None, None)
+        del context._inference_mode_raii_context
+
+
+def _leave_transforms(depth: int) -> None:
+    """Leave transforms such as vmap that an interrupt left open."""
+    functorch = torch._C._functorch
+    if functorch.get_dynamic_layer_stack_depth() > depth:
+        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+def _leave_dual_levels(level: int) -> None:
+    """Leave forward mode where an interrupt left it open."""
+    while forward_ad._current_level > level:
+        forward_ad.exit_dual_level()  # type: ignore[no-untyped-call]
+
+
+def _drop_saved_tensor_hooks(top: Any) -> None:
+    """Remove hooks on saved tensors that an interrupt left."""
+    hooks = torch._C._autograd
+    while (now := hooks._top_saved_tensors_default_hooks(True)) is not None and now != top:
+        hooks._pop_saved_tensors_default_hooks()
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda: Any = torch.cuda
+    on_devices = cuda.get_rng_state_all() if cuda.is_initialized() else ()
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), on_devices  # noqa: NPY002
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    random.setstate(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
