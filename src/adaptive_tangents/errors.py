@@ -8,6 +8,10 @@ class TangentError(ValueError):
     """The library cannot do what was asked; the message names the call, the cause and what to do."""
 
 
+class UnfitOutput(TangentError):
+    """What the model returned for some samples is not a tensor (n, c)."""
+
+
 class TangentWarning(UserWarning):
     """A result is returned but misses what was asked, such as a fit that did not converge."""
 

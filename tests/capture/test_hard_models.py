@@ -366,7 +366,6 @@ REFUSED: dict[str, tuple[Callable[[], Made], str, dict[str, Any], str]] = {
     "model on meta": (lambda: (mlp(nn.Tanh).to("meta"), normal(5, 4)), "meta", {}, ""),
     "all on meta": (lambda: (mlp(nn.Tanh).to("meta"), normal(5, 4).to("meta")), "meta", {}, "RuntimeError: item()"),
     "a part on meta": (partly_meta, "2.weight.*meta", {}, "RuntimeError: device meta"),
-    "complex parameter": (complex_weights, "phase.*complex", {}, "the imaginary part is silently dropped"),
     "int8 parameter": (int8_weights, "scales.*int8", {"wrt": "*"}, "RuntimeError: only floating point"),
     "quantized": (lambda: quantized(whole=True), "no parameters", {}, ""),
     "quantized in the end": (lambda: quantized(whole=False), f"{NO_GRADIENT}|quanti|influence each other", {},

@@ -214,7 +214,8 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
         entries = {} if _is_foreign(value) else {k: v for k, v in vars(value).items() if not k.startswith("__")}
         found.others.append(functools.partial(_restore_class, value, entries))
         return [held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)]
-    if isinstance(value, (CellType, *_FOREIGN)) or (_is_foreign(type(value)) and not isinstance(value, nn.Module)):
+    foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
+    if isinstance(value, (CellType, *_FOREIGN)) or foreign:
         return ()
     if isinstance(value, MethodType):
         return (value.__self__, value.__func__)

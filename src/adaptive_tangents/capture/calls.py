@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -29,6 +30,12 @@ class Use:
         return ways if self.rule.tokens and before_last else tuple(way for way in ways if way != "second")
 
 
+def _is_special(tensor: Tensor) -> bool:
+    """Whether a tensor is inside a functional transform, ragged or sparse, so that no rule of a layer holds."""
+    inside = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return bool(inside) or tensor.is_nested or tensor.layout != torch.strided
+
+
 @contextmanager
 def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool, hold: Callable[[Any], None]) -> Iterator[None]:
     """Record every call of a layer that has a rule, and ``hold`` its node; all hooks are removed afterwards."""
@@ -39,6 +46,8 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool, hold: Calla
         if rule is not None and rule.alone and len(arguments) + len(keywords) > 1:
             return
         if rule is None or not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        if _is_special(x) or _is_special(out):
             return
         if not rule.accepts(module, x):
             return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import copy as copy_of
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ from adaptive_tangents.capture.batches import Batch, check_batch, samples, take,
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, saved_copies, spreads, tolerance
 from adaptive_tangents.capture.differences import check_derivative
+from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.graph import Graph, GraphForm, form_of, read_graph, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
+from adaptive_tangents.capture.recording import bytes_kept
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
@@ -125,7 +127,7 @@ class Capture:
     """A network that is checked and probed on a few samples once, and then gives features on request."""
 
     def __init__(
-        self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
+        self, call: str, model: Any, x: Any, params: Mapping[str, Tensor] | None, wrt: Selection | None,
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call = call
@@ -136,7 +138,8 @@ class Capture:
         self.verify = True
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
-        self.probe = self.network.lend(lambda: self._probe(x))
+        with worded(self.network, x):
+            self.probe = self.network.lend(lambda: self._probe(x))
         free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
@@ -150,10 +153,11 @@ class Capture:
         """Bytes that one gradient of the selected parameters takes."""
         return sum(self.network.parameters[name].nbytes for name in self.network.selected)
 
-    def check_more(self, x: Batch) -> None:
+    def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
-        other = self.network.lend(lambda: self._probe(x))
+        with worded(self.network, x):
+            other = self.network.lend(lambda: self._probe(x))
         free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
@@ -173,7 +177,8 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+        with worded(self.network, self._users(x), x):
+            made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -191,6 +196,10 @@ class Capture:
     def _own_probe(self, x: Batch) -> Probe | None:
         """The probe that was made from this very batch, if there is one."""
         return next((probe for batch, probe in self._probed if batch is x), None)
+
+    def _users(self, part: Batch) -> Batch:
+        """The batch that the user gave and of which ``part`` may be a part."""
+        return next((batch for batch, _ in self._probed if samples(batch) >= samples(part)), part)
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
@@ -233,24 +242,11 @@ class Capture:
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
         """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
-        held: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values() if p.layout == torch.strided}
 
-        def note(tensor: Tensor) -> tuple[Tensor, int]:
-            # Tensors inside a functional transform have no storage to ask for.
-            with suppress(RuntimeError):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            # With its history, an operation's output would hold the operation, and this it.
-            return tensor.detach(), tensor._version
-
-        def kept(noted: tuple[Tensor, int]) -> Tensor:
-            if noted[0]._version != noted[1]:
-                raise RuntimeError("a saved tensor was modified by an in-place operation")
-            return noted[0]
-
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, int]:
             leaves = self.network.leaves()
-            with torch.autograd.graph.saved_tensors_hooks(note, kept):
-                out = self.network(x, leaves)
+            out, saved = bytes_kept(lambda: self.network(x, leaves), own)
             self.network.check_unwritten(thoroughly=True)
             if out.requires_grad and bool(torch.isfinite(out).all()):
                 if self.network.holds_derived:
@@ -261,12 +257,10 @@ class Capture:
                     with saved_copies():
                         found = _gradients(self.network(x, leaves), leaves)
                 check_derivative(self.network, x, found, least=lambda: _graph_of(out).dtype)
-            return out.detach()[0]
+            return out.detach()[0], saved
 
-        own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values()}
         with torch.enable_grad():
-            out = self.network.lend(run)
-        return out, sum(size for place, size in held.items() if place not in own)
+            return self.network.lend(run)
 
     def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
         n = samples(x)

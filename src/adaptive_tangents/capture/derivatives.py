@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.batches import Batch, refilled, samples, take, tensors
 from adaptive_tangents.capture.graph import read_graph
 from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.network import Network
@@ -279,11 +278,11 @@ def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict
     """
     chosen = {name: net.parameters[name].detach() for name in names}
 
-    def single(parameters: dict[str, Tensor], sample: Any) -> Tensor:
-        return net(_map(sample, lambda tensor: tensor[None]), parameters)[0]
+    def single(parameters: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
+        return net(refilled(x, [tensor[None] for tensor in sample]), parameters)[0]
 
     with suppress(RuntimeError):
-        made = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)(chosen, x)
+        made = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)(chosen, tensors(x))
         values = {name: made[name].detach() for name in names}
         stand = _stand(net, x, values)
         free_graphs()
@@ -306,7 +305,7 @@ def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
     wide = torch.promote_types(out.dtype, torch.float32)
     w = weights.flatten().to(wide)
     for part, gradient in zip(values.values(), gradients, strict=True):
-        rows = part.flatten(0, 1).flatten(1).to(wide)
+        rows = part.flatten(0, 1).reshape(len(w), -1).to(wide)
         total, size = w @ rows, (w * torch.linalg.vector_norm(rows, dim=1)).norm()
         if gradient is not None:
             total = total - (gradient.to_dense() if gradient.is_sparse else gradient).flatten().to(wide)
@@ -339,11 +338,3 @@ def _sample_by_sample(net: Network, names: list[str], x: Batch) -> dict[str, Ten
         for name, gradients in zip(leaves, zip(*per_output, strict=True), strict=True):
             rows[name].append(torch.stack([g.to_dense() if g.is_sparse else g for g in gradients]))
     return {name: torch.stack(parts) for name, parts in rows.items()}
-
-
-def _map(x: Any, function: Any) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, Mapping):
-        return {name: function(tensor) for name, tensor in x.items()}
-    return tuple(function(tensor) for tensor in x)

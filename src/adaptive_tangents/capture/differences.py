@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, cast
+from adaptive_tangents.capture.batches import Batch, cast, cast_tensor
 from adaptive_tangents.capture.derivatives import mixed, signs
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.checks import listed
@@ -119,7 +119,7 @@ def _slope(net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, w
 
 
 def _wider(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
+    return cast_tensor(value, torch.float64)
 
 
 def _moved(values: Mapping[str, Tensor], along: Mapping[str, _Direction], step: float) -> Iterator[dict[str, Tensor]]:

@@ -71,7 +71,8 @@ def read_graph(out: Tensor, leaves: Mapping[int, str], held: HeldNodes) -> Graph
             found[leaf] = node
     counts = {name: len(parents[found[name]]) if name in found else 0 for name in leaves.values()}
     made = {made.dtype for node in nodes for made in getattr(node, "_input_metadata", ())}
-    least = max((d for d in made | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
+    real = {d.to_real() if d.is_complex else d for d in made}
+    least = max((d for d in real | {out.dtype} if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)
     opaque = any(not name and not isinstance(node, Node) for node, name in zip(nodes, operations, strict=True))
     return Graph(counts, found, parents, operations, opaque, least)
 

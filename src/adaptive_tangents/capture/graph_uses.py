@@ -91,6 +91,8 @@ def terms_of(
             for user, place, number in parents[parent]:
                 following[number].append((user, place))
             outputs = parent._input_metadata
+            if any(made.is_nested_tensor for made in outputs):
+                return None  # its shape is no shape of a whole tensor
             if not following or max(following) >= len(outputs) or not callable(parent):
                 return None  # the network's output, a node without known output shapes, or one that cannot be called
             for number, users in following.items():
@@ -104,9 +106,9 @@ def _term(
     node: Node, index: int, tail: tuple[int, ...], chain: tuple[Step, ...], path: Signature, n: int
 ) -> Term | None:
     """The use of a parameter on input ``index`` of ``node``, if samples come in there."""
-    name = operation(node)
+    name, made = operation(node), node._input_metadata[0]
     operand = OPERANDS.get((name, index))
-    if operand is None or node._input_metadata[0].dtype.is_complex:
+    if operand is None or made.dtype.is_complex or made.is_nested_tensor:
         return None
     shape = operand.shape(node)
     ways = tuple(way for way in layouts(shape, n) if operand.fits(tail, shape, way))

@@ -121,8 +121,10 @@ def _owners(net: Network, names: Mapping[int, str]) -> dict[str, _Owners]:
     selected = set(net.selected)
     for path, module in net.model.named_modules():
         for role in ("weight", "bias") if rule_for(module) is not None else ():
-            name = names.get(id(module._parameters.get(role)))
-            if name is not None and name in selected:
+            own = module._parameters.get(role)
+            name = names.get(id(own))
+            # A complex one is a pair of real ones here, so no layer's rule holds.
+            if name is not None and own is not None and not own.is_complex() and name in selected:
                 owners[name] = _Owners(role, {**owners.get(name, _Owners()).modules, path: module})
     return owners
 

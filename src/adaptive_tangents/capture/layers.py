@@ -69,7 +69,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         for layer in rule.layers:
             if isinstance(module, layer) and type(module).forward is layer.forward:
                 return rule
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)  # a traced module's class has none
     named = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
     return _HUGGING_FACE_CONV1D if named == ("transformers.pytorch_utils", "Conv1D.forward") else None
 

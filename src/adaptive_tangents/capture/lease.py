@@ -89,6 +89,7 @@ class Loan:
         self._places: dict[int, list[Put]] | None = None
         self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         self._versions: dict[str, int] = {}
+        self.instead: Mapping[str, Tensor] = {}
         self._ended = False
 
     def begin(self) -> None:
@@ -113,7 +114,10 @@ class Loan:
         for path, module in self.model.named_modules():
             self._overrides += _overrides(module)
             if not isinstance(module, torch.jit.ScriptModule):
-                self._slots += [(module._parameters, key, p, f"{path}.{key}") for key, p in module._parameters.items()]
+                self._slots += [
+                    (module._parameters, key, p, f"{path}.{key}" if path else key)
+                    for key, p in module._parameters.items()
+                ]
         for kind in {type(module) for module in self.model.modules()}:
             _unmemoize(kind, self._undo)
 
@@ -134,6 +138,7 @@ class Loan:
         A parameter points at its value of ``values``, a buffer at a copy. A tensor of ``instead`` takes its place wherever
         it is held, for what a parameter cannot be: a tensor with a history, one inside a transform, a dual number.
         """
+        self.instead = instead
         self._held.restore()
         _set_random_state(self._random)
         for override in self._overrides:
@@ -159,11 +164,11 @@ class Loan:
     def written(self, values: Mapping[str, Tensor]) -> str | None:
         """A parameter that was written to in place, made to point elsewhere, or replaced since ``put``."""
         for held, key, p, name in self._slots:
-            if held.get(key) is not p:
+            if held.get(key) is not p and name not in self.instead:
                 return name
         for name, value in values.items():
             own = self.tensors[name]
-            if own.data_ptr() != value.data_ptr() or _version(own) != self._versions[name]:
+            if _version(own) != self._versions[name] or (_has_storage(own) and own.data_ptr() != value.data_ptr()):
                 return name
         return None
 

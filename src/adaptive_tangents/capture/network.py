@@ -8,10 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, check_batch, samples, take
+from adaptive_tangents.capture.batches import Batch, arguments, check_batch, samples, take
+from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.lease import Loan, current, on_loan
+from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
+from adaptive_tangents.capture.refusals import check_is_module, check_parameters, check_tensors
 from adaptive_tangents.checks import listed
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, UnfitOutput
 
 OutputFn = Callable[[Any], Tensor]
 Selection = str | nn.Parameter | Iterable[str | nn.Parameter]
@@ -51,26 +54,44 @@ class Network:
             for name in self.selected
         }
 
-    def put(self, parameters: Mapping[str, Tensor]) -> None:
-        """During a loan, bring the network's parameters and copies of its buffers in force, some parameters replaced."""
+    def put(self, parameters: Mapping[str, Tensor], *, recorded: bool = False) -> None:
+        """During a loan, bring the network's parameters and copies of its buffers in force, some parameters replaced.
+
+        With ``recorded``, all parameters ask for gradients, as a model may expect that takes derivatives itself.
+        """
         loan = self._loan
         moved = {k: b for k, b in self.buffers.items() if torch._C._functorch.is_functorch_wrapped_tensor(b)}
         plain = {**self.parameters, **{k: b for k, b in self.buffers.items() if k not in moved}}
         for name in self.parameters:
-            own, needed = loan.tensors[name], name in self.selected
+            own, needed = loan.tensors[name], recorded or name in self.selected
             if own.requires_grad != needed and (own.is_floating_point() or own.is_complex()):
                 own.requires_grad_(needed)
+        parameters = needing_gradients(parameters) if recorded else parameters
         loan.put(plain, {**moved, **parameters})
         loan.hidden([*self.parameters, *parameters])
 
     def run(self, x: Batch) -> Tensor:
         """f(x), shape (n, c), during a loan and with what is in force; the model gets a copy of x."""
-        x = take(x, None)
-        if isinstance(x, Mapping):
-            out = self.model(**x)
-        else:
-            out = self.model(*((x,) if isinstance(x, Tensor) else x))
-        return self._checked(out if self.output_fn is None else self.output_fn(out), samples(x))
+        replaced = {name: value for name, value in self._loan.instead.items() if name not in self.buffers}
+
+        def passed(recorded: bool) -> Any:
+            if recorded:
+                self.put(replaced, recorded=True)
+            given, keywords = arguments(self.model, take(x, None))
+            return self._picked(self.model(*given, **keywords))
+
+        return self._checked(recorded_if_needed(passed), samples(x))
+
+    def _picked(self, out: Any) -> Any:
+        if self.output_fn is None:
+            return out
+        try:
+            return self.output_fn(out)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UnfitOutput(
+                f"{self.call}: output_fn fails on the {type(out).__name__} that the model returned "
+                f"({type(error).__name__}: {error}); pass a function of it that gives a tensor (n, c)"
+            ) from error
 
     def check_unwritten(self, *, thoroughly: bool = False) -> None:
         """Raise TangentError if the model, on loan, wrote to a parameter or replaced it when it was last called.
@@ -113,37 +134,37 @@ class Network:
     def _checked(self, out: Any, n: int) -> Tensor:
         pick = "pass output_fn=, a function of what the model returns that gives a tensor (n, c)"
         if not isinstance(out, Tensor):
-            raise TangentError(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
+            raise UnfitOutput(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
         if out.ndim != 2 or out.shape[0] != n:
-            raise TangentError(
+            raise UnfitOutput(
                 f"{self.call}: the output has shape {tuple(out.shape)}, expected ({n}, c), one row a sample; {pick}"
             )
         if out.shape[1] == 0:
-            raise TangentError(f"{self.call}: the output has shape {tuple(out.shape)}, no outputs at all; {pick}")
+            raise UnfitOutput(f"{self.call}: the output has shape {tuple(out.shape)}, no outputs at all; {pick}")
+        if out.is_complex():
+            raise UnfitOutput(
+                f"{self.call}: the output is {out.dtype}, and features are of real outputs; pass output_fn=, such as "
+                "lambda out: torch.view_as_real(out).flatten(1)"
+            )
         if not out.is_floating_point():
-            raise TangentError(f"{self.call}: the output is {out.dtype}, which has no derivative; {pick}")
+            raise UnfitOutput(f"{self.call}: the output is {out.dtype}, which has no derivative; {pick}")
         return out
 
 
 def network(
     call: str,
-    model: nn.Module,
-    x: Batch,
+    model: Any,
+    x: Any,
     params: Mapping[str, Tensor] | None,
     wrt: Selection | None,
     output_fn: OutputFn | None,
 ) -> Network:
     """The model at ``params`` with the parameters selected by ``wrt``, after checking that everything fits together."""
     check_model(call, model)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = real_parameters(model)
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     selected = select(call, model, wrt)
-    for name in selected:
-        if not parameters[name].is_floating_point():
-            raise TangentError(
-                f"{call}: parameter {name!r} is {parameters[name].dtype}, and features are of real floating parameters; "
-                "leave it out with wrt"
-            )
+    check_parameters(call, model, selected)
     if params is not None:
         parameters, buffers = overlay(call, model, params)
     check_mode(call, model)
@@ -156,23 +177,24 @@ def network(
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
+    if one.layout != torch.strided:
+        one, two = one.to_dense(), two.to_dense()
     return torch.equal(one, two) or bool(((one == two) | (one != one)).all())
 
 
-def check_model(call: str, model: nn.Module) -> None:
+def real_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The values of the model's parameters, complex ones as pairs of real ones."""
+    return {
+        name: as_real(p.detach().clone() if p.is_inference() else p.detach()) for name, p in model.named_parameters()
+    }
+
+
+def check_model(call: str, model: Any) -> None:
     """Raise TangentError for models that cannot be evaluated at other parameters, or that have no true derivative."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise TangentError(f"{call}: the model is wrapped in {type(model).__name__}; pass its .module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TangentError(f"{call}: the model is a TorchScript module; pass the Python module it was made from")
-    named = dict(model.named_parameters())
-    if not named:
+    check_is_module(call, model)
+    if next(model.parameters(), None) is None:
         raise TangentError(f"{call}: the model has no parameters")
-    for name, parameter in [*named.items(), *model.named_buffers()]:
-        if isinstance(parameter, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise TangentError(f"{call}: {name!r} is not initialized yet; run the model on one batch first")
-        if parameter.device.type == "meta":
-            raise TangentError(f"{call}: {name!r} is on the meta device and holds no values; load the weights first")
+    check_tensors(call, model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             what = f"{call}: {type(module).__name__} {name!r}"
@@ -217,7 +239,7 @@ def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...
 
 def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's parameters and buffers, replaced by those of a state dict."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     aliases = set(dict(model.named_parameters(remove_duplicate=False))) | set(model.state_dict(keep_vars=True))
     unknown = [name for name in params if name not in parameters and name not in buffers and name not in aliases]
@@ -253,11 +275,11 @@ def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[
                 f"{call}: the state dict has {name!r} as {new.dtype} on {new.device}, the model as {old.dtype} on "
                 f"{old.device}; convert the state dict or the model"
             )
-        bad = new is not None and new.is_floating_point() and not bool(torch.isfinite(new).all())
+        bad = new is not None and (new.is_floating_point() or new.is_complex()) and not bool(torch.isfinite(new).all())
         if bad:
             raise TangentError(f"{call}: the state dict holds a non-finite value in {name!r}; use another checkpoint")
     return (
-        {name: params[name].detach() for name in parameters},
+        {name: as_real(params[name].detach()) for name in parameters},
         {name: params.get(name, old).detach() for name, old in buffers.items()},
     )
 

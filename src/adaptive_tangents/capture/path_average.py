@@ -193,7 +193,8 @@ def _moved_buffers(
     call: str, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, refuse: bool
 ) -> dict[str, Tensor]:
     """b₁ − b₀ for the floating buffers that move."""
-    moved = {k: end[k] - b for k, b in start.items() if b.is_floating_point() and not torch.equal(b, end[k])}
+    real = {k: b for k, b in start.items() if b.is_floating_point() or b.is_complex()}
+    moved = {k: end[k] - b for k, b in real.items() if not torch.equal(b, end[k])}
     if moved and refuse:
         raise TangentError(
             f"{call}: buffer {next(iter(moved))!r} differs between start and end, so the outputs change by more than the "

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.batches import Batch, arguments, samples, take
 from adaptive_tangents.capture.network import OutputFn
+from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
 from adaptive_tangents.errors import TangentError
 
 PREFIX = "network."
@@ -46,14 +47,20 @@ def pick(out: Any, call: str = "inspect") -> Tensor:
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
     """f(x; θ) of all samples, computed in parts."""
-    parts = []
+    values = {name: state[name] for name, _ in model.named_parameters() if name in state}
+
+    def run(part: slice) -> Tensor:
+        def called(recorded: bool) -> Tensor:
+            moved = needing_gradients(values) if recorded else {}
+            return pick(
+                torch.func.functional_call(model, {**state, **moved}, *arguments(model, take(take(x, part), None)))
+            )
+
+        made: Tensor = recorded_if_needed(called)
+        return made
+
     with torch.no_grad():
-        for first in range(0, samples(x), _CHUNK):
-            part = take(take(x, slice(first, first + _CHUNK)), None)
-            args, keywords = ((), dict(part)) if isinstance(part, Mapping) else (part, {})
-            args = (part,) if isinstance(part, Tensor) else args
-            parts.append(pick(torch.func.functional_call(model, dict(state), args, keywords)))
-    return torch.cat(parts)
+        return torch.cat([run(slice(first, first + _CHUNK)) for first in range(0, samples(x), _CHUNK)])
 
 
 class _Margin(nn.Module):
@@ -96,8 +103,8 @@ class Reduction:
             return model, x, lambda out: pick(out) @ weights.to(pick(out))
         if isinstance(x, Mapping):
             return _Margin(model), {**x, "margin_weights": self.weights}, pick
-        arguments = (x,) if isinstance(x, Tensor) else x
-        return _Margin(model), (*arguments, self.weights), pick
+        given = x if isinstance(x, tuple | list) else (x,)
+        return _Margin(model), (*given, self.weights), pick
 
     def state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with the names of the arranged model."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import tensors
+from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.path_average import AverageFeatures
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -189,7 +190,7 @@ def _block_numbers(problem: Problem, measured: _Measured) -> dict[str, dict[str,
 
 
 def _vector(feats: TangentFeatures, state: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([state[name].flatten() for name in feats.parameters])
+    return torch.cat([as_real(state[name]).flatten() for name in feats.parameters])
 
 
 def _plain(name: str, reduction: Reduction) -> str:

@@ -15,13 +15,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.batches import Batch, tensors
+from adaptive_tangents.capture.batches import Batch, check_form, tensors
 from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import tangent_features
+from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.derivatives import saved_copies
+from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK
-from adaptive_tangents.capture.network import Network, OutputFn, Selection, check_mode, check_model, overlay, select
+from adaptive_tangents.capture.network import (
+    Network,
+    OutputFn,
+    Selection,
+    check_mode,
+    check_model,
+    overlay,
+    real_parameters,
+    select,
+)
+from adaptive_tangents.capture.refusals import check_copies, check_parameters
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -94,16 +106,18 @@ class TangentModule(nn.Module):
             raise TangentError(f"{call}: rank is positive, got {rank}")
         with LOCK:
             check_model(call, model)
+            check_copies(call, model)
             check_mode(call, model)
-            parameters = {name: p.detach() for name, p in model.named_parameters()}
+            parameters = real_parameters(model)
             buffers = {name: b.detach() for name, b in model.named_buffers()}
             selected = select(call, model, wrt)
+            check_parameters(call, model, selected)
             if params is not None:
                 parameters, buffers = overlay(call, model, params)
             network = Network(model, parameters, buffers, selected, output_fn, call)
             groups = parameter_groups(network)
             self._places = _places(model)
-            self.model = _frozen(model, {**parameters, **buffers})
+            self.model = _frozen(model, as_given(model, {**parameters, **buffers}))
         self.structure = as_structure("TangentModule", structure)
         self.output_fn, self.selected = output_fn, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
@@ -145,12 +159,14 @@ class TangentModule(nn.Module):
         Args:
             x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
         """
+        check_form("TangentModule", x)
         network = self._network()
         tangents = self._parameters_of(self._coefficients(), network)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
-            initial, change = network.along(x, tangents)
-        else:
-            initial, change = _along(network, x, tangents)
+        with worded(network.network, x):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+                initial, change = network.along(x, tangents)
+            else:
+                initial, change = _along(network, x, tangents)
         total: Tensor = initial + change
         return total
 
@@ -160,8 +176,10 @@ class TangentModule(nn.Module):
         Args:
             x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
         """
-        with torch.no_grad():
-            out: Tensor = self._network()(x, {})
+        check_form("TangentModule", x)
+        network = self._network()
+        with torch.no_grad(), worded(network.network, x):
+            out: Tensor = network(x, {})
             return out
 
     def effective_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
@@ -256,7 +274,7 @@ class TangentModule(nn.Module):
 
     def _network(self) -> "_At":
         state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
-        parameters = {name: state[name] for name in self._places}
+        parameters = {name: as_real(state[name]) for name in self._places}
         rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output_fn, "TangentModule")
         return _At(self, network)
@@ -356,7 +374,8 @@ class _At:
                 "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
                 "derivative with respect to the inputs; detach them"
             )
-        feats = self.module.features(x)
+        with raised_as("TangentModule", "tangent_features"):
+            feats = self.module.features(x)
         named = dict(zip(self.selected, tangents, strict=True))
         matrices = {name: block.join(named).to(feats.dtype) for name, block in feats.blocks.items()}
         outputs = self(x, {})
@@ -371,13 +390,15 @@ class _At:
                 return self.network.lend(lambda: self._against(x, signal, None))
 
     def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        # Forward mode, which a model may use itself, is off within a Function.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             if graph is None:
                 leaves = self.network.leaves()
                 graph = self(x, leaves), tuple(leaves.values())
             else:  # a backward pass may run modules again
                 self.network.put(dict(zip(self.selected, graph[1], strict=True)))
-            return torch.autograd.grad(*graph, signal, materialize_grads=True)
+            found = torch.autograd.grad(*graph, signal, materialize_grads=True)
+            return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
 
 _Graph = tuple[Tensor, tuple[Tensor, ...]]  # outputs f and the parameters they depend on, for one backward pass

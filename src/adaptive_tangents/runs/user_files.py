@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.batches import Batch, arguments, mapped, take, tensors
 from adaptive_tangents.capture.lease import on_loan
+from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
@@ -152,7 +153,7 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
         if found and all(name.startswith(wrapper) for name in found):
             found = {name.removeprefix(wrapper): value for name, value in found.items()}
     # Integer counters change no output; a safetensors checkpoint may share or drop them.
-    missing = [name for name in wanted if name not in found and wanted[name].is_floating_point()]
+    missing = [name for name in wanted if name not in found and _continuous(wanted[name])]
     unexpected = [name for name in found if name not in wanted]
     wrong = [
         f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
@@ -166,12 +167,16 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
             f"{call}: {path}{where} does not fit the model: {problems}; give the factory that made this checkpoint"
         )
     state = {name: found.get(name, value).to(value.dtype) for name, value in wanted.items()}
-    bad = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    bad = [name for name, value in state.items() if _continuous(value) and not bool(torch.isfinite(value).all())]
     if bad:
         raise TangentError(
             f"{call}: {path} holds values that are not finite in {_listed(bad)}; use an earlier checkpoint"
         )
     return state
+
+
+def _continuous(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _read(path: Path, device: torch.device, call: str) -> object:
@@ -298,12 +303,12 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
 
     Raises TangentError if x holds integers but the network has no embedding, so that they are probably pixels.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters = [p for p in model.parameters() if _continuous(p)]
     if not parameters:
         raise TangentError(f"{call}: the model has no parameters; give the factory of a network")
-    dtype, device = parameters[0].dtype, parameters[0].device
+    dtype, device = parameters[0].dtype.to_real(), parameters[0].device
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
-    if not embeds and not any(t.is_floating_point() for t in tensors(data.x)):
+    if not embeds and not any(_continuous(t) for t in tensors(data.x)):
         first = tensors(data.x)[0]
         raise TangentError(
             f"{call}: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "
@@ -311,26 +316,26 @@ def fit_data(data: Data, model: nn.Module, call: str = _INSPECT) -> Data:
         )
 
     def fitted(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(device=device, dtype=dtype.to_complex())
         return value.to(device=device, dtype=dtype if value.is_floating_point() else torch.int64)
 
-    x: Batch
-    if isinstance(data.x, Tensor):
-        x = fitted(data.x)
-    elif isinstance(data.x, Mapping):
-        x = {name: fitted(value) for name, value in data.x.items()}
-    else:
-        x = tuple(fitted(value) for value in data.x)
+    x = mapped(data.x, fitted)
     return Data(x, None if data.y is None else fitted(data.y), data.classes)
 
 
 def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -> None:
     """Run the network on two samples. Raises TangentError if that fails, with their shapes and the network's message."""
-    x = take(take(data.x, slice(0, 2)), None)
-    keywords = dict(x) if isinstance(x, Mapping) else {}
-    arguments = () if keywords else (x,) if isinstance(x, Tensor) else x
+    x = take(data.x, slice(0, 2))
+    keywords = arguments(model, x)[1]
+
+    def run(recorded: bool) -> None:
+        given, named = arguments(model, take(x, None))
+        model(*given, **named)
+
     try:
         with torch.no_grad():
-            on_loan(model, lambda loan: model(*arguments, **keywords))
+            on_loan(model, lambda loan: recorded_if_needed(run))
     except TangentError:
         raise
     except Exception as error:

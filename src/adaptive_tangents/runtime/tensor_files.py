@@ -74,7 +74,7 @@ def fingerprint(value: Any) -> str:
 def _parts(value: Any) -> Iterable[bytes | memoryview]:
     """A value as bytes; different values give different bytes."""
     if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         yield f"tensor {plain.dtype} {tuple(plain.shape)}".encode()
         yield plain.reshape(-1).view(torch.uint8).numpy().data
     elif dataclasses.is_dataclass(value):

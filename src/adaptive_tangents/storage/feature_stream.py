@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.batches import Batch, cast_tensor, check_form, samples, take, tensors
+from adaptive_tangents.capture.batches import cast as in_dtype
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.capture.network import OutputFn, Selection, select
+from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -80,7 +81,7 @@ class Stream:
     def probed(self) -> Float[Tensor, " k"]:
         """The kernel's trace for a few samples, each with itself: nearly the same for the same network on any machine."""
         index = self.capture.probe.index
-        feats = self.features(take(self.x, index.to(_device(self.x))), len(index))
+        feats = self.features(take(self.x, index.to(tensors(self.x)[0].device)), len(index))
         return feats.kernel(outputs="trace").diagonal()
 
     def some(self) -> TangentFeatures:
@@ -104,7 +105,7 @@ class Stream:
 
 
 def stream(
-    call: str, model: nn.Module, x: Batch, x2: Batch | None, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    call: str, model: Any, x: Any, x2: Any, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
     wrt: Selection | None, by_block: bool, output_fn: OutputFn | None, memory_limit: int | None, dtype: torch.dtype | None,
     transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
 ) -> Stream:  # fmt: skip
@@ -116,9 +117,11 @@ def stream(
         raise TangentError(f"{call}: dtype is torch.float64, torch.float32, torch.bfloat16 or None, got {dtype}")
     cast = torch.bfloat16 if dtype == torch.bfloat16 else None
     if dtype in (torch.float64, torch.float32):
+        check_model(call, model)
+        check_form(call, x)
         wrt = tuple(escape(name) for name in select(call, model, wrt))
-        model, params = _module_in(call, model, dtype), _in_dtype(params, dtype)
-        x, x2 = _in_dtype(x, dtype), _in_dtype(x2, dtype)
+        model, params = _module_in(call, model, dtype), in_dtype(params, dtype)
+        x, x2 = in_dtype(x, dtype), in_dtype(x2, dtype)
     capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     if x2 is not None:
         capture.check_more(x2)
@@ -150,28 +153,13 @@ def summed(kernels: Iterator[tuple[str, Tensor]]) -> Tensor:
 
 def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the model in another dtype, or the model itself if it has that dtype."""
-    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    if all(t.dtype == dtype for t in floating):
+    if all(cast_tensor(t, dtype) is t for t in (*model.parameters(), *model.buffers())):
         return model
     try:
-        return deepcopy(model).to(dtype)
+        # Not .to(dtype), which drops imaginary parts.
+        made: nn.Module = deepcopy(model)._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
+        return made
     except (RuntimeError, TypeError) as error:
         raise TangentError(
             f"{call}: the model cannot be copied in order to evaluate it in {dtype} ({error}); pass it in that dtype"
         ) from error
-
-
-def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
-    """A batch or a state dict with its floating tensors in another dtype."""
-    if values is None:
-        return None
-    if isinstance(values, Tensor):
-        return values.to(dtype) if values.is_floating_point() else values
-    if isinstance(values, Mapping):
-        return {name: _in_dtype(value, dtype) for name, value in values.items()}
-    return tuple(_in_dtype(value, dtype) for value in values)
-
-
-def _device(x: Batch) -> torch.device:
-    first = x if isinstance(x, Tensor) else next(iter(x.values() if isinstance(x, Mapping) else x))
-    return first.device

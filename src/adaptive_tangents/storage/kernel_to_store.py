@@ -374,9 +374,9 @@ def _finish(call: str, store: KernelStore) -> None:
     store.marked(complete=True)
 
 
-def _share(limit: int | None, x: Batch, processes: int) -> int | None:
+def _share(limit: int | None, x: Any, processes: int) -> int | None:
     """The memory limit of one process; by default the processes of a machine share what is free."""
-    device = tensors(x)[0].device
+    device = next((tensor.device for tensor in tensors(x)), torch.device("cpu"))
     return limit if limit is not None or device.type != "cpu" else max(1, limit_for(None, device) // processes)
 
 
