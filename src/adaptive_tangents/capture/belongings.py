@@ -20,7 +20,6 @@ _ATOMS = frozenset(
 # Objects that hold others but belong to no model, and a model's graph or compiled code.
 _FOREIGN = (
     ModuleType, weakref.ref, torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader,
-    torch.jit.ScriptModule,
 )  # fmt: skip
 _FOREIGN_PACKAGES = frozenset(
     {
@@ -210,6 +209,9 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
         if value.__defaults__:
             found.defaults.append((value, value.__defaults__))
         return (*(_contents(cell) for cell in value.__closure__ or ()), value.__dict__, value.__defaults__)
+    if isinstance(value, torch.jit.ScriptModule):
+        found.dicts.append((vars(value), tuple(vars(value)), tuple(vars(value).values())))
+        return (vars(value).get("_actual_script_module"),)
     if isinstance(value, type):
         entries = {} if _is_foreign(value) else {k: v for k, v in vars(value).items() if not k.startswith("__")}
         found.others.append(functools.partial(_restore_class, value, entries))

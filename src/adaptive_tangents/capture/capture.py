@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, check_batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
-from adaptive_tangents.capture.derivatives import materialize, mixed, projections, saved_copies, spreads, tolerance
-from adaptive_tangents.capture.differences import check_derivative
+from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.differences import verify
 from adaptive_tangents.capture.failures import worded
-from adaptive_tangents.capture.graph import Graph, GraphForm, form_of, read_graph, same_form
+from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
+from adaptive_tangents.capture.held_nodes import free_graphs
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
@@ -247,16 +247,7 @@ class Capture:
         def run() -> tuple[Tensor, int]:
             leaves = self.network.leaves()
             out, saved = bytes_kept(lambda: self.network(x, leaves), own)
-            self.network.check_unwritten(thoroughly=True)
-            if out.requires_grad and bool(torch.isfinite(out).all()):
-                if self.network.holds_derived:
-                    self.network.check_fresh(_graph_of(out).parents)
-                try:
-                    found = _gradients(out, leaves)
-                except RuntimeError:
-                    with saved_copies():
-                        found = _gradients(self.network(x, leaves), leaves)
-                check_derivative(self.network, x, found, least=lambda: _graph_of(out).dtype)
+            verify(self.network, x, out, leaves)
             return out.detach()[0], saved
 
         with torch.enable_grad():
@@ -364,17 +355,6 @@ class Capture:
 
         # On loan until gradients are made: a backward pass may run modules again.
         return self.network.lend(taken)
-
-
-def _graph_of(out: Tensor) -> Graph:
-    with held_nodes() as nodes:
-        return read_graph(out, {}, nodes)
-
-
-def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Autograd's gradients of a random combination of all outputs."""
-    found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
 
 
 def _confirmed(probe: Probe, found: Found) -> frozenset[str]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, cast, cast_tensor
-from adaptive_tangents.capture.derivatives import mixed, signs
+from adaptive_tangents.capture.derivatives import mixed, saved_copies, signs
+from adaptive_tangents.capture.graph import Graph, read_graph
+from adaptive_tangents.capture.held_nodes import held_nodes
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentWarning
@@ -42,10 +44,41 @@ class _Direction:
         return torch.addr(value.reshape(len(rows), -1), rows, columns, alpha=step * self.size).view(value.shape)
 
 
-def check_derivative(
+def verify(net: Network, x: Batch, out: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    """During a loan, hold one sample's outputs (1, c), just computed, and their gradient against the function itself.
+
+    Raises TangentError if the model wrote to its parameters or used what an earlier call left behind. Warns if autograd's
+    gradient is not the derivative.
+    """
+    net.check_unwritten(thoroughly=True)
+    if not out.requires_grad or not bool(torch.isfinite(out).all()):
+        return
+    if net.holds_derived:
+        net.check_fresh(_graph_of(out).parents)
+    try:
+        found = _gradients(out, leaves)
+    except RuntimeError:  # something was overwritten
+        with saved_copies():
+            found = _gradients(net(x, leaves), leaves)
+    net.check_returned()
+    _check_derivative(net, x, found, least=lambda: _graph_of(out).dtype)
+
+
+def _graph_of(out: Tensor) -> Graph:
+    with held_nodes() as nodes:
+        return read_graph(out, {}, nodes)
+
+
+def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Autograd's gradients of a random combination of all outputs."""
+    found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _check_derivative(
     net: Network, x: Batch, gradients: Mapping[str, Tensor | None], *, least: Callable[[], torch.dtype]
 ) -> None:
-    """Warn where ``gradients``, of the combination ``mixed`` of one sample's outputs, are not the slopes of the function.
+    """Warn where ``gradients`` of the combined outputs are not the slopes of the function.
 
     A step is judged only where others agree with it, so that a kink or a rounding error accuses nobody; nor is a network
     that computes something in less than float32, ``least``.
@@ -92,7 +125,7 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
 def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:
     """Whether the outputs' slope along a direction is the gradient's, or differences do not tell."""
     small = sum(value.numel() for value in net.parameters.values()) <= _WIDE
-    return any(_agree_in(net, x, along, wide=wide) for wide in ([True] if small else [False, True]))
+    return any(_agree_in(net, x, along, wide=wide) for wide in ([True, False] if small else [False, True]))
 
 
 def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: bool) -> bool:
@@ -111,14 +144,14 @@ def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: 
 
 def _slope(net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, wide: bool) -> tuple[float, torch.dtype]:
     """The central difference of the combined outputs, in float64 where the model can run in it, and the dtype."""
-    if wide:
+    dtype = max((net.parameters[name].dtype for name in along), key=lambda dtype: torch.finfo(dtype).eps)
+    if wide and dtype != torch.float64:
         step = _STEPS[torch.float64][k]
         other = replace(net, buffers={name: _wider(b) for name, b in net.buffers.items()})
         values = {name: _wider(value) for name, value in net.parameters.items()}
         with suppress(Exception):  # some tensor of the model has its dtype written in
             sides = [other(cast(x, torch.float64), moved) for moved in _moved(values, along, step)]
             return _difference(sides, step), torch.float64
-    dtype = max((net.parameters[name].dtype for name in along), key=lambda dtype: torch.finfo(dtype).eps)
     step = _STEPS[dtype][k]
     sides = [replace(net, parameters=moved)(x, {}) for moved in _moved(net.parameters, along, step)]
     return _difference(sides, step), dtype

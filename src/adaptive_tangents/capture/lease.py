@@ -89,6 +89,7 @@ class Loan:
         self._places: dict[int, list[Put]] | None = None
         self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         self._versions: dict[str, int] = {}
+        self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
 
@@ -118,8 +119,8 @@ class Loan:
                     (module._parameters, key, p, f"{path}.{key}" if path else key)
                     for key, p in module._parameters.items()
                 ]
-        for kind in {type(module) for module in self.model.modules()}:
-            _unmemoize(kind, self._undo)
+        for kind in {kind for module in self.model.modules() for kind in type(module).__mro__}:
+            self._overrides += _unmemoized(kind)
 
     def end(self) -> None:
         """Put everything back; may be called again."""
@@ -155,20 +156,22 @@ class Loan:
         # Other versions than outside of the loan: what was computed from a parameter there is stale.
         for name in values:
             _set_version(self.tensors[name], self._versions[name])
+        self._at = {name: self.tensors[name].data_ptr() for name in values if _has_storage(self.tensors[name])}
         for name, value in instead.items():
             own = self.tensors[name]
             if value is not own:
                 for put in self._held_by(own):
                     put(_as_held(value, own))
 
-    def written(self, values: Mapping[str, Tensor]) -> str | None:
-        """A parameter that was written to in place, made to point elsewhere, or replaced since ``put``."""
+    def written(self, names: Iterable[str]) -> str | None:
+        """One of some parameters that was written to in place, made to point elsewhere, or replaced since ``put``."""
+        replaced = {id(self.tensors[name]) for name, value in self.instead.items() if value is not self.tensors[name]}
         for held, key, p, name in self._slots:
-            if held.get(key) is not p and name not in self.instead:
+            if held.get(key) is not p and id(p) not in replaced:
                 return name
-        for name, value in values.items():
+        for name in names:
             own = self.tensors[name]
-            if _version(own) != self._versions[name] or (_has_storage(own) and own.data_ptr() != value.data_ptr()):
+            if _version(own) != self._versions[name] or (name in self._at and own.data_ptr() != self._at[name]):
                 return name
         return None
 
@@ -185,6 +188,11 @@ class Loan:
         if self._places is None:
             self._places = self._held.places(self._own)
         return self._places[id(own)]
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether a backward pass added to the gradient of a parameter."""
+        return any(tensor.is_leaf and tensor.grad is not None for tensor in self._own)
 
     @property
     def derived(self) -> list[Tensor]:
@@ -246,6 +254,8 @@ def _note_process(undo: list[_Step]) -> None:
         (torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
         (torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled()),
         (torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled()),
+        (torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize()),
+        (_set_matmul_precision, torch.get_float32_matmul_precision()),
         (torch.set_default_dtype, torch.get_default_dtype()),
         (sys.setrecursionlimit, sys.getrecursionlimit()),
         (_set_random_state, _random_state()),
@@ -275,6 +285,7 @@ def _elementary(model: nn.Module) -> None:
     cuda.enable_cudnn_sdp(False)
     cuda.enable_math_sdp(True)
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
@@ -313,19 +324,21 @@ def _overrides(module: nn.Module) -> list[_Step]:
     return steps + [partial(held.__setitem__, name, value.__wrapped__) for name, value in cached.items()]
 
 
-def _unmemoize(kind: type, undo: list[_Step]) -> None:
-    """Replace the cached methods of a class by plain ones."""
-    for owner in kind.__mro__[: -len(nn.Module.__mro__)]:
-        for name, value in list(vars(owner).items()) if not owner.__module__.startswith("torch.") else ():
-            if isinstance(value, _lru_cache_wrapper):
-                undo.append(partial(setattr, owner, name, value))
-                setattr(owner, name, value.__wrapped__)
+def _unmemoized(kind: type) -> list[_Step]:
+    """Steps that replace the cached methods of a class by plain ones; they are put back with all that a class holds."""
+    cached = {name: value for name, value in vars(kind).items() if isinstance(value, _lru_cache_wrapper)}
+    return [partial(setattr, kind, name, value.__wrapped__) for name, value in cached.items()]
 
 
 def _leave(context: Any) -> None:
     if "_inference_mode_raii_context" in vars(context):
         context.__exit__(None, None, None)
         del context._inference_mode_raii_context
+
+
+def _set_matmul_precision(precision: str) -> None:
+    if torch.get_float32_matmul_precision() != precision:  # setting it may warn
+        torch.set_float32_matmul_precision(precision)
 
 
 def _leave_transforms(depth: int) -> None:

@@ -100,7 +100,8 @@ class Network:
         """
         name = self._loan.written(self.parameters)
         if name is None and thoroughly:
-            name = next((k for k, value in self.parameters.items() if not _equal(value, self.sources[k])), None)
+            held = {name: as_real(self._loan.tensors[name].data) for name in self.parameters}
+            name = next((k for k, value in held.items() if not _equal(value, self.sources[k])), None)
         if name is not None:
             raise TangentError(
                 f"{self.call}: the model changes its parameter {name!r} whenever it is called (it rescales, renormalizes "
@@ -113,6 +114,15 @@ class Network:
             raise TangentError(
                 f"{self.call}: the model uses a tensor that was computed from its parameters before this call and kept, such "
                 "as a cache; empty it first, so that the model computes it again"
+            )
+
+    def check_returned(self) -> None:
+        """Raise TangentError if a backward pass of the model, on loan, added to gradients instead of returning them."""
+        if self._loan.accumulated:
+            raise TangentError(
+                f"{self.call}: a backward pass of the model adds to .grad of its parameters (it calls .backward()), so "
+                "autograd.grad does not see these gradients; let the Function take the parameters as arguments and return "
+                "their gradients"
             )
 
     @property

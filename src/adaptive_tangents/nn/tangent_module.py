@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.batches import Batch, check_form, tensors
+from adaptive_tangents.capture.batches import Batch, check_form, take, tensors
 from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.derivatives import saved_copies
+from adaptive_tangents.capture.differences import verify
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK
@@ -48,6 +49,7 @@ from adaptive_tangents.structures.base import Structure
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
 
+_TRIED = 3  # batches on which forward mode is checked
 _Way = Literal["forward", "backward", "features"]
 
 
@@ -132,6 +134,7 @@ class TangentModule(nn.Module):
         self.inner.to(dtype)
         self.factors.to(dtype)
         self._way: _Way | None = None
+        self._tried = 0
         self.eval()
 
     def train(self, mode: bool = True) -> "TangentModule":
@@ -307,20 +310,33 @@ class _At:
             with torch.no_grad():
                 return (*self.along(x, tangents), None)
 
-        def made() -> tuple[Tensor, Tensor, _Graph]:
-            leaves = self.network.leaves()
-            self.network.put({})
-            with torch.enable_grad(), forward_attention():
-                outputs, change = self._forward(x, tangents, leaves)
-            return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
+        return self.network.lend(lambda: self._recorded(x, tangents))
 
-        return self.network.lend(made)
+    def _recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph"]:
+        leaves = self.network.leaves()
+        self.network.put({})
+        with torch.enable_grad(), forward_attention():
+            outputs, change = self._forward(x, tangents, leaves)
+        return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
 
     def way(self, x: Batch) -> _Way:
-        """How φβ is computed: the way that was right for the first batch."""
-        if self.module._way is None:
-            self.module._way = self._first_right(x)
-        return self.module._way
+        """How φβ is computed: the way that was right for the first batches.
+
+        More than one is tried, as TorchScript computes a function in other ways when it has seen some calls.
+        """
+        module = self.module
+        if module._way is None:
+            self.network.lend(partial(self._verify, take(x, slice(0, 1))))
+        if module._way is None or (module._way == "forward" and module._tried < _TRIED):
+            module._tried += 1
+            module._way = self._first_right(x)
+        return module._way
+
+    def _verify(self, x: Batch) -> None:
+        # A model that does not run on one sample is not judged.
+        with torch.enable_grad(), suppress(RuntimeError, IndexError, TypeError, AttributeError):
+            leaves = self.network.leaves()
+            verify(self.network, x, self(x, leaves), leaves)
 
     def _first_right(self, x: Batch) -> _Way:
         """The first way that is adjoint to ``against``: some operations have no forward mode, or a wrong one."""
@@ -332,14 +348,15 @@ class _At:
         tangents = tuple(draw(value) for value in self.selected.values())
         ways: tuple[_Way, ...] = get_args(_Way)
         for way in ways:
-            with torch.no_grad(), suppress(RuntimeError):  # no derivative of this kind, or not of this function
+            with torch.no_grad(), suppress(Exception):  # no derivative of this kind, or not of this model
                 outputs, change = self.network.lend(partial(getattr(self, f"_{way}"), x, tangents))
+                recorded = [self.network.lend(partial(self._recorded, x, tangents))[1]] if way == "forward" else []
                 signal = draw(outputs)
                 back = self.against(x, signal)
-                found = float((signal * change).double().sum())
+                found = [float((signal * made).double().sum()) for made in [change, *recorded]]
                 wanted = sum(float((b * t).double().sum()) for b, t in zip(back, tangents, strict=True))
                 size = float(signal.double().norm() * change.double().norm())
-                if abs(found - wanted) <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
+                if max(abs(value - wanted) for value in found) <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
                     return way
         return "features"
 
