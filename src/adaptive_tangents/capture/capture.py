@@ -31,6 +31,7 @@ from adaptive_tangents.features.summands import Flipped, Lookup, Outer
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import keep_freed, limit_for, require_memory
+from adaptive_tangents.runtime.recursion import room_for
 
 _Made = TypeVar("_Made")
 
@@ -126,14 +127,13 @@ class Capture:
         self, call: str, model: nn.Module, x: Batch, params: Mapping[str, Tensor] | None, wrt: Selection | None,
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
-        self.call = call
-        self.network: Network = network(call, model, x, params, wrt, output_fn)
-        self.requested = limit
-        self.verify = True
-        self.groups = parameter_groups(self.network)
-        keep_freed()
-        self.limit = limit_for(limit, tensors(x)[0].device)
-        self.probe = self._probe(x)
+        self.call, self.requested, self.verify = call, limit, True
+        with room_for(call):
+            self.network: Network = network(call, model, x, params, wrt, output_fn)
+            self.groups = parameter_groups(self.network)
+            keep_freed()
+            self.limit = limit_for(limit, tensors(x)[0].device)
+            self.probe = self._probe(x)
         free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
@@ -149,8 +149,9 @@ class Capture:
 
     def check_more(self, x: Batch) -> None:
         """Check and probe a second batch."""
-        network(self.call, self.network.model, x, None, None, None)
-        other = self._probe(x)
+        with room_for(self.call):
+            network(self.call, self.network.model, x, None, None, None)
+            other = self._probe(x)
         free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
@@ -170,7 +171,8 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+        with room_for(self.call):
+            made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -191,7 +193,7 @@ class Capture:
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
-        with self._quiet(), torch.no_grad():
+        with room_for(self.call), self._quiet(), torch.no_grad():
             out = self.network(x, parameters)
         check_finite(self.call, "the output", [out])
         return out

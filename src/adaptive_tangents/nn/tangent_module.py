@@ -4,7 +4,6 @@
 derivative, so training needs no second derivatives of the network.
 """
 
-import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -27,6 +26,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.nn.forward_mode import forward_attention, forward_lookups
 from adaptive_tangents.nn.trained_transforms import factors
+from adaptive_tangents.runtime.recursion import deep_copy, room_for
 from adaptive_tangents.solvers.fit import certify
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
@@ -76,16 +76,12 @@ class TangentModule(nn.Module):
         _keep_out_of_graphs()
         return super().__new__(cls)
 
+    @room_for("TangentModule")
     def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure | Mapping[str, Structure] = TWO_SIDED,
-        *,
-        params: Mapping[str, Tensor] | None = None,
-        wrt: Selection | None = None,
-        output_fn: OutputFn | None = None,
+        self, model: nn.Module, structure: Structure | Mapping[str, Structure] = TWO_SIDED, *,
+        params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, output_fn: OutputFn | None = None,
         rank: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         call = "TangentModule"
         if rank is not None and rank < 1:
@@ -122,6 +118,7 @@ class TangentModule(nn.Module):
         self.model.eval()  # features are defined in evaluation mode
         return self
 
+    @room_for("TangentModule")
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x; θ₀) + φ(x)Mᵀθ.
 
@@ -420,7 +417,7 @@ def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with parameters as buffers, and values from a state."""
     aliases = {alias: name for name, held in _places(model).items() for alias in held}
-    found = copy.deepcopy(model).eval()
+    found = deep_copy("TangentModule", model).eval()
     made: dict[str, Tensor] = {}
     for path, module in found.named_modules():
         for name, parameter in list(module._parameters.items()):
@@ -438,7 +435,7 @@ def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
     """A copy of a frozen model, its buffers turned back into parameters."""
-    found = copy.deepcopy(model)
+    found = deep_copy("TangentModule", model)
     for aliases in places.values():
         parameter = None
         for alias in aliases:

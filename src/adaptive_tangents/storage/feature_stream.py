@@ -1,7 +1,6 @@
 """The features that a stored kernel is made from, and the kernel of a tile: blocks contracted, then added in float64."""
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from glob import escape
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
+from adaptive_tangents.runtime.recursion import deep_copy
 from adaptive_tangents.storage.planning import Sizes
 
 _MEASURED = 16  # samples whose features are made to measure the memory of one
@@ -154,7 +154,7 @@ def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if all(t.dtype == dtype for t in floating):
         return model
     try:
-        return deepcopy(model).to(dtype)
+        return deep_copy(call, model).to(dtype)
     except (RuntimeError, TypeError) as error:
         raise TangentError(
             f"{call}: the model cannot be copied in order to evaluate it in {dtype} ({error}); pass it in that dtype"

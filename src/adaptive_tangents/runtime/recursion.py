@@ -1,0 +1,42 @@
+"""Room for deeply nested models under Python's recursion limit: our own frames take none of the model's."""
+
+import copy
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from adaptive_tangents.errors import TangentError
+
+_ROOM = 250  # frames that a call of the library may take besides the model's
+_COPY_ROOM = 8  # frames of a copy for each of the model's; they take no space of the C stack
+
+_Copied = TypeVar("_Copied")
+_lock = threading.Lock()
+
+
+def _raise_limit(by: int) -> None:
+    with _lock:  # relative, so that calls in several threads, or within each other, undo their own part only
+        sys.setrecursionlimit(sys.getrecursionlimit() + by)
+
+
+@contextmanager
+def room_for(call: str, room: int = _ROOM) -> Iterator[None]:
+    """Let a model nest its calls as deeply as it may outside the library; deeper ones raise TangentError."""
+    _raise_limit(room)
+    try:
+        yield
+    except RecursionError as error:
+        raise TangentError(
+            f"{call}: the model nests modules or calls deeper than Python's recursion limit allows; nest fewer, or raise the "
+            "limit with sys.setrecursionlimit"
+        ) from error
+    finally:
+        _raise_limit(-room)
+
+
+def deep_copy(call: str, what: _Copied) -> _Copied:
+    """A deep copy, which takes several times as many frames as a model's forward pass."""
+    with room_for(call, _COPY_ROOM * sys.getrecursionlimit()):
+        return copy.deepcopy(what)
