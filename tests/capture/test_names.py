@@ -43,9 +43,7 @@ def test_a_function_named_like_an_operation_of_torch_is_not_taken_for_it(name: s
             return self.last(torch.tanh(made.apply(x, self.w)))  # type: ignore[no-any-return]
         return self.last(torch.tanh(x * made.apply(self.w, self.v)))  # type: ignore[no-any-return]
 
-    model = Forward(
-        function, w=nn.Parameter(normal(3)), v=nn.Parameter(normal(3)), last=nn.Linear(3, 2).double()
-    )
+    model = Forward(function, w=nn.Parameter(normal(3)), v=nn.Parameter(normal(3)), last=nn.Linear(3, 2).double())
     x = normal(5, 3)
     np.testing.assert_allclose(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x), atol=1e-12)
 
