@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_tangents.runtime.recursion import deep_copy
+
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size}
 )
@@ -97,10 +99,10 @@ class Belongings:
         return found
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(call: str, model: nn.Module) -> nn.Module:
     """A deep copy of a model whose functions close over the copy; Python's own deep copy shares them with the model."""
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in belongings(model).derived}
-    made = copy.deepcopy(model, memo)
+    made = deep_copy(call, model, memo)
     there = belongings(made, closures=False)
     for held, keys, values in there.dicts:
         held.update({key: _own_function(value, memo) for key, value in zip(keys, values, strict=True)})

@@ -35,6 +35,7 @@ from adaptive_tangents.features.summands import Flipped, Lookup, Outer
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import keep_freed, limit_for, require_memory
+from adaptive_tangents.runtime.recursion import room_for
 
 _Made = TypeVar("_Made")
 
@@ -130,16 +131,15 @@ class Capture:
         self, call: str, model: Any, x: Any, params: Mapping[str, Tensor] | None, wrt: Selection | None,
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
-        self.call = call
-        with LOCK:
-            self.network: Network = network(call, model, x, params, wrt, output_fn)
-            self.groups = parameter_groups(self.network)
-        self.requested = limit
-        self.verify = True
-        keep_freed()
-        self.limit = limit_for(limit, tensors(x)[0].device)
-        with worded(self.network, x):
-            self.probe = self.network.lend(lambda: self._probe(x))
+        self.call, self.requested, self.verify = call, limit, True
+        with room_for(call):
+            with LOCK:
+                self.network: Network = network(call, model, x, params, wrt, output_fn)
+                self.groups = parameter_groups(self.network)
+            keep_freed()
+            self.limit = limit_for(limit, tensors(x)[0].device)
+            with worded(self.network, x):
+                self.probe = self.network.lend(lambda: self._probe(x))
         free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
@@ -156,7 +156,7 @@ class Capture:
     def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
-        with worded(self.network, x):
+        with room_for(self.call), worded(self.network, x):
             other = self.network.lend(lambda: self._probe(x))
         free_graphs()
         self._probed.append((x, other))
@@ -177,7 +177,7 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        with worded(self.network, self._users(x), x):
+        with room_for(self.call), worded(self.network, self._users(x), x):
             made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
@@ -203,7 +203,7 @@ class Capture:
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
-        with torch.no_grad():
+        with room_for(self.call), torch.no_grad():
             out = self.network(x, parameters)
         check_finite(self.call, "the output", [out])
         return out

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -35,6 +35,7 @@ class HeldNodes:
         self.parents: dict[Node, list[tuple[Node, int, int]]] = {}
         self._counts: dict[Node, int] = {}
         self._ready: list[Node] = []
+        self._interrupted = False
         self._lock = threading.Lock()
 
     def close(self) -> bool:
@@ -42,39 +43,58 @@ class HeldNodes:
         counts = dict.fromkeys(self.calls, 0) | {node: len(uses) for node, uses in self.parents.items()}
         self.calls, self.parents = [], {}
         if len(counts) > _SHALLOW:
-            self._ready = [node for node, count in counts.items() if not count]
-            self._counts = {node: count for node, count in counts.items() if count}
+            self._start(counts)
         return bool(self._ready)
+
+    def _start(self, counts: Mapping[Node, int]) -> None:
+        self._ready = [node for node, count in counts.items() if not count]
+        self._counts = {node: count for node, count in counts.items() if count}
 
     def free(self) -> bool:
         """Let go of every node that nothing else holds; whether no node is left."""
         if not self._lock.acquire(blocking=False):
             return False  # another thread is at it, or this one is and runs a destructor
-        counts, waiting = self._counts, list[Node]()
+        waiting: list[Node] = []
         try:
-            while self._ready:
-                node = self._ready.pop()
-                if sys.getrefcount(node) > _ALONE:
-                    waiting.append(node)
-                    continue
-                following = [successor for successor, _ in node.next_functions if successor in counts]
-                del node
-                while following:
-                    successor = following.pop()
-                    left = counts.get(successor, 1) - 1
-                    if left:
-                        counts[successor] = left
-                    elif counts.pop(successor, None) is not None:
-                        self._ready.append(successor)
-                    del successor
-            self._ready = waiting
+            if self._interrupted:
+                self._start(_counted(self._ready))
+                self._interrupted = False
+            counts = self._counts
+            again = True
+            while again:  # as long as nodes go: one that waits may be held by one that goes
+                again = False
+                while self._ready:
+                    node = self._ready.pop()
+                    if sys.getrefcount(node) > _ALONE:
+                        waiting.append(node)
+                        continue
+                    following = [successor for successor, _ in node.next_functions if successor in counts]
+                    del node
+                    again = bool(waiting)
+                    while following:
+                        successor = following.pop()
+                        left = counts.get(successor, 1) - 1
+                        if left:
+                            counts[successor] = left
+                        elif counts.pop(successor, None) is not None:
+                            self._ready.append(successor)
+                        del successor
+                self._ready, waiting = waiting, []
         except BaseException:
-            # Counts may be wrong now. Without them, outputs first: what nothing else holds goes, the rest waits.
-            self._ready, self._counts = [*reversed(counts), *self._ready, *waiting], {}
+            self._ready, self._counts, self._interrupted = [*self._counts, *self._ready, *waiting], {}, True
             raise
         finally:
             self._lock.release()
-        return not waiting
+        return not self._ready
+
+
+def _counted(nodes: list[Node]) -> dict[Node, int]:
+    counts = dict.fromkeys(nodes, 0)
+    for node in nodes:
+        for successor, _ in node.next_functions:
+            if successor in counts:
+                counts[successor] += 1
+    return counts
 
 
 _graphs: dict[HeldNodes, None] = {}

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from adaptive_tangents.capture.belongings import Belongings, Put, belongings
+from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
 
 LOCK = threading.RLock()
 """Held while a model is on loan, and while what a model holds is read."""
@@ -257,7 +258,7 @@ def _note_process(undo: list[_Step]) -> None:
         (torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize()),
         (_set_matmul_precision, torch.get_float32_matmul_precision()),
         (torch.set_default_dtype, torch.get_default_dtype()),
-        (sys.setrecursionlimit, sys.getrecursionlimit()),
+        (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
         (torch._C._set_grad_enabled, torch.is_grad_enabled()),
         (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),

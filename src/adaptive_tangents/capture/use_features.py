@@ -86,7 +86,7 @@ def _is_view(step: Step) -> bool:
 
 
 @cache
-def _settings(kind: Hashable) -> list[str]:
+def _settings(kind: Any) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved")]
 
 
@@ -193,7 +193,8 @@ def _scaled(term: Term, way: SampleLayout, gradient: Tensor, n: int) -> Tensor:
         other = saved._saved_self.clamp_max(0)
     else:
         other = saved._saved_other if term.index == 0 else saved._saved_self
-    return g * other.detach()
+    scaled: Tensor = g * other.detach()
+    return scaled
 
 
 def _reduced(term: Term, way: SampleLayout, g: Tensor, n: int) -> Tensor:

@@ -42,6 +42,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.nn.forward_mode import forward_attention, forward_lookups
 from adaptive_tangents.nn.trained_transforms import factors
+from adaptive_tangents.runtime.recursion import room_for
 from adaptive_tangents.solvers.fit import certify
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
@@ -92,16 +93,12 @@ class TangentModule(nn.Module):
         _keep_out_of_graphs()
         return super().__new__(cls)
 
+    @room_for("TangentModule")
     def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure | Mapping[str, Structure] = TWO_SIDED,
-        *,
-        params: Mapping[str, Tensor] | None = None,
-        wrt: Selection | None = None,
-        output_fn: OutputFn | None = None,
+        self, model: nn.Module, structure: Structure | Mapping[str, Structure] = TWO_SIDED, *,
+        params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, output_fn: OutputFn | None = None,
         rank: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         call = "TangentModule"
         if rank is not None and rank < 1:
@@ -151,11 +148,12 @@ class TangentModule(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TangentModule":
-        memo[id(self.model)] = copied(self.model)
+        memo[id(self.model)] = copied("TangentModule", self.model)
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 
+    @room_for("TangentModule")
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x; θ₀) + φ(x)Mᵀθ.
 
@@ -477,7 +475,7 @@ def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with parameters as buffers, and values from a state."""
-    found = copied(model).eval()
+    found = copied("TangentModule", model).eval()
     for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
         tensor.requires_grad_(False)
         if name in state:
@@ -490,7 +488,7 @@ def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
     """A copy of a frozen model, its buffers turned back into parameters."""
-    found = copied(model)
+    found = copied("TangentModule", model)
     for aliases in places.values():
         parameter = None
         for alias in aliases:

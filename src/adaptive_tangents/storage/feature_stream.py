@@ -1,7 +1,6 @@
 """The features that a stored kernel is made from, and the kernel of a tile: blocks contracted, then added in float64."""
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from glob import escape
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, cast_tensor, check_form, samples, take, tensors
 from adaptive_tangents.capture.batches import cast as in_dtype
+from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
 from adaptive_tangents.errors import TangentError
@@ -157,7 +157,7 @@ def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return model
     try:
         # Not .to(dtype), which drops imaginary parts.
-        made: nn.Module = deepcopy(model)._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
+        made: nn.Module = copied(call, model)._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
         return made
     except (RuntimeError, TypeError) as error:
         raise TangentError(
