@@ -1,6 +1,7 @@
 """Capture leaves the model unchanged, follows what models do to a batch, and refuses what it cannot handle."""
 
 import copy
+from array import array
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -17,7 +18,7 @@ from adaptive_tangents.capture import passes as passes_file
 from adaptive_tangents.capture.batches import check_batch, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.derivatives import disproved
-from adaptive_tangents.capture.graph import same_form
+from adaptive_tangents.capture.graph import GraphForm, same_form
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from cases import CASES as SMALL
@@ -593,18 +594,22 @@ def test_where_operations_may_tell_samples_apart_every_pass_is_checked(
 
 
 def test_graphs_are_the_same_where_only_the_number_of_samples_differs() -> None:
-    first, view = ("Mm", ((7, 4),), ()), ("View", ((21, 2), (3,)), ((0, 0, 0),))
-    second, other_view = ("Mm", ((20, 4),), ()), ("View", ((60, 2), (3,)), ((0, 0, 0),))
-    one, two = (first, view), (second, other_view)
+    def form(*operations: tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]]) -> GraphForm:
+        names, shapes, users = zip(*operations, strict=True)
+        return GraphForm(names, array("q", range(len(names))), array("q", [k for some in users for k in some]), shapes)
+
+    view, other_view = ("View", ((21, 2), (3,)), (0, 0, 0)), ("View", ((60, 2), (3,)), (0, 0, 0))
+    first = ("Mm", ((20, 4),), ())
+    one, two = form(("Mm", ((7, 4),), ()), view), form(first, other_view)
     assert same_form(one, 7, two, 20)
     assert same_form(one, 7, one, 7)
     assert not same_form(one, 7, None, 20)
     assert not same_form(None, 7, two, 20)
-    assert not same_form(one, 7, two[:1], 20)
-    assert not same_form(one, 7, (("Bmm", ((20, 4),), ()), two[1]), 20)
-    assert not same_form(one, 7, (("Mm", ((20, 5),), ()), two[1]), 20)
-    assert not same_form(one, 7, (("Mm", ((20, 4, 1),), ()), two[1]), 20)
-    assert not same_form(one, 7, (two[0], (*two[1][:2], ((0, 1, 0),))), 20)
+    assert not same_form(one, 7, form(first), 20)
+    assert not same_form(one, 7, form(("Bmm", ((20, 4),), ()), other_view), 20)
+    assert not same_form(one, 7, form(("Mm", ((20, 5),), ()), other_view), 20)
+    assert not same_form(one, 7, form(("Mm", ((20, 4, 1),), ()), other_view), 20)
+    assert not same_form(one, 7, form(first, (*other_view[:2], (0, 1, 0))), 20)
 
 
 def test_an_instance_norm_in_training_uses_the_statistics_of_each_sample() -> None:

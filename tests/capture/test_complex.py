@@ -113,7 +113,7 @@ def test_features_are_the_derivatives_by_real_and_imaginary_parts(name: str) -> 
         v = torch.randn(feats.p, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         along = derivative(
             lambda t: torch.func.functional_call(model, moved(before, v, float(t)), (x,)).detach(),
-            1e-3,  # noqa: B023
+            1e-3,
         )
         along.check(feats.matvec(v))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 _ATOMS = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device, torch.Size}
+    {type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size}
 )
 # Objects that hold others but belong to no model, and a model's graph or compiled code.
 _FOREIGN = (
-    type, ModuleType, weakref.ref, torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader,
+    ModuleType, weakref.ref, torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader,
     torch.jit.ScriptModule,
 )  # fmt: skip
 _FOREIGN_PACKAGES = frozenset(
     {
-        "asyncio", "concurrent", "datasets", "enum", "io", "lightning", "logging", "multiprocessing", "pathlib", "queue",
-        "re", "pytorch_lightning", "socket", "subprocess", "tensorboard", "threading", "tokenizers", "wandb", "weakref",
+        "abc", "asyncio", "builtins", "concurrent", "datasets", "enum", "io", "lightning", "logging", "multiprocessing",
+        "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard", "threading", "tokenizers",
+        "wandb", "weakref",
     }
 )  # fmt: skip
 _MOST = 50_000  # containers; a model that reaches more than this holds a data set or a trainer
@@ -48,6 +49,7 @@ class Belongings:
     lists: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
     others: list[Callable[[], Any]] = field(default_factory=list)
     cells: list[tuple[CellType, Any]] = field(default_factory=list)
+    defaults: list[tuple[FunctionType, tuple[Any, ...]]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     derived: list[Tensor] = field(default_factory=list)
 
@@ -69,6 +71,9 @@ class Belongings:
         for cell, value in self.cells:
             if cell.cell_contents is not value:
                 cell.cell_contents = value
+        for function, values in self.defaults:
+            if function.__defaults__ is not values:
+                function.__defaults__ = values
         for put_back in self.others:
             put_back()
 
@@ -86,6 +91,10 @@ class Belongings:
         for cell, value in self.cells:
             if id(value) in found:
                 found[id(value)].append(functools.partial(setattr, cell, "cell_contents"))
+        for function, values in self.defaults:
+            for k, value in enumerate(values):
+                if id(value) in found:
+                    found[id(value)].append(functools.partial(_set_default, function, k))
         return found
 
 
@@ -103,6 +112,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 def _own_function(value: Any, memo: dict[int, Any]) -> Any:
     """A function, closing over copies where its cells hold what was copied; anything else as it is."""
+    if isinstance(value, weakref.ref) and id(value()) in memo:
+        return weakref.ref(memo[id(value())])
     if isinstance(value, functools.partial):
         value.__setstate__((_own_function(value.func, memo), value.args, value.keywords, vars(value)))  # type: ignore[attr-defined]
     if not isinstance(value, FunctionType) or not (value.__closure__ or value.__defaults__):
@@ -124,7 +135,7 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """The copy of what a function holds; what belongs to no model is shared, as by Python's own deep copy."""
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, FunctionType | functools.partial):
+    if isinstance(value, FunctionType | functools.partial | weakref.ref):
         return _own_function(value, memo)
     return copy.deepcopy(value, memo) if isinstance(value, dict | list | tuple | set | deque | nn.Module) else value
 
@@ -143,7 +154,8 @@ def belongings(model: nn.Module, *, closures: bool = True) -> Belongings:
         for tensor in held.values()
     }
     seen: set[int] = set()
-    stack: list[Any] = [model]
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not _is_foreign(kind)}
+    stack: list[Any] = [model, *kinds]
     while stack and len(seen) < _MOST:
         value = stack.pop()
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
@@ -190,12 +202,18 @@ def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
 
 
 def _held(value: Any, found: Belongings) -> Iterable[Any]:
-    """What a function or another object holds."""
+    """What a function, a class or another object holds."""
     if isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             if (held := _contents(cell)) is not cell:
                 found.cells.append((cell, held))
+        if value.__defaults__:
+            found.defaults.append((value, value.__defaults__))
         return (*(_contents(cell) for cell in value.__closure__ or ()), value.__dict__, value.__defaults__)
+    if isinstance(value, type):
+        entries = {} if _is_foreign(value) else {k: v for k, v in vars(value).items() if not k.startswith("__")}
+        found.others.append(functools.partial(_restore_class, value, entries))
+        return [held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)]
     foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
     if isinstance(value, (CellType, *_FOREIGN)) or foreign:
         return ()
@@ -215,7 +233,18 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
 
 def _is_foreign(kind: type) -> bool:
     package, _, rest = str(kind.__module__).partition(".")
-    return package in _FOREIGN_PACKAGES or (package == "torch" and not rest.startswith("nn"))
+    return package in _FOREIGN_PACKAGES or (package == "torch" and not rest.startswith("nn.utils"))
+
+
+def _set_default(function: FunctionType, k: int, value: Any) -> None:
+    values = function.__defaults__ or ()
+    function.__defaults__ = (*values[:k], value, *values[k + 1 :])
+
+
+def _restore_class(kind: type, entries: dict[str, Any]) -> None:
+    for name, held in entries.items():
+        if vars(kind).get(name) is not held:
+            setattr(kind, name, held)
 
 
 def _slots(kind: type) -> Iterable[str]:

@@ -13,9 +13,10 @@ from torch.autograd.graph import GradientEdge
 from adaptive_tangents.capture.calls import Use
 from adaptive_tangents.capture.derivatives import backward
 from adaptive_tangents.capture.graph import Graph
-from adaptive_tangents.capture.graph_uses import Signature, Term, UseKey, block_of, keyed, signatures, terms_of
+from adaptive_tangents.capture.graph_uses import Signature, Term, UseKey, keyed, signatures, terms_of
 from adaptive_tangents.capture.groups import Group
 from adaptive_tangents.capture.sample_layouts import SampleLayout
+from adaptive_tangents.capture.use_features import block_of
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from adaptive_tangents.runtime.memory import empty
@@ -107,8 +108,8 @@ class Source:
         return [term.kind == "lookup" for found in self.terms.values() for term in found]
 
 
-def source_of(group: Group, uses: list[Use], graph: Graph, n: int, choice: Choice) -> Source | None:
-    """Where a block's features come from, or None if no source is known."""
+def source_of(group: Group, uses: Mapping[int, Sequence[Use]], graph: Graph, n: int, choice: Choice) -> Source | None:
+    """Where a block's features come from, or None if no source is known; ``uses`` are by the id of their module."""
     probed = choice.layouts is not None
     calls = group.calls(uses, graph.counts, n) if choice.calls else []
     if calls:
@@ -181,10 +182,11 @@ def blocks_from(
     edges: dict[tuple[Any, int], GradientEdge] = {}
     held: dict[tuple[Any, int], bool] = {}
     for source in sources.values():
+        summed = source.summed
         for edge, together in zip(source.edges, source.channels_last, strict=True):
             place = edge.node, edge.output_nr
             edges[place], last[place] = edge, together
-            held[place] = held.get(place, False) or not source.summed
+            held[place] = held.get(place, False) or not summed
     found = [group for group in groups if group.name in sources]
     early = [group for group in found if sources[group.name].summed]
     values = {group.name: empty((n, c, *group.matrix), out, dtype) for group in early}
@@ -197,7 +199,7 @@ def blocks_from(
 
     held_gradients = backward(
         out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()), seen=sum_positions,
-        parents=graph.parents,
+        operations=graph.operations,
     )  # fmt: skip
     kept = {
         place: gradient

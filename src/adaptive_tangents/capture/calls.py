@@ -1,6 +1,6 @@
 """The calls of layers with a rule, recorded by hooks during a forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,8 @@ def _is_special(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator[None]:
-    """Record every call of a layer that has a rule; all hooks are removed afterwards."""
+def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool, hold: Callable[[Any], None]) -> Iterator[None]:
+    """Record every call of a layer that has a rule, and ``hold`` its node; all hooks are removed afterwards."""
 
     def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         rule = rule_for(module)
@@ -53,7 +53,9 @@ def recorded_calls(model: nn.Module, uses: list[Use], *, copy: bool) -> Iterator
             return
         kept = rule.keep(module, x.detach())
         kept = kept.clone() if copy else kept
-        uses.append(Use(module, rule, kept, kept._version, get_gradient_edge(out)))
+        edge = get_gradient_edge(out)
+        hold(edge.node)
+        uses.append(Use(module, rule, kept, kept._version, edge))
 
     handles = []
     try:

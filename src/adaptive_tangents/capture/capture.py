@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, check_batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
-from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
+from adaptive_tangents.capture.derivatives import materialize, mixed, projections, saved_copies, spreads, tolerance
 from adaptive_tangents.capture.differences import check_derivative
 from adaptive_tangents.capture.failures import worded
-from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
+from adaptive_tangents.capture.graph import Graph, GraphForm, form_of, read_graph, same_form
 from adaptive_tangents.capture.groups import parameter_groups
+from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
@@ -138,7 +139,8 @@ class Capture:
         keep_freed()
         self.limit = limit_for(limit, tensors(x)[0].device)
         with worded(self.network, x):
-            self.probe = self._probe(x)
+            self.probe = self.network.lend(lambda: self._probe(x))
+        free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
     @property
@@ -155,7 +157,8 @@ class Capture:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
         with worded(self.network, x):
-            other = self._probe(x)
+            other = self.network.lend(lambda: self._probe(x))
+        free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
         choices = self.probe.choices if len(other.index) <= len(self.probe.index) else other.choices
@@ -246,8 +249,14 @@ class Capture:
             out, saved = bytes_kept(lambda: self.network(x, leaves), own)
             self.network.check_unwritten(thoroughly=True)
             if out.requires_grad and bool(torch.isfinite(out).all()):
-                found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), allow_unused=True)
-                check_derivative(self.network, x, dict(zip(leaves, found, strict=True)))
+                if self.network.holds_derived:
+                    self.network.check_fresh(_graph_of(out).parents)
+                try:
+                    found = _gradients(out, leaves)
+                except RuntimeError:
+                    with saved_copies():
+                        found = _gradients(self.network(x, leaves), leaves)
+                check_derivative(self.network, x, found, least=lambda: _graph_of(out).dtype)
             return out.detach()[0], saved
 
         with torch.enable_grad():
@@ -333,10 +342,13 @@ class Capture:
 
     def _pass(self, x: Batch, steps: Callable[[Forward], _Made]) -> _Made:
         """Apply ``steps`` to a forward pass; to one with copies, if an in-place operation overwrote what they need."""
-        made = self._attempt(x, steps, copy=False)
-        made = self._attempt(x, steps, copy=True) if made is None else made
-        assert made is not None
-        return made
+        try:
+            made = self._attempt(x, steps, copy=False)
+            made = self._attempt(x, steps, copy=True) if made is None else made
+            assert made is not None
+            return made
+        finally:
+            free_graphs()
 
     def _attempt(self, x: Batch, steps: Callable[[Forward], _Made], *, copy: bool) -> _Made | None:
         def taken() -> _Made | None:
@@ -352,6 +364,17 @@ class Capture:
 
         # On loan until gradients are made: a backward pass may run modules again.
         return self.network.lend(taken)
+
+
+def _graph_of(out: Tensor) -> Graph:
+    with held_nodes() as nodes:
+        return read_graph(out, {}, nodes)
+
+
+def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Autograd's gradients of a random combination of all outputs."""
+    found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def _confirmed(probe: Probe, found: Found) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """Gradients of every output: at edges of the autograd graph, of random combinations as a check, or sample by sample."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from operator import attrgetter
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.capture.batches import Batch, refilled, samples, take, tensors
-from adaptive_tangents.capture.graph import Parents, read_graph
+from adaptive_tangents.capture.graph import read_graph
+from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import (
@@ -32,7 +33,7 @@ from adaptive_tangents.runtime.memory import empty
 # their results costs more than the batch saves.
 _BATCHED = {
     "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
-    "Mul", "Permute",
+    "Mul", "Permute", "AccumulateGrad", "CopySlices",
 }  # fmt: skip
 
 
@@ -46,17 +47,20 @@ def backward(
     channels_last: Sequence[bool],
     held: Sequence[bool],
     seen: Callable[[slice, list[Tensor]], None],
-    parents: Parents,
+    operations: Iterable[str],
 ) -> list[Tensor | None]:
     """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
 
     With ``channels_last`` the last dimension stays innermost in memory, otherwise all dimensions but the first do.
-    ``seen`` is called with ranges of outputs and the gradients at all edges, held or not.
+    ``seen`` is called with ranges of outputs and the gradients at all edges, held or not. ``operations`` are the graph's.
     """
     if not edges:
         return []
-    names = {str(node.name()).rpartition("Backward")[0] for node in parents}
-    found = _all_at_once(out, edges) if out.shape[1] == 1 or names - {""} <= _BATCHED else None
+    found: list[Tensor] | None = None
+    if out.shape[1] == 1:
+        found = [gradient[None] for gradient in _of_output(out, edges, 0)]
+    elif _BATCHED.issuperset(operations):
+        found = _all_at_once(out, edges)
     if found is None:
         return _one_by_one(out, edges, channels_last, held, seen)
     seen(slice(0, out.shape[1]), found)
@@ -160,7 +164,7 @@ def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dic
         like = tensors_of(block.summands[0])[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         a = (torch.ones(1, 1) if index is None else _mixture(block.outputs)).to(like.device, wide)
-        sides = Row(_signs(block.shape[0], 0)), Row(_signs(block.shape[1], 1))
+        sides = Row(signs(block.shape[0], 0)), Row(signs(block.shape[1], 1))
         values = [
             sum_tensors([part.coordinates(*sides) for part in some.map(dtype=wide).summands])
             for some in ([block] if index is None else _taken(block, index))
@@ -178,7 +182,8 @@ def _taken(block: Block, index: Tensor) -> list[Block]:
 
 
 @lru_cache(maxsize=256)
-def _signs(size: int, side: int) -> Tensor:
+def signs(size: int, side: int) -> Tensor:
+    """Random signs for the rows (side 0) or the columns (side 1) of a matrix."""
     return 1.0 - 2.0 * torch.randint(2, (size,), generator=torch.Generator().manual_seed(side))
 
 
@@ -279,7 +284,9 @@ def materialize(net: Network, names: list[str], x: Batch, *, chunk: int) -> dict
     with suppress(RuntimeError):
         made = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, 0), chunk_size=chunk)(chosen, tensors(x))
         values = {name: made[name].detach() for name in names}
-        if _stand(net, x, values):
+        stand = _stand(net, x, values)
+        free_graphs()
+        if stand:
             return values
     return _sample_by_sample(net, names, x)
 
@@ -293,7 +300,9 @@ def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
             return not any(bool(part.any()) for part in values.values())
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
         gradients = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
-    allowed, wide = tolerance(read_graph(out, {}).dtype, out.device), torch.promote_types(out.dtype, torch.float32)
+    with held_nodes() as nodes:
+        allowed = tolerance(read_graph(out, {}, nodes).dtype, out.device)
+    wide = torch.promote_types(out.dtype, torch.float32)
     w = weights.flatten().to(wide)
     for part, gradient in zip(values.values(), gradients, strict=True):
         rows = part.flatten(0, 1).reshape(len(w), -1).to(wide)

@@ -71,7 +71,10 @@ def _failure(net: Network, x: Batch) -> Exception | None:
 def words(error: Exception) -> str:
     """The message of a foreign error on one line."""
     text = str(error)
-    for start in ("\nException raised from", ". This could be because the operator"):  # of torch's advice to its developers
+    for start in (
+        "\nException raised from",
+        ". This could be because the operator",
+    ):  # of torch's advice to its developers
         text = text.partition(start)[0]
     text = " ".join(text.split()).rstrip(".")
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + " …"

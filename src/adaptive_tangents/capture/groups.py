@@ -1,8 +1,9 @@
 """Which parameters share a block: a layer's weight with its bias, tied weights, lone parameters."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from adaptive_tangents.capture.network import Network
 from adaptive_tangents.capture.sample_layouts import SampleLayout, arranged, gathered
 from adaptive_tangents.features.blocks import Block, Slot
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, Summand
+
+TOGETHER = 8 << 20  # bytes of gradients that are joined; joining larger ones takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,12 @@ class Group:
     modules: tuple[nn.Module, ...]
     modes: tuple[tuple[str, int], ...] = ()
 
-    def calls(self, uses: list[Use], counts: Mapping[str, int], n: int) -> list[Use]:
-        """The layer calls that make up the features; none if the parameters are also used in any other way."""
-        members = {id(module) for module in self.modules}
-        found = [use for use in uses if id(use.module) in members]
+    def calls(self, uses: Mapping[int, Sequence[Use]], counts: Mapping[str, int], n: int) -> list[Use]:
+        """The layer calls that make up the features; none if the parameters are also used in any other way.
+
+        ``uses`` are by the id of their module.
+        """
+        found = [use for module in dict.fromkeys(map(id, self.modules)) for use in uses.get(module, ())]
         rows = all(use.layouts(n) for use in found)
         return found if rows and all(counts[slot.parameter] == len(found) for slot in self.slots) else []
 
@@ -44,9 +49,10 @@ class Group:
     def called(self, uses: list[Use], gradients: Mapping[int, Tensor], n: int, ways: Sequence[SampleLayout]) -> Block:
         """The block made from all calls: positions are concatenated, features without factors are summed."""
         parts: list[Summand] = []
-        for use, way in zip(uses, ways, strict=True):
-            rule, module = use.rule, use.module
-            inputs, gradient = arranged(use.inputs, way, n), arranged(gradients[id(use)], way, n, lead=1)
+        for alike, way in _alike(uses, gradients, ways):
+            rule, module = alike[0].rule, alike[0].module
+            inputs = _together([arranged(use.inputs, way, n) for use in alike], n, 0)
+            gradient = _together([arranged(gradients[id(use)], way, n, lead=1) for use in alike], n, 1)
             made: Outer | Lookup | Flipped | Dense
             if self.role == "bias":
                 made = bias_alone(rule, module, gradient, self.matrix)
@@ -64,6 +70,29 @@ class Group:
         """The block from ∂f/∂θ (n, c, *shape) of its parameters."""
         parts = [slot.place(values[slot.parameter], self.matrix[0]) for slot in self.slots]
         return self.of([Dense(parts[0] if len(parts) == 1 else torch.cat(parts, -1))])
+
+
+def _alike(
+    uses: Sequence[Use], gradients: Mapping[int, Tensor], ways: Sequence[SampleLayout]
+) -> list[tuple[list[Use], SampleLayout]]:
+    """The calls in groups with one layer, layout and shape: as many as are joined at a time."""
+    groups = defaultdict[Any, list[Use]](list)
+    for use, way in zip(uses, ways, strict=True):
+        groups[id(use.module), way, use.inputs.shape, gradients[id(use)].shape].append(use)
+    found = []
+    for (_, way, *_), alike in groups.items():
+        most = max(1, TOGETHER // max(1, alike[0].inputs.nbytes, gradients[id(alike[0])].nbytes))
+        found += [(alike[k : k + most], way) for k in range(0, len(alike), most)]
+    return found
+
+
+def _together(tensors: list[Tensor], n: int, dim: int) -> Tensor:
+    """The rows of all tensors, sample by sample."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([t.reshape(*t.shape[:dim], n, -1, *t.shape[dim + 1 :]) for t in tensors], dim + 1).flatten(
+        dim, dim + 1
+    )
 
 
 def parameter_groups(net: Network) -> list[Group]:
@@ -89,12 +118,13 @@ class _Owners:
 
 def _owners(net: Network, names: Mapping[int, str]) -> dict[str, _Owners]:
     owners: dict[str, _Owners] = {}
+    selected = set(net.selected)
     for path, module in net.model.named_modules():
         for role in ("weight", "bias") if rule_for(module) is not None else ():
             own = module._parameters.get(role)
             name = names.get(id(own))
             # A complex one is a pair of real ones here, so no layer's rule holds.
-            if name is not None and own is not None and not own.is_complex() and name in net.selected:
+            if name is not None and own is not None and not own.is_complex() and name in selected:
                 owners[name] = _Owners(role, {**owners.get(name, _Owners()).modules, path: module})
     return owners
 

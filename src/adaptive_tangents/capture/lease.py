@@ -29,6 +29,7 @@ from adaptive_tangents.capture.belongings import Belongings, Put, belongings
 LOCK = threading.RLock()
 """Held while a model is on loan, and while what a model holds is read."""
 
+_LATER = 1_000_000  # writes that no user has made to a parameter
 _LARGE = 1 << 28  # bytes of a plain tensor above which it is not copied for every pass
 _Made = TypeVar("_Made")
 _Step = Callable[[], None]
@@ -106,6 +107,7 @@ class Loan:
                 self._aliases.append((tensor, owners[start], tensor.storage_offset()))
             elif tensor.nbytes < _LARGE:
                 self._copied.append((tensor, tensor.data))
+        self._versions = {name: _version(tensor) + _LATER for name, tensor in self.tensors.items()}
         for tensor in self._own:
             tensor._backward_hooks = None  # a hook on a gradient is no part of the function
             tensor.grad = None
@@ -150,7 +152,9 @@ class Loan:
             for tensor, owner, offset in self._aliases:
                 with suppress(RuntimeError):
                     tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
-        self._versions = {name: self.tensors[name]._version for name in values}
+        # Other versions than outside of the loan: what was computed from a parameter there is stale.
+        for name in values:
+            _set_version(self.tensors[name], self._versions[name])
         for name, value in instead.items():
             own = self.tensors[name]
             if value is not own:
@@ -164,7 +168,7 @@ class Loan:
                 return name
         for name, value in values.items():
             own = self.tensors[name]
-            if (_has_storage(own) and own.data_ptr() != value.data_ptr()) or own._version != self._versions[name]:
+            if _version(own) != self._versions[name] or (_has_storage(own) and own.data_ptr() != value.data_ptr()):
                 return name
         return None
 
@@ -174,7 +178,8 @@ class Loan:
             if name in self._buffers:
                 path, _, last = name.rpartition(".")
                 module = self.model.get_submodule(path)
-                module._parameters[last] = module._buffers.pop(last)  # type: ignore[assignment]
+                if last in module._buffers:
+                    module._parameters[last] = module._buffers.pop(last)  # type: ignore[assignment]
 
     def _held_by(self, own: Tensor) -> list[Put]:
         if self._places is None:
@@ -198,12 +203,8 @@ def _has_storage(tensor: Tensor) -> bool:
 
 def _tensor_undo(tensor: Tensor) -> _Step:
     """Puts back where a tensor's values are, its gradient and its hooks."""
-    data, gradient, needs, hooks = (
-        tensor.data,
-        tensor.grad if tensor.is_leaf else None,
-        tensor.requires_grad,
-        tensor._backward_hooks,
-    )
+    data, needs, hooks, version = tensor.data, tensor.requires_grad, tensor._backward_hooks, _version(tensor)
+    gradient = tensor.grad if tensor.is_leaf else None
 
     def undo() -> None:
         tensor.data = data
@@ -213,8 +214,18 @@ def _tensor_undo(tensor: Tensor) -> _Step:
                 tensor.requires_grad_(needs)
         if tensor._backward_hooks is not hooks:
             tensor._backward_hooks = hooks
+        _set_version(tensor, version)
 
     return undo
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _set_version(tensor: Tensor, version: int) -> None:
+    if not tensor.is_inference():
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 def _note_process(undo: list[_Step]) -> None:

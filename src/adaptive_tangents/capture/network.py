@@ -116,6 +116,11 @@ class Network:
             )
 
     @property
+    def holds_derived(self) -> bool:
+        """Whether the model, on loan, holds tensors that an earlier call computed."""
+        return bool(self._loan.derived)
+
+    @property
     def sources(self) -> Mapping[str, Tensor]:
         """Where the parameters were copied from."""
         return self.copied_from or self.parameters

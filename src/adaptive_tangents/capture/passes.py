@@ -4,6 +4,7 @@
 backward pass. `refuted` compares them with autograd, and `retry` makes the wrong ones by their next choice.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from adaptive_tangents.capture.calls import Use, recorded_calls
 from adaptive_tangents.capture.derivatives import disproved, saved_copies
 from adaptive_tangents.capture.graph import Graph, read_graph
 from adaptive_tangents.capture.groups import Group
+from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block
@@ -41,18 +43,21 @@ class Forward:
 
 def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
     """Run the model, on loan, on a batch under autograd; ``copy`` keeps copies of saved tensors, lest any be overwritten."""
+    free_graphs()
     leaves = net.leaves()
     uses: list[Use] = []
     net.put(leaves)
-    with saved_copies() if copy else nullcontext(), recorded_calls(net.model, uses, copy=copy):
-        out = net.run(x)
-    net.check_unwritten()
-    if not out.requires_grad:
-        raise TangentError(
-            f"{net.call}: autograd finds no path from the output to the selected parameters; remove no_grad, "
-            "inference_mode or detach, or select parameters that the output depends on"
-        )
-    graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()})
+    with held_nodes() as nodes:
+        calls = recorded_calls(net.model, uses, copy=copy, hold=nodes.calls.append)
+        with saved_copies() if copy else nullcontext(), calls:
+            out = net.run(x)
+        net.check_unwritten()
+        if not out.requires_grad:
+            raise TangentError(
+                f"{net.call}: autograd finds no path from the output to the selected parameters; remove no_grad, "
+                "inference_mode or detach, or select parameters that the output depends on"
+            )
+        graph = read_graph(out, {id(leaf): name for name, leaf in leaves.items()}, nodes)
     net.check_fresh(graph.parents)
     return Forward(out, leaves, graph, [use for use in uses if use.edge.node in graph.parents])
 
@@ -89,7 +94,10 @@ class Found:
 
 def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice]) -> Found:
     """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source."""
-    made = ((g.name, source_of(g, seen.uses, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
+    calls = defaultdict[int, list[Use]](list)
+    for use in seen.uses:
+        calls[id(use.module)].append(use)
+    made = ((g.name, source_of(g, calls, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
     sources = {name: source for name, source in made if source is not None}
     blocks, held = blocks_from(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
     return Found(seen, target, blocks, sources, choices, held, frozenset(blocks))

@@ -59,15 +59,20 @@ def bytes_kept(run: Callable[[], _Made], own: set[int]) -> tuple[_Made, int]:
     """
     held: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> tuple[Tensor, int]:
         # Tensors inside a functional transform have no storage to ask for.
         with suppress(RuntimeError):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         # Returning the tensor itself would close a cycle through its own graph.
-        return tensor.detach()
+        return tensor.detach(), tensor._version
+
+    def kept(noted: tuple[Tensor, int]) -> Tensor:
+        if noted[0]._version != noted[1]:
+            raise RuntimeError("a saved tensor was modified by an in-place operation")
+        return noted[0]
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, kept):
             made = run()
         return made, sum(size for place, size in held.items() if place not in own)
     except RuntimeError:

@@ -4,6 +4,7 @@
 derivative, so training needs no second derivatives of the network.
 """
 
+import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -137,6 +138,20 @@ class TangentModule(nn.Module):
         super().train(mode)
         self.model.eval()  # features are defined in evaluation mode
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TangentModule":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for first, *aliases in self._places.values():
+            for alias in aliases:  # what is tied is one tensor still
+                held = self.model.get_submodule(alias.rpartition(".")[0])._buffers
+                held[alias.rpartition(".")[2]] = self.model.get_buffer(first)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TangentModule":
+        memo[id(self.model)] = copied(self.model)
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x; θ₀) + φ(x)Mᵀθ.
@@ -275,24 +290,11 @@ class _At:
     """The network at θ₀, with its derivative there as two linear maps."""
 
     def __init__(self, module: TangentModule, network: Network) -> None:
-        self.module, self.network, self.places = module, network, module._places
+        self.module, self.network = module, network
         self.selected = {name: network.parameters[name] for name in network.selected}
 
     def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
-        def evaluated() -> Tensor:
-            self.put(parameters)
-            return self.network.run(x)
-
-        return self.network.lend(evaluated)
-
-    def put(self, parameters: Mapping[str, Tensor]) -> None:
-        """Bring θ₀ in force under all names of each parameter, some parameters replaced."""
-        state = {**self.network.parameters, **parameters}
-        self.network.put({alias: state[name] for name, aliases in self.places.items() for alias in aliases})
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {name: value.detach().requires_grad_(True) for name, value in self.selected.items()}
+        return self.network(x, parameters)
 
     def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """f(x; θ₀) and φ(x)β."""
@@ -304,14 +306,15 @@ class _At:
         if self.way(x) != "forward":
             with torch.no_grad():
                 return (*self.along(x, tangents), None)
-        leaves = self.leaves
 
-        def made() -> tuple[Tensor, Tensor]:
+        def made() -> tuple[Tensor, Tensor, _Graph]:
+            leaves = self.network.leaves()
+            self.network.put({})
             with torch.enable_grad(), forward_attention():
-                return self._forward(x, tangents, leaves)
+                outputs, change = self._forward(x, tangents, leaves)
+            return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
 
-        outputs, change = self.network.lend(made)
-        return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
+        return self.network.lend(made)
 
     def way(self, x: Batch) -> _Way:
         """How φβ is computed: the way that was right for the first batch."""
@@ -355,7 +358,7 @@ class _At:
         """φβ is the derivative of ⟨φᵀg, β⟩ in g."""
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = self.leaves
+            leaves = self.network.leaves()
             out = self(x, leaves)
             signal = torch.zeros_like(out, requires_grad=True)
             back = torch.autograd.grad(out, list(leaves.values()), signal, create_graph=True, materialize_grads=True)
@@ -390,10 +393,10 @@ class _At:
         # Forward mode, which a model may use itself, is off within a Function.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             if graph is None:
-                leaves = self.leaves
+                leaves = self.network.leaves()
                 graph = self(x, leaves), tuple(leaves.values())
             else:  # a backward pass may run modules again
-                self.put(dict(zip(self.selected, graph[1], strict=True)))
+                self.network.put(dict(zip(self.selected, graph[1], strict=True)))
             found = torch.autograd.grad(*graph, signal, materialize_grads=True)
             return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
