@@ -19,11 +19,12 @@ from adaptive_tangents.capture.network import Network
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentWarning
 
-_WIDE = 100_000  # parameters; above this, a copy of all of them in float64 takes longer than it tells
+_WIDE = 100_000  # parameters; above this, float64 is for what float32 makes suspect
 _STEPS: Mapping[torch.dtype, tuple[float, ...]] = {
     torch.float64: (1e-6, 1e-7, 1e-5),
     torch.float32: (1e-3, 3e-4, 3e-3),
 }
+_BEYOND = 5  # times the differences of several steps from each other, to be judged by them
 _ALLOWED: Mapping[torch.dtype, float] = {torch.float64: 1e-4, torch.float32: 3e-2}
 
 
@@ -90,9 +91,13 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
 
 def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:
     """Whether the outputs' slope along a direction is the gradient's, or differences do not tell."""
+    small = sum(value.numel() for value in net.parameters.values()) <= _WIDE
+    return any(_agree_in(net, x, along, wide=wide) for wide in ([True] if small else [False, True]))
+
+
+def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: bool) -> bool:
     expected = sum(way.slope for way in along.values())
     least = math.hypot(*(way.slope for way in along.values()))
-    wide = sum(value.numel() for value in net.parameters.values()) <= _WIDE
     found: list[float] = []
     for k in range(3):
         slope, dtype = _slope(net, x, along, k, wide=wide)
@@ -100,7 +105,8 @@ def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:
         if not abs(slope) < math.inf or abs(slope - expected) <= _ALLOWED[dtype] * size:
             return True
         found.append(slope)
-    return max(found) - min(found) > _ALLOWED[dtype] * size
+    spread = max(found) - min(found)
+    return min(abs(slope - expected) for slope in found) <= _BEYOND * spread
 
 
 def _slope(net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, wide: bool) -> tuple[float, torch.dtype]:
