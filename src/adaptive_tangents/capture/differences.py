@@ -111,14 +111,14 @@ def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: 
 
 def _slope(net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, wide: bool) -> tuple[float, torch.dtype]:
     """The central difference of the combined outputs, in float64 where the model can run in it, and the dtype."""
-    if wide:
+    dtype = max((net.parameters[name].dtype for name in along), key=lambda dtype: torch.finfo(dtype).eps)
+    if wide and dtype != torch.float64:
         step = _STEPS[torch.float64][k]
         other = replace(net, buffers={name: _wider(b) for name, b in net.buffers.items()})
         values = {name: _wider(value) for name, value in net.parameters.items()}
         with suppress(Exception):  # some tensor of the model has its dtype written in
             sides = [other(cast(x, torch.float64), moved) for moved in _moved(values, along, step)]
             return _difference(sides, step), torch.float64
-    dtype = max((net.parameters[name].dtype for name in along), key=lambda dtype: torch.finfo(dtype).eps)
     step = _STEPS[dtype][k]
     sides = [replace(net, parameters=moved)(x, {}) for moved in _moved(net.parameters, along, step)]
     return _difference(sides, step), dtype
