@@ -340,10 +340,10 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         at.tangent_features(model, normal(3, 4).to("meta"))
 
 
-@pytest.mark.parametrize("x", [[torch.ones(2)], np.ones(3), "text", None])
+@pytest.mark.parametrize("x", [[np.ones(2)], np.ones(3), "text", None])
 def test_batches_that_are_no_tensors_are_refused(x: Any) -> None:
     # This bypasses the annotations, which the type checker and the run-time checks would enforce.
-    with pytest.raises(at.TangentError, match=r"f: x is a tensor, or a tuple or dict of tensors, got \w+"):
+    with pytest.raises(at.TangentError, match=r"f: x is a tensor, or a tuple, list, dict or dataclass of"):
         check_batch("f", x, {"w": torch.ones(2)})
 
 

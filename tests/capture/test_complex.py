@@ -111,11 +111,11 @@ def test_features_are_the_derivatives_by_real_and_imaginary_parts(name: str) -> 
     close(feats.dense(), jacobian(model, x))
     for seed in range(3):
         v = torch.randn(feats.p, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        along = derivative(
-            lambda t: torch.func.functional_call(model, moved(before, v, float(t)), (x,)).detach(),
-            1e-3,
-        )
-        along.check(feats.matvec(v))
+
+        def at_step(t: Tensor, v: Tensor = v) -> Tensor:
+            return torch.func.functional_call(model, moved(before, v, float(t)), (x,)).detach()
+
+        derivative(at_step, 1e-3).check(feats.matvec(v))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

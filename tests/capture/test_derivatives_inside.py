@@ -85,7 +85,7 @@ def inner_step(m: nn.Module, x: Tensor) -> Tensor:
 
 def inner_step_by_func(m: nn.Module, x: Tensor) -> Tensor:
     """The same by torch.func, on all parameters of a part."""
-    names = {name: p for name, p in (("weight", m.net[0].weight), ("bias", m.net[0].bias))}
+    names = dict(m.net[0].named_parameters())
 
     def adapted(row: Tensor) -> Tensor:
         g = torch.func.grad(lambda p: (row @ p["weight"].T + p["bias"]).square().sum())(names)
@@ -114,7 +114,8 @@ def hooked_parameter(m: nn.Module, x: Tensor) -> Tensor:
 
 def graph_asked_for(m: nn.Module, x: Tensor) -> Tensor:
     y = m.net[0](x)
-    return m.net[1:](y if y.grad_fn.name() else y)
+    assert y.grad_fn.name()
+    return m.net[1:](y)
 
 
 def ragged(m: nn.Module, x: Tensor) -> Tensor:

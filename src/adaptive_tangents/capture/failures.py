@@ -10,6 +10,8 @@ from adaptive_tangents.capture.batches import Batch, described, samples, take, t
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.errors import TangentError, UnfitOutput
 
+# What torch and Python say of arguments that do not fit; a model's other errors are its own affair.
+_TORCHS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError)
 _LONGEST = 400  # characters of a foreign message
 _MOST = 1000  # samples on which a failure is tried again
 _FEWEST = 7  # up to so many samples are tried by themselves
@@ -24,7 +26,7 @@ def worded(net: Network, x: Batch, part: Batch | None = None) -> Iterator[None]:
         raise _found(net, x, part, error) from error
     except (TangentError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except _TORCHS as error:
         raise _found(net, x, part, error) from error
 
 

@@ -77,7 +77,7 @@ def average_features(
         model: the network f; it is left as it was.
         start: the state dict θ₀.
         end: the state dict θ₁.
-        x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         tol: nodes are doubled until the relative residual of the identity is at most this; if it is larger at
             ``max_nodes``, the result comes with a TangentWarning.
         nodes: a fixed number of quadrature nodes; None doubles them from 4.

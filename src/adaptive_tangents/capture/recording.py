@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from adaptive_tangents.errors import TangentError
 
 _Made = TypeVar("_Made")
+# What fails in a model that expects a graph: autograd itself, an assertion, an attribute of a grad_fn or gradient not there.
+_WITHOUT_A_GRAPH = (RuntimeError, AssertionError, AttributeError, TypeError)
 
 
 def recorded_if_needed(run: Callable[[bool], Any]) -> Any:
@@ -26,7 +28,7 @@ def recorded_if_needed(run: Callable[[bool], Any]) -> Any:
         out = run(False)
     except TangentError:
         raise
-    except Exception:
+    except _WITHOUT_A_GRAPH:
         with torch.enable_grad():
             out = run(True)
     return out if outside else _apart(out)

@@ -90,8 +90,8 @@ def check_sharding(call: str, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             raise TangentError(
-                f"{call}: {repr(name) if name else 'the model'} is sharded by FSDP and gathers its parameters when it is called; load the "
-                "full state dict into a model that is not sharded, and pass that"
+                f"{call}: {repr(name) if name else 'the model'} is sharded by FSDP; load the full state dict into a model "
+                "that is not sharded, and pass that"
             )
 
 

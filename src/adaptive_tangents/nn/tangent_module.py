@@ -158,7 +158,7 @@ class TangentModule(nn.Module):
         """f(x; θ₀) + φ(x)Mᵀθ.
 
         Args:
-            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         """
         check_form("TangentModule", x)
         network = self._network()
@@ -175,7 +175,7 @@ class TangentModule(nn.Module):
         """f(x; θ₀), without a gradient.
 
         Args:
-            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         """
         check_form("TangentModule", x)
         network = self._network()
@@ -200,7 +200,7 @@ class TangentModule(nn.Module):
         """Mφ(x): their kernel is the adapted kernel, and their product with θ is the change of the output.
 
         Args:
-            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
             memory_limit: bytes that may be used; None is half of what is free.
         """
         return self.features(x, memory_limit=memory_limit).transformed(self.transforms())
@@ -209,7 +209,7 @@ class TangentModule(nn.Module):
         """φ(x) at θ₀.
 
         Args:
-            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
             memory_limit: bytes that may be used; None is half of what is free.
         """
         model = _thawed(self.model, self._places)
@@ -252,7 +252,7 @@ class TangentModule(nn.Module):
         """β as a ``Fit`` to a batch, with the best M for it and all certificates: ``certify`` at φ(x).
 
         Args:
-            x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+            x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
             r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
             loss: "squared" or "cross-entropy" (logistic where c = 1).
             offset: f(x; θ₀), (n, c), for cross-entropy only.

@@ -340,7 +340,7 @@ def sketch_features(
 
     Args:
         model: the network f; it is left as it was.
-        x: samples first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         sketch: the sketch.
         params: a state dict to evaluate the model at; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.

@@ -64,7 +64,7 @@ def kernel_to_store(
 
     Args:
         model: the network f; it is left as it was.
-        x: samples of the rows first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x: samples of the rows first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         path: the folder of the store, for example ``K.zarr``; it is made.
         x2: samples of the columns, (m, ...), in the same form; None is x.
         outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
@@ -141,7 +141,7 @@ def plan_kernel(
 
     Args:
         model: the network f; it is left as it was.
-        x: samples of the rows first, (n, ...): a tensor, or a tuple or dict of tensors.
+        x: samples of the rows first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         x2: samples of the columns, (m, ...), in the same form; None is x.
         outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
         params: a state dict to evaluate the model at; None is the model's own values.
