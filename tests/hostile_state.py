@@ -286,6 +286,15 @@ def layer_replaced(m: Any, x: Tensor) -> Tensor:
     return m.b(m.act(m.a(x)))
 
 
+def hooks_on_demand(m: Any, x: Tensor) -> Tensor:
+    """The first call installs hooks that collect outputs, as transformers does."""
+    if not getattr(m, "installed", False):
+        m.installed, m.collected = True, {}
+        m.a.register_forward_hook(lambda layer, given, out: m.collected.update(a=out))
+        m.b.register_forward_pre_hook(lambda layer, given: None)
+    return m.b(torch.tanh(m.a(x)))
+
+
 # Writes into weights and inputs.
 
 
@@ -499,6 +508,7 @@ CASES = (
     Case("a layer made on demand", of(layer_on_demand)),
     Case("a tied layer made on demand", lambda: (Forward(tied_on_demand, **net()), normal(4, 3))),
     Case("a layer wrapped at every call", of(layer_replaced, act=nn.Tanh)),
+    Case("hooks installed by the first call", of(hooks_on_demand)),
     Case("weight renormalized through data", first(Renormed), error=CHANGED),
     Case("weight divided under no_grad", first(Divided), error=CHANGED),
     Case("data of a weight exchanged", first(Projected), error=CHANGED),
