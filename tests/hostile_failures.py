@@ -113,4 +113,8 @@ FAILS_TODAY: dict[str, tuple[str, str]] = {
     "a learned temperature": ("features params kernel", "IndexError for a scalar parameter"),
     "a learned exponent and threshold": ("features params kernel", "IndexError as for a learned temperature"),
     "hooks installed by the first call": ("left copy", "hooks stay, and every forward pass adds more"),
+    "a part exchanged by the first call": (
+        "features params kernel left module",
+        "AttributeError, and the exchange stays",
+    ),
 }
