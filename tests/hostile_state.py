@@ -286,6 +286,22 @@ def layer_replaced(m: Any, x: Tensor) -> Tensor:
     return m.b(m.act(m.a(x)))
 
 
+def part_exchanged(m: Any, x: Tensor) -> Tensor:
+    """The first call exchanges a part for another with the same layer, as BigBird does for short texts."""
+    if isinstance(m.part, nn.Sequential):
+        m.part = Forward(lambda part, h: torch.tanh(part.layer(h)), layer=m.part[0])
+    return m.b(m.part(x))
+
+
+def hooks_on_demand(m: Any, x: Tensor) -> Tensor:
+    """The first call installs hooks that collect outputs, as transformers does."""
+    if not getattr(m, "installed", False):
+        m.installed, m.collected = True, {}
+        m.a.register_forward_hook(lambda layer, given, out: m.collected.update(a=out))
+        m.b.register_forward_pre_hook(lambda layer, given: None)
+    return m.b(torch.tanh(m.a(x)))
+
+
 # Writes into weights and inputs.
 
 
@@ -499,6 +515,8 @@ CASES = (
     Case("a layer made on demand", of(layer_on_demand)),
     Case("a tied layer made on demand", lambda: (Forward(tied_on_demand, **net()), normal(4, 3))),
     Case("a layer wrapped at every call", of(layer_replaced, act=nn.Tanh)),
+    Case("hooks installed by the first call", of(hooks_on_demand)),
+    Case("a part exchanged by the first call", of(part_exchanged, part=lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh()))),
     Case("weight renormalized through data", first(Renormed), error=CHANGED),
     Case("weight divided under no_grad", first(Divided), error=CHANGED),
     Case("data of a weight exchanged", first(Projected), error=CHANGED),

@@ -136,7 +136,7 @@ def shared_state() -> dict[str, Any]:
         "Python's draws": random.getstate(),
     }  # fmt: skip
     for place in WATCHED:
-        kept = {name: value for name, value in vars(place).items() if not isinstance(value, ATOMS)}
+        kept = {k: value for k, value in vars(place).items() if not (isinstance(value, ATOMS) or k.startswith("__"))}
         found[f"of {place.__name__}"] = {name: id(value) for name, value in kept.items()}
     hooks = {name: list(value) for name, value in vars(nn.modules.module).items() if name.startswith("_global")
         and isinstance(value, dict)}  # fmt: skip
