@@ -86,7 +86,7 @@ def _is_view(step: Step) -> bool:
 
 
 @cache
-def _settings(kind: Any) -> list[str]:
+def _settings(kind: Hashable) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved")]
 
 
