@@ -61,7 +61,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "a record that is no JSON": lambda f: (f / "zarr.json").write_text("{"),
     "a record nested too deep": lambda f: (f / "zarr.json").write_text("[" * 100_000),
     "a link": lambda f: (f / "kernel").symlink_to(f.parent),
-    "a name like a draft": lambda f: (f / ".adaptive-tangents-notes.part").write_text("notes"),
+    "a name like a draft": lambda f: (f / ".K.adaptive-tangents-notes.part").write_text("notes"),
     "another's claims": lambda f: ((f / ".claims").mkdir(), (f / ".claims" / "1-1").write_text("a patent")),
 }
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 ReadError = (OSError, SafetensorError)
-_DRAFT = re.compile(r"\.adaptive-tangents-[0-9a-f]{32}\.part")
+_DRAFT = re.compile(r"\..*\.adaptive-tangents-[0-9a-f]{32}\.part", re.DOTALL)
 
 
 def draft_beside(path: Path) -> Path:
     """A new name beside ``path`` that no other program uses, for a file until it is whole."""
-    return path.with_name(f".adaptive-tangents-{uuid4().hex}.part")
+    return path.with_name(f".{path.name[:40]}.adaptive-tangents-{uuid4().hex}.part")
 
 
 def is_draft(path: Path) -> bool:
@@ -38,7 +38,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any], *, replace: bool =
     draft = draft_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("xb") as file:
+        with draft.open("wb") as file:
             write(file)
         if replace:
             os.replace(draft, path)
