@@ -40,7 +40,7 @@ def shown(text: str, encoding: str = "utf-8") -> str:
     >>> print(shown("a\x1b[31mb"))
     a\x1b[31mb
     """
-    plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    plain = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
     return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 

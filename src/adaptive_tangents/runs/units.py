@@ -105,6 +105,8 @@ def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, di
 
 def _claim_folder(directory: Path, config: Mapping[str, Any]) -> None:
     """Raise TangentError if the folder's run had other settings."""
+    if os.path.lexists(directory / SETTINGS_FILE) and not os.path.isfile(directory / SETTINGS_FILE):
+        raise TangentError(f"reproduce: {directory / SETTINGS_FILE} is not a file; give another folder with --out")
     try:
         made_with = json.loads((directory / SETTINGS_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):

@@ -66,15 +66,23 @@ def write_tensors(
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file; raises one of ``ReadError`` if it cannot be read."""
+    _check_file(path)
     with _any_read_error(), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file; raises one of ``ReadError`` if it cannot be read."""
+    _check_file(path)
     with _any_read_error():
         found: dict[str, Tensor] = load_file(path)
     return found
+
+
+def _check_file(path: Path) -> None:
+    """Raise OSError unless there is a file; to open a pipe would wait for its writer."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError("it is not a file")
 
 
 @contextmanager

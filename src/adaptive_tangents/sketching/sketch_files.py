@@ -103,7 +103,7 @@ def _short(value: Any) -> str:
 
 
 def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_PART.replace("{:05d}", "*")))
+    return sorted(folder.glob(_PART.replace("{:05d}", "*"))) if os.path.isdir(folder) else []
 
 
 def _head(call: str, feats: SketchedFeatures, before: int) -> dict[str, Any]:

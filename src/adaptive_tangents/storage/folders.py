@@ -78,7 +78,7 @@ def _remains_of_arrays(call: str, path: Path, folder: Path) -> Iterator[Path]:
 
 def _is_part(path: Path) -> bool:
     """Whether a file is the record of one of a store's own arrays."""
-    if path.name != RECORD:
+    if path.name != RECORD or not path.is_file():
         return False
     with suppress(OSError, ValueError, RecursionError, AttributeError):
         return bool(json.loads(path.read_text("utf-8")).get("attributes") == PART)

@@ -100,6 +100,8 @@ def _myself(beats: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """The holder of a lock; None if there is no lock, and {} if the file is none."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        return {}
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(_LONGEST))

@@ -1,6 +1,7 @@
 """The record of a stored kernel, ``zarr.json``: sizes, dtype, sources, whether it is complete, and a checksum of all that."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def read_meta(path: Path, call: str = "open_kernel") -> dict[str, Any] | None:
 
     Raises TangentError if the record is damaged, was changed by hand, or has a format that this version does not read.
     """
+    if os.path.lexists(path / RECORD) and not os.path.isfile(path / RECORD):
+        raise _damaged(call, path, "is not a file")
     try:
         content = json.loads((path / RECORD).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
