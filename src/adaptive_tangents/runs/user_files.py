@@ -386,5 +386,5 @@ def _told(error: BaseException) -> str:
 
 
 def _listed(names: Iterable[str], most: int = 6) -> str:
-    words = list(names)
+    words = [name if name.isprintable() else ascii(name) for name in names]
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
