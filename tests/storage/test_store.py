@@ -93,7 +93,7 @@ def test_what_is_read_is_exactly_symmetric_and_only_the_triangle_is_stored(made:
 def test_a_store_is_plain_zarr_that_says_what_it_was_made_from(made: at.storage.KernelStore) -> None:
     group = zarr.open_group(made.path, mode="r")
     about = group.attrs["adaptive_tangents"]
-    assert (about["version"], about["format"], about["outputs"]) == (at.__version__, 1, "full")
+    assert (about["version"], about["format"], about["outputs"]) == (at.__version__, 2, "full")
     assert (about["dtype"], about["n"], about["m"], about["c"], about["tile"]) == ("float64", 11, 11, 3, 4)
     assert (about["transforms"], about["sketch"], about["complete"]) == (None, None, True)
     assert len({about["parameters"], about["data"]}) == 2
@@ -211,7 +211,7 @@ def test_only_a_store_of_this_format_is_opened(copied: at.storage.KernelStore, t
     content = json.loads(about.read_text())
     content["attributes"]["adaptive_tangents"] |= {"format": 7, "version": "9.1"}
     about.write_text(json.dumps(content))
-    message = "is of format 7, and this version reads format 1; read it with adaptive-tangents 9.1"
+    message = "is of format 7, and this version reads formats 1 and 2; read it with adaptive-tangents 9.1"
     with pytest.raises(at.TangentError, match=f"^open_kernel: .* {message}"):
         at.open_kernel(copied.path)
     zarr.open_group(tmp_path / "other.zarr", mode="w")

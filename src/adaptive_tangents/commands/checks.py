@@ -1,17 +1,23 @@
 """Checks before a long command starts."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runs.own_files import check_ours
 
 
-def check_folder(call: str, out: Path) -> None:
-    """Raise TangentError if a file is where the result folder would be."""
-    at = next((place for place in (out, *out.parents) if place.exists()), out)
-    if at.exists() and not at.is_dir():
+def check_folder(call: str, out: Path, figures: Iterable[str] = ()) -> None:
+    """Raise TangentError if results cannot be written to a folder, or would replace something else there."""
+    at = next((place for place in (out, *out.parents) if os.path.lexists(place)), Path())
+    if not os.path.isdir(at):
         raise TangentError(f"{call}: --out must be a folder, but {at} is a file; give another path")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise TangentError(f"{call}: --out {out} cannot be written, because {at} may not be changed; give another path")
+    check_ours(call, out, figures)
 
 
 def check_device(call: str, device: str) -> None:

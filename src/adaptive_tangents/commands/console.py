@@ -1,14 +1,15 @@
 """What the commands share for printing: the console, progress bars, error messages, and the command as typed."""
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -18,11 +19,33 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from adaptive_tangents.errors import TangentError
 
-console = Console(width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True)
+
+class _Plain(Console):
+    """A console that prints text as it is: brackets and colons are no markup, and what cannot be shown is spelled out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text, self.encoding), **options)
+
+
+def shown(text: str, encoding: str = "utf-8") -> str:
+    r"""Text without characters that steer a terminal or that its encoding lacks; they become escapes such as \x1b.
+
+    >>> print(shown("a\x1b[31mb"))
+    a\x1b[31mb
+    """
+    plain = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
+
+
+console = _Plain(width=None if sys.stdout.isatty() else 120)
+errors = _Plain(stderr=True)
 ALL = "all"
 """The name that means all studies."""
 
@@ -31,8 +54,8 @@ ALL = "all"
 def bars() -> Iterator[Callable[[str, str, float], None]]:
     """One progress bar per name."""
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:<18}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left", markup=False), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
         tasks: dict[str, TaskID] = {}
@@ -41,7 +64,7 @@ def bars() -> Iterator[Callable[[str, str, float], None]]:
         def update(name: str, stage: str, fraction: float) -> None:
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=1.0)
-            described = f"{name}: {stage}" if name else stage
+            described = shown(f"{name}: {stage}" if name else stage, console.encoding)
             bar.update(tasks[name], description=described, completed=fraction)
             if (name, stage) not in seen and not console.is_terminal:
                 console.print(f"{fraction:4.0%} {described}")
@@ -61,15 +84,27 @@ def one_bar() -> Iterator[Callable[[str, float], None]]:
 def worded_errors(
     interrupted: str = "interrupted; the same command with --resume continues it",
 ) -> Iterator[None]:
-    """End the command with the message of a library error; an interruption says how to continue."""
+    """End the command with the message of a library error or of the system; an interruption says how to continue."""
     try:
         yield
     except TangentError as error:
-        errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        _tell(str(error))
+        raise typer.Exit(1) from error
+    except OSError as error:
+        _tell(f"{error}; check that place, or give another")
+        raise typer.Exit(1) from error
+    except MemoryError as error:
+        _tell("there is not enough memory; use fewer samples, or a machine with more")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         errors.print(interrupted)
         raise typer.Exit(130) from error
+
+
+def _tell(message: str) -> None:
+    """Print an error in one line."""
+    told = shown(message.replace("\n", "\\n"), errors.encoding)
+    errors.print(Text.assemble(("error", "red"), " ", told), soft_wrap=True, highlight=False)
 
 
 def typed(study: str | None = None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import one_bar, typed
-from adaptive_tangents.commands.report import finish
+from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
@@ -40,7 +40,7 @@ def inspect(
     check_device("inspect", device)
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
         raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
-    check_folder("inspect", out)
+    check_folder("inspect", out, PAGES["inspect"]().figures)
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     loaded = load_data(data)

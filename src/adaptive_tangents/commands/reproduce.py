@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import bars, one_bar, typed
-from adaptive_tangents.commands.report import finish
+from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.experiments.study import Asked, Study
@@ -35,11 +35,13 @@ def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume:
     if jobs is not None and jobs < 1:
         raise TangentError(f"reproduce: --jobs must be at least 1, got {jobs}")
     check_device("reproduce", device)
-    if out is not None:
-        check_folder("reproduce", out)
     root = out or Path("runs")
     folders = {each: root if out and name != NAME_OF_ALL else root / each for each in names}
     # All folders are looked at, with or without --resume: one that holds another run is refused before any work.
+    if name == NAME_OF_ALL:
+        check_folder("reproduce", root, PAGES[name]().figures)
+    for each, folder in folders.items():
+        check_folder("reproduce", folder, PAGES[each]().figures)
     finished = {each: complete(STUDIES[each], asked, folders[each]) for each in names}
     missing = [each for each in names if not (resume and finished[each])]
     at_once = min(jobs or _jobs(device), len(missing))

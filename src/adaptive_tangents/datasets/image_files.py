@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.array_files import UNPACKED
+from adaptive_tangents.runtime.memory import format_bytes
 
 DIGIT_REMEDIES = 'give data_dir, a folder with the four IDX files, or use "mnist5k", which needs no network'
 _IDX_STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
@@ -45,7 +48,7 @@ def read_cifar10(data_dir: Path) -> tuple[Pair, Pair]:
             f"load_images: no CIFAR-10 files such as {_CIFAR_TRAIN[0]} in {str(data_dir)!r} or its {_CIFAR_FOLDERS[0]}; "
             "give data_dir, a folder with the binary version"
         )
-    missing = [name for name in (*_CIFAR_TRAIN, *_CIFAR_TEST) if not (folder / name).is_file()]
+    missing = [name for name in (*_CIFAR_TRAIN, *_CIFAR_TEST) if not os.path.isfile(folder / name)]
     if missing:
         raise TangentError(
             f"load_images: {str(folder)!r} holds some of the CIFAR-10 files but not {', '.join(missing)}; "
@@ -58,7 +61,7 @@ def read_cifar10(data_dir: Path) -> tuple[Pair, Pair]:
 def find_cifar10(data_dir: Path) -> Path | None:
     """The folder with any of CIFAR-10's files, if there is one."""
     for below in _CIFAR_FOLDERS:
-        if any((data_dir / below / name).is_file() for name in (*_CIFAR_TRAIN, *_CIFAR_TEST)):
+        if any(os.path.isfile(data_dir / below / name) for name in (*_CIFAR_TRAIN, *_CIFAR_TEST)):
             return data_dir / below
     return None
 
@@ -90,7 +93,7 @@ def _joined(pairs: list[Pair]) -> Pair:
 
 def _find_idx_files(data_dir: Path) -> list[Path]:
     """The four files, all from the first folder that has any; a plain file is preferred to its gzipped twin."""
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise TangentError(f"load_digits: data_dir {str(data_dir)!r} is not a folder; {DIGIT_REMEDIES}")
     for folder in _IDX_FOLDERS:
         found = {stem: _find_idx_file(data_dir / folder, stem) for stem in _IDX_STEMS}
@@ -112,7 +115,7 @@ def _find_idx_file(folder: Path, stem: str) -> Path | None:
     """One file under any of its usual names; None if there is none."""
     dimensions = 3 if stem.endswith("images") else 1
     names = (f"{stem}{sep}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for sep in ("-", "."))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def _read_pair(image_file: Path, label_file: Path) -> tuple[UInt8[Tensor, "n 28 28"], Int64[Tensor, " n"]]:
@@ -141,7 +144,8 @@ def _read_pair(image_file: Path, label_file: Path) -> tuple[UInt8[Tensor, "n 28 
 
 def _read_idx(path: Path, *, dimensions: int) -> UInt8[np.ndarray, "..."]:
     """An IDX file of unsigned bytes: two zero bytes, dtype code, number of dimensions, their sizes, the bytes."""
-    content = _read_bytes(path)
+    header = 4 + 4 * dimensions
+    content, packed = _read_bytes(path, header)
     if content[:2] != b"\0\0" or len(content) < 4:
         raise TangentError(
             f"load_digits: {path.name} begins with 0x{content[:4].hex()}, not an IDX magic number; {_again(path)}"
@@ -156,34 +160,40 @@ def _read_idx(path: Path, *, dimensions: int) -> UInt8[np.ndarray, "..."]:
             f"load_digits: {path.name} has dimension count {content[3]}, not {dimensions}; "
             f"check that images and labels are not swapped"
         )
-    header = 4 + 4 * dimensions
     if len(content) < header:
         raise TangentError(f"load_digits: {path.name} ends inside its header; {_again(path)}")
     shape = tuple(int(size) for size in np.frombuffer(content, dtype=">u4", count=dimensions, offset=4))
     expected = header + math.prod(shape)
+    if packed and expected > UNPACKED:
+        raise TangentError(
+            f"load_digits: {path.name} unpacks to {format_bytes(expected)}, and at most {format_bytes(UNPACKED)} are read "
+            "from a packed file; unpack it with gunzip"
+        )
+    if packed:
+        content, _ = _read_bytes(path, expected + 1)
     if len(content) != expected:
         problem = "is cut short" if len(content) < expected else "has trailing bytes"
         raise TangentError(
-            f"load_digits: {path.name} {problem}: its header says {expected} bytes, the content has {len(content)}; "
-            f"{_again(path)}"
+            f"load_digits: {path.name} {problem}: its header says {expected} bytes, the content has {len(content)}"
+            f"{' or more' if packed and len(content) > expected else ''}; {_again(path)}"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed if it is gzipped, whatever its name."""
+def _read_bytes(path: Path, most: int) -> tuple[bytes, bool]:
+    """A file's content, and whether it is gzipped, whatever its name: then at most so many unpacked bytes of it."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TangentError(f"load_digits: {path.name} cannot be read ({error.strerror}); check the file") from error
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        with path.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                file.seek(0)
+                return gzip.GzipFile(fileobj=file).read(most), True
+        return path.read_bytes(), False
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TangentError(
             f"load_digits: {path.name} is not a whole gzip file ({type(error).__name__}: {error}); {_again(path)}"
         ) from error
+    except OSError as error:
+        raise TangentError(f"load_digits: {path.name} cannot be read ({error.strerror}); check the file") from error
 
 
 def _again(path: Path) -> str:

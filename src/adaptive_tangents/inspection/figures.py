@@ -20,6 +20,7 @@ from adaptive_tangents.reporting.drawing import (
     fixed,
     grid,
     limit_of,
+    named,
     real,
     short,
     spectrum,
@@ -74,7 +75,7 @@ def sorting(results: Results, arrays: Arrays) -> tuple[NDArray[Any], list[tuple[
 def class_name(results: Results, kind: int) -> str:
     """The class's name if known, else its number."""
     names = results["data"]["classes"]
-    return names[kind] if names is not None and 0 <= kind < len(names) else str(kind)
+    return named(names[kind], most=24) if names is not None and 0 <= kind < len(names) else str(kind)
 
 
 def draw_blocks(results: Results, arrays: Arrays) -> Figure:
@@ -143,7 +144,7 @@ def performance_key(results: Results) -> str | None:
 
 def short_name(name: str) -> str:
     """A checkpoint's name; of a long one, its end."""
-    return name if len(name) <= 12 else "…" + name[-11:]
+    return named(name, most=12)
 
 
 def draw_spectra(results: Results, arrays: Arrays) -> Figure:
@@ -159,7 +160,7 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
     for k, name in enumerate(heavy):
         values = arrays[f"singular_values.change.{name}"]
         look = {"color": tint(COLORS[k % 3], 1 - 0.45 * (k // 3)), "ls": DASHES if k >= 3 else "-"}
-        right.plot(*spectrum(values), lw=1.8, label=name, **look)
+        right.plot(*spectrum(values), lw=1.8, label=named(name), **look)
     right.set(xscale="log", yscale="log", ylim=(1e-4, 1.6), xlabel="index", ylabel=r"$\sigma_j / \sigma_1$")
     right.set_title("Singular values of the weight change Δθ", loc="left")
     right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -226,7 +227,7 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
     if "predicted" in arrays:
         left.legend()
     kinds = _kinds(results, arrays)
-    groups = sorted(((np.median(growth[mask]), word, growth[mask]) for word, mask in kinds.items()), key=lambda g: g[0])
+    groups = sorted(((np.median(growth[mask]), word, growth[mask]) for word, mask in kinds), key=lambda g: g[0])
     for place, (_, _word, values) in enumerate(groups):
         right.scatter(values, np.full(len(values), place), s=8, color=tint(COLORS[0], 0.45), lw=0)
         right.scatter(np.median(values), place, s=120, marker="|", color=INK, lw=2)
@@ -236,14 +237,14 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
-def _kinds(results: Results, arrays: Arrays) -> dict[str, NDArray[Any]]:
+def _kinds(results: Results, arrays: Arrays) -> list[tuple[str, NDArray[Any]]]:
     """Samples by class, or by quarter of the size of their change."""
     if results["data"]["labels"] == "classes" and len(np.unique(arrays["y"])) <= 20:
-        return {class_name(results, int(k)): arrays["y"] == k for k in np.unique(arrays["y"])}
+        return [(class_name(results, int(k)), arrays["y"] == k) for k in np.unique(arrays["y"])]
     size = np.linalg.norm(arrays["change"], axis=1)
     quarters = np.minimum(3, np.argsort(np.argsort(size)) * 4 // max(1, len(size)))
     words = ("smallest quarter", "second", "third", "largest quarter")
-    return {word: quarters == k for k, word in enumerate(words) if (quarters == k).any()}
+    return [(word, quarters == k) for k, word in enumerate(words) if (quarters == k).any()]
 
 
 def draw_images(results: Results, arrays: Arrays) -> Figure:
@@ -311,7 +312,7 @@ def _outer(y: NDArray[Any]) -> NDArray[Any]:
 
 
 def _rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.set_yticks(range(len(names)), [named(name) for name in names], fontsize=7.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color=RULE, lw=0.4)

@@ -1,6 +1,7 @@
 """What all figures share: the style, the page's width and colors, and rendering to PNG and SVG."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,8 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
     raster, vector = BytesIO(), StringIO()
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     style: dict[Any, Any] = {**_style(), "svg.hashsalt": name}
-    with mpl.rc_context(style):
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
         figure = draw(results, arrays)
         figure.savefig(raster, format="png", metadata={"Software": None})
         figure.savefig(vector, format="svg", metadata=undated)
@@ -99,6 +101,18 @@ def fixed(value: float | None, *, none: str = "–") -> str:
 def label(text: str) -> str:
     """A key as words: `kernel_samples` -> `kernel samples`."""
     return text.replace("_", " ")
+
+
+def named(name: str, *, most: int = 48) -> str:
+    r"""A user's name as a label that matplotlib draws as it is: of a long one, its end.
+
+    >>> print(named("cost_in_$"))
+    cost_in_\$
+    """
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", name)
+    shown = plain if len(plain) <= most else "…" + plain[1 - most :]
+    # A dollar sign begins a formula, and a legend leaves out names that begin with an underscore.
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def short(value: float | None, digits: int = 2) -> str:

@@ -14,8 +14,9 @@ from markupsafe import Markup, escape
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.pages import Page, fixed, given, number
-from adaptive_tangents.runs.results import ARRAYS_FILE, FIGURES_FOLDER, PAGE_FILE, RESULTS_FILE, Results, load_results
-from adaptive_tangents.runtime.tensor_files import write_file
+from adaptive_tangents.runs.own_files import ARRAYS_FILE, FIGURES_FOLDER, PAGE_FILE, RESULTS_FILE, check_ours
+from adaptive_tangents.runs.results import Results, as_written, load_results
+from adaptive_tangents.runtime.tensor_files import write_bytes
 
 Pages = Mapping[str, Callable[[], Page]]
 
@@ -62,10 +63,20 @@ def build_report(directory: str | os.PathLike[str], pages: Pages) -> Path:
         html = _render(page, told, drawings)
     except _Lacking as error:
         raise TangentError(f"report: {RESULTS_FILE} is incomplete ({error}); run the experiment again") from error
+    except TangentError:
+        raise
+    except Exception as error:
+        if as_written(directory):
+            raise  # a fault of the page, not of the results
+        raise TangentError(
+            f"report: {directory} was changed since it was written, or by an earlier version, and cannot be drawn "
+            f"({type(error).__name__}: {error}); run the experiment again"
+        ) from error
+    check_ours("report", directory, drawings)
     for name, figure in drawings.items():
-        _put(directory / FIGURES_FOLDER / f"{name}.png", figure.png)
-        _put(directory / FIGURES_FOLDER / f"{name}.svg", figure.svg.encode())
-    _put(directory / PAGE_FILE, html.encode())
+        write_bytes(directory / FIGURES_FOLDER / f"{name}.svg", figure.svg.encode("utf-8", "backslashreplace"))
+        write_bytes(directory / FIGURES_FOLDER / f"{name}.png", figure.png)
+    write_bytes(directory / PAGE_FILE, html.encode("utf-8", "backslashreplace"))
     return directory / PAGE_FILE
 
 
@@ -111,10 +122,6 @@ def _held(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _Held({key: _held(item) for key, item in value.items()})
     return [_held(item) for item in value] if isinstance(value, list) else value
-
-
-def _put(path: Path, content: bytes) -> None:
-    write_file(path, lambda file: file.write(content))
 
 
 def _label(key: str, page: Page) -> str:

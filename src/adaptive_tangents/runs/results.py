@@ -3,27 +3,37 @@
 import json
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runtime.tensor_files import write_file
+from adaptive_tangents.runs.own_files import (
+    ARRAYS_FILE,
+    FIGURES_FOLDER,
+    PAGE_FILE,
+    RESULTS_FILE,
+    as_written,
+    check_replaceable,
+    mark,
+)
+from adaptive_tangents.runtime.array_files import UnpacksToTooMuch, read_arrays
+from adaptive_tangents.runtime.tensor_files import write_bytes, write_file
 
 Results = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
 
-RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
+__all__ = ["ARRAYS_FILE", "FIGURES_FOLDER", "PAGE_FILE", "RESULTS_FILE", "as_written", "load_results", "write_results"]
 
 
 def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
     """Write `results.json` and `arrays.npz` into `directory`, each replaced in one step; return the folder.
 
-    Non-finite numbers become null. Raises TangentError for a value that JSON cannot hold, or an array of objects.
+    Non-finite numbers become null. Raises TangentError for a value that JSON cannot hold, an array of objects, or a file
+    of these names that something else has written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -37,33 +47,46 @@ def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike
         if array.dtype.hasobject:
             raise TangentError(f"report: array {name!r} holds Python objects; give an array of numbers or text")
     text = json.dumps(_plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
+    content = text.encode("utf-8", "backslashreplace")  # half a character becomes JSON's own escape of it
+    for name in (RESULTS_FILE, ARRAYS_FILE):
+        check_replaceable("report", directory / name)
+
+    def pack(file: IO[bytes]) -> None:
+        # numpy 1.26 has no allow_pickle here and would store one as an array.
+        np.savez_compressed(file, **plain)  # type: ignore[arg-type]
+        # A zip file ends with the length of its comment, and the comment.
+        file.seek(-2, os.SEEK_END)
+        file.write(len(mark(content)).to_bytes(2, "little") + mark(content))
+
     # Arrays first: a folder with a new results.json then has its arrays too.
-    # numpy 1.26 has no allow_pickle here and would store one as an array.
-    write_file(directory / ARRAYS_FILE, lambda file: np.savez_compressed(file, **plain))  # type: ignore[arg-type]
-    write_file(directory / RESULTS_FILE, lambda file: file.write(text.encode()))
+    write_file(directory / ARRAYS_FILE, pack)
+    write_bytes(directory / RESULTS_FILE, content)
     return directory
 
 
 def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Read a result folder back as (results, arrays). Raises TangentError if a part is missing or unreadable."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise TangentError(f"report: no folder {directory}; give the folder with an experiment's results")
     source, store = directory / RESULTS_FILE, directory / ARRAYS_FILE
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise TangentError(f"report: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
     try:
         results = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TangentError(f"report: {source} is not valid JSON ({error}); run the experiment again") from error
-    if not isinstance(results, dict) or "experiment" not in results:
+    except OSError as error:
+        raise TangentError(f"report: {source} cannot be read ({error}); run the experiment again") from error
+    if not isinstance(results, dict) or not isinstance(results.get("experiment"), str):
         raise TangentError(f"report: {source} names no experiment; run the experiment again")
-    if not store.is_file():
+    if not os.path.isfile(store):
         raise TangentError(f"report: no {ARRAYS_FILE} beside {source}; copy it there or run the experiment again")
     try:
-        with np.load(store, allow_pickle=False) as archive:
-            return results, {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        return results, read_arrays(store)
+    except UnpacksToTooMuch as error:
+        raise TangentError(f"report: {store} {error}; run the experiment again") from error
+    except (ValueError, OSError) as error:
         raise TangentError(f"report: cannot read {store} ({error}); run the experiment again") from error
 
 

@@ -1,6 +1,7 @@
 """Parts of a run, each made once and saved as a checkpoint: a complete file or none, tied to the settings that made it."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runs.own_files import check_ours
 from adaptive_tangents.runtime.tensor_files import ReadError, read_metadata, read_tensors, write_file, write_tensors
 
 Tensors = Mapping[str, Tensor]
@@ -68,9 +70,10 @@ class StoredUnits(Units):
 def write_checkpoint(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
     """Write one checkpoint into ``directory``/checkpoints, replacing an older one in one step.
 
-    Raises TangentError if the folder cannot be written.
+    Raises TangentError if the folder cannot be written, or if something else has written a file of that name.
     """
     path = directory / FOLDER / f"{name}.safetensors"
+    _check_ours(path)
     try:
         write_tensors(path, tensors, {"config": _text(config)})
     except OSError as error:
@@ -102,18 +105,43 @@ def read_checkpoints(directory: Path, config: Mapping[str, Any]) -> dict[str, di
 
 def _claim_folder(directory: Path, config: Mapping[str, Any]) -> None:
     """Raise TangentError if the folder's run had other settings."""
+    if os.path.lexists(directory / SETTINGS_FILE) and not os.path.isfile(directory / SETTINGS_FILE):
+        raise TangentError(f"reproduce: {directory / SETTINGS_FILE} is not a file; give another folder with --out")
     try:
         made_with = json.loads((directory / SETTINGS_FILE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        check_ours("reproduce", directory)
+        for path in (directory / FOLDER).glob("*.safetensors"):
+            _check_ours(path)
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TangentError(f"reproduce: {directory / SETTINGS_FILE} cannot be read ({error}); delete it") from error
+    if not isinstance(made_with, dict):
+        raise TangentError(
+            f"reproduce: {directory / SETTINGS_FILE} was not written by adaptive-tangents, so it is not replaced; give "
+            "another folder with --out"
+        )
     wanted = json.loads(_text(config))
     differing = sorted(key for key in wanted.keys() | made_with.keys() if wanted.get(key) != made_with.get(key))
     if differing:
         raise TangentError(
             f"reproduce: {directory} holds a run made with other settings ({', '.join(differing)}); give another folder "
             "with --out, or delete it"
+        )
+
+
+def _check_ours(path: Path) -> None:
+    """Raise TangentError if a file is there that is not a checkpoint of a run."""
+    if not os.path.lexists(path):
+        return
+    try:
+        ours = not path.is_symlink() and isinstance(json.loads(read_metadata(path)["config"]), dict)
+    except (*ReadError, KeyError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise TangentError(
+            f"checkpoint: {path} was not written by adaptive-tangents, or is damaged, so it is not replaced; move it away, "
+            "or give another folder with --out"
         )
 
 

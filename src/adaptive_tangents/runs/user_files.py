@@ -3,6 +3,7 @@
 import glob
 import importlib
 import importlib.util
+import os
 import pickle
 import re
 import sys
@@ -11,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,10 +24,12 @@ from adaptive_tangents.capture.batches import Batch, arguments, mapped, take, te
 from adaptive_tangents.capture.lease import on_loan
 from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.array_files import NotAnArray, UnpacksToTooMuch, check_unpacked, read_arrays
 
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile put before every name
 _LABELS, _NAMES = "y", "classes"
+_LARGEST = 2**63 - 1
 _INSPECT = "inspect"  # the command that errors name by default
 
 
@@ -82,10 +85,9 @@ def load_model(spec: str, call: str = _INSPECT) -> nn.Module:
         )
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TangentError(
-            f"{call}: {spec} raised {type(error).__name__}: {error}; it is called without arguments; write a function that "
-            "fills them in"
+            f"{call}: {spec} raised {_told(error)}; it is called without arguments; write a function that fills them in"
         ) from error
     if not isinstance(model, nn.Module):
         raise TangentError(f"{call}: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
@@ -100,7 +102,7 @@ def _module(source: str, call: str) -> ModuleType:
         if not source.endswith(".py"):
             return importlib.import_module(source)
         path = Path(source).resolve()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise TangentError(f"{call}: there is no file {source}; --model is path/to/file.py:factory")
         found = importlib.util.spec_from_file_location(path.stem, path)
         assert found is not None
@@ -111,9 +113,9 @@ def _module(source: str, call: str) -> ModuleType:
         return module
     except TangentError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TangentError(
-            f"{call}: importing {source} failed with {type(error).__name__}: {error}; run {call} where it can be imported, "
+            f"{call}: importing {source} failed with {_told(error)}; run {call} where it can be imported, "
             "or give path/to/file.py:factory"
         ) from error
 
@@ -155,6 +157,12 @@ def load_checkpoint(path: Path, model: nn.Module, call: str = _INSPECT) -> dict[
     # Integer counters change no output; a safetensors checkpoint may share or drop them.
     missing = [name for name in wanted if name not in found and _continuous(wanted[name])]
     unexpected = [name for name in found if name not in wanted]
+    odd = [name for name, value in found.items() if name in wanted and not _plain(value, wanted[name])]
+    if odd:
+        raise TangentError(
+            f"{call}: {path}{where} holds sparse, quantized, complex or other unusual tensors in {_listed(odd)}; save "
+            "dense ones, of the network's kind"
+        )
     wrong = [
         f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
         for name, value in wanted.items()
@@ -180,38 +188,51 @@ def _continuous(value: Tensor) -> bool:
 
 
 def _read(path: Path, device: torch.device, call: str) -> object:
-    if not path.is_file():
-        raise TangentError(f"{call}: there is no checkpoint {path}; check the name")
+    _check_file(path, "checkpoint", "check the name", call)
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
+        if zipfile.is_zipfile(path):
+            check_unpacked(path)
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TangentError(
             f"{call}: {path} is not a checkpoint of tensors alone, and pickles are never loaded; save "
             "model.state_dict() alone, with torch.save or as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        text = str(error).strip().splitlines()
-        raise TangentError(
-            f"{call}: {path} cannot be read ({type(error).__name__}: {text[0] if text else 'nothing in it'}); save the "
-            "checkpoint again"
-        ) from error
+    except UnpacksToTooMuch as error:
+        raise TangentError(f"{call}: {path} {error}; save the checkpoint again, as torch.save writes it") from error
+    except Exception as error:  # a broken file can make its reader raise anything
+        raise TangentError(f"{call}: {path} cannot be read ({_told(error)}); save the checkpoint again") from error
 
 
 def _state(content: object, path: Path, call: str) -> tuple[dict[str, Tensor], str]:
     """The state dict in a checkpoint, and a phrase naming the key it was under."""
     if isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
+        if _is_state(content):
             return dict(content), ""
         for key in NESTED:
             inner = content.get(key)
-            if isinstance(inner, Mapping) and inner and all(isinstance(value, Tensor) for value in inner.values()):
+            if _is_state(inner):
                 return dict(inner), f", under {key!r},"
     held = f"keys {_listed(map(str, content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise TangentError(
         f"{call}: {path} holds {held}, not a state dict of tensors, nor one under {' or '.join(map(repr, NESTED))}; save "
         "model.state_dict()"
+    )
+
+
+def _plain(value: Tensor, like: Tensor) -> bool:
+    """Whether a tensor is an ordinary one that can stand for ``like``."""
+    unusual = value.layout is not torch.strided or value.is_quantized or value.is_meta or value.is_nested
+    return not unusual and value.is_complex() == like.is_complex()
+
+
+def _is_state(content: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
     )
 
 
@@ -221,25 +242,22 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
     Integers stay integers (token indices, labels); floating arrays keep their dtype. Raises TangentError if the file is
     missing or no npz, its inputs hold objects, text or values that are not finite, or its arrays differ in length.
     """
-    if not path.is_file():
-        raise TangentError(f"{call}: there is no data file {path}; save one with numpy.savez({path.name!r}, x=…, y=…)")
+    _check_file(path, "data file", f"save one with numpy.savez({path.name!r}, x=…, y=…)", call)
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise TangentError(f"{call}: {path} is a single array; save it with numpy.savez, as x and y")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except TangentError:
-        raise
-    except ValueError as error:
-        if "pickle" in str(error) or "Object" in str(error):
+        arrays = read_arrays(path)
+    except NotAnArray as error:
+        if "single array" in str(error):
+            raise TangentError(f"{call}: {path} is a single array; save it with numpy.savez, as x and y") from error
+        if "pickled" in str(error):
             raise TangentError(
                 f"{call}: {path} holds pickled objects (e.g. arrays of lists of different lengths), which are never loaded; "
                 "save arrays of numbers"
             ) from error
-        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise TangentError(f"{call}: {path} is not an npz file ({error}); save it with numpy.savez") from error
+        raise TangentError(f"{call}: {path} holds more than arrays: {error}; save arrays of numbers") from error
+    except UnpacksToTooMuch as error:
+        raise TangentError(f"{call}: {path} {error}; save it with numpy.savez, which does not pack") from error
+    except (OSError, ValueError) as error:
+        raise TangentError(f"{call}: {path} is not an npz file ({_told(error)}); save it with numpy.savez") from error
     names = arrays.pop(_NAMES, None)
     if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
         raise TangentError(
@@ -264,11 +282,15 @@ def load_data(path: Path, call: str = _INSPECT) -> Data:
             raise TangentError(
                 f"{call}: y in {path} has shape {tuple(targets.shape)}; give labels (n,) or targets (n, k)"
             )
-    words = None if names is None else tuple(str(name) for name in names.astype(str))
+    words = None if names is None else tuple(_text(name) for name in names.tolist())
     return Data(_batch(converted, path, call), targets, words)
 
 
 def _tensor(name: str, array: NDArray[np.generic], path: Path, call: str) -> Tensor:
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        raise TangentError(
+            f"{call}: {name!r} in {path} holds {array.dtype}, which PyTorch lacks; convert it to float64"
+        )
     if array.dtype.kind not in "fiub":
         raise TangentError(
             f"{call}: {name!r} in {path} holds {array.dtype}, not numbers; give text as token indices and classes as "
@@ -279,6 +301,8 @@ def _tensor(name: str, array: NDArray[np.generic], path: Path, call: str) -> Ten
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(np.argwhere(~np.isfinite(array))[0, 0])
         raise TangentError(f"{call}: {name!r} in {path} is not finite at sample {bad}; remove or correct it")
+    if array.dtype.kind == "u" and array.size and int(array.max()) > _LARGEST:
+        raise TangentError(f"{call}: {name!r} in {path} holds {array.max()}, more than an int64; give smaller numbers")
     wide = array.astype(np.int64) if array.dtype.kind in "ub" and array.dtype != np.uint8 else array
     native: NDArray[np.generic] = np.ascontiguousarray(wide.astype(wide.dtype.newbyteorder("=")))
     return torch.from_numpy(native)
@@ -339,16 +363,33 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -
     except TangentError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
         shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
         named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
         raise TangentError(
             f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
-            f"({type(error).__name__}: {text[0] if text else ''}); save them in the shape that it was trained on, with "
+            f"({_told(error)}); save them in the shape that it was trained on, with "
             "channels first, (1, 28, 28) for gray images, or write a factory whose network takes these"
         ) from error
 
 
+def _check_file(path: Path, what: str, remedy: str, call: str) -> None:
+    """Raise TangentError unless the path is that of a file."""
+    if os.path.isdir(path):
+        raise TangentError(f"{call}: {path} is a folder, not a {what}; give the path of a file")
+    if not os.path.isfile(path):
+        raise TangentError(f"{call}: there is no {what} {path}; {remedy}")
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode(errors="backslashreplace") if isinstance(name, bytes) else name
+
+
+def _told(error: BaseException) -> str:
+    """An error of another program in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
 def _listed(names: Iterable[str], most: int = 6) -> str:
-    words = list(names)
+    words = [name if name.isprintable() else ascii(name) for name in names]
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -5,6 +5,7 @@ Parts are never changed, so a run that is killed loses only its own samples.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,8 @@ def save_sketch(path: str | Path, feats: SketchedFeatures) -> None:
     8
     """
     folder = Path(path)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise TangentError(f"save_sketch: {folder} is a file; give the path of a folder")
     if list(_parts(folder)):
         raise TangentError(f"save_sketch: {folder} holds a sketch already; use append_sketch, or another folder")
     _write("save_sketch", folder, feats, 0, 0)
@@ -64,7 +67,7 @@ def append_sketch(path: str | Path, feats: SketchedFeatures) -> None:
     folder = Path(path)
     heads = _heads("append_sketch", folder)
     theirs, mine = heads[-1], _head("append_sketch", feats, 0)
-    differing = [key for key in theirs if key not in ("before", "samples", "hash") and theirs[key] != mine[key]]
+    differing = [key for key in _NAMES if theirs[key] != mine[key]]
     if differing:
         what = "; ".join(f"{_NAMES[key]} {_short(theirs[key])} there and {_short(mine[key])} here" for key in differing)
         raise TangentError(f"append_sketch: {folder} holds another sketch: {what}; use the same, or another folder")
@@ -100,7 +103,7 @@ def _short(value: Any) -> str:
 
 
 def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_PART.replace("{:05d}", "*")))
+    return sorted(folder.glob(_PART.replace("{:05d}", "*"))) if os.path.isdir(folder) else []
 
 
 def _head(call: str, feats: SketchedFeatures, before: int) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def _write(call: str, folder: Path, feats: SketchedFeatures, number: int, before
             raise TangentError(f"{call}: block {name!r} has a joint transform; save the features before the transform")
         tensors[name] = block.dense.values
     head = _head(call, feats, before) | {"hash": fingerprint(tensors)}
+    head["record"] = fingerprint(head)
     path = folder / _PART.format(number)
     try:
         write_tensors(path, tensors, {"head": json.dumps(head)}, replace=False)
@@ -145,22 +149,38 @@ def _heads(call: str, folder: Path) -> list[dict[str, Any]]:
     for number, path in enumerate(_parts(folder)):
         try:
             head = json.loads(read_metadata(path)["head"])
-        except (*ReadError, KeyError, ValueError) as error:
+            later = head["format"] != _FORMAT
+            changed = not later and _changed(head)
+        except (*ReadError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TangentError(
                 f"{call}: {path} cannot be read ({error}); delete it and the parts after it, and append their samples again"
             ) from error
-        if head["format"] != _FORMAT:
+        if changed:
+            raise TangentError(f"{call}: the record of {path} is not as it was written; put back a copy of it")
+        if later:
             raise TangentError(f"{call}: {path} is of format {head['format']}, this version reads {_FORMAT}; update")
         if head["before"] != before or path.name != _PART.format(number):
             raise TangentError(
                 f"{call}: {folder} lacks a part: {path.name} comes after {head['before']} samples and {before} are there; "
                 "put the missing file back, or make the sketch again"
             )
+        if found and any(head[key] != found[0][key] for key in _NAMES):
+            raise TangentError(
+                f"{call}: {path} belongs to another sketch than the parts before it; put back the right file"
+            )
         found.append(head)
         before += head["samples"]
     if not found:
         raise TangentError(f"{call}: {folder} holds no sketch; make one with save_sketch")
     return found
+
+
+def _changed(head: dict[str, Any]) -> bool:
+    """Whether a part's record was changed by hand; those of earlier versions have no hash, and only their form is checked."""
+    if "record" in head:
+        return bool(fingerprint({key: value for key, value in head.items() if key != "record"}) != head["record"])
+    counts = all(type(head[key]) is int and head[key] >= 0 for key in ("before", "samples", "outputs"))
+    return not counts or not all(key in head for key in (*_NAMES, "hash"))
 
 
 def _read(path: Path, head: Mapping[str, Any]) -> SketchedFeatures:
@@ -170,6 +190,16 @@ def _read(path: Path, head: Mapping[str, Any]) -> SketchedFeatures:
         raise TangentError(f"load_sketch: {path} cannot be read ({error}); put back a copy of it") from error
     if fingerprint(tensors) != head["hash"]:
         raise TangentError(f"load_sketch: {path} is not as it was written; put back a copy of it")
+    try:
+        return _features(head, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TangentError(
+            f"load_sketch: the record of {path} does not fit its numbers ({type(error).__name__}: {error}); put back a "
+            "copy of it"
+        ) from error
+
+
+def _features(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SketchedFeatures:
     given = {key: head["sketch"][key] for key in ("dim", "seed", "repetitions", "shares")}
     blocks = {name: _block(name, tensors[name], slots) for name, slots in head["slots"].items()}
     return SketchedFeatures(

@@ -27,11 +27,13 @@ from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
+from adaptive_tangents.storage.folders import CLAIMS, LOCK, check_empty, clear_claims
 from adaptive_tangents.storage.locks import claim_tile, writer_lock
 from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_costs
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
-from adaptive_tangents.storage.store import CLAIMS, LOCK, KernelStore, create_store, open_kernel, read_meta
+from adaptive_tangents.storage.record import FORMAT, RECORD, read_meta
+from adaptive_tangents.storage.store import KernelStore, create_store, open_kernel
 
 _TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
@@ -94,6 +96,8 @@ def kernel_to_store(
     """
     call, path = "kernel_to_store", Path(path)
     check_outputs(call, outputs)
+    if "\0" in str(path):
+        raise TangentError(f"{call}: {str(path)!r} holds a null character, which no path can hold; give another path")
     with team() as crew, ExitStack() as stack:
         made = crew.settled(
             lambda: stream(
@@ -267,8 +271,8 @@ def _folder_for(call: str, path: Path) -> Path:
     """The folder of a store; made if needed, refused if it holds something else."""
     if path.exists() and not path.is_dir():
         raise TangentError(f"{call}: {path} is a file; give the path of a folder to make, such as K.zarr")
-    if path.is_dir() and read_meta(path) is None and any(path.iterdir()) and not (path / LOCK).exists():
-        raise TangentError(f"{call}: {path} is a folder that holds something else; give a path that does not exist yet")
+    if path.is_dir() and read_meta(path, call) is None:
+        check_empty(call, path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -278,26 +282,34 @@ def _begin(
     *, resume: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Make the store, or check that the existing one is of the same kernel and sound."""
-    if read_meta(path) is None:
+    meta = read_meta(path, call)
+    if meta is None:
         layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
         _check_room(call, path, _plan(made, some, layout, 1, 0.0))
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
-        create_store(path, {**asked, "tile": layout.tile, **working})
+        store = create_store(call, path, {**asked, "tile": layout.tile, **working})
     else:
-        store = open_kernel(path)
+        store = KernelStore(path, meta)
         if not resume:
             raise TangentError(
                 f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
                 "with resume=True (--resume), give another path, or delete it"
             )
         check_same(call, path, store.meta, asked)
-        store.tidy()
         damaged = store.verify(progress)
-        if store.complete and (damaged or store.missing()):
-            store.marked(complete=False)
+        wanting = bool(damaged or store.missing())
+        if meta["format"] < FORMAT and (wanting or not store.complete):
+            raise TangentError(
+                f"{call}: {path} is of format {meta['format']}, which this version reads and does not continue; make the "
+                "kernel again in another folder"
+            )
+        store.tidy()
+        if store.complete and wanting:
+            store = store.marked(complete=False)
         store.discard(damaged)
-    shutil.rmtree(path / CLAIMS, ignore_errors=True)
-    (path / CLAIMS).mkdir()
+    clear_claims(path)
+    if not store.complete:
+        (path / CLAIMS).mkdir(exist_ok=True)
 
 
 def _checked_tile(call: str, tile: int | None) -> int | None:
@@ -370,7 +382,7 @@ def _finish(call: str, store: KernelStore) -> None:
             f"{call}: {left} of {len(store.places)} tiles are missing from {store.path}, because a process ended early; "
             "make them with resume=True (--resume)"
         )
-    shutil.rmtree(store.path / CLAIMS, ignore_errors=True)
+    clear_claims(store.path)
     store.marked(complete=True)
 
 
@@ -386,7 +398,6 @@ def _worded(call: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        store = read_meta(path)
         if error.errno == errno.ENOSPC:
             raise TangentError(
                 f"{call}: there is no room left for {path}; the finished tiles stay: free some room and continue with "
@@ -394,5 +405,9 @@ def _worded(call: str, path: Path) -> Iterator[None]:
             ) from error
         raise TangentError(
             f"{call}: {path} cannot be written ({error}); "
-            + ("give another path" if store is None else "fix that and continue with resume=True (--resume)")
+            + (
+                "give another path"
+                if not os.path.exists(path / RECORD)
+                else "fix that and continue with resume=True (--resume)"
+            )
         ) from error

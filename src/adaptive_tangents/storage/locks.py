@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.tensor_files import draft_beside
 
 _BEAT = 5.0  # seconds between signs of life
+_LONGEST = 10_000  # bytes; a lock has some 100
 _WATCHED = 6 * _BEAT  # seconds; a holder on another machine without signs of life for so long is dead
 
 
@@ -24,7 +26,7 @@ _WATCHED = 6 * _BEAT  # seconds; a holder on another machine without signs of li
 def writer_lock(call: str, path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` while in the context.
 
-    Raises TangentError if a living process holds it; the lock of a dead process is taken over.
+    Raises TangentError if a living process holds it, or if the file is no lock; the lock of a dead process is taken over.
     """
     _acquire(call, path)
     stop = threading.Event()
@@ -35,7 +37,13 @@ def writer_lock(call: str, path: Path) -> Iterator[None]:
     finally:
         stop.set()
         beating.join()
-        path.unlink(missing_ok=True)
+        if _ours(_read(path)):
+            path.unlink(missing_ok=True)
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock that a writer made."""
+    return path.is_file() and bool(_read(path))
 
 
 def claim_tile(folder: Path, name: str) -> bool:
@@ -49,7 +57,7 @@ def claim_tile(folder: Path, name: str) -> bool:
 
 def _acquire(call: str, path: Path) -> None:
     # The file is complete before it gets its name, so that nobody reads half a lock.
-    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    draft = draft_beside(path)
     draft.write_text(json.dumps(_myself(0)), "utf-8")
     try:
         while True:
@@ -59,6 +67,11 @@ def _acquire(call: str, path: Path) -> None:
             holder = _read(path)
             if holder is None:
                 continue  # released just now
+            if not holder:
+                raise TangentError(
+                    f"{call}: {path} is not a lock that a writer of stores made, so it is left as it is; give another "
+                    "path, or move that file away"
+                )
             if _alive(path, holder):
                 raise TangentError(
                     f"{call}: {path.parent} is being written by process {holder.get('process')} on {holder.get('host')}; "
@@ -71,7 +84,7 @@ def _acquire(call: str, path: Path) -> None:
 
 def _take_away(path: Path, holder: dict[str, Any]) -> None:
     """Remove the lock of a dead holder, unless another process has taken it over in the meantime."""
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.stale")
+    aside = draft_beside(path)
     with suppress(FileNotFoundError):
         os.rename(path, aside)
         if _read(aside) != holder:
@@ -86,20 +99,28 @@ def _myself(beats: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The holder of a lock; None if there is no lock, and {} if it cannot be read."""
+    """The holder of a lock; None if there is no lock, and {} if the file is none."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            found = json.loads(file.read(_LONGEST))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    lock = isinstance(found, dict) and isinstance(found.get("host"), str) and type(found.get("process")) is int
+    return found if lock else {}
+
+
+def _ours(holder: dict[str, Any] | None) -> bool:
+    return holder is not None and (holder.get("host"), holder.get("process")) == (socket.gethostname(), os.getpid())
 
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
     if holder.get("host") == socket.gethostname():
         # A process with the same number but another start time is another process.
-        started = _started(int(holder["process"]))
+        started = _started(holder["process"])
         return started is not None and started == holder.get("started")
     end = time.monotonic() + _WATCHED
     while time.monotonic() < end:
@@ -126,10 +147,9 @@ def _beat(path: Path, stop: threading.Event) -> None:
     beats = 0
     while not stop.wait(_BEAT):
         beats += 1
-        draft = path.with_name(f"{path.name}.beat")
+        draft = draft_beside(path)
         with suppress(OSError):
-            holder = _read(path) or {}
-            if (holder.get("host"), holder.get("process")) != (socket.gethostname(), os.getpid()):
+            if not _ours(_read(path)):
                 return  # another process took over, for example while this one was suspended
             draft.write_text(json.dumps(_myself(beats)), "utf-8")
             os.replace(draft, path)

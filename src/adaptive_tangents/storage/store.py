@@ -6,14 +6,11 @@ records what the kernel was made from, and it is marked complete only once every
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +20,10 @@ from adaptive_tangents.features.kernel_layout import Outputs, column_axis, kerne
 from adaptive_tangents.features.summands import Index
 from adaptive_tangents.kernels.schedule import Place
 from adaptive_tangents.runtime.memory import limit_for, require_memory
-
-FORMAT = 1
-LOCK, CLAIMS = ".lock", ".claims"  # exist only while a store is written
-_META = "adaptive_tangents"
-_KERNEL, _BLOCKS = "kernel", "blocks"
-_DRAFT = "*.partial"  # zarr's name for a chunk until it is whole
+from adaptive_tangents.runtime.tensor_files import write_bytes
+from adaptive_tangents.storage.chunks import LEVEL, decoded, encoded, longest, seal
+from adaptive_tangents.storage.folders import PART, clear_drafts, clear_remains
+from adaptive_tangents.storage.record import FORMAT, RECORD, array_folder, checksum, read_meta, write_meta
 
 Tile = tuple[slice, slice, Tensor]
 
@@ -130,7 +125,7 @@ class KernelStore:
         return [place for place in self.places if not all(path.is_file() for path in self._files(place))]
 
     def verify(self, progress: Callable[[str, float], None] | None = None) -> list[Place]:
-        """The damaged tiles: their checksum is wrong, or entries are not finite.
+        """The damaged tiles: their checksum is wrong, they are another tile's, or entries are not finite.
 
         Args:
             progress: called with "verifying" and the fraction that is done.
@@ -213,7 +208,8 @@ class KernelStore:
         """
         for name, kernel in kernels:
             entries = kernel.to(device="cpu", dtype=self.dtype).contiguous()
-            self._array(name, "r+")[self._selection(place)] = entries.numpy()
+            content = encoded(entries.numpy(), self._chunk, seal(self.meta["checksum"], name, place))
+            write_bytes(self._file(place, name), content)
             _settle(self._file(place, name))
             if not torch.equal(self._decoded(place, name), entries):
                 raise OSError(f"what was written to {self._file(place, name)} reads back differently")
@@ -230,8 +226,7 @@ class KernelStore:
 
     def tidy(self) -> None:
         """Remove the unfinished files of writers that were killed."""
-        for draft in self.path.rglob(_DRAFT):
-            draft.unlink(missing_ok=True)
+        clear_drafts(self.path)
 
     def marked(self, *, complete: bool) -> "KernelStore":
         """The store, marked on disk as complete or not; all tiles are flushed to the disk before it counts as complete.
@@ -243,44 +238,41 @@ class KernelStore:
             for folder in {path.parent for place in self.places for path in self._files(place)}:
                 _settle(folder)
         meta = {**self.meta, "complete": complete}
-        _write_meta(self.path, meta)
+        _write_record(self.path, meta)
         return KernelStore(self.path, meta, self.limit)
 
     @property
     def _names(self) -> tuple[str, ...]:
         return self.blocks or ("",)
 
-    @cached_property
-    def _arrays(self) -> dict[tuple[str, str], Any]:
-        return {}
+    @property
+    def _chunk(self) -> tuple[int, ...]:
+        """The shape of a whole tile."""
+        return kernel_shape(self.outputs, min(self.tile, self.n), min(self.tile, self.m), self.c)
 
-    def _array(self, name: str, mode: Literal["r", "r+"] = "r") -> Any:
-        import zarr
-
-        if (name, mode) not in self._arrays:
-            config = {"write_empty_chunks": True}  # a tile of fill values is a tile
-            self._arrays[name, mode] = zarr.open_array(self.path / _folder(name), mode=mode, config=config)
-        return self._arrays[name, mode]
+    def _seal(self, place: Place, name: str) -> bytes | None:
+        return None if self.meta["format"] < FORMAT else seal(self.meta["checksum"], name, place)
 
     def _file(self, place: Place, name: str) -> Path:
         where = {"full": (place[0], 0, place[1], 0), "trace": place, "diagonal": (*place, 0)}[self.outputs]
-        return self.path.joinpath(_folder(name), "c", *map(str, where))
+        return self.path.joinpath(array_folder(name), "c", *map(str, where))
 
     def _files(self, place: Place) -> list[Path]:
         return [self._file(place, name) for name in self._names]
 
-    def _selection(self, place: Place) -> tuple[slice, ...]:
-        rows, columns = self.slices(place)
-        return (rows, slice(None), columns) if self.outputs == "full" else (rows, columns)
-
     def _decoded(self, place: Place, name: str) -> Tensor:
-        found: Tensor = torch.from_numpy(self._array(name)[self._selection(place)])
-        return found
+        """The entries of a tile; raises OSError or ValueError if they are not as they were written."""
+        path, dtype = self._file(place, name), self.meta["dtype"]
+        if path.stat().st_size > longest(self._chunk, self.dtype.itemsize):
+            raise ValueError("it is longer than a tile can be")
+        whole = decoded(path.read_bytes(), self._chunk, dtype, self._seal(place, name))
+        rows, columns = (slice(0, where.stop - where.start) for where in self.slices(place))
+        return torch.from_numpy(whole[(rows, slice(None), columns) if self.outputs == "full" else (rows, columns)])
 
     def _sound(self, place: Place, name: str) -> bool:
         try:
             return bool(torch.isfinite(self._decoded(place, name)).all())
-        except (ValueError, RuntimeError, OSError):
+        except (ValueError, OSError):
             return False
 
     def _readable(self, call: str, block: str | None) -> str:
@@ -306,7 +298,7 @@ class KernelStore:
             raise TangentError(f"{call}: {where} is missing from {self.path}; {remedy}")
         try:
             entries = self._decoded(place, name)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise TangentError(f"{call}: {where} of {self.path} is damaged ({error}); {remedy}") from error
         return entries
 
@@ -327,7 +319,7 @@ def open_kernel(path: str | Path, *, memory_limit: int | None = None) -> KernelS
         memory_limit: bytes that reading may use; None is half of what is free.
 
     Raises:
-        TangentError: when there is no store, or it has another format.
+        TangentError: when there is no store, its record is damaged or changed by hand, or it has another format.
 
     >>> import tempfile, torch, adaptive_tangents as at
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -337,70 +329,54 @@ def open_kernel(path: str | Path, *, memory_limit: int | None = None) -> KernelS
     """
     meta = read_meta(Path(path))
     if meta is None:
-        raise TangentError(f"open_kernel: there is no kernel store at {path}; make one with kernel_to_store")
-    if meta.get("format") != FORMAT:
         raise TangentError(
-            f"open_kernel: {path} is of format {meta.get('format')}, and this version reads format {FORMAT}; "
-            f"read it with adaptive-tangents {meta.get('version')}, which made it, or make it again"
+            f"open_kernel: there is no kernel store at {path}; make one with kernel_to_store"
+            + (f", or put back a copy of {RECORD}, which is missing" if (Path(path) / "kernel" / "c").is_dir() else "")
         )
     return KernelStore(Path(path), meta, memory_limit)
 
 
-def read_meta(path: Path) -> dict[str, Any] | None:
-    """What the store in a folder records; None if there is no store."""
-    try:
-        attributes = json.loads((path / "zarr.json").read_text("utf-8")).get("attributes", {})
-    except (OSError, ValueError, AttributeError):
-        return None
-    found = attributes.get(_META) if isinstance(attributes, dict) else None
-    return found if isinstance(found, dict) else None
-
-
-def create_store(path: Path, meta: Mapping[str, Any]) -> KernelStore:
+def create_store(call: str, path: Path, meta: Mapping[str, Any]) -> KernelStore:
     """An empty store in a folder that holds only this writer's lock, and perhaps the remains of one that was killed.
 
-    The record that makes it a store is written last.
+    The record that makes it a store is written last. Raises TangentError if the folder holds something else.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    _emptied(path)
-    store = KernelStore(path, {**meta, "format": FORMAT, "complete": False})
-    tile, c = store.tile, store.c
+    clear_remains(call, path)
+    recorded = json.loads(json.dumps({**meta, "format": FORMAT, "complete": False}))
+    store = KernelStore(path, recorded | {"checksum": checksum(recorded)})
+    files: dict[str, Any] = {}
+    memory = zarr.storage.MemoryStore(files)
+    if store.blocks:
+        zarr.create_group(memory, path="blocks", attributes=PART)
+    for name in store.blocks or ("",):
+        zarr.create_array(
+            memory,
+            name=array_folder(name),
+            shape=store.shape,
+            chunks=store._chunk,
+            dtype=store.meta["dtype"],
+            compressors=[ZstdCodec(level=LEVEL), Crc32cCodec()],
+            fill_value=float("nan"),
+            attributes=PART,
+        )
     try:
-        for name in store.blocks or ("",):
-            zarr.create_array(
-                path / _folder(name),
-                shape=store.shape,
-                chunks=kernel_shape(store.outputs, min(tile, store.n), min(tile, store.m), c),
-                dtype=store.meta["dtype"],
-                compressors=[ZstdCodec(level=1), Crc32cCodec()],
-                fill_value=float("nan"),
-            )
-        _write_meta(path, store.meta)
+        for name, content in files.items():
+            if name != RECORD:
+                write_bytes(path / name, content.to_bytes(), replace=False)
+        _write_record(path, store.meta)
     except OSError:
-        _emptied(path)
+        clear_remains(call, path)
         raise
     return store
 
 
-def _emptied(path: Path) -> None:
-    """Remove everything but the lock from the folder of an unfinished store."""
-    for left in path.iterdir():
-        if not left.name.startswith(LOCK):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:
-    import zarr
-
-    zarr.open_group(path, mode="a").attrs.put({_META: dict(meta)})
-    _settle(path / "zarr.json")
+def _write_record(path: Path, meta: Mapping[str, Any]) -> None:
+    write_meta(path, meta)
+    _settle(path / RECORD)
     _settle(path)
-
-
-def _folder(name: str) -> str:
-    return f"{_BLOCKS}/{quote(name, safe='')}" if name else _KERNEL
 
 
 def _settle(path: Path) -> None:
