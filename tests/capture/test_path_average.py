@@ -327,3 +327,25 @@ def test_relu_networks_converge_slowly_but_do() -> None:
     av = at.average_features(model, start, end, x, tol=3e-3)
     assert av.error <= 3e-3
     assert av.nodes >= 8
+
+
+@pytest.mark.filterwarnings("ignore:.*as autograd's gradient says")
+def test_an_error_that_more_nodes_do_not_change_is_told_as_that_of_the_gradient() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h * h.detach().square().sum(1, keepdim=True).sqrt())
+
+    torch.manual_seed(0)
+    model, x = Detached().double(), torch.randn(6, 3, dtype=torch.float64)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    end = {name: value + 0.3 * torch.randn_like(value) for name, value in start.items()}
+    with pytest.warns(
+        at.TangentWarning, match=r"holds to .*e-0\d at 16 nodes.* more nodes do not change that: .*detached"
+    ):
+        average = at.average_features(model, start, end, x)
+    assert average.nodes == 16

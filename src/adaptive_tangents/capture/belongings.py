@@ -169,7 +169,7 @@ def belongings(model: nn.Module, *, closures: bool = True) -> Belongings:
 def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
     """Note a value as it is, and return what it holds."""
     if isinstance(value, Tensor):
-        if value.grad_fn is not None:
+        if value.requires_grad and not value.is_leaf:
             found.derived.append(value)
         elif id(value) not in own:
             found.tensors.append(value)

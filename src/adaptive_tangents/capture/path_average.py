@@ -21,6 +21,7 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.runtime.progress import Progress
 
 Buffers = Literal["same", "path"]
+_STAYS = 0.02  # relative change of an error that doubling the nodes twice leaves as it is
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +80,7 @@ def average_features(
         end: the state dict θ₁.
         x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         tol: nodes are doubled until the relative residual of the identity is at most this; if it is larger at
-            ``max_nodes``, the result comes with a TangentWarning.
+            ``max_nodes``, or stays while nodes double twice, the result comes with a TangentWarning.
         nodes: a fixed number of quadrature nodes; None doubles them from 4.
         max_nodes: the most quadrature nodes.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient. The
@@ -129,18 +130,24 @@ def average_features(
             f"{call}: the network's outputs are the same at start and end; there is no change to average"
         )
     delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
-    count = nodes or min(4, max_nodes)
+    count, errors = nodes or min(4, max_nodes), list[float]()
     while True:
         made, moved_by = _average(call, first, after, shift, x, count, progress)
         rest = change - made.matvec(delta).double()
         error = float((rest if moved_by is None else rest - moved_by).norm()) / scale
-        if nodes is not None or error <= tol or count >= max_nodes:
+        errors.append(error)
+        stays = len(errors) > 2 and max(errors[-3:]) - min(errors[-3:]) < _STAYS * error
+        if nodes is not None or error <= tol or count >= max_nodes or stays:
             break
         count = min(2 * count, max_nodes)
     if nodes is None and error > tol:
+        remedy = (
+            "and more nodes do not change that: along the path, the outputs do not change as the features say; look for "
+            "detached values, straight-through estimators or jumps in the model"
+        )
         warnings.warn(
-            f"{call}: the path identity holds to {error:.2e} at {count} nodes, not to tol = {tol:g}; "
-            "raise max_nodes or tol",
+            f"{call}: the path identity holds to {error:.2e} at {count} nodes, not to tol = {tol:g}"
+            + (f", {remedy}" if stays else "; raise max_nodes or tol"),
             TangentWarning,
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ Uses that are made alike, such as those of a recurrent weight at every step, are
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,9 @@ def _alike(
 
 def _step_key(step: Step) -> Hashable:
     """Equal for operations that do the same: one node, or views with the same settings."""
-    settings = [getattr(step.node, name) for name in _settings(type(step.node))] if _is_view(step) else []
+    settings = (
+        [getattr(step.node, name) for name in _settings(cast(Hashable, type(step.node)))] if _is_view(step) else []
+    )
     if not _is_view(step) or any(isinstance(value, Tensor) for value in settings):
         return step.node, step.index, step.output
     shapes = tuple([tuple(made.shape) for made in step.node._input_metadata])
@@ -86,7 +88,7 @@ def _is_view(step: Step) -> bool:
 
 
 @cache
-def _settings(kind: Hashable) -> list[str]:
+def _settings(kind: Any) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved")]
 
 
