@@ -12,6 +12,7 @@ import torch
 
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.kernels.derived_kernels import check_symmetric
 from adaptive_tangents.kernels.regression import KernelForm, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import limit_for
@@ -53,6 +54,8 @@ def fit_kernel(
     room = limit_for(memory_limit, first.device)
     dense = is_dense(call, first, form, room, copies=_COPIES)
     share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
+    for part in groups.values():
+        check_symmetric(call, part)
     held = {name: Cached(part, share) for name, part in groups.items()}
     means = {name: math.sqrt(float(part.diagonal().mean())) or 1.0 for name, part in held.items()}
     form = "dense" if dense else "matrix-free"

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from adaptive_tangents.checks import as_tensor, check_choice, check_finite
+from adaptive_tangents.checks import as_tensor, check_choice, check_finite, check_real
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import StoredKernel
@@ -55,8 +55,7 @@ def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: fl
             f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
         )
     _check_device(feats, "targets", r)
-    if not r.is_floating_point():
-        raise TangentError(f"fit: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
+    check_real("fit", r)
     check_finite("fit", "the target", [r])
     return SquaredError(r.detach().double().flatten(), ridge)
 
