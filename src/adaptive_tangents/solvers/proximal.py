@@ -19,7 +19,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.targets import check_features
+from adaptive_tangents.solvers.targets import check_features, check_moderate, size_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
@@ -166,6 +166,7 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
         if offset is not None:
             raise TangentError(f"{call}: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
         check_finite(call, "the target", [goal])
+        check_moderate(call, size_of(feats), goal)
         targets = goal.detach().double()
         return _Smooth(lambda outputs: ((targets - outputs) ** 2).sum() / ridge, 2 / ridge)
     if loss != "cross-entropy":
