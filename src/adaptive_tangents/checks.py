@@ -62,7 +62,7 @@ def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
         return y.detach().double()
     y = y.long()
     numbers = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    kinds, index = numbers.unique(return_inverse=True)
+    kinds, index = torch.unique(numbers, return_inverse=True)
     several = outputs is not None and outputs > 1 and numbers.ndim == 1
     if len(kinds) <= 2 and not several:
         return y.double()

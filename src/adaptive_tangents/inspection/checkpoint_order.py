@@ -22,18 +22,9 @@ from adaptive_tangents.errors import TangentError
 Place = tuple[float, ...]
 
 _STEPS = (
-    "globalstep",
-    "step",
-    "steps",
-    "currentstep",
-    "trainstep",
-    "iteration",
-    "iterations",
-    "iter",
-    "iters",
-    "niter",
-)
-_STEPS += ("numupdates", "update", "updates")
+    "globalstep", "step", "steps", "currentstep", "trainstep", "iteration", "iterations", "iter", "iters", "niter",
+    "numupdates", "update", "updates",
+)  # fmt: skip
 _EPOCHS = ("epoch", "epochs", "currentepoch")
 _BOXES = ("trainer", "meta", "metadata", "state", "trainstate", "trainingstate", "progress", "info", "extrastate")
 _OPTIMIZERS = ("optimizer", "optimizerstatedict", "optimizerstates", "optim", "opt")
@@ -119,7 +110,7 @@ def _by_numbers(
 
     order = sorted(paths, key=place)
     for path in known:
-        word = words.get(path)
+        word = words.get(path, "")
         others = [other for other in known if known[other] != known[path]]
         early = [other for other in others if known[other] < known[path]]
         wrong = (
@@ -234,16 +225,11 @@ def _name(path: Path) -> str:
 
 
 def _worded(paths: Sequence[Path]) -> dict[Path, str]:
-    """Which names say "first", "last" or "best", by words that not all of them share; a folder counts if the file does not."""
-    parts = {
-        path: [
-            set(re.findall("[a-z]+", re.sub(r"fine[-_ ]tuned", "finetuned", part)))
-            for part in Path(_name(path)).parts[-2:]
-        ]
-        for path in paths
-    }
+    """Which names say "first", "last" or "best", by words that not all share; folders count if the file says nothing."""
+    names = {path: re.sub(r"fine[-_ ]tuned", "finetuned", _name(path)) for path in paths}
+    parts = {path: [set(re.findall("[a-z]+", part)) for part in Path(names[path]).parts[-2:]] for path in paths}
     common = set.intersection(*(set().union(*found) for found in parts.values()))
-    worded = {}
+    worded: dict[Path, str] = {}
     for path, found in parts.items():
         for words in reversed(found):
             said = [name for name, known in _WORDS.items() if known & (words - common)]
