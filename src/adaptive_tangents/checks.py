@@ -13,6 +13,8 @@ from adaptive_tangents.errors import TangentError
 
 Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
 
+OF_CLASSES = "and of class numbers y those of torch.nn.functional.one_hot(y)"
+
 
 def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
     """A tensor unchanged; an array or a list as a tensor on ``device``, a list's floats in float64."""
@@ -45,9 +47,7 @@ def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
 def check_real(call: str, y: Tensor, wanted: str = "real residuals y − f(x;θ₀), e.g. r.double()") -> None:
     """Raise TangentError for targets that are no real numbers, such as class numbers."""
     if not y.is_floating_point():
-        raise TangentError(
-            f"{call}: targets are {y.dtype}; give {wanted}, and of class numbers y those of torch.nn.functional.one_hot(y)"
-        )
+        raise TangentError(f"{call}: targets are {y.dtype}; give {wanted}, {OF_CLASSES}")
 
 
 def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:

@@ -107,10 +107,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
             "certify": lambda: at.certify(CASE.feats, one_hot(LABELS).long(), coefficients={}),
             "fit_path": lambda: at.fit_path(CASE.feats, one_hot(LABELS).long()),
             "kernel_regression": lambda: at.kernel_regression(TRACE, LABELS),
-            "proximal_gradient": lambda: at.proximal_gradient(CASE.feats, one_hot(LABELS).long(), ridge=1.0),
             "kernel_change": lambda: at.kernel_change(CASE.feats, {}, one_hot(LABELS).long()),
         }.items()
     },
+    "proximal steps": (
+        lambda: at.proximal_gradient(CASE.feats, one_hot(LABELS).long(), ridge=1.0),
+        r"^proximal_gradient: targets are real .* got torch\.int64 .*; and of class numbers y those of torch\.nn\.func",
+    ),
     "a fit on kernels": (
         lambda: at.fit(TRACE, LABELS, structure=at.Fixed()),
         r"^fit: targets are torch\.int64; give real residuals",

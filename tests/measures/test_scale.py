@@ -235,6 +235,15 @@ def test_a_kernel_that_is_not_positive_represents_nothing(kind: str, form: str, 
         at.representability(INDEFINITE[kind].double() * scale, Y, form=form)
 
 
+@pytest.mark.parametrize("n", [10, 60])
+def test_rounding_does_not_make_a_kernel_indefinite(n: int) -> None:
+    rows = draw(n, n // 2)
+    rounded = (rows.float() @ rows.float().mT + 100).double()  # singular, so that rounding makes eigenvalues negative
+    assert float(torch.linalg.eigvalsh(rounded)[0]) < 0
+    found = at.representability(rounded, draw(n, seed=2), jitter=1e-4)
+    assert found.rkhs_norm > 0
+
+
 def test_a_kernel_between_stays_defined_as_a_matrix() -> None:
     """A difference of kernels has a direction: alignment, CKA and decompose are cosines and projections of matrices."""
     change = psd(0) - psd(1)

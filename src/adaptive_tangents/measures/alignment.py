@@ -46,7 +46,7 @@ Form = Literal["auto", "dense", "matrix-free"]
 _ZERO = "a kernel is zero (after centering, if asked for), so the angle is not defined"
 _COPIES = 4  # a kernel, its eigenvectors, its inverse, and the work space to find them
 _SOLVED, _LOOSELY = 1e-12, 1e-6  # relative residuals: the goal, and where a warning starts
-_INDEFINITE = 1e-8  # of the largest eigenvalue: a negative one below is no rounding
+_INDEFINITE = 1e-6  # of the largest eigenvalue: a negative one below is no rounding, even of float32
 _REMEDY = "give the kernel of features, not a difference of kernels or its negative"
 _TOP = 50  # eigenvectors with energy reported in the matrix-free form
 

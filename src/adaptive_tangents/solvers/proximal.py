@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive_tangents.checks import Values, as_tensor, check_finite, check_real
+from adaptive_tangents.checks import OF_CLASSES, Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.conjugate_gradients import Progress
@@ -156,12 +156,11 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
     r = as_tensor(call, "targets" if loss == "squared" else "labels", r, feats.device)
     offset = None if offset is None else as_tensor(call, "offset", offset, feats.device)
     if loss == "squared":
-        check_real(call, r)
         goal = r[:, None] if r.ndim == 1 and feats.c == 1 else r
-        if tuple(goal.shape) != size or goal.device != feats.device:
+        if tuple(goal.shape) != size or not goal.is_floating_point() or goal.device != feats.device:
             raise TangentError(
                 f"{call}: targets are real and of shape {size} on {feats.device}, got {r.dtype} of shape "
-                f"{tuple(r.shape)} on {r.device}"
+                f"{tuple(r.shape)} on {r.device}" + ("" if r.is_floating_point() else f"; {OF_CLASSES}")
             )
         if offset is not None:
             raise TangentError(f"{call}: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
