@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
+from adaptive_tangents.commands import inspect as inspect_command
 from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.inspection import InspectConfig, page, run
 from adaptive_tangents.inspection.run import disagreement
@@ -214,7 +216,7 @@ def test_half_of_the_turn_is_by_the_same_cosine(whole: RunResult) -> None:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "network_to_order.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     for name, step, state in zip(("start", "epoch_1", "epoch_2", "end"), (0, 90, 200, 1000), STATES, strict=True):
         torch.save({"state_dict": state, "global_step": step}, tmp_path / f"{name}.ckpt")
     np.savez(tmp_path / "data.npz", x=DATA.x, y=DATA.y)
@@ -279,3 +281,14 @@ def test_the_command_writes_what_is_finished_when_interrupted(files: Path, monke
     assert (files / "run" / "report.html").exists()
     again = runner.invoke(cli.app, ["report", "run"])
     assert again.exit_code == 0, again.output
+
+
+def test_results_stay_when_the_drawing_is_interrupted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect_command, "finish", interrupt)
+    done = inspect("--start", "start.ckpt", "--end", "end.ckpt")
+    assert done.exit_code == 130
+    assert "interrupted while the report was drawn; the results are there" in " ".join(done.output.split())
+    assert json.loads((files / "run" / "results.json").read_text())["interrupted"] == []

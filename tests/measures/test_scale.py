@@ -78,6 +78,17 @@ def test_measures_without_a_unit_are_the_same_at_every_scale(scale: float) -> No
     assert found.jitter / factor == pytest.approx(plain.jitter, rel=1e-9)
 
 
+@pytest.mark.parametrize("k", [3, 200])
+def test_eigenvalues_and_their_residual_have_the_kernels_scale(k: int) -> None:
+    kernel = psd(0, 410)
+    wanted = at.kernel_eigen(kernel, k)
+    for exponent in (-900, 900):
+        found = at.kernel_eigen(kernel * 2.0**exponent, k)
+        torch.testing.assert_close(found.values / 2.0**exponent, wanted.values, rtol=1e-9, atol=0)
+        assert 0 < found.residual < 1e-9
+        assert found.trace / 2.0**exponent == pytest.approx(wanted.trace, rel=1e-12)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_decompose_recovers_weights_at_every_scale(scale: float) -> None:
     y, initial = draw(N, seed=2), psd(1)
@@ -167,6 +178,19 @@ def test_what_rounding_has_buried_is_an_error_and_all_else_is_right(dtype: torch
             assert "whose numbers are rounded to" in str(error) or "a kernel is zero" in str(error)  # noqa: PT017
             told.add("refused")
     assert told == ({"right", "refused"} if dtype != torch.float16 else told)
+
+
+def test_float32_numbers_do_not_become_exact_in_float64() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(50, 20, dtype=torch.float64)
+    other = rows + torch.randn(50, 20, dtype=torch.float64)
+    a, b = ((f + 1e4) @ (f + 1e4).mT for f in (rows, other))
+    assert at.cka(a, b) == pytest.approx(at.cka(rows @ rows.mT, other @ other.mT), abs=1e-4)
+    for given in (a.float(), a.float().double(), a.float().numpy(), a.float().double().numpy()):
+        with pytest.raises(
+            at.TangentError, match=r"^cka: centering leaves .* of a kernel, whose numbers are rounded to 1e-07"
+        ):
+            at.cka(given, b)
 
 
 def test_targets_with_a_large_mean_are_centered_first() -> None:

@@ -81,7 +81,13 @@ def inspect(
     results = result.results | {"command": typed(), "model": model, "data_file": data.name}
     results["limits"] = [*results["limits"], *(f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts)]
     write_results(results, result.arrays, out)
-    finish(out)
+    try:
+        finish(out)
+    except KeyboardInterrupt as error:
+        _say(
+            f"interrupted while the report was drawn; the results are there: adaptive-tangents report {out} draws them"
+        )
+        raise typer.Exit(INTERRUPTED) from error
     if results["interrupted"]:
         _say(f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}")
         raise typer.Exit(INTERRUPTED)

@@ -1,6 +1,6 @@
 """The largest eigenvalues of a kernel: by Lanczos with products tile by tile, or from the matrix if it is small."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.kernels.derived_kernels import check_symmetric
+from adaptive_tangents.kernels.derived_kernels import check_symmetric, in_range, largest, power_of_two
 from adaptive_tangents.kernels.products import KernelProducts, cached
-from adaptive_tangents.kernels.tiles import Kernels, Request, tiled
+from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, tiled
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 _SMALL = 400  # rows; a matrix of at most so many is decomposed directly
@@ -66,7 +66,11 @@ def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | 
     check_symmetric("kernel_eigen", kernel)
     if not 1 <= k <= kernel.size:
         raise TangentError(f"kernel_eigen: k is from 1 to {kernel.size}, the rows of the kernel, got {k}")
-    return eigen("kernel_eigen", KernelProducts(cached(kernel, memory_limit)), k, tol=tol, memory_limit=memory_limit)
+    scale = power_of_two(largest(kernel.diagonal()))
+    kernel = kernel if scale == 1 else Sum([kernel], [1 / scale])
+    found = eigen("kernel_eigen", KernelProducts(cached(kernel, memory_limit)), k, tol=tol, memory_limit=memory_limit)
+    trace = in_range("kernel_eigen", "the trace", found.trace, scale)
+    return replace(found, values=found.values * scale, trace=trace)
 
 
 def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: int | None) -> KernelEigen:

@@ -37,6 +37,7 @@ from adaptive_tangents.measures.inputs import (
     check_square,
     columns,
     numbers,
+    rounding_of,
     shape_of,
 )
 from adaptive_tangents.runtime.memory import limit_for, require_memory
@@ -44,6 +45,7 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 Form = Literal["auto", "dense", "matrix-free"]
 
 _ZERO = "a kernel is zero (after centering, if asked for), so the angle is not defined"
+_DOUBTFUL = 1e-5  # of a norm before centering: what float32 does not resolve
 _COPIES = 4  # a kernel, its eigenvectors, its inverse, and the work space to find them
 _SOLVED, _LOOSELY = 1e-12, 1e-6  # relative residuals: the goal, and where a warning starts
 _INDEFINITE = 1e-6  # of the largest eigenvalue: a negative one below is no rounding, even of float32
@@ -393,7 +395,10 @@ def _middled(kernel: Tiled, target: Float[Tensor, "N k"]) -> Float[Tensor, "N k"
 def _check_centered(call: str, kernel: CenteredKernel, products: Gram, k: int, zero: str = _ZERO) -> None:
     """Raise TangentError if centering leaves nothing of a kernel, the k-th, or nothing but rounding."""
     left = products.scales[k] * math.sqrt(max(0.0, float(products.values[k, k])))
-    check_resolved(call, "a kernel", left, kernel.before, torch.finfo(kernel.dtype).eps, zero)
+    rounding = torch.finfo(kernel.dtype).eps
+    if left <= _DOUBTFUL * kernel.before:
+        rounding = rounding_of(kernel.dtype, (kernel.of.read(*place) for place in kernel.grid))
+    check_resolved(call, "a kernel", left, kernel.before, rounding, zero)
 
 
 def _cosine(call: str, products: Gram) -> float:

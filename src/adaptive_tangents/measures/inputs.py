@@ -1,5 +1,7 @@
 """What measures of kernels take: targets as columns of a moderate size, and checks of kernels."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -30,7 +32,7 @@ def columns(call: str, kernel: Tiled, y: object) -> tuple[Float[Tensor, "N k"], 
     """Y over a power of two, with K_y = s²YYᵀ; that power s; and the rounding of the numbers given."""
     given = as_tensor(call, "targets", y, kernel.device).detach()
     check_finite(call, "the value", [given])
-    rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else torch.finfo(torch.float64).eps
+    rounding = rounding_of(given.dtype, [given])
     target = (
         class_columns(call, given, kernel.width if kernel.full else None).to(kernel.device) if given.ndim else given
     )
@@ -42,6 +44,13 @@ def columns(call: str, kernel: Tiled, y: object) -> tuple[Float[Tensor, "N k"], 
         )
     scale = power_of_two(largest(target), safe=_SAFE_ROOT)
     return (target.reshape(-1, 1) if kernel.full else target) / scale, scale, rounding
+
+
+def rounding_of(dtype: torch.dtype, values: Iterable[Tensor]) -> float:
+    """The rounding of numbers: that of float32 also for numbers in float64 which float32 holds, as after ``.double()``."""
+    if dtype == torch.float64 and all(torch.equal(value.float().double(), value.double()) for value in values):
+        return torch.finfo(torch.float32).eps
+    return torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
 
 
 def shape_of(kernel: Tiled) -> tuple[int, ...]:
