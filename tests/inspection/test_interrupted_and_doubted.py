@@ -158,7 +158,10 @@ def test_a_run_warns_where_the_end_is_worse_than_the_start(whole: RunResult) -> 
     backwards = dict(reversed(NAMED.items()))
     with pytest.warns(at.TangentWarning, match=r"^inspect: accuracy falls from .* at d to .* at a; check the order"):
         found = run(space["network"](), backwards, DATA, InspectConfig(samples=24, nodes=1, explain_operations=1))
-    assert any(limit.startswith("Accuracy falls from") for limit in found.results["limits"])
+    assert any("in doubt: accuracy falls from" in limit for limit in found.results["limits"])
+        limit.startswith("The order of the checkpoints is in doubt: accuracy falls")
+        for limit in found.results["limits"]
+    )
 
 
 # the sentence follows the measure that does not mislead
@@ -256,7 +259,7 @@ def test_the_command_warns_of_swapped_ends_and_of_accuracy_that_falls(files: Pat
     )
     assert re.search(r"warning: accuracy falls from .* at end to .* at start; check the order of the checkpoints", told)
     limits = " ".join(json.loads((files / "run" / "results.json").read_text())["limits"])
-    assert "End.ckpt comes after start.ckpt" in limits or "end.ckpt comes after start.ckpt" in limits
+    assert "The order of the checkpoints is in doubt: end.ckpt comes after start.ckpt" in limits
 
 
 def test_an_open_order_is_refused_before_any_work(files: Path) -> None:

@@ -14,7 +14,7 @@ from adaptive_tangents.commands.report import finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
-from adaptive_tangents.inspection.checkpoint_order import Order, ordered, swapped
+from adaptive_tangents.inspection.checkpoint_order import Order, doubted, ordered, swapped
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import (
     check_runs,
@@ -79,7 +79,7 @@ def inspect(
         warnings.showwarning = _shown  # type: ignore[assignment]
         result = run_inspection(network, states, loaded, config.quick() if quick else config, progress=progress)
     results = result.results | {"command": typed(), "model": model, "data_file": data.name}
-    results["limits"] = [*results["limits"], *(f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts)]
+    results["limits"] = [*results["limits"], *map(doubted, doubts)]
     write_results(results, result.arrays, out)
     try:
         finish(out)

@@ -76,6 +76,11 @@ def ordered(paths: Sequence[Path], call: str = "inspect") -> Order:
     return Order(tuple(sorted(paths, key=str)), ("",) * len(paths), "the alphabet", (doubt,))
 
 
+def doubted(doubt: str) -> str:
+    """The sentence of the page for what speaks against an order."""
+    return f"The order of the checkpoints is in doubt: {doubt}."
+
+
 def swapped(start: Path, end: Path) -> str | None:
     """A sentence if the files themselves say that the end comes before the start."""
     for basis, numbers in _sources((start, end)).items():

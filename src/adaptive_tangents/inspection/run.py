@@ -18,6 +18,7 @@ from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
+from adaptive_tangents.inspection.checkpoint_order import doubted
 from adaptive_tangents.inspection.measures import Explained, Models, defined, singular_values, spectrum, total
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
@@ -100,7 +101,7 @@ def run(
     performances = [_performance(outputs, problem.data) for outputs in problem.outputs]
     doubt = disagreement(list(states), performances)
     if doubt is not None:
-        problem.limits.append(f"{doubt[0].upper()}{doubt[1:]}.")
+        problem.limits.append(doubted(doubt))
         warnings.warn(f"inspect: {doubt}", TangentWarning, stacklevel=2)
     stages = _Stages(clock)
     measured = _measure(problem, states, config, stages)
