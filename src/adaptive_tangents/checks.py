@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.nn import functional
 
 from adaptive_tangents.errors import TangentError
 
 Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
+
+OF_CLASSES = "and of class numbers y those of torch.nn.functional.one_hot(y)"
 
 
 def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
@@ -39,6 +42,43 @@ def check_finite(call: str, what: str, values: Sequence[Tensor]) -> None:
                 raise TangentError(
                     f"{call}: {what} of sample {first} is not finite; remove the sample or fix its values"
                 )
+
+
+def check_real(call: str, y: Tensor, wanted: str = "real residuals y − f(x;θ₀), e.g. r.double()") -> None:
+    """Raise TangentError for targets that are no real numbers, such as class numbers."""
+    if not y.is_floating_point():
+        raise TangentError(f"{call}: targets are {y.dtype}; give {wanted}, {OF_CLASSES}")
+
+
+def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
+    """Targets in float64, class numbers (n,) one-hot; ``outputs`` is how many columns they must have, None is any.
+
+    Real numbers are taken as they are. Integers are class numbers, never amounts, as soon as they have more than two values
+    or there is a column for each class.
+    """
+    if y.is_complex():
+        raise TangentError(f"{call}: targets are {y.dtype}; give real ones, such as y.real")
+    if y.is_floating_point() or y.ndim == 0:
+        return y.detach().double()
+    y = y.long()
+    numbers = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    kinds, index = torch.unique(numbers, return_inverse=True)
+    several = outputs is not None and outputs > 1 and numbers.ndim == 1
+    if len(kinds) <= 2 and not several:
+        return y.double()
+    if numbers.ndim > 1 or outputs == 1 or len(kinds) == len(y) > 2:
+        raise TangentError(
+            f"{call}: targets are integers of {len(kinds)} values, which are class numbers and no amounts; give amounts as "
+            "real numbers, y.double(), and classes as columns, torch.nn.functional.one_hot(y)"
+        )
+    if not several:
+        return functional.one_hot(index, len(kinds)).double()
+    if int(kinds.min()) < 0 or int(kinds.max()) >= (outputs or 0):
+        raise TangentError(
+            f"{call}: targets are class numbers from {int(kinds.min())} to {int(kinds.max())} and there are {outputs} "
+            "outputs; number the classes from 0, one output for each"
+        )
+    return functional.one_hot(numbers, outputs or 0).double()
 
 
 def check_choice(call: str, name: str, value: object, known: tuple[str, ...]) -> None:

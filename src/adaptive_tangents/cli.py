@@ -111,7 +111,8 @@ def inspect(
     checkpoints: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --start and --end: a quoted pattern; the first match is the start, the last the end."
+            help="Instead of --start and --end: a quoted pattern. They are put in order by the steps that files store, else "
+            "by numbers and words of their names; the order is printed first."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/inspect"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import adaptive_tangents as at
 from adaptive_tangents.solvers.model_selection import leave_one_out
@@ -35,11 +36,59 @@ def test_a_path_gives_the_fits_made_one_by_one_and_the_best_of_them() -> None:
     for found, (structure, ridge), error in zip(path.fits, grid, path.errors, strict=True):
         alone = at.fit(case.feats, case.r, structure=structure, ridge=ridge, tol=1e-12)
         assert found.objective == pytest.approx(alone.objective, rel=1e-9)
-        assert error == pytest.approx(float((leave_one_out(alone) ** 2).sum(1).mean()), rel=1e-4)
+        assert error == pytest.approx(refitted(case.feats, case.r, structure, ridge, folds=5), rel=1e-4)
     (chosen,) = [error for found, error in zip(path.fits, path.errors, strict=True) if found is path.best]
     assert chosen == min(path.errors)
-    assert path.criterion == "leave-one-out squared error"
+    assert path.criterion == "5-fold squared error"
     assert path.summary().count("*") == 1
+
+
+def refitted(
+    feats: at.TangentFeatures, r: Tensor, structure: at.structures.Structure, ridge: float, folds: int
+) -> float:
+    """The mean squared error of samples that no fit has seen, fold by fold."""
+    total, order = 0.0, torch.randperm(feats.n, generator=torch.Generator().manual_seed(0))
+    for held in order.tensor_split(folds):
+        kept = torch.tensor([k for k in range(feats.n) if k not in held])
+        found = at.fit(feats[kept], r[kept], structure=structure, ridge=ridge, tol=1e-12)
+        total += float(((r[held] - found.predict(feats[held])) ** 2).sum())
+    return total / feats.n
+
+
+ADAPTIVE = [at.TwoSided(), at.LayerScale(), at.Full(), at.Rows(), {"block0": at.Fixed(), "*": at.Left()}]
+
+
+@pytest.mark.parametrize("structure", ADAPTIVE)
+def test_what_adapts_is_chosen_by_errors_of_samples_that_its_transform_has_not_seen(structure: object) -> None:
+    case = problem(3, n=7, c=1, shapes=((6, 5, 2), (5, 6, 1)), scale=3.0)
+    feats, r = case.feats, case.r
+    path = at.fit_path(feats, r, structures=[structure, at.Fixed()], ridges=(0.3,), tol=1e-12)
+    assert path.criterion == "5-fold squared error"
+    assert "transforms and coefficients are refitted without the samples of each fold" in path.summary()
+    assert "the least of 2 errors has seen all samples, by the choice" in path.summary()
+    for found, error in zip(path.fits, path.errors, strict=True):
+        assert error == pytest.approx(refitted(feats, r, found.structure, 0.3, folds=5), rel=1e-4)
+
+
+def test_the_error_of_a_choice_is_that_of_new_samples_where_adaptation_fits_noise() -> None:
+    """Features of noise: with the transform held, leaving one out claims to predict what cannot be predicted."""
+    case = problem(9, n=24, c=1, shapes=((12, 12, 1),), scale=1.0)
+    r = torch.randn(24, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    strong = at.TwoSided(at.Quadratic(1e-3))
+    path = at.fit_path(case.feats, r, structures=[at.Fixed(), strong], ridges=(0.5,))
+    noise = float((r**2).mean())
+    assert float((leave_one_out(path.fits[1]) ** 2).mean()) < 0.5 * noise
+    assert path.errors[1] > 0.7 * noise
+
+
+@pytest.mark.parametrize("structure", [at.Fixed(), {"*": at.Fixed()}])
+def test_what_does_not_adapt_keeps_the_exact_leave_one_out(structure: object) -> None:
+    case = problem(3, n=6, c=2, shapes=SHAPES, scale=3.0)
+    path = at.fit_path(case.feats, case.r, structures=[structure], ridges=(0.2, 1.0))
+    assert path.criterion == "leave-one-out squared error"
+    assert "exact: nothing adapts, so no transform has seen the sample left out" in path.summary()
+    for found, error in zip(path.fits, path.errors, strict=True):
+        assert error == pytest.approx(refitted(case.feats, case.r, at.Fixed(), found.ridge, folds=6), rel=1e-8)
 
 
 @pytest.mark.parametrize("c", [1, 3])

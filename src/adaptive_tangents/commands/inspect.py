@@ -1,14 +1,20 @@
 """`inspect`: what training did to a user's network."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import typer
+
+from adaptive_tangents.checks import listed
 from adaptive_tangents.commands.checks import check_device, check_folder
-from adaptive_tangents.commands.console import one_bar, typed
+from adaptive_tangents.commands.console import console, errors, one_bar, typed
 from adaptive_tangents.commands.report import PAGES, finish
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig
 from adaptive_tangents.inspection import run as run_inspection
+from adaptive_tangents.inspection.checkpoint_order import Order, doubted, ordered, swapped
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import (
     check_runs,
@@ -18,6 +24,9 @@ from adaptive_tangents.runs.user_files import (
     load_data,
     load_model,
 )
+
+INTERRUPTED = 130
+"""What the command ends with after Ctrl-C."""
 
 
 def inspect(
@@ -46,7 +55,17 @@ def inspect(
     loaded = load_data(data)
     network = load_model(model).to(device)
     check_runs(network, fit_data(loaded, network), data)
-    paths = find_checkpoints(checkpoints) if checkpoints is not None else [path for path in (start, end) if path]
+    doubts: tuple[str, ...] = ()
+    if checkpoints is not None:
+        order = ordered(find_checkpoints(checkpoints))
+        paths, doubts = list(order.paths), order.doubts
+        _print_order(order)
+    else:
+        paths = [path for path in (start, end) if path]
+        doubt = swapped(*paths)
+        doubts = (doubt,) if doubt else ()
+    for doubt in doubts:
+        _warn(doubt)
     states = {_title(path, paths): load_checkpoint(path, network) for path in paths}
     config = InspectConfig(
         samples=InspectConfig.samples if samples is None else samples,
@@ -55,10 +74,47 @@ def inspect(
         wrt=tuple(wrt) if wrt else None,
         nodes=nodes,
     )
-    with one_bar() as progress:
+    with one_bar() as progress, warnings.catch_warnings():
+        warnings.simplefilter("always", TangentWarning)
+        warnings.showwarning = _shown  # type: ignore[assignment]
         result = run_inspection(network, states, loaded, config.quick() if quick else config, progress=progress)
-    write_results(result.results | {"command": typed(), "model": model, "data_file": data.name}, result.arrays, out)
-    finish(out)
+    results = result.results | {"command": typed(), "model": model, "data_file": data.name}
+    results["limits"] = [*results["limits"], *map(doubted, doubts)]
+    write_results(results, result.arrays, out)
+    try:
+        finish(out)
+    except KeyboardInterrupt as error:
+        _say(
+            f"interrupted while the report was drawn; the results are there: adaptive-tangents report {out} draws them"
+        )
+        raise typer.Exit(INTERRUPTED) from error
+    if results["interrupted"]:
+        _say(f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_order(order: Order) -> None:
+    """The checkpoints in the order that the report goes by, before any work starts."""
+    console.print(f"{len(order.paths)} checkpoints, in the order of {order.basis}:", highlight=False, markup=False)
+    for path, place in zip(order.paths, order.places, strict=True):
+        line = f"  {path}" + (f"  ({place})" if place else "")
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _shown(message: Warning | str, category: type[Warning], *place: Any, plainly: Any = warnings.showwarning) -> None:
+    """Print the library's own warnings as a line; leave others to Python."""
+    if issubclass(category, TangentWarning):
+        _warn(str(message))
+    else:
+        plainly(message, category, *place)
+
+
+def _warn(message: str) -> None:
+    _say(f"warning: {message.removeprefix('inspect: ')}")
+
+
+def _say(message: str) -> None:
+    errors.print(message, soft_wrap=True, highlight=False, markup=False)
 
 
 def _title(path: Path, paths: Sequence[Path]) -> str:

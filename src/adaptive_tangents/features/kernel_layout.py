@@ -77,6 +77,22 @@ def mirror(kernel: Float[Tensor, "batch N N"]) -> None:
         kernel[:, rows.stop :, rows] = kernel[:, rows, rows.stop :].mT
 
 
+def check_overflow(kernel: Float[Tensor, "batch N M"], rows: int) -> None:
+    """Raise TangentError if an entry is too large for the kernel's dtype; a sample has ``rows`` rows."""
+    if bool(torch.isfinite(kernel.sum())) or bool(torch.isfinite(kernel).all()):
+        return
+    first = int((~torch.isfinite(kernel)).any(2).any(0).nonzero()[0, 0]) // rows
+    remedy = (
+        "scale the outputs, e.g. output_fn=lambda out: out / 1e100"
+        if kernel.dtype == torch.float64
+        else "use precision='float64', or a model and samples in float64"
+    )
+    raise TangentError(
+        f"kernel: products of the features of sample {first} are too large for {str(kernel.dtype).removeprefix('torch.')}, "
+        f"whose largest number is {torch.finfo(kernel.dtype).max:.0e}; {remedy}"
+    )
+
+
 def finish(kernel: Float[Tensor, "batch N M"], n: int, m: int, c: int, outputs: Outputs) -> Tensor:
     """From the (batch, N, M) layout to the user's: (n, c, m, c), (n, m) or (n, m, c)."""
     if outputs == "full":

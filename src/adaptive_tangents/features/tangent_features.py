@@ -15,6 +15,7 @@ from adaptive_tangents.features.kernel_layout import (
     Outputs,
     Precision,
     check_outputs,
+    check_overflow,
     check_precision,
     empty_kernel,
     entries,
@@ -277,6 +278,7 @@ class TangentFeatures:
             self.blocks, partner.blocks, plan, kernels, outputs, symmetric=other is None, precision=precision
         )
         for kernel in {id(k): k for k in kernels.values()}.values():
+            check_overflow(kernel, self.c if outputs == "full" else 1)
             if other is None:
                 mirror(kernel)
         finished = {name: finish(kernel, *size, outputs) for name, kernel in kernels.items()}

@@ -38,7 +38,7 @@ _WORDS = {"initial": "start", "average": "average over the path", "final": "end"
 def draw_kernels(results: Results, arrays: Arrays) -> Figure:
     """Heat maps of K₀, K̄, K_T and of the kernels of the change and the labels: centered, with samples sorted."""
     order, ticks = sorting(results, arrays)
-    panels = [(STAGES[stage], _WORDS[stage], arrays[f"kernel.{stage}"], stage) for stage in STAGES]
+    panels = [(STAGES[stage], _WORDS[stage], arrays[f"kernel.{stage}"], stage) for stage in held(arrays)]
     panels.append((r"$K_y = \hat{y}\,\hat{y}^{\top}$", "the network’s change", _outer(arrays["change"]), ""))
     if "target" in arrays:
         panels.append((r"$K_{\mathrm{label}}$", "the labels", _outer(arrays["target"]), ""))
@@ -114,18 +114,19 @@ def draw_trajectory(results: Results, arrays: Arrays) -> Figure:
     points = results["trajectory"]
     x = np.arange(len(points))
     figure, (row,) = grid(1, 3, 3.0)
-    _line(row[0], x, [p["alignment"] for p in points], COLORS[0], "with the change, $K_y$")
-    if any(p["alignment_labels"] is not None for p in points):
-        _line(row[0], x, [p["alignment_labels"] for p in points], COLORS[1], "with the labels")
+    key = alignment_key(results)
+    _line(row[0], x, [p[key] for p in points], COLORS[0], "with the change, $K_y$")
+    labels = "alignment_labels" if key == "alignment" else "alignment_labels_centered"
+    if any(p[labels] is not None for p in points):
+        _line(row[0], x, [p[labels] for p in points], COLORS[1], "with the labels")
     if (shown := performance_key(results)) is not None:
         _line(row[1], x, [p["performance"][shown] for p in points], MUTED, shown, ls=DASHES)
     _line(row[1], x, [p["cka_start"] for p in points], COLORS[2], "CKA with $K_0$")
     _line(row[1], x, [p["cka_end"] for p in points], COLORS[3], "CKA with $K_T$")
     _line(row[2], x, [p["growth"] for p in points], COLORS[1], None)
     row[2].set_yscale("log")
-    for axes, title in zip(
-        row, ("Alignment of $K_t$", "Likeness", "Growth of the trace, $K_t$ over $K_0$"), strict=True
-    ):
+    alignment = "Alignment of $K_t$" if key == "alignment" else "Centered alignment of $K_t$"
+    for axes, title in zip(row, (alignment, "Likeness", "Growth of the trace, $K_t$ over $K_0$"), strict=True):
         axes.set_title(title, loc="left")
         step = max(1, len(points) // 6)
         axes.set_xticks(x[::step], [short_name(points[k]["name"]) for k in x[::step]], rotation=30, ha="right")
@@ -134,6 +135,18 @@ def draw_trajectory(results: Results, arrays: Arrays) -> Figure:
     for axes in row[:2]:
         axes.legend(loc="best")
     return figure
+
+
+def alignment_key(results: Results) -> str:
+    """The name of the alignment that tells of every checkpoint: centered, unless it is not defined."""
+    points = results["trajectory"]
+    centered = all(p.get("alignment_centered") is not None for p in points)
+    return "alignment_centered" if centered else "alignment"
+
+
+def held(arrays: Arrays) -> list[str]:
+    """The stages whose kernels there are; an interrupted run may lack the average."""
+    return [stage for stage in STAGES if f"kernel.{stage}" in arrays]
 
 
 def performance_key(results: Results) -> str | None:
@@ -151,6 +164,8 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
     """Eigenvalues of the three kernels, and of the weight change in the blocks that carry most of the kernel."""
     figure, ((left, right),) = grid(1, 2, 3.3)
     for stage, color in zip(STAGES, (MUTED, COLORS[0], COLORS[1]), strict=True):
+        if stage not in held(arrays):
+            continue
         left.plot(*spectrum(arrays[f"spectrum.{stage}"]), color=color, lw=2, label=f"{STAGES[stage]}, {_WORDS[stage]}")
     left.set(xscale="log", yscale="log", ylim=(1e-6, 1.6), xlabel="index", ylabel="eigenvalue over the largest")
     left.set_title("Spectra of the kernels", loc="left")
@@ -222,7 +237,8 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
             named = word if "predicted" in arrays else None
             left.scatter(moved[mask], growth[mask], s=13, color=color, alpha=0.65, lw=0, label=named)
     left.set_xlabel("change of the output" if change.shape[1] == 1 else "size of the change of the outputs")
-    left.set(ylabel=r"$\bar{K}(x,x) / K_0(x,x)$", yscale="log")
+    grown = STAGES[held(arrays)[1]].strip("$")
+    left.set(ylabel=f"${grown}(x,x) / K_0(x,x)$", yscale="log")
     left.set_title("Sample by sample", loc="left")
     if "predicted" in arrays:
         left.legend()
@@ -232,7 +248,7 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
         right.scatter(values, np.full(len(values), place), s=8, color=tint(COLORS[0], 0.45), lw=0)
         right.scatter(np.median(values), place, s=120, marker="|", color=INK, lw=2)
     right.set_yticks(range(len(groups)), [word for _, word, _ in groups])
-    right.set(xscale="log", xlabel=r"$\bar{K}(x,x) / K_0(x,x)$")
+    right.set(xscale="log", xlabel=f"${grown}(x,x) / K_0(x,x)$")
     right.set_title("By class" if results["data"]["labels"] == "classes" else "By size of the change", loc="left")
     return figure
 
@@ -281,9 +297,9 @@ def _caption(results: Results, arrays: Arrays, sample: int) -> list[str]:
 
 
 def sample_growth(arrays: Arrays) -> NDArray[Any]:
-    """K̄(x, x)/K₀(x, x) of every sample."""
+    """K̄(x, x)/K₀(x, x) of every sample, or that of K_T if there is no average."""
     start = np.maximum(arrays["kernel.initial"].diagonal(), 1e-300)
-    growth: NDArray[Any] = arrays["kernel.average"].diagonal() / start
+    growth: NDArray[Any] = arrays[f"kernel.{held(arrays)[1]}"].diagonal() / start
     return growth
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.measures.alignment import alignment, cka, decompose, effective_rank
+from adaptive_tangents.measures.alignment import EffectiveRank, alignment, cka, decompose, effective_rank
 from adaptive_tangents.measures.explain import explain, explain_operations
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.solvers.fit import fit
@@ -32,7 +32,9 @@ _FIT_ROUNDS = 100
 
 
 def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
-    """The measure, or None if it is undefined (a zero kernel, or targets that centering makes zero)."""
+    """The measure, or None if it is undefined (no kernel, a zero one, or targets that centering makes zero)."""
+    if any(argument is None for argument in arguments):
+        return None
     try:
         value = measure(*arguments, **keywords)
     except TangentError:
@@ -51,22 +53,25 @@ def kernel_numbers(
     """Alignment of K₀, K̄, K_T, growth, CKA, decomposition, and how much of the change lies along the targets."""
     start = kernels["initial"]
     goals = {"change": change} | ({} if target is None else {"labels": target})
-    growth = {stage: _ratio(float(kernels[stage].trace()), float(start.trace())) for stage in ("average", "final")}
-    parts = {stage: _decomposed(kernels[stage], start, change) for stage in ("average", "final")}
+    held = {stage: kernels.get(stage) for stage in STAGES}
+    later = {stage: held[stage] for stage in STAGES[1:]}
+    none = dict.fromkeys(EffectiveRank.__dataclass_fields__)
     return {
-        "growth": growth,
-        "alignment": {g: {s: defined(alignment, K, y) for s, K in kernels.items()} for g, y in goals.items()},
+        "growth": {s: None if K is None else _ratio(float(K.trace()), float(start.trace())) for s, K in later.items()},
+        "alignment": {g: {s: defined(alignment, K, y) for s, K in held.items()} for g, y in goals.items()},
         "alignment_centered": {
-            g: {s: defined(alignment, K, y, centered=True) for s, K in kernels.items()} for g, y in goals.items()
+            g: {s: defined(alignment, K, y, centered=True) for s, K in held.items()} for g, y in goals.items()
         },
-        "cka": {stage: defined(cka, start, kernels[stage]) for stage in ("average", "final")},
-        "decomposition": parts,
-        "spectrum": {stage: asdict(effective_rank(spectrum(K))) for stage, K in kernels.items()},
+        "cka": {stage: defined(cka, start, K) for stage, K in later.items()},
+        "decomposition": {stage: _decomposed(K, start, change) for stage, K in later.items()},
+        "spectrum": {s: none if K is None else asdict(effective_rank(spectrum(K))) for s, K in held.items()},
     }
 
 
-def _decomposed(kernel: Tensor, start: Tensor, change: Tensor) -> dict[str, float | None]:
+def _decomposed(kernel: Tensor | None, start: Tensor, change: Tensor) -> dict[str, float | None]:
     """Weights of K ≈ w₀K₀ + w_yK_y, and the share of ‖K − K₀‖² along K_y."""
+    if kernel is None:
+        return dict.fromkeys(("initial_weight", "target_weight", "explained", "change_along_target"))
     turn, task = kernel - start, change.double() @ change.double().mT
     sizes = float(turn.norm() * task.norm())
     along = (float((turn * task).sum()) / sizes) ** 2 if sizes > 0 else None
@@ -89,10 +94,11 @@ def block_numbers(
     sums = {stage: sum(parts.values()) for stage, parts in traces.items()}
     found = {}
     for name, matrix in matrices.items():
-        of = {stage: kernels[stage][name] for stage in STAGES}
+        of = {stage: kernels[stage][name] if stage in kernels else None for stage in STAGES}
+        own = {stage: traces[stage][name] if stage in traces else None for stage in STAGES}
         found[name] = {
-            "trace_share": {stage: _ratio(traces[stage][name], sums[stage]) for stage in STAGES},
-            "growth": {stage: _ratio(traces[stage][name], traces["initial"][name]) for stage in ("average", "final")},
+            "trace_share": {stage: _ratio(own[stage], sums.get(stage, 0.0)) for stage in STAGES},
+            "growth": {stage: _ratio(own[stage], traces["initial"][name]) for stage in ("average", "final")},
             "alignment": {stage: defined(alignment, K, change) for stage, K in of.items()},
             "alignment_labels": {s: defined(alignment, K, target) for s, K in of.items()} if target is not None else {},
             "cka": defined(cka, of["initial"], of["final"]),
@@ -103,8 +109,8 @@ def block_numbers(
     return found
 
 
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b > 0 else None
+def _ratio(a: float | None, b: float) -> float | None:
+    return a / b if a is not None and b > 0 else None
 
 
 def spectrum(kernel: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
@@ -159,6 +165,11 @@ def explain_blocks(
             r2[key]["layer_scale"] = scale["total"]
         tick((k + 1) / len(STRUCTURES))
     return Explained(r2, left_out)
+
+
+def nothing_explained() -> Explained:
+    """The form of what was not measured."""
+    return Explained({key: {"total": None} for key in STRUCTURES}, {key: [] for key in STRUCTURES})
 
 
 def _explained(start: TangentFeatures, average: TangentFeatures, structure: Structure) -> dict[str, float | None]:

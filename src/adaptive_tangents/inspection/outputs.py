@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, arguments, samples, take
 from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
+from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
 
 PREFIX = "network."
@@ -208,6 +209,7 @@ def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tenso
             return torch.where(y == kinds[0], -1.0, 1.0).to(like)[
                 :, None
             ], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
+    y = class_columns("inspect", y, 1 if y.ndim == 1 else None)
     real = (y[:, None] if y.ndim == 1 else y).to(like)
     if real.shape[1] != c:
         raise TangentError(

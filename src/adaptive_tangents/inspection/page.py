@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_tangents.checks import listed
 from adaptive_tangents.inspection import figures
 from adaptive_tangents.reporting.drawing import STAGES, real
 from adaptive_tangents.reporting.pages import Page, fixed, number
@@ -15,22 +16,31 @@ _NOTICEABLE = 0.02
 
 def findings(results: Results) -> list[str]:
     """The findings, one or two sentences each, most important first."""
-    made = (_growth, _turn, _along, _ranks, _explained, _path, _milestones)
+    made = (_growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
     return [sentence for make in made if (sentence := make(results))]
 
 
 def headline(results: Results) -> str:
     """The line at the top of the page."""
-    growth, sims = results["growth"]["final"], results["alignment"]["change"]
-    grew = _times(growth)
+    growth = results["growth"]["final"]
+    grew, (name, sims) = _times(growth), _telling(results, "change")
     if sims["initial"] is None or sims["final"] is None:
         return f"The tangent kernel {grew}."
     turn = sims["final"] - sims["initial"]
+    sim = f"{name} {fixed(sims['initial'])} → {fixed(sims['final'])}"
     if abs(turn) <= _NOTICEABLE:
-        return f"The tangent kernel {grew} and hardly turned: sim {fixed(sims['initial'])} → {fixed(sims['final'])}."
+        return f"The tangent kernel {grew} and hardly turned: {sim}."
     where = "toward" if turn > 0 else "away from"
-    sim = f"sim {fixed(sims['initial'])} → {fixed(sims['final'])}"
     return f"The tangent kernel {grew} and turned {where} what was learned: {sim}."
+
+
+def _telling(results: Results, goal: str) -> tuple[str, Mapping[str, float | None]]:
+    """The alignment that tells whether a kernel turned: the centered one, which no common mean can raise, if there is one."""
+    plain = results["alignment"][goal]
+    centered = results.get("alignment_centered", {}).get(goal)
+    if centered is None or centered["initial"] is None or centered["final"] is None:
+        return "sim", plain
+    return "centered sim", centered
 
 
 def _times(growth: float | None) -> str:
@@ -44,10 +54,9 @@ def _times(growth: float | None) -> str:
 def _growth(results: Results) -> str:
     blocks: Mapping[str, Any] = results["blocks"]
     names = [name for name in figures.matrices(results) if blocks[name]["growth"]["final"] is not None]
-    sentence = (
-        f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0; averaged over the path "
-    )
-    sentence += f"{number(results['growth']['average'])}×)"
+    average = results["growth"]["average"]
+    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0"
+    sentence += ")" if average is None else f"; averaged over the path {number(average)}×)"
     if not names:
         return sentence + "."
     most = max(names, key=lambda name: blocks[name]["growth"]["final"])
@@ -62,31 +71,30 @@ def _growth(results: Results) -> str:
 def _turn(results: Results) -> str:
     parts = []
     for goal, words in (("change", "the network’s own change f_T − f_0"), ("labels", "the labels")):
-        sims = results["alignment"].get(goal)
-        if sims is None or sims["initial"] is None or sims["final"] is None:
+        plain = results["alignment"].get(goal)
+        if plain is None or plain["initial"] is None or plain["final"] is None:
             continue
-        turn = sims["final"] - sims["initial"]
-        verb = (
-            "turned toward"
-            if turn > _NOTICEABLE
-            else "turned away from"
-            if turn < -_NOTICEABLE
-            else "did not turn toward"
+        name, sims = _telling(results, goal)
+        sentence = (
+            f"It {_verb(sims)} {words}: {name} {fixed(sims['initial'])} (K_0) → {fixed(sims['average'])} (K̄) → "
+            f"{fixed(sims['final'])} (K_T)"
         )
-        centered = results["alignment_centered"][goal]
-        extra = (
-            f"; centered {fixed(centered['initial'])} → {fixed(centered['final'])}"
-            if centered["final"] is not None
-            else ""
-        )
-        parts.append(
-            f"It {verb} {words}: sim {fixed(sims['initial'])} (K_0) → {fixed(sims['average'])} (K̄) → {fixed(sims['final'])} "
-            f"(K_T){extra}."
-        )
+        if sims is not plain:
+            sentence += f"; not centered {fixed(plain['initial'])} → {fixed(plain['final'])}"
+            if _verb(plain) != _verb(sims):
+                sentence += ", which a mean that all samples share can move"
+        parts.append(sentence + ".")
     cka = results["cka"]["final"]
     if cka is not None:
         parts.append(f"CKA of K_0 and K_T is {fixed(cka)}.")
     return " ".join(parts)
+
+
+def _verb(sims: Mapping[str, float | None]) -> str:
+    turn = real(sims["final"]) - real(sims["initial"])
+    return (
+        "turned toward" if turn > _NOTICEABLE else "turned away from" if turn < -_NOTICEABLE else "did not turn toward"
+    )
 
 
 def _along(results: Results) -> str:
@@ -154,6 +162,8 @@ def _explained(results: Results) -> str:
 
 def _path(results: Results) -> str:
     path = results["path"]
+    if path["error"] is None:
+        return ""
     sentence = (
         f"The trained network is linear in its averaged features to {number(float(path['error_db']))} dB "
         f"(f_T − f_0 = φ̄ Δθ up to {_percent(path['error'])}, {path['nodes']} nodes)"
@@ -167,7 +177,8 @@ def _path(results: Results) -> str:
 
 
 def _milestones(results: Results) -> str:
-    points = results["trajectory"]
+    name = figures.alignment_key(results)
+    points = [point | {"alignment": point[name]} for point in results["trajectory"]]
     start, end = points[0]["alignment"], points[-1]["alignment"]
     if len(points) < 3 or start is None or end is None or abs(end - start) <= _NOTICEABLE:
         return ""
@@ -182,9 +193,17 @@ def _milestones(results: Results) -> str:
         if last
         else f"Half of the turn had happened by {half['name']}"
     )
+    sentence += ", by the centered sim" if name != "alignment" else ""
     if top["alignment"] > end + _NOTICEABLE:
         sentence += f"; the kernel was most aligned at {top['name']}, {fixed(top['alignment'])}"
     return sentence + "."
+
+
+def _missing(results: Results) -> str:
+    lost = results.get("interrupted")
+    return (
+        f"The run was interrupted before {listed(lost)} {'was' if len(lost) == 1 else 'were'} measured." if lost else ""
+    )
 
 
 def _percent(value: float | None) -> str:
@@ -205,7 +224,8 @@ def _applies(results: Results, name: str) -> bool:
 
 
 def _arrays(results: Results) -> list[str]:
-    names = [f"{kind}.{stage}" for kind in ("kernel", "spectrum") for stage in STAGES]
+    held = [stage for stage in STAGES if stage != "average" or results["growth"]["average"] is not None]
+    names = [f"{kind}.{stage}" for kind in ("kernel", "spectrum") for stage in held]
     names += [f"singular_values.change.{name}" for name in results["blocks"]]
     names += ["y"] if results["data"]["labels"] else []
     return [*names, "change", *(["images", "images.index"] if results["data"]["images"] else [])]
@@ -225,6 +245,7 @@ def _context(results: Results) -> dict[str, Any]:
         "negative": [(name, value) for name, value in reversed(ordered) if value < -0.1][:5],
         "applies": {name: _applies(results, name) for name in PAGE.figures},
         "performance": figures.performance_key(results),
+        "grown": "K_T" if results["growth"]["average"] is None else "K̄",
     }
 
 

@@ -1,9 +1,12 @@
 """Run an inspection: from a model, checkpoints and data to the numbers and arrays of the report."""
 
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +15,12 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.path_average import AverageFeatures
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.checks import listed
+from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
-from adaptive_tangents.inspection.measures import STAGES, Explained, Models, defined, singular_values, spectrum, total
+from adaptive_tangents.inspection.checkpoint_order import doubted
+from adaptive_tangents.inspection.measures import Explained, Models, defined, singular_values, spectrum, total
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.measures.alignment import alignment, cka
@@ -25,11 +30,15 @@ from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "inspect"
 _SHOWN = 24
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured at the start, along the path and at the end: kernels by stage and block, their sums, and fits."""
+    """What was measured at the start, along the path and at the end: kernels by stage and block, their sums, and fits.
+
+    After an interruption, what was not finished is missing: kernels of a stage, the path's identity, fits.
+    """
 
     kernels: dict[str, dict[str, Tensor]]
     wholes: dict[str, Tensor]
@@ -40,8 +49,25 @@ class _Measured:
     weights: dict[str, Tensor]
 
 
+class _Stages:
+    """Stages one after the other; after an interruption, the others are not begun, and ``missing`` names them all."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.missing: list[str] = []
+
+    def made(self, name: str, work: float, make: Callable[[Callable[[float], None]], _Made]) -> _Made | None:
+        """What a stage makes, or None if it was interrupted."""
+        if not self.missing:
+            with suppress(KeyboardInterrupt), self.clock.stage(name, work) as tick:
+                return make(tick)
+        self.missing.append(name)
+        return None
+
+
 # Expected work of each stage, relative to the features of one state.
-_WORK = {"start": 1.0, "average": 7.0, "end": 1.0, "explain": 2.0, "models": 1.0, "checkpoint": 1.0}
+_WORK = {"start": 1.0, "end": 1.0, "average": 7.0, "explain": 2.0, "models": 1.0, "checkpoint": 1.0}
+_SAID = {"average": "the average over the path", "explain": "structured transforms", "models": "the exact models"}
 
 
 def run(
@@ -54,8 +80,9 @@ def run(
 ) -> RunResult:
     """Measure the change between the first and the last of a network's states, which are named and in order of training.
 
-    ``progress`` is called with the stage and the fraction of all work done. Raises TangentError if data, states and model do
-    not fit together, or if nothing changed.
+    ``progress`` is called with the stage and the fraction of all work done. A KeyboardInterrupt once the kernels of start and
+    end are made gives the results so far, and ``results["interrupted"]`` names what is missing. Raises TangentError if
+    data, states and model do not fit together, or if nothing changed; warns if the network got worse.
 
     >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     >>> start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -72,8 +99,18 @@ def run(
     clock, cpu = Clock(progress, 0.5 + expected), time.process_time()
     with clock.stage("outputs", 0.5):
         problem = pose(model, states, data, config)
-    measured = _measure(problem, states, config, clock)
-    trajectory = _trajectory(problem, states, measured.wholes, clock)
+    performances = [_performance(outputs, problem.data) for outputs in problem.outputs]
+    doubt = disagreement(list(states), performances)
+    if doubt is not None:
+        problem.limits.append(doubted(doubt))
+        warnings.warn(f"inspect: {doubt}", TangentWarning, stacklevel=2)
+    stages = _Stages(clock)
+    measured = _measure(problem, states, config, stages)
+    trajectory = _trajectory(problem, states, measured.wholes, performances, stages)
+    if stages.missing:
+        problem.limits.insert(
+            0, f"The run was interrupted, so these are missing: {listed(map(_said, stages.missing))}."
+        )
     results = {
         "experiment": NAME,
         "config": asdict(config),
@@ -82,37 +119,70 @@ def run(
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         **_told(model, data, config, problem, measured, trajectory),
+        "interrupted": [_said(name) for name in stages.missing],
         "wall_seconds": clock.seconds | {"total": time.perf_counter() - clock.started},
         "cpu_seconds": time.process_time() - cpu,
     }
     return RunResult(results, _arrays(problem, measured))
 
 
+def _said(stage: str) -> str:
+    return _SAID.get(stage, stage)
+
+
+def disagreement(names: list[str], performances: list[dict[str, float] | None]) -> str | None:
+    """A sentence if the network got worse in the order given, by accuracy or error on the measured samples."""
+    told = [next(iter(performance.items())) for performance in performances if performance is not None]
+    if len(told) < 2 or len(told) != len(names):
+        return None
+    kind, sign = told[0][0], 1 if told[0][0] == "accuracy" else -1
+    first, *_, last = (value for _, value in told)
+    best = max(range(len(told)), key=lambda k: sign * told[k][1])
+    gained, most = sign * (last - first), sign * (told[best][1] - first)
+    if gained >= 0 and (most == 0 or gained >= most / 2):
+        return None
+    if gained < 0:
+        moved = f"{kind} {'falls' if sign > 0 else 'rises'} from {first:.3g} at {names[0]} to {last:.3g} at {names[-1]}"
+    else:
+        moved = f"{kind} is {last:.3g} at {names[-1]}, but {told[best][1]:.3g} at {names[best]} before it"
+    return (
+        f"{moved}; check the order of the checkpoints: if it is wrong, the findings say the opposite of what happened"
+    )
+
+
 def _measure(
-    problem: Problem, states: Mapping[str, Mapping[str, Tensor]], config: InspectConfig, clock: Clock
+    problem: Problem, states: Mapping[str, Mapping[str, Tensor]], config: InspectConfig, stages: _Stages
 ) -> _Measured:
-    """Measure at the start, along the path and at the end; features are freed as soon as they are used."""
+    """Measure at the start, at the end and along the path; features are freed as soon as they are used."""
     first, *_, last = states
     start, end = (problem.reduction.state(states[name]) for name in (first, last))
     tangents = problem.tangents
-    with clock.stage("start", _WORK["start"]) as tick:
+    with stages.clock.stage("start", _WORK["start"]) as tick:
         initial = tangents.at(start, tick)
         kernels = {"initial": _by_block(initial)}
-    with clock.stage("average", _WORK["average"]) as tick:
-        average = tangents.average(start, end, problem.nodes, tick)
+    with stages.clock.stage("end", _WORK["end"]) as tick:
+        final = _by_block(tangents.at(end, tick))
+    average = stages.made("average", _WORK["average"], lambda tick: tangents.average(start, end, problem.nodes, tick))
+    if average is not None:
         kernels["average"] = _by_block(average)
-    with clock.stage("explain", _WORK["explain"]) as tick:
-        explained = measures.explain_blocks(initial, average, config.explain_operations, tick)
+    kernels["final"] = final
+    explained = stages.made(
+        "explain", _WORK["explain"],
+        lambda tick: measures.explain_blocks(initial, average, config.explain_operations, tick),  # type: ignore[arg-type]
+    )  # fmt: skip
     identity = _identity(problem, average)
     del average
-    with clock.stage("end", _WORK["end"]) as tick:
-        kernels["final"] = _by_block(tangents.at(end, tick))
-    wholes = {stage: total(kernels[stage]) for stage in STAGES}
-    goal = defined(alignment, wholes["average"], problem.change)
-    with clock.stage("models", _WORK["models"]) as tick:
-        models = measures.fit_models(initial, problem.change, goal, config.fit_operations, tick)
+    wholes = {stage: total(parts) for stage, parts in kernels.items()}
+    goal = defined(alignment, wholes.get("average"), problem.change)
+    models = stages.made(
+        "models", _WORK["models"],
+        lambda tick: measures.fit_models(initial, problem.change, goal, config.fit_operations, tick),
+    )  # fmt: skip
     before, after = (_vector(initial, state) for state in (start, end))
-    return _Measured(kernels, wholes, identity, explained, models, initial.split(after - before), initial.split(before))
+    return _Measured(
+        kernels, wholes, identity, explained or measures.nothing_explained(), models or Models({}, {}, None),
+        initial.split(after - before), initial.split(before),
+    )  # fmt: skip
 
 
 def _by_block(feats: TangentFeatures) -> dict[str, Tensor]:
@@ -120,19 +190,24 @@ def _by_block(feats: TangentFeatures) -> dict[str, Tensor]:
 
 
 def _trajectory(
-    problem: Problem, states: Mapping[str, Mapping[str, Tensor]], wholes: Mapping[str, Tensor], clock: Clock
-) -> list[dict[str, Any]]:
+    problem: Problem, states: Mapping[str, Mapping[str, Tensor]], wholes: Mapping[str, Tensor],
+    performances: list[dict[str, float] | None], stages: _Stages,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Compare every checkpoint's kernel with those of start and end."""
     first, *_, last = states
-    ends = {first: wholes["initial"], last: wholes["final"]}
+    ends: dict[str, Tensor | None] = {first: wholes["initial"], last: wholes["final"]}
     found = []
-    for index, name in enumerate(states):
+
+    def kernel_at(name: str, tick: Callable[[float], None]) -> Tensor:
+        feats = problem.tangents.at(problem.reduction.state(states[name]), tick)
+        return feats.kernel(outputs="trace").double()
+
+    for name, performance in zip(states, performances, strict=True):
         kernel = ends.get(name)
         if kernel is None:
-            with clock.stage(f"checkpoint {name}", _WORK["checkpoint"]) as tick:
-                feats = problem.tangents.at(problem.reduction.state(states[name]), tick)
-                kernel = feats.kernel(outputs="trace").double()
-        found.append(_checkpoint(name, kernel, wholes, problem, index))
+            kernel = stages.made(f"checkpoint {name}", _WORK["checkpoint"], partial(kernel_at, name))
+        if kernel is not None:
+            found.append(_checkpoint(name, kernel, wholes, problem, performance))
     return found
 
 
@@ -143,7 +218,8 @@ def _told(
     """The numbers of the page."""
     reduction, explained, models = problem.reduction, measured.explained, measured.models
     blocks = _block_numbers(problem, measured)
-    growth = measured.wholes["average"].diagonal() / measured.wholes["initial"].diagonal().clamp_min(1e-300)
+    grown = measured.wholes.get("average", measured.wholes["final"])
+    growth = grown.diagonal() / measured.wholes["initial"].diagonal().clamp_min(1e-300)
     told = {
         "network": _network(model, blocks),
         "data": _described(data, problem),
@@ -198,8 +274,10 @@ def _plain(name: str, reduction: Reduction) -> str:
     return name.removeprefix(PREFIX) if reduction.kind == "margin" else name
 
 
-def _identity(problem: Problem, average: AverageFeatures) -> dict[str, float | None]:
+def _identity(problem: Problem, average: AverageFeatures | None) -> dict[str, float | None]:
     """The path identity's error, and how much of the outputs' change went through the buffers."""
+    if average is None:
+        return dict.fromkeys(("error", "error_db", "nodes", "through_buffers", "buffers_moved"))
     moved, change = average.buffer_change, problem.change.double()
     size = float(change.norm())
     through = 0.0 if moved is None else float((moved * change).sum()) / size**2
@@ -257,16 +335,19 @@ def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _checkpoint(
-    name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem: Problem, index: int
+    name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem: Problem, performance: dict[str, float] | None
 ) -> dict[str, Any]:
+    target = problem.target
     return {
         "name": name,
         "growth": float(kernel.trace() / wholes["initial"].trace()),
         "alignment": defined(alignment, kernel, problem.change),
-        "alignment_labels": None if problem.target is None else defined(alignment, kernel, problem.target),
+        "alignment_centered": defined(alignment, kernel, problem.change, centered=True),
+        "alignment_labels": None if target is None else defined(alignment, kernel, target),
+        "alignment_labels_centered": None if target is None else defined(alignment, kernel, target, centered=True),
         "cka_start": defined(cka, kernel, wholes["initial"]),
         "cka_end": defined(cka, kernel, wholes["final"]),
-        "performance": _performance(problem.outputs[index], problem.data),
+        "performance": performance,
     }
 
 
@@ -308,7 +389,7 @@ def _arrays(problem: Problem, measured: _Measured) -> dict[str, np.ndarray]:
     data, reduction, kernels, wholes = problem.data, problem.reduction, measured.kernels, measured.wholes
     arrays: dict[str, Tensor] = {f"kernel.{stage}": kernel.float() for stage, kernel in wholes.items()}
     arrays |= {f"spectrum.{stage}": spectrum(kernel) for stage, kernel in wholes.items()}
-    arrays |= {f"diagonal.{s}.{_plain(k, reduction)}": K.diagonal() for s in STAGES for k, K in kernels[s].items()}
+    arrays |= {f"diagonal.{s}.{_plain(k, reduction)}": K.diagonal() for s in kernels for k, K in kernels[s].items()}
     arrays |= {
         f"singular_values.change.{_plain(k, reduction)}": singular_values(m) for k, m in measured.changes.items()
     }
@@ -323,7 +404,7 @@ def _arrays(problem: Problem, measured: _Measured) -> dict[str, np.ndarray]:
         arrays["predicted"] = _predicted(problem.outputs[-1], data.labels)
     images = _image_like(data)
     if images is not None:
-        growth = wholes["average"].diagonal() / wholes["initial"].diagonal()
+        growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal()
         order = growth.argsort(descending=True)
         shown = torch.unique(torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]]))
         arrays["images"], arrays["images.index"] = _pixels(images, shown), shown

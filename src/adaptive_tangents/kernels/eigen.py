@@ -1,6 +1,6 @@
 """The largest eigenvalues of a kernel: by Lanczos with products tile by tile, or from the matrix if it is small."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.kernels.derived_kernels import check_symmetric, in_range, largest, power_of_two
 from adaptive_tangents.kernels.products import KernelProducts, cached
-from adaptive_tangents.kernels.tiles import Kernels, Request, tiled
+from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, tiled
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
 _SMALL = 400  # rows; a matrix of at most so many is decomposed directly
+_PROBED = 20  # steps of Lanczos that look for negative eigenvalues
 _COPIES = 4  # of a matrix: itself, its eigenvectors, and the working memory of eigh
 
 
@@ -61,9 +63,14 @@ def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | 
     tensor([3., 2.], dtype=torch.float64)
     """
     kernel = tiled(Request("kernel_eigen"), K)
+    check_symmetric("kernel_eigen", kernel)
     if not 1 <= k <= kernel.size:
         raise TangentError(f"kernel_eigen: k is from 1 to {kernel.size}, the rows of the kernel, got {k}")
-    return eigen("kernel_eigen", KernelProducts(cached(kernel, memory_limit)), k, tol=tol, memory_limit=memory_limit)
+    scale = power_of_two(largest(kernel.diagonal()))
+    kernel = kernel if scale == 1 else Sum([kernel], [1 / scale])
+    found = eigen("kernel_eigen", KernelProducts(cached(kernel, memory_limit)), k, tol=tol, memory_limit=memory_limit)
+    trace = in_range("kernel_eigen", "the trace", found.trace, scale)
+    return replace(found, values=found.values * scale, trace=trace)
 
 
 def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: int | None) -> KernelEigen:
@@ -100,3 +107,22 @@ def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: in
     left = (of.apply(vectors) - vectors * values).norm(dim=0)
     residual = float(left.max()) / max(float(values[0].abs()), 1e-300)
     return KernelEigen(values, vectors, residual, float(of.entries().sum()), form, products)
+
+
+def lowest(of: KernelProducts, steps: int = _PROBED) -> tuple[float, float]:
+    """Bounds from within on the smallest and the largest eigenvalue, from a few steps of Lanczos."""
+    size = of.kernel.size
+    generator = torch.Generator().manual_seed(0)
+    basis = [torch.nn.functional.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=0)]
+    images: list[Tensor] = []
+    for _ in range(min(steps, size)):
+        images.append(of.apply(basis[-1].to(of.kernel.device)).cpu())
+        rest, held = images[-1].clone(), torch.stack(basis, 1)
+        for _ in range(2):
+            rest = rest - held @ (held.mT @ rest)
+        if float(rest.norm()) <= 1e-12 * float(images[-1].norm()):
+            break
+        basis.append(rest / rest.norm())
+    held, moved = torch.stack(basis[: len(images)], 1), torch.stack(images, 1)
+    values = torch.linalg.eigvalsh(held.mT @ moved)
+    return float(values[0]), float(values[-1])

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import Values, as_tensor, check_finite
+from adaptive_tangents.checks import Values, as_tensor, check_finite, check_real
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
+from adaptive_tangents.kernels.derived_kernels import check_symmetric, in_range, largest, power_of_two
 from adaptive_tangents.kernels.products import KernelProducts
-from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Tiled, View, tiled
+from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Sum, Tiled, View, tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Progress, Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.runtime.memory import limit_for, require_memory
@@ -125,6 +126,10 @@ def kernel_regression(
     kernel = tiled(Request(call, diagonal=True), K)
     check_solver(call, ridge, form, tol, max_steps)
     targets = residual_targets(call, r, kernel)
+    scale = power_of_two(max(largest(kernel.diagonal()), ridge))
+    unit = power_of_two(largest(targets))
+    kernel, ridge, targets = kernel if scale == 1 else Sum([kernel], [1 / scale]), ridge / scale, targets / unit
+    check_symmetric(call, kernel)
     room = limit_for(memory_limit, kernel.device)
     dense = is_dense(call, kernel, form, room)
     # Outputs that are not coupled are solved one by one.
@@ -146,11 +151,13 @@ def kernel_regression(
     if residual > tol:
         reason += "; use a positive ridge or raise " + ("tol" if dense else "max_steps, memory_limit or tol")
         warnings.warn(f"{call} did not converge: {reason}", TangentWarning, stacklevel=2)
+    objective = sum(float((part.solution * part.right).sum()) for part in found)
     return KernelRegression(
-        dual=_samples(kernel, [part.solution for part in found]), ridge=ridge,
-        objective=sum(float((part.solution * part.right).sum()) for part in found), residual=residual,
+        dual=_samples(kernel, [part.solution for part in found]) / scale * unit, ridge=ridge * scale,
+        objective=in_range(call, "the objective", objective, unit, unit, 1 / scale), residual=residual,
         feasibility=_norm(part.image - ridge * part.solution - part.right for part in found) / size,
-        converged=residual <= tol, reason=reason, form="dense" if dense else "matrix-free", steps=steps, jitter=jitter,
+        converged=residual <= tol, reason=reason, form="dense" if dense else "matrix-free", steps=steps,
+        jitter=jitter * scale,
     )  # fmt: skip
 
 
@@ -245,8 +252,7 @@ def residual_targets(call: str, r: object, kernel: Tiled) -> Float[Tensor, "n c"
             f"{call}: targets have shape {tuple(r.shape)}, the kernel is of n = {kernel.n} samples"
             + (f", c = {outputs} outputs" if coupled else "")
         )
-    if not targets.is_floating_point():
-        raise TangentError(f"{call}: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
+    check_real(call, targets)
     check_finite(call, "the target", [targets])
     return targets.detach().to(kernel.device, torch.float64)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import (
     Outputs,
     Precision,
@@ -120,7 +120,8 @@ def tangent_kernel(
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
         left, right = capture.features(x), None if x2 is None else capture.features(x2)
-        found = left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload]
+        with raised_as(call, "kernel"):
+            found = left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload]
         if progress is not None:
             progress("tiles", 1.0)
         return found  # type: ignore[no-any-return]
@@ -138,11 +139,12 @@ def tangent_kernel(
     for done, place in enumerate(order, start=1):
         left, other = held.pair(place)
         right = None if other is left else other
-        piece = (
-            left.kernel(right, outputs=outputs, by_block=True, precision=precision)
-            if by_block
-            else {"": left.kernel(right, outputs=outputs, precision=precision)}
-        )
+        with raised_as(call, "kernel"):
+            piece = (
+                left.kernel(right, outputs=outputs, by_block=True, precision=precision)
+                if by_block
+                else {"": left.kernel(right, outputs=outputs, precision=precision)}
+            )
         for name, values in piece.items():
             if name not in kernels:
                 kernels[name] = values.new_zeros(kernel_shape(outputs, n, m, c))

@@ -165,6 +165,7 @@ class Tiled(ABC):
     symmetric: bool = False
     group: Any = None
     device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float64  # that the entries were made in
 
     @property
     @abstractmethod
@@ -189,10 +190,11 @@ class Tiled(ABC):
         """Number of rows of a matrix."""
         return self.n * self.width
 
-    def reduced(self, value: Tensor) -> Tensor:
-        """The sum over the processes of a group."""
+    def reduced(self, value: Tensor, *, largest: bool = False) -> Tensor:
+        """The sum, or the largest, over the processes of a group."""
         if self.group is not None:
-            torch.distributed.all_reduce(value, group=self.group)
+            kind = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+            torch.distributed.all_reduce(value, kind, group=self.group)
         return value
 
     def zeros(self, *shape: int) -> Tensor:
@@ -252,12 +254,17 @@ class TensorKernel(Tiled):
         if not fits or (len(shape) == 4 and shape[1] != shape[3]):
             wanted = "(n, m) or (n, c, m, c)" if request.rectangular else "(n, n) or (n, c, n, c)"
             raise TangentError(f"{request.call}: a kernel has shape {wanted}, got {shape}")
+        if values.is_complex():
+            raise TangentError(
+                f"{request.call}: a kernel has real entries, got {values.dtype}; give its real part, K.real"
+            )
         check_finite(request.call, "the value", [values])
         self.n, self.m = shape[0], shape[2 if len(shape) == 4 else 1]
         self.full = len(shape) == 4
         self.width = shape[1] if self.full else 1
         self.batch = shape[2] if len(shape) == 3 else 1
         self.device = values.device
+        self.dtype = values.dtype if values.is_floating_point() else torch.float64
         cubes = values.movedim(2, 0) if len(shape) == 3 else values
         self.values = cubes.reshape(self.batch, self.n * self.width, self.m * self.width)
 
@@ -280,6 +287,7 @@ class Stored(Tiled):
         self.full = store.outputs == "full"
         self.width = store.c if self.full else 1
         self.batch = store.c if store.outputs == "diagonal" else 1
+        self.dtype = getattr(store, "dtype", torch.float64)
 
     @property
     def grid(self) -> Grid:
@@ -303,7 +311,7 @@ class View(Tiled):
     def __init__(self, of: Tiled) -> None:
         self.of = of
         self.n, self.m, self.width, self.full, self.batch = of.n, of.m, of.width, of.full, of.batch
-        self.symmetric, self.group, self.device = of.symmetric, of.group, of.device
+        self.symmetric, self.group, self.device, self.dtype = of.symmetric, of.group, of.device, of.dtype
 
     @property
     def grid(self) -> Grid:
@@ -347,6 +355,7 @@ class Sum(View):
         super().__init__(min(parts, key=lambda part: part.grid[0][0].stop))
         self.symmetric = all(part.symmetric for part in parts)
         self.group = next((part.group for part in parts if part.group is not None), None)
+        self.dtype = max((part.dtype for part in parts), key=lambda dtype: torch.finfo(dtype).eps)
         self.parts, self.weights = parts, weights if weights is not None else [1.0] * len(parts)
 
     @property

@@ -145,7 +145,7 @@ class RoundedKernel(FreeKernel):
 
 def _rounded_inverse(matrix: Float[Tensor, "k k"]) -> Solve:
     """The map x ↦ A⁻¹x in single precision; A, positive definite up to rounding, is overwritten."""
-    rounding = torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
+    rounding = torch.finfo(matrix.dtype).eps * float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
     added = 0.0
     for multiple in _ROUNDING:
         matrix.diagonal().add_(multiple * rounding - added)

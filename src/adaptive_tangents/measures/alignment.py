@@ -2,32 +2,54 @@
 
 A kernel is a tensor (n, n), or (n, c, n, c) for c outputs, or a store, which is read tile by tile and never held whole.
 Targets are (n,) or (n, c). The target kernel is K_y = vec(y)vec(y)ᵀ for a full kernel, and Σ_c y_c y_cᵀ for a trace kernel
-(n, n). Everything is computed in float64.
+(n, n). Integers of more than two values are class numbers, which are one-hot encoded. Everything is computed in float64, on
+kernels and targets brought to a size whose squares it holds.
 """
 
+import math
 import warnings
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import check_finite
+from adaptive_tangents.checks import check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.kernels.derived_kernels import CenteredKernel, OuterKernel, gram
-from adaptive_tangents.kernels.eigen import eigen
+from adaptive_tangents.kernels.derived_kernels import (
+    CenteredKernel,
+    Gram,
+    OuterKernel,
+    gram,
+    in_range,
+    largest,
+    power_of_two,
+)
+from adaptive_tangents.kernels.eigen import eigen, lowest
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import solved
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Sum, TensorKernel, Tiled, tiled
+from adaptive_tangents.measures.inputs import (
+    Values,
+    check_resolved,
+    check_square,
+    columns,
+    numbers,
+    rounding_of,
+    shape_of,
+)
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 
-Values = Tensor | np.ndarray
+Form = Literal["auto", "dense", "matrix-free"]
 
-_NOTHING = 1e-13  # of a kernel's norm: anything smaller is rounding
+_ZERO = "a kernel is zero (after centering, if asked for), so the angle is not defined"
+_DOUBTFUL = 1e-5  # of a norm before centering: what float32 does not resolve
 _COPIES = 4  # a kernel, its eigenvectors, its inverse, and the work space to find them
 _SOLVED, _LOOSELY = 1e-12, 1e-6  # relative residuals: the goal, and where a warning starts
+_INDEFINITE = 1e-6  # of the largest eigenvalue: a negative one below is no rounding, even of float32
+_REMEDY = "give the kernel of features, not a difference of kernels or its negative"
 _TOP = 50  # eigenvectors with energy reported in the matrix-free form
 
 
@@ -101,7 +123,7 @@ def alignment(K: Kernels, y: Values, *, centered: bool = False) -> float:
 
     Args:
         K: the kernel, a tensor (n, n) or (n, c, n, c), or a store.
-        y: targets, (n,) or (n, c).
+        y: targets, (n,) or (n, c); class numbers (n,) count as one-hot columns.
         centered: center both kernels over samples first; the uncentered cosine is the paper's "sim".
 
     Raises:
@@ -113,13 +135,18 @@ def alignment(K: Kernels, y: Values, *, centered: bool = False) -> float:
     >>> round(alignment(torch.outer(y, y), y), 6)
     1.0
     """
-    kernel, target = _pair("alignment", K, y)
-    targets = OuterKernel(kernel, target)
+    kernel = tiled(Request("alignment"), K)
+    target, _, rounding = columns("alignment", kernel, y)
     if not centered:
-        return _cosine("alignment", gram([kernel, targets]))
-    middled = OuterKernel(kernel, _middled(kernel, target))
+        check_square("alignment", kernel)
+        return _cosine("alignment", gram([kernel, OuterKernel(kernel, target)]))
+    middled = _middled(kernel, target)
     whole = CenteredKernel(kernel)
-    return _cosine("alignment", gram([whole, middled]), before=(whole.before, _norm(target)))
+    check_square("alignment", whole, whole.before)
+    products = gram([whole, OuterKernel(kernel, middled)])
+    _check_centered("alignment", whole, products, 0)
+    check_resolved("alignment", "the targets", float(middled.norm()), float(target.norm()), rounding, _ZERO)
+    return _cosine("alignment", products)
 
 
 def cka(K1: Kernels, K2: Kernels, *, unbiased: bool = False) -> float:
@@ -140,20 +167,18 @@ def cka(K1: Kernels, K2: Kernels, *, unbiased: bool = False) -> float:
     (1.0, 1.0)
     """
     a, b = tiled(Request("cka"), K1), tiled(Request("cka"), K2)
-    if _shape(a) != _shape(b):
-        raise TangentError(f"cka: the kernels have shapes {_shape(a)} and {_shape(b)}; use the same samples")
+    if shape_of(a) != shape_of(b):
+        raise TangentError(f"cka: the kernels have shapes {shape_of(a)} and {shape_of(b)}; use the same samples")
     if unbiased and a.width > 1:
         raise TangentError("cka: the unbiased estimate is for kernels (n, n); use outputs='trace'")
     if unbiased and a.n < 4:
         raise TangentError(f"cka: the unbiased estimate needs at least 4 samples, got {a.n}; use unbiased=False")
     pair = [CenteredKernel(kernel, unbiased=unbiased) for kernel in (a, b)]
     products = gram(pair)
-    if not unbiased:
-        return _cosine("cka", products, before=(pair[0].before, pair[1].before))
-    if any(float(products[k, k]) <= _NOTHING * kernel.before**2 for k, kernel in enumerate(pair)):
-        raise TangentError(
-            "cka: a kernel has no unbiased variance on these samples; use more samples or unbiased=False"
-        )
+    none = "a kernel has no unbiased variance on these samples; use more samples or unbiased=False"
+    for k, kernel in enumerate(pair):
+        check_square("cka", kernel, kernel.before)
+        _check_centered("cka", kernel, products, k, none if unbiased else _ZERO)
     return _cosine("cka", products)
 
 
@@ -165,7 +190,7 @@ def decompose(K: Kernels, K0: Kernels, y: Values) -> Decomposition:
     Args:
         K: the kernel, a tensor (n, n) or (n, c, n, c), or a store.
         K0: the initial kernel, shaped as K.
-        y: targets, (n,) or (n, c).
+        y: targets, (n,) or (n, c); class numbers (n,) count as one-hot columns.
 
     Raises:
         TangentError: when shapes differ, K is zero, or K₀ and K_y are proportional.
@@ -177,21 +202,39 @@ def decompose(K: Kernels, K0: Kernels, y: Values) -> Decomposition:
     >>> round(found.initial_weight, 6), round(found.target_weight, 6)
     (2.0, 3.0)
     """
-    kernel, target = _pair("decompose", K, y)
+    kernel = tiled(Request("decompose"), K)
+    target, unit, _ = columns("decompose", kernel, y)
     initial = tiled(Request("decompose"), K0)
-    if _shape(initial) != _shape(kernel):
-        raise TangentError(f"decompose: K has shape {_shape(kernel)} and K0 {_shape(initial)}; use the same samples")
-    products = gram([kernel, initial, OuterKernel(kernel, target)])
-    whole, parts = float(products[0, 0]), products[1:, 1:]
+    if shape_of(initial) != shape_of(kernel):
+        raise TangentError(
+            f"decompose: K has shape {shape_of(kernel)} and K0 {shape_of(initial)}; use the same samples"
+        )
+    for one in (kernel, initial):
+        check_square("decompose", one)
+    outer = OuterKernel(kernel, target)
+    found = gram([kernel, initial, outer])
+    whole, parts = float(found.values[0, 0]), found.values[1:, 1:]
     if whole == 0:
         raise TangentError("decompose: K is zero, so there is nothing to decompose")
+    for k, name in enumerate(("K0 is", "the targets are")):
+        if float(parts[k, k]) == 0:
+            raise TangentError(f"decompose: {name} zero, so the weights are not determined; give a kernel and targets")
     if float(torch.linalg.det(parts)) <= 1e-12 * float(parts[0, 0] * parts[1, 1]):
         raise TangentError("decompose: K0 and the target kernel are proportional, so the weights are not determined")
-    weights = torch.linalg.solve(parts, products[1:, 0])
-    first, second = float(weights[0]), float(weights[1])
-    residual = Sum([kernel, initial, OuterKernel(kernel, target)], [1.0, -first, -second])
-    explained = 1 - float(gram([residual])) / whole
-    return Decomposition(first, second, explained, residual.dense() if isinstance(kernel, TensorKernel) else residual)
+    weights = torch.linalg.solve(parts, found.values[1:, 0])
+    scale, *scales = found.scales
+    first, own = (
+        in_range("decompose", f"the weight of {name}", float(weight), scale, 1 / each)
+        for name, weight, each in zip(("K0", "the targets"), weights, scales, strict=True)
+    )
+    residual = Sum([kernel, initial, outer], [1.0, -first, -own])
+    rest = gram([residual])
+    return Decomposition(
+        first,
+        in_range("decompose", "the weight of the targets", own, 1 / unit, 1 / unit),
+        1 - float(rest.values) * (rest.scales[0] / scale) ** 2 / whole,
+        residual.dense() if isinstance(kernel, TensorKernel) else residual,
+    )
 
 
 def representability(
@@ -199,7 +242,7 @@ def representability(
     r: Values,
     *,
     jitter: float = 1e-10,
-    form: Literal["auto", "dense", "matrix-free"] = "auto",
+    form: Form = "auto",
     top: int | None = None,
     memory_limit: int | None = None,
 ) -> Representability:
@@ -217,7 +260,8 @@ def representability(
         memory_limit: bytes that may be used; None is half of what is free.
 
     Raises:
-        TangentError: when shapes do not fit, r is zero, or there is not enough memory.
+        TangentError: when shapes do not fit, r is zero, K₀ is zero, asymmetric, not positive definite, or singular without
+            a jitter, the jitter is negative, or there is not enough memory.
 
     Source: theory in the docs, §5.
 
@@ -225,19 +269,52 @@ def representability(
     >>> round(found.rkhs_norm, 6), found.energy.tolist()
     (1.0, [1.0, 1.0])
     """
-    kernel, target = _pair("representability", K0, r)
+    call = "representability"
+    check_choice(call, "form", form, get_args(Form))
+    if not 0 <= jitter < math.inf or (top is not None and top < 1):
+        raise TangentError(f"{call}: jitter is zero or positive and top at least 1, got {jitter} and {top}")
+    kernel = tiled(Request(call), K0)
+    target, unit, _ = columns(call, kernel, r)
     if not kernel.full and target.shape[1] > 1:
         raise TangentError(
-            "representability: several outputs need the full kernel (n, c, n, c), or one output at a time"
+            f"{call}: several outputs need the full kernel (n, c, n, c), or one output at a time; integers of more than "
+            "two values are classes, an output each"
         )
     if not bool(target.any()):
-        raise TangentError("representability: the targets are zero, which every kernel represents")
-    added = jitter * float(kernel.diagonal().mean())
+        raise TangentError(f"{call}: the targets are zero, which every kernel represents")
+    check_square(call, kernel)
+    scale = power_of_two(largest(kernel.diagonal()))
+    kernel = kernel if scale == 1 else Sum([kernel], [1 / scale])
+    mean = float(kernel.diagonal().mean())
+    if mean <= 0:
+        raise TangentError(
+            f"{call}: the kernel is {'zero' if mean == 0 else 'not positive'} on its diagonal; {_REMEDY}"
+        )
     room = limit_for(memory_limit, kernel.device)
     dense = _COPIES * 8 * kernel.size**2 <= room if form == "auto" else form == "dense"
     if dense:
-        require_memory("representability", _COPIES * 8 * kernel.size**2, room, remedy="use form='matrix-free'")
-    return (_represented if dense else _represented_by_products)(kernel, target[:, 0], r.shape, added, top, room)
+        require_memory(call, _COPIES * 8 * kernel.size**2, room, remedy="use form='matrix-free'")
+    shape = np.shape(r) if target.numel() == math.prod(np.shape(r)) else (kernel.n, -1)
+    found = (_represented if dense else _represented_by_products)(kernel, target[:, 0], shape, jitter * mean, top, room)
+    left = found.leave_one_out
+    return replace(
+        found,
+        rkhs_norm=in_range(call, "the RKHS norm", found.rkhs_norm, unit, unit, 1 / scale),
+        leave_one_out=None if left is None else left * unit,
+        jitter=found.jitter * scale,
+    )
+
+
+def _check_positive(call: str, kernel: Tiled, smallest: float, largest: float, added: float) -> None:
+    """Raise TangentError for a kernel with negative eigenvalues, or that rounding and jitter leave without an inverse."""
+    rounding = kernel.size * torch.finfo(kernel.dtype).eps
+    if smallest < -max(rounding, _INDEFINITE) * largest:
+        raise TangentError(
+            f"{call}: the kernel is not positive definite, its smallest eigenvalue is {smallest / largest:.1e} of the "
+            f"largest; {_REMEDY}"
+        )
+    if max(smallest, 0.0) + added <= 8 * torch.finfo(torch.float64).eps * largest:
+        raise TangentError(f"{call}: the kernel has no inverse in float64; use a positive jitter, such as 1e-10")
 
 
 def _represented(
@@ -245,6 +322,7 @@ def _represented(
 ) -> Representability:
     """The dense form: from all eigenvectors."""
     values, vectors = torch.linalg.eigh(kernel.matrices()[0])
+    _check_positive("representability", kernel, float(values[0]), float(values[-1]), added)
     inverse = (vectors / (values.clamp_min(0) + added)) @ vectors.mT
     alpha = inverse @ flat
     energy = ((vectors.mT @ flat) ** 2).flip(0)[:top].cumsum(0) / (flat @ flat)
@@ -259,6 +337,9 @@ def _represented_by_products(
 ) -> Representability:
     """The matrix-free form; leave-one-out residuals would need the inverse's diagonal."""
     held = Cached(kernel, room // 2)
+    products = KernelProducts(held)
+    smallest, largest = lowest(products)
+    _check_positive("representability", kernel, min(smallest, 0.0), largest, math.inf)
     operator = KernelProducts(held, ridge=added)
     found = solved(operator, flat[:, None], room=room // 2, tol=_SOLVED)
     alpha = found.solution[:, 0]
@@ -270,7 +351,7 @@ def _represented_by_products(
             stacklevel=3,
         )
     count = min(kernel.size, _TOP if top is None else top)
-    vectors = eigen("representability", KernelProducts(held), count, tol=_SOLVED, memory_limit=room // 2).vectors
+    vectors = eigen("representability", products, count, tol=_SOLVED, memory_limit=room // 2).vectors
     energy = ((vectors.mT @ flat) ** 2).cumsum(0) / (flat @ flat)
     return Representability(
         2 * float(flat @ alpha) - float(alpha @ operator.apply(alpha)), energy, None, added, found.residual,
@@ -292,9 +373,10 @@ def effective_rank(B: Values) -> EffectiveRank:
     >>> round(rank.stable, 6), round(rank.entropy, 6), round(rank.participation, 6)
     (3.0, 3.0, 3.0)
     """
-    matrix = _tensor("effective_rank", B)
+    matrix = numbers("effective_rank", B)
     if matrix.ndim not in (1, 2):
         raise TangentError(f"effective_rank: expected a matrix or its singular values, got shape {tuple(matrix.shape)}")
+    matrix = matrix / power_of_two(largest(matrix))
     values = matrix.abs() if matrix.ndim == 1 else torch.linalg.svdvals(matrix)
     if values.numel() == 0 or float(values.max()) == 0:
         return EffectiveRank(0.0, 0.0, 0.0)
@@ -304,40 +386,24 @@ def effective_rank(B: Values) -> EffectiveRank:
     return EffectiveRank(float(squares.sum()), float(np.exp(entropy)), float(squares.sum() ** 2 / (squares**2).sum()))
 
 
-def _tensor(call: str, values: Values) -> Tensor:
-    tensor = torch.as_tensor(values).detach().double()
-    check_finite(call, "the value", [tensor])
-    return tensor
-
-
-def _shape(kernel: Tiled) -> tuple[int, ...]:
-    return (kernel.n, kernel.width, kernel.n, kernel.width) if kernel.full else (kernel.n, kernel.n)
-
-
-def _pair(call: str, K: Kernels, y: Values) -> tuple[Tiled, Float[Tensor, "N k"]]:
-    """The kernel as tiles, and Y with K_y = Y Yᵀ."""
-    kernel, target = tiled(Request(call), K), _tensor(call, y)
-    target = (target[:, None] if target.ndim == 1 else target).to(kernel.device)
-    wanted = (kernel.n, kernel.width) if kernel.full else (kernel.n, *target.shape[1:2])
-    if target.ndim != 2 or tuple(target.shape) != wanted:
-        raise TangentError(f"{call}: targets of shape {tuple(y.shape)} do not fit a kernel of shape {_shape(kernel)}")
-    return kernel, target.reshape(-1, 1) if kernel.full else target
-
-
 def _middled(kernel: Tiled, target: Float[Tensor, "N k"]) -> Float[Tensor, "N k"]:
     """HY: centered over samples, for each output."""
     cube = target.reshape(kernel.n, kernel.width, -1)
     return (cube - cube.mean(0)).reshape(target.shape)
 
 
-def _norm(target: Float[Tensor, "N k"]) -> float:
-    """‖Y Yᵀ‖."""
-    return float((target.mT @ target).norm())
+def _check_centered(call: str, kernel: CenteredKernel, products: Gram, k: int, zero: str = _ZERO) -> None:
+    """Raise TangentError if centering leaves nothing of a kernel, the k-th, or nothing but rounding."""
+    left = products.scales[k] * math.sqrt(max(0.0, float(products.values[k, k])))
+    rounding = torch.finfo(kernel.dtype).eps
+    if left <= _DOUBTFUL * kernel.before:
+        rounding = rounding_of(kernel.dtype, (kernel.of.read(*place) for place in kernel.grid))
+    check_resolved(call, "a kernel", left, kernel.before, rounding, zero)
 
 
-def _cosine(call: str, products: Float[Tensor, "2 2"], *, before: tuple[float, float] = (0.0, 0.0)) -> float:
-    """The cosine of two kernels; an error if one is zero, or only rounding against its norm ``before`` centering."""
-    sizes = [float(products[k, k].sqrt()) for k in (0, 1)]
-    if any(size <= _NOTHING * whole for size, whole in zip(sizes, before, strict=True)):
-        raise TangentError(f"{call}: a kernel is zero (after centering, if asked for), so the angle is not defined")
-    return float(products[0, 1]) / sizes[0] / sizes[1]
+def _cosine(call: str, products: Gram) -> float:
+    """The cosine of two kernels; an error if one is zero."""
+    sizes = [math.sqrt(float(products.values[k, k])) for k in (0, 1)]
+    if not all(sizes):
+        raise TangentError(f"{call}: {_ZERO}")
+    return float(products.values[0, 1]) / sizes[0] / sizes[1]

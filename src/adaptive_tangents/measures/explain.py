@@ -17,6 +17,7 @@ from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Index, SampleMap
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Entrywise, Matrix, Sides, Transform
+from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.runtime.progress import Progress
@@ -101,7 +102,7 @@ def explain(
         order[:quarter].sort().values,
         order[quarter : 2 * quarter].sort().values,
     )
-    start, end = start_feats, end_feats
+    start, end = _moderate(start_feats, end_feats)
     if not any(_Pair(*_wide(block, end.blocks[name])).change > 0 for name, block in start.blocks.items()):
         raise TangentError("explain: the features are the same at start and end, so there is no change to explain")
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
@@ -150,6 +151,18 @@ def explain_operations(block: Block, after: Block, structure: Structure, n: int)
     if len(sides) == 2:
         each = len(_STRENGTHS) * _USUAL_ROUNDS * (each + 2 * forming + sum(d**3 for d in sides))
     return 12 * inner + each + sum(6.0 * d**3 for d in sides)
+
+
+def _moderate(start: TangentFeatures, end: TangentFeatures) -> tuple[TangentFeatures, TangentFeatures]:
+    """Both features over the same power of two, so that float64 holds their squares."""
+    signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
+    signs[::2] = -1
+    sizes = [largest(matrix) for feats in (start, end) for matrix in feats.to(start.dtype).combine(signs).values()]
+    scale = power_of_two(max(sizes))
+    if scale == 1 or start.dtype != torch.float64:  # float64 holds the squares of any float32
+        return start, end
+    small = Sides(scale=1 / scale)
+    return start.transformed(dict.fromkeys(start.blocks, small)), end.transformed(dict.fromkeys(end.blocks, small))
 
 
 def _sides(block: Block, structure: Structure) -> dict[str, int]:

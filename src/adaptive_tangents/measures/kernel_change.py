@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import check_finite
+from adaptive_tangents.checks import Values, as_tensor, check_finite, check_real
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Matrix, Side, Sides, Transform
+from adaptive_tangents.kernels.derived_kernels import in_range, largest, power_of_two
 from adaptive_tangents.linalg.factor_products import times
 from adaptive_tangents.measures.alignment import alignment
 from adaptive_tangents.runtime.memory import limit_for, require_memory
@@ -91,7 +92,7 @@ class KernelChange:
 def kernel_change(
     feats: TangentFeatures,
     transforms: Mapping[str, Transform],
-    y: Shaped[Tensor, "..."],
+    y: Values,
     *,
     outputs: Outputs = "full",
     keep: bool = False,
@@ -124,6 +125,7 @@ def kernel_change(
         raise TangentError(f"kernel_change: outputs is 'full' or 'trace', got {outputs!r}")
     joint = _check_transforms(feats, transforms)
     targets = _check_targets(feats, y)
+    unit = power_of_two(largest(targets), 32)
     shape = (feats.n, feats.c) if outputs == "full" else (feats.n,)
     size = torch.Size(shape).numel()
     kept = 4 * len(feats.blocks) if keep else 0
@@ -141,11 +143,13 @@ def kernel_change(
         kernel += _alone(feats, name).kernel(outputs=outputs)
     if not bool(kernel.any()):
         raise TangentError("kernel_change: the initial kernel is zero, so its change has no scale")
+    scale = power_of_two(largest(kernel))
     held = {name: sides_of(name) for name in feats.blocks} if keep else {}
     change = torch.zeros_like(kernel)
     for name in feats.blocks:
         change += _sum(held.get(name) or sides_of(name), kernel)
-    measure = _Measure(kernel, change, targets.reshape(size, -1))
+    kernel, change = kernel.div_(scale), change.div_(scale)
+    measure = _Measure(kernel, change, targets.reshape(size, -1) / unit, scale, unit)
     measured = {name: measure.sides(held.get(name) or sides_of(name)) for name in feats.blocks}
     whole = measure(change)
     before = _aligned(kernel, targets)
@@ -354,9 +358,12 @@ def _sum(sides: Mapping[str, Tensor], like: Tensor) -> Tensor:
 
 
 class _Measure:
-    """The measures of a part Δ, given K₀, ΔK and Y with K_y = Y Yᵀ."""
+    """The measures of a part Δ, given K₀/s, ΔK/s and Y/t with K_y = Y Yᵀ."""
 
-    def __init__(self, initial: Tensor, change: Tensor, target: Float[Tensor, "N k"]) -> None:
+    def __init__(
+        self, initial: Tensor, change: Tensor, target: Float[Tensor, "N k"], scale: float, unit: float
+    ) -> None:
+        self.unit, self.unscaled = (scale, 1 / unit, 1 / unit), scale
         size, self.shape = len(target), change.shape
         initial, self.change, self.target = initial.reshape(size, size), change.reshape(size, size), target
         self.scale, self.trace = float(initial.norm()), float(initial.trace())
@@ -364,7 +371,8 @@ class _Measure:
 
     def sides(self, kernels: Mapping[str, Tensor]) -> tuple[KernelPart, dict[str, KernelPart]]:
         """The measures of the sum of the kernels, and of each."""
-        return self(_sum(kernels, self.change.reshape(self.shape))), {side: self(k) for side, k in kernels.items()}
+        parts = {side: kernel / self.unscaled for side, kernel in kernels.items()}
+        return self(_sum(parts, self.change.reshape(self.shape))), {side: self(part) for side, part in parts.items()}
 
     def __call__(self, kernel: Tensor) -> KernelPart:
         part = kernel.reshape(self.change.shape)
@@ -377,7 +385,7 @@ class _Measure:
             growth=float(part.trace()) / self.trace,
             contribution=float((part * self.change).sum()) / self.size**2 if self.size > 0 else 0.0,
             target_cosine=along / size,
-            target_weight=along / self.target_size,
+            target_weight=in_range("kernel_change", "the target weight", along / self.target_size, *self.unit),
         )
 
 
@@ -414,22 +422,22 @@ def _check_transforms(feats: TangentFeatures, transforms: Mapping[str, Transform
     return joint
 
 
-def _check_targets(feats: TangentFeatures, y: Tensor) -> Float[Tensor, "n c"]:
-    given = tuple(y.shape)
-    y = y[:, None] if y.ndim == 1 and feats.c == 1 else y
+def _check_targets(feats: TangentFeatures, y: object) -> Float[Tensor, "n c"]:
+    call = "kernel_change"
+    given = as_tensor(call, "targets", y, feats.device)
+    y = given[:, None] if given.ndim == 1 and feats.c == 1 else given
     if tuple(y.shape) != (feats.n, feats.c):
         raise TangentError(
-            f"kernel_change: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+            f"{call}: targets have shape {tuple(given.shape)}, features are of n = {feats.n} samples, c = {feats.c} outputs"
         )
     if y.device != feats.device:
         raise TangentError(
-            f"kernel_change: targets are on {y.device} and features on {feats.device}; move one with .to(device)"
+            f"{call}: targets are on {y.device} and features on {feats.device}; move one with .to(device)"
         )
-    if not y.is_floating_point():
-        raise TangentError(f"kernel_change: targets are {y.dtype}; give real numbers, e.g. y.double()")
-    check_finite("kernel_change", "the target", [y])
+    check_real(call, y, "real numbers, e.g. y.double()")
+    check_finite(call, "the target", [y])
     if not bool(y.any()):
-        raise TangentError("kernel_change: the targets are zero, so there is no target kernel")
+        raise TangentError(f"{call}: the targets are zero, so there is no target kernel")
     return y.detach().double()
 
 

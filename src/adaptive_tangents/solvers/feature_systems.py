@@ -8,6 +8,7 @@ v = ½MᵀM(w₀ + φᵀu), where u (nc,) solves a system in K_M.
 import torch
 from torch import Tensor
 
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.cholesky import CHUNK, factorize
 from adaptive_tangents.linalg.conjugate_gradients import Solve
@@ -43,7 +44,10 @@ class FeatureProducts:
         return self.adapted.inner(self.adapted.combine(x.reshape(self.n, self.c))).flatten()
 
     def rounded(self) -> Tensor:
-        return self.adapted.to(torch.float32).kernel().reshape(self.n * self.c, self.n * self.c)
+        try:
+            return self.adapted.to(torch.float32).kernel().reshape(self.n * self.c, self.n * self.c)
+        except TangentError as error:
+            raise TangentError("fit: the kernel is too large for single precision; use form='dense'") from error
 
     def entries(self) -> Tensor:
         parts = (self.adapted[k : k + CHUNK] for k in range(0, self.n, CHUNK))

@@ -21,7 +21,7 @@ from adaptive_tangents.solvers.problem import Problem
 from adaptive_tangents.solvers.results import Fit, KernelFit
 from adaptive_tangents.solvers.search import Solver, examined, searched
 from adaptive_tangents.solvers.subspaces import compressed
-from adaptive_tangents.solvers.targets import check_features, check_features_or_kernel, goal_of
+from adaptive_tangents.solvers.targets import check_features, check_features_or_kernel, check_results, goal_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
@@ -118,6 +118,7 @@ def fit(
         found = fit_kernel(
             feats, r, course, structure=structure, ridge=ridge, solver=solver, form=form, memory_limit=memory_limit
         )
+    check_results("fit", found.objective, found.stationarity)
     if not found.converged:
         warnings.warn(f"fit did not converge: {found.reason}", TangentWarning, stacklevel=2)
     return found

@@ -12,6 +12,7 @@ import torch
 
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.kernels.derived_kernels import check_symmetric, largest
 from adaptive_tangents.kernels.regression import KernelForm, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import limit_for
@@ -20,6 +21,7 @@ from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, C
 from adaptive_tangents.solvers.kernel_problem import KernelProblem, Norms, State, slopes
 from adaptive_tangents.solvers.losses import SquaredError
 from adaptive_tangents.solvers.results import KernelFit
+from adaptive_tangents.solvers.targets import check_moderate
 from adaptive_tangents.structures.base import Structure
 
 KernelSolver = Literal["newton", "alternation"]
@@ -53,6 +55,14 @@ def fit_kernel(
     room = limit_for(memory_limit, first.device)
     dense = is_dense(call, first, form, room, copies=_COPIES)
     share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
+    for part in groups.values():
+        check_symmetric(call, part)
+    size = math.sqrt(max(largest(part.diagonal()) for part in groups.values()))
+    check_moderate(call, size, targets)
+    if size == 0 and ridge == 0 and not loss.trivial:
+        raise TangentError(
+            f"{call}: the kernel is zero, which interpolates zero targets only; scale it, or use a ridge"
+        )
     held = {name: Cached(part, share) for name, part in groups.items()}
     means = {name: math.sqrt(float(part.diagonal().mean())) or 1.0 for name, part in held.items()}
     form = "dense" if dense else "matrix-free"

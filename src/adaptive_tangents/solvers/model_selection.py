@@ -16,9 +16,11 @@ from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.solvers.targets import check_features
-from adaptive_tangents.structures.base import Structure
-from adaptive_tangents.structures.mixed import as_structure
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
+
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class FitPath:
     Attributes:
         fits: the fits, for each ridge in the order of the structures.
         errors: the held-out error of each, a mean over samples.
-        criterion: "leave-one-out squared error" with each fit's transform held; or "k-fold squared error" or "k-fold
-            cross-entropy", refitted without each fold.
+        criterion: "leave-one-out squared error", exact where nothing adapts; or "k-fold squared error" or "k-fold
+            cross-entropy", transforms and coefficients refitted without each fold.
     """
 
     fits: tuple[Fit, ...] = field(repr=False)
@@ -42,8 +44,15 @@ class FitPath:
         return self.fits[min(range(len(self.errors)), key=self.errors.__getitem__)]
 
     def summary(self) -> str:
-        """One line for each fit, the best marked with a star."""
-        lines = [f"held out: {self.criterion}"]
+        """What the errors have seen, and one line for each fit, the best marked with a star."""
+        seen = "exact: nothing adapts, so no transform has seen the sample left out"
+        if not self.criterion.startswith("leave-one-out"):
+            seen = "transforms and coefficients are refitted without the samples of each fold"
+        lines = [f"held out: {self.criterion}; {seen}"]
+        if len(self.fits) > 1:
+            lines.append(
+                f"the least of {len(self.fits)} errors has seen all samples, by the choice: test the best on others"
+            )
         for found, error in zip(self.fits, self.errors, strict=True):
             mark = "*" if found is self.best else " "
             state = "" if found.converged else ", NOT converged"
@@ -66,15 +75,15 @@ def fit_path(
     r"""Fit a grid of structures and ridges ρ with warm starts, and measure held-out errors.
 
     For each ridge, the structures are fitted in the order given, each from the solution of the one before. The held-out error
-    is that of leave-one-out residuals in closed form, with the transform of the whole fit held; with ``folds`` it is the mean
-    loss of samples left out of a refit.
+    is the mean loss of samples left out of a refit, fold by fold. Where nothing adapts (``Fixed`` alone) it is that of
+    leave-one-out residuals, which have an exact closed form.
 
     Args:
         feats: tangent features φ of n samples with c outputs.
         r: targets minus f(x; θ₀), (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
         structures: one or more structures, such as one with penalties of falling strength λ.
         ridges: one or more ρ ≥ 0; 0 interpolates.
-        folds: how many folds; None is leave-one-out for squared error, 5 folds for cross-entropy.
+        folds: how many folds; None is leave-one-out for squared error where nothing adapts, else 5 folds.
         seed: of the shuffle that makes the folds.
         options: other keyword arguments of ``fit``.
 
@@ -95,7 +104,8 @@ def fit_path(
     if not chosen or not ridges:
         raise TangentError("fit_path: give one or more structures, and one or more ridges")
     entropy = options.get("loss") == "cross-entropy"
-    folds = 5 if folds is None and entropy else folds
+    if folds is None and (entropy or any(map(_adapts, chosen))):
+        folds = min(_FOLDS, feats.n)
     if folds is not None and not 2 <= folds <= feats.n:
         raise TangentError(f"fit_path: folds are 2..n = {feats.n}, got {folds}")
     r = as_tensor("fit_path", "labels" if entropy else "targets", r, feats.device)
@@ -117,10 +127,17 @@ def fit_path(
     return FitPath(tuple(fits), tuple(errors), f"{what} {'cross-entropy' if entropy else 'squared error'}")
 
 
+def _adapts(structure: Structure) -> bool:
+    """Whether transforms depend on the targets, so that those of a whole fit have seen every sample."""
+    if isinstance(structure, Mixed):
+        return any(map(_adapts, structure.structures.values()))
+    return not isinstance(structure, Fixed)
+
+
 def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
     r"""r_k minus the prediction of a fit without sample k, with M held: [((K_M + ρI)⁻¹)_kk]⁻¹ α_k, with blocks c × c.
 
-    Exact for ``Fixed``; for other structures M has seen the sample.
+    Exact for ``Fixed``. For other structures M has seen the sample, so they are too small: ``fit_path`` uses folds.
 
     Args:
         found: a fit on features, with squared error.

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive_tangents.checks import Values, as_tensor, check_finite
+from adaptive_tangents.checks import OF_CLASSES, Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.targets import check_features
+from adaptive_tangents.solvers.targets import check_features, check_moderate, size_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
@@ -160,11 +160,12 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
         if tuple(goal.shape) != size or not goal.is_floating_point() or goal.device != feats.device:
             raise TangentError(
                 f"{call}: targets are real and of shape {size} on {feats.device}, got {r.dtype} of shape "
-                f"{tuple(r.shape)} on {r.device}"
+                f"{tuple(r.shape)} on {r.device}" + ("" if r.is_floating_point() else f"; {OF_CLASSES}")
             )
         if offset is not None:
             raise TangentError(f"{call}: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
         check_finite(call, "the target", [goal])
+        check_moderate(call, size_of(feats), goal)
         targets = goal.detach().double()
         return _Smooth(lambda outputs: ((targets - outputs) ** 2).sum() / ridge, 2 / ridge)
     if loss != "cross-entropy":

@@ -1,16 +1,21 @@
 """Checks of what users pass to a fit: features or a kernel; and targets, labels and offsets, made into a loss."""
 
+import math
 from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from adaptive_tangents.checks import as_tensor, check_choice, check_finite
+from adaptive_tangents.checks import as_tensor, check_choice, check_finite, check_real
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.kernels.derived_kernels import largest
 from adaptive_tangents.kernels.tiles import StoredKernel
 from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, SquaredError
+
+_LEAST = 1e-60  # features, targets and coefficients from 1e-60 to 1e60 have squares and products within 1e±240
 
 
 def check_features(call: str, given: object) -> None:
@@ -45,6 +50,34 @@ def goal_of(feats: TangentFeatures, r: object, *, loss: str, offset: object, rid
     return (_cross_entropy if loss == "cross-entropy" else _squared)(feats, r, offset, ridge)
 
 
+def check_moderate(call: str, size: float, targets: Tensor) -> None:
+    """Raise TangentError if float64 does not hold squares of features of this size, of targets, or of coefficients."""
+    aim = largest(targets)
+    sizes = {"features": size, "targets": aim, "coefficients": aim / size if size else 0.0}
+    for what, found in sizes.items():
+        if found != 0 and not _LEAST <= found <= 1 / _LEAST:
+            raise TangentError(
+                f"{call}: {what} are of size {found:.0e} (features {size:.0e}, targets {aim:.0e}), whose squares leave too "
+                "little of float64's range; scale both, e.g. output_fn=lambda out: out / scale and r / scale"
+            )
+
+
+def size_of(feats: TangentFeatures) -> float:
+    """The size of features, from a sum of them with signs."""
+    signs = torch.ones(feats.n, feats.c, dtype=feats.dtype, device=feats.device)
+    signs[::2] = -1
+    return max(largest(matrix) for matrix in feats.combine(signs).values())
+
+
+def check_results(call: str, *values: float) -> None:
+    """Raise TangentError if a result is not finite."""
+    if not all(map(math.isfinite, values)):
+        raise TangentError(
+            f"{call}: the objective is beyond float64's range; scale features and targets, or use a larger ridge "
+            "or another penalty"
+        )
+
+
 def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: float) -> SquaredError:
     if offset is not None:
         raise TangentError("fit: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
@@ -55,9 +88,9 @@ def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: fl
             f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
         )
     _check_device(feats, "targets", r)
-    if not r.is_floating_point():
-        raise TangentError(f"fit: targets are {r.dtype}; give real residuals y − f(x;θ₀), e.g. r.double()")
+    check_real("fit", r)
     check_finite("fit", "the target", [r])
+    check_moderate("fit", size_of(feats), r)
     return SquaredError(r.detach().double().flatten(), ridge)
 
 
@@ -75,6 +108,7 @@ def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None
     for name, tensor in (("labels", labels), ("offset", offset)):
         _check_device(feats, name, tensor)
     check_finite("fit", "the offset", [offset])
+    check_moderate("fit", size_of(feats), torch.ones(1))
     classes = max(feats.c, 2)
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):
