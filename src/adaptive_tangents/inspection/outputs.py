@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, arguments, samples, take
-from adaptive_tangents.capture.network import OutputFn
-from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.complex_parameters import as_real
+from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
 
@@ -48,20 +48,11 @@ def pick(out: Any, call: str = "inspect") -> Tensor:
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
     """f(x; θ) of all samples, computed in parts."""
-    values = {name: state[name] for name, _ in model.named_parameters() if name in state}
-
-    def run(part: slice) -> Tensor:
-        def called(recorded: bool) -> Tensor:
-            moved = needing_gradients(values) if recorded else {}
-            return pick(
-                torch.func.functional_call(model, {**state, **moved}, *arguments(model, take(take(x, part), None)))
-            )
-
-        made: Tensor = recorded_if_needed(called)
-        return made
-
+    parameters = {name: as_real(state.get(name, p).detach()) for name, p in model.named_parameters()}
+    buffers = {name: state.get(name, b).detach() for name, b in model.named_buffers()}
+    net = Network(model, parameters, buffers, (), pick, "inspect")
     with torch.no_grad():
-        return torch.cat([run(slice(first, first + _CHUNK)) for first in range(0, samples(x), _CHUNK)])
+        return torch.cat([net(take(x, slice(k, k + _CHUNK)), {}) for k in range(0, samples(x), _CHUNK)])
 
 
 class _Margin(nn.Module):
