@@ -86,7 +86,9 @@ def of(function: Callable[..., Any], **parts: Any) -> nn.Module:
 
 
 graph = torch.tensor([[0, 1, 2, 8], [1, 2, 0, 3]])
-ONE_SAMPLE = r"the model runs on all {n} samples of x but not on one sample of it \({words}\); features are of one sample at a time"
+ONE_SAMPLE = (
+    r"the model runs on all {n} samples of x but not on one sample of it \({words}\); features are of one sample"
+)
 FAILS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "another width": (linear, normal(9, 4), r"the model fails on x \(9, 4\) float64 \(mat1 and mat2 shapes cannot be "
         r"multiplied \(9x4 and 3x2\)\); pass x in the shape and dtype that the model takes"),
