@@ -109,7 +109,7 @@ class Loan:
                 self._aliases.append((tensor, owners[start], tensor.storage_offset()))
             elif tensor.nbytes < _LARGE:
                 self._copied.append((tensor, tensor.data))
-        self._versions = {name: _version(tensor) + _LATER for name, tensor in self.tensors.items()}
+        self._versions = {k: _version(t) + (0 if k in self._buffers else _LATER) for k, t in self.tensors.items()}
         for tensor in self._own:
             tensor._backward_hooks = None  # a hook on a gradient is no part of the function
             tensor.grad = None
