@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +41,8 @@ def fork(function: Callable[[], object]) -> int:
         except at.TangentError as error:
             print(f"refused: {error}", flush=True)
             code = 3
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid

@@ -23,12 +23,13 @@ def test_a_kernel_in_tiles_equals_that_of_the_dense_features(case: Case) -> None
     p = prepare(case)
     keywords = {"wrt": case.wrt, "output_fn": case.output_fn}
     before = fingerprint(p.model, p.x)
+    x, phi = take(p.x, slice(0, 3)), p.phi[:3]
     for tile, outputs in ((2, "full"), (None, "trace")) if case in SMALL else ((2, "full"),):
-        made = at.tangent_kernel(p.model, p.x, outputs=outputs, tile=tile, **keywords)
-        assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs)), f"tile {tile}"
+        made = at.tangent_kernel(p.model, x, outputs=outputs, tile=tile, **keywords)
+        assert p.agrees(made, reference.kernel(phi, phi, outputs)), f"tile {tile}"
         assert torch.equal(made, made.permute(2, 3, 0, 1) if outputs == "full" else made.transpose(0, 1))
-    made = at.tangent_kernel(p.model, take(p.x, slice(0, 3)), p.other_x, outputs="diagonal", tile=1, **keywords)
-    assert p.agrees(made, reference.kernel(p.phi[:3], p.other_phi, "diagonal")), "two batches"
+    made = at.tangent_kernel(p.model, take(x, slice(0, 2)), p.other_x, outputs="diagonal", tile=1, **keywords)
+    assert p.agrees(made, reference.kernel(phi[:2], p.other_phi, "diagonal")), "two batches"
     assert fingerprint(p.model, p.x) == before
 
 
