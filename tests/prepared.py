@@ -33,7 +33,9 @@ def every_case_and(name: str, *choices: Sequence[Any]) -> pytest.MarkDecorator:
     """As ``every_case`` with an argument more: of each sequence of choices, the cases take one after the other in turn."""
     pairs = [(case, values[k % len(values)]) for k, case in enumerate(CASES) for values in choices]
     groups = [
-        pytest.param(case, value, id=f"{case.name}-{getattr(value, '__name__', value)}", marks=pytest.mark.xdist_group(case.name))
+        pytest.param(
+            case, value, id=f"{case.name}-{getattr(value, '__name__', value)}", marks=pytest.mark.xdist_group(case.name)
+        )
         for case, value in pairs
     ]
     return pytest.mark.parametrize(("case", name), groups)

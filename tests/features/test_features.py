@@ -165,9 +165,7 @@ def test_features_of_one_sample_go_with_features_of_many(case: Case) -> None:
     assert p.agrees(alone.kernel(p.feats), reference.kernel(p.phi[:1], p.phi))
 
 
-@every_case_and(
-    "limited", (("full", 150), ("full", 4000)), (("trace", 10**9), ("trace", 400), ("diagonal", 900))
-)
+@every_case_and("limited", (("full", 150), ("full", 4000)), (("trace", 10**9), ("trace", 400), ("diagonal", 900)))
 def test_all_routes_give_the_same_kernel_under_any_budget(case: Case, limited: tuple[str, int]) -> None:
     p, (outputs, budget) = prepare(case), limited
     feats, other = (f.to(kernel_layout.working_dtype(f.dtype)) for f in (p.feats, p.other))

@@ -534,9 +534,7 @@ def share(rank: int, folder: Path, blocks: Mapping[str, Tensor], x: Tensor, r: T
     torch.distributed.barrier()
 
 
-def test_two_processes_share_the_tiles_and_find_what_one_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feats, r, x = at.tangent_features(network(), inputs()), targets(N, 2) / 10, targets(2 * N, 3)
     blocks = feats.kernel(by_block=True)
     store = at.kernel_to_store(network(), inputs(), tmp_path / "K.zarr", outputs="full", tile=TILE)

@@ -16,7 +16,6 @@ from adaptive_tangents.storage.processes import _agreed
 from stored import LIMIT, data, files, network
 
 
-
 def test_a_writer_killed_at_random_moments_leaves_whole_tiles_and_resumes_to_the_same_files(tmp_path: Path) -> None:
     forked.killed(tmp_path)
 
