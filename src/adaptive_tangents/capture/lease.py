@@ -90,6 +90,7 @@ class Loan:
         self._places: dict[int, list[Put]] | None = None
         self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         self._versions: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
@@ -157,6 +158,7 @@ class Loan:
         # Other versions than outside of the loan: what was computed from a parameter there is stale.
         for name in values:
             _set_version(self.tensors[name], self._versions[name])
+        self._counted = {name: _version(self.tensors[name]) for name in values}
         self._at = {name: self.tensors[name].data_ptr() for name in values if _has_storage(self.tensors[name])}
         for name, value in instead.items():
             own = self.tensors[name]
@@ -172,7 +174,7 @@ class Loan:
                 return name
         for name in names:
             own = self.tensors[name]
-            if _version(own) != self._versions[name] or (name in self._at and own.data_ptr() != self._at[name]):
+            if _version(own) != self._counted[name] or (name in self._at and own.data_ptr() != self._at[name]):
                 return name
         return None
 
@@ -229,11 +231,13 @@ def _tensor_undo(tensor: Tensor) -> _Step:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    with suppress(RuntimeError):
+        return tensor._version
+    return 0
 
 
 def _set_version(tensor: Tensor, version: int) -> None:
-    if not tensor.is_inference():
+    with suppress(RuntimeError):  # a tensor made in inference mode counts no writes
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
