@@ -80,6 +80,7 @@ class Loan:
         self.model = model
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
+        self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
         self._undo: list[_Step] = []
         self._held = Belongings()
@@ -174,6 +175,8 @@ class Loan:
                 return name
         for name in names:
             own = self.tensors[name]
+            if name in self.without_versions:
+                continue
             if _version(own) != self._counted[name] or (name in self._at and own.data_ptr() != self._at[name]):
                 return name
         return None
@@ -231,13 +234,11 @@ def _tensor_undo(tensor: Tensor) -> _Step:
 
 
 def _version(tensor: Tensor) -> int:
-    with suppress(RuntimeError):
-        return tensor._version
-    return 0
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _set_version(tensor: Tensor, version: int) -> None:
-    with suppress(RuntimeError):  # a tensor made in inference mode counts no writes
+    if not tensor.is_inference():
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
