@@ -87,7 +87,7 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
         if dataclasses.is_dataclass(made) and not hasattr(made.__init__, "__wrapped__"):
             made.__init__ = _checked_where_new(made.__init__, **options)
         return made
-    if not inspect.isfunction(made) or inspect.isgeneratorfunction(made):
+    if not inspect.isfunction(made):
         return _jaxtyped(made, **options)
     check = _checks.get(id(made.__code__))
 

@@ -14,7 +14,6 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.batches import take
 from adaptive_tangents.features.blocks import Block
-from cases import CASES as SMALL
 from cases import Case
 from registry import CASES
 
@@ -30,11 +29,13 @@ def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
 every_case = over(CASES)
 
 
-def every_case_and(name: str, values: Sequence[Any], *, elsewhere: Sequence[Any]) -> pytest.MarkDecorator:
-    """As ``every_case`` with an argument more: all its values on the small cases, fewer where no block is of another type."""
-    pairs = [(case, value) for case in CASES for value in (values if case in SMALL else elsewhere)]
+def every_case_and(name: str, *choices: Sequence[Any]) -> pytest.MarkDecorator:
+    """As ``every_case`` with an argument more: of each sequence of choices, the cases take one after the other in turn."""
+    pairs = [(case, values[k % len(values)]) for k, case in enumerate(CASES) for values in choices]
     groups = [
-        pytest.param(case, value, id=f"{case.name}-{value}", marks=pytest.mark.xdist_group(case.name))
+        pytest.param(
+            case, value, id=f"{case.name}-{getattr(value, '__name__', value)}", marks=pytest.mark.xdist_group(case.name)
+        )
         for case, value in pairs
     ]
     return pytest.mark.parametrize(("case", name), groups)

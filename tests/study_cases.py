@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
 from adaptive_tangents.commands.report import PAGES
@@ -193,17 +191,9 @@ def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def laid_out_once() -> Iterator[None]:
-    """Figures of few pixels, laid out once for both of their files."""
-    execute, done = ConstrainedLayoutEngine.execute, set[Figure]()
-
-    def once(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
-        if figure not in done:
-            done.add(figure)
-            execute(engine, figure)
-
+def of_few_pixels() -> Iterator[None]:
+    """Figures as they are, in few pixels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConstrainedLayoutEngine, "execute", once)
         patch.setattr(drawing, "_style", lambda style=drawing._style: {**style(), "savefig.dpi": 50})
         yield
 

@@ -1,6 +1,7 @@
 """The rules of the code base, checked on the source: imports between modules, file lengths, forbidden names."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -79,10 +80,20 @@ def dotted(path: Path) -> list[str]:
     return ["adaptive_tangents", *path.relative_to(PACKAGE).parent.parts]
 
 
-def imported(path: Path, nodes: Iterator[ast.AST] | None = None) -> set[str]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
     """Every module that a file imports anywhere, with the imported name appended if it may be a module."""
+    return frozenset(imports(path, ast.walk(parsed(path))))
+
+
+def imports(path: Path, nodes: Iterator[ast.AST]) -> set[str]:
     names = set()
-    for node in nodes or ast.walk(ast.parse(path.read_text("utf-8"), str(path))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -101,7 +112,10 @@ def imported_at_module_level(path: Path) -> set[str]:
             if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 yield from nodes(child)
 
-    return imported(path, nodes(ast.parse(path.read_text("utf-8"), str(path))))
+    return imports(path, nodes(parsed(path)))
+
+
+MODULES = {module_of(source) for source in SOURCES}
 
 
 def name_of(path: Path) -> str:
@@ -110,13 +124,12 @@ def name_of(path: Path) -> str:
 
 def internal(path: Path) -> set[str]:
     """The modules of the package that a file imports from."""
-    known = {module_of(source) for source in SOURCES}
     found = set()
     for module in imported(path):
         package, _, rest = module.partition(".")
         if package == "adaptive_tangents":
             assert rest, f"{name_of(path)} imports the whole package; import from the module that defines the name"
-            found.add(rest if rest in known else rest.rpartition(".")[0])
+            found.add(rest if rest in MODULES else rest.rpartition(".")[0])
     return found
 
 

@@ -5,8 +5,10 @@ and doctest's own finder skips functions that seem to come from another module.
 """
 
 import ast
+import contextlib
 import dataclasses
 import doctest
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 import adaptive_tangents
+from study_cases import explained_in_rounds
 
 # The wings whose names users call.
 DESCRIBED = (
@@ -47,6 +50,7 @@ def docstrings(node: ast.AST, name: str) -> list[tuple[str, str, int]]:
     return found
 
 
+@functools.cache
 def examples() -> list[doctest.DocTest]:
     """The examples of the package by module, still without globals."""
     modules = ["adaptive_tangents"]
@@ -65,7 +69,9 @@ def test_the_example_runs(test: doctest.DocTest) -> None:
     test.globs = dict(vars(importlib.import_module(test.globs["__module__"])))
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    with torch.random.fork_rng(devices=[]):
+    # What examples show does not depend on how many rounds the explanations of an experiment take.
+    rounds = explained_in_rounds(1) if ".experiments." in test.name else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), rounds:
         torch.manual_seed(0)
         runner.run(test, out=report.append)
     assert runner.failures == 0, "".join(report)
@@ -105,6 +111,7 @@ def wanted(value: Any) -> list[str]:
     return [name for name in names if name not in ("self", "cls")]
 
 
+@functools.cache
 def documented() -> dict[str, Any]:
     """Every public function and class by its dotted name, and the public methods of the classes."""
     found: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """The tests' shape checks find a wrong annotation no matter which tests ran before in the process."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jaxtyping
@@ -52,6 +53,20 @@ def test_functions_within_a_function_share_what_was_seen_and_are_checked_too() -
         make(1)(torch.ones(2, 3))
     with pytest.raises(jaxtyping.TypeCheckError, match=r"return value of .*widened"):
         make(2)(torch.ones(2, 3))
+
+
+def test_generators_are_checked_when_they_are_made_and_within_a_function_too() -> None:
+    def make() -> Callable[..., Iterator[int]]:
+        @checked
+        def rows(x: Float[Tensor, "n c"], y: Float[Tensor, " n"]) -> Iterator[int]:
+            yield len(x)
+
+        return rows
+
+    for _ in range(500):
+        assert list(make()(torch.ones(2, 3), torch.ones(2))) == [2]
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"parameters of .*rows"):
+        make()(torch.ones(2, 3), torch.ones(3))
 
 
 def test_fields_of_a_dataclass_are_checked_whenever_their_form_is_new() -> None:

@@ -23,7 +23,7 @@ from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from cases import CASES as SMALL
 from cases import Case, Forward, mlp, normal
-from prepared import every_case, fingerprint, over, prepare
+from prepared import every_case, every_case_and, fingerprint, over, prepare
 from registry import by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -67,20 +67,21 @@ def test_buffers_that_a_forward_pass_updates_stay_as_they_were() -> None:
     assert fingerprint(model, x) == before
 
 
-@every_case
-def test_features_hold_no_graph_and_repeat_to_the_bit_also_where_gradients_are_switched_off(case: Case) -> None:
+@every_case_and("context", (torch.no_grad, torch.inference_mode))
+def test_features_hold_no_graph_and_repeat_to_the_bit_also_where_gradients_are_switched_off(
+    case: Case, context: Any
+) -> None:
     model, x = case.build()
     one = prepare(case).feats
-    for context in (torch.no_grad, torch.inference_mode) if case in SMALL else (torch.inference_mode,):
-        with context():
-            two = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
-            assert torch.equal(one.dense(), two.dense())
-        for name, block in one.blocks.items():
-            for part, again in zip(block.summands, two.blocks[name].summands, strict=True):
-                for key, tensor in vars(part).items():
-                    assert not tensor.requires_grad
-                    assert not vars(again)[key].requires_grad
-                    assert torch.equal(tensor, vars(again)[key])
+    with context():
+        two = at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
+        assert torch.equal(one.dense(), two.dense())
+    for name, block in one.blocks.items():
+        for part, again in zip(block.summands, two.blocks[name].summands, strict=True):
+            for key, tensor in vars(part).items():
+                assert not tensor.requires_grad
+                assert not vars(again)[key].requires_grad
+                assert torch.equal(tensor, vars(again)[key])
 
 
 def test_features_do_not_change_with_the_batch_or_the_model_afterwards() -> None:
@@ -152,8 +153,10 @@ def test_an_input_overwritten_behind_the_back_of_autograd_is_not_taken_for_the_i
         return h
 
     model, x = Forward(sneaky, fc=nn.Linear(4, 2)), normal(3, 4)
-    # Autograd is misled too and gives zeros; capture returns the same.
-    np.testing.assert_array_equal(at.tangent_features(model, x).dense().numpy(), reference.jacobian(model, x))
+    # Autograd is misled too and gives zeros; capture returns the same, and says that this is no derivative.
+    with pytest.warns(at.TangentWarning, match=r"do not change with fc\.weight as autograd's gradient says"):
+        feats = at.tangent_features(model, x)
+    np.testing.assert_array_equal(feats.dense().numpy(), reference.jacobian(model, x))
 
 
 def test_bfloat16_features_stay_in_factors() -> None:

@@ -14,7 +14,7 @@ from adaptive_tangents import cli, experiments
 from adaptive_tangents.experiments import STUDIES, Asked
 from adaptive_tangents.runs.record import settings
 from adaptive_tangents.runs.units import StoredUnits
-from study_cases import SMALL, Remembered, assert_same, laid_out_once, made_up_data, small_run
+from study_cases import SMALL, Remembered, assert_same, made_up_data, of_few_pixels, small_run
 
 ROOT = Path(experiments.__file__).parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
@@ -107,7 +107,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The folder that the command makes for a small run, and its output."""
     name, out = request.param, tmp_path_factory.mktemp(request.param)
     run = small_run(name)
-    with laid_out_once(), pytest.MonkeyPatch.context() as patch:
+    with of_few_pixels(), pytest.MonkeyPatch.context() as patch:
         module = f"{STUDIES[name].package}.{STUDIES[name].measured_in}"
         patch.setattr(f"{module}.configured", lambda asked: SMALL[name])
         patch.setattr(f"{module}.run", lambda *_, **__: run.result)
@@ -149,7 +149,7 @@ def test_report_draws_the_page_again_the_same(folder: tuple[str, Path, str]) -> 
     _, out, _ = folder
     before = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
-    with laid_out_once():
+    with of_few_pixels():
         done = CliRunner().invoke(cli.app, ["report", str(out)])
     assert done.exit_code == 0, done.output
     assert (out / "report.html").read_bytes() == before

@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ import theory_reference as reference
 from adaptive_tangents.kernels import derived_kernels as views
 from adaptive_tangents.kernels import tiles as tiled
 from adaptive_tangents.kernels.operators import KernelOperator, kernel_operator
+from forked import code_of, fork
 from stored_twin import Twin, twin
 
 N, TILE = 23, 7
@@ -518,44 +516,31 @@ def test_a_fit_holds_tiles_of_a_store_only() -> None:
 # ------------------------------------------------------------------------------------------------------- several processes
 
 
-WORKER = """
-import sys, torch, adaptive_tangents as at
-from adaptive_tangents.kernels import operators, tiles as tiled
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-data = torch.load(f"{folder}/data.pt", weights_only=True)
-blocks, x, r = data["blocks"], data["x"], data["r"]
-K = at.kernels.SharedKernel(blocks)
-fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
-store = at.kernels.SharedKernel(at.open_kernel(f"{folder}/K.zarr"))
-solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
-torch.save({
-    "product": operators.kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
-    "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
-    "cka": at.cka(store, store.kernel),
-    "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
-    "eigen": at.kernel_eigen(store, 3).values,
-}, f"{folder}/found{rank}.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # its threads, alive at exit, may abort the process
-"""
+def share(rank: int, folder: Path, blocks: Mapping[str, Tensor], x: Tensor, r: Tensor) -> None:
+    """One of two processes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    K = at.kernels.SharedKernel(blocks)
+    fit = at.fit(K, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
+    store = at.kernels.SharedKernel(at.open_kernel(folder / "K.zarr"))
+    solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
+    found = {
+        "product": kernel_operator(K).apply(x), "dual": fit.dual, "objective": fit.objective, "solved": solved.dual,
+        "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
+        "cka": at.cka(store, store.kernel),
+        "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
+        "eigen": at.kernel_eigen(store, 3).values,
+    }  # fmt: skip
+    torch.save(found, folder / f"found{rank}.pt")
+    torch.distributed.barrier()
 
 
-def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feats, r, x = at.tangent_features(network(), inputs()), targets(N, 2) / 10, targets(2 * N, 3)
     blocks = feats.kernel(by_block=True)
-    torch.save({"blocks": dict(blocks), "x": x, "r": r}, tmp_path / "data.pt")
     store = at.kernel_to_store(network(), inputs(), tmp_path / "K.zarr", outputs="full", tile=TILE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=200)
-        assert worker.returncode == 0, errors
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    workers = [fork(lambda rank=rank: share(rank, tmp_path, blocks, x, r)) for rank in (0, 1)]
+    assert [code_of(pid) for pid in workers] == [0, 0]
     fit = at.fit(blocks, r, structure=at.LayerScale(at.Quadratic(1.0)), ridge=0.3, form="matrix-free")
     solved = at.kernel_regression(store, r, ridge=0.3, form="matrix-free")
     both = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]

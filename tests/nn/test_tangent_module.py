@@ -371,7 +371,7 @@ def test_operations_without_forward_mode_are_differentiated_backward_twice() -> 
     adaptive(x).sum().backward()
     back = adaptive.adapted_features(x).combine(torch.ones(6, 2, dtype=torch.float64))
     torch.testing.assert_close(inner(adaptive, "first").grad, back["first"])
-    assert adaptive._way == "backward"
+    assert adaptive._ways.chosen == "backward"
 
 
 @pytest.mark.parametrize("first", [[[1, 2], [3, 4]], [[0, 2], [3, 0]]], ids=["without padding", "with padding"])
@@ -388,7 +388,7 @@ def test_a_padding_row_stays_still_whatever_the_first_batch_was(first: list[list
         adaptive(batch).sum().backward()
         back = adaptive.adapted_features(batch).combine(torch.ones(len(batch), 2, dtype=torch.float64))
         torch.testing.assert_close(inner(adaptive, "table").grad, back["table"])
-    assert adaptive._way == "forward"
+    assert adaptive._ways.chosen == "forward"
 
 
 def test_an_operation_that_can_be_differentiated_once_only_goes_by_the_features() -> None:
@@ -397,7 +397,7 @@ def test_an_operation_that_can_be_differentiated_once_only_goes_by_the_features(
     adaptive = wander(at.TangentModule(model, at.TwoSided()))
     change = adaptive.adapted_features(x).inner(adaptive.inner_coefficients())
     torch.testing.assert_close(adaptive(x) - adaptive.initial(x), change)
-    assert adaptive._way == "features"
+    assert adaptive._ways.chosen == "features"
     weights = Forward(
         lambda m, z, w: m.out(m.bag(z, per_sample_weights=w)),
         bag=nn.EmbeddingBag(6, 4, mode="sum"),
@@ -504,5 +504,5 @@ def test_transformer_layers_are_linearized_by_forward_mode_and_the_fused_kernel_
     assert torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad():
         module(torch.randn(4, 5, 8))
-    assert module._way == "forward"
+    assert module._ways.chosen == "forward"
     assert torch.backends.mha.get_fastpath_enabled()

@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
@@ -22,10 +24,10 @@ from adaptive_tangents.experiments.claims import over_seeds
 from adaptive_tangents.experiments.kernel_alignment import page as kernel_alignment
 from adaptive_tangents.experiments.kernel_alignment.claims import claims
 from adaptive_tangents.experiments.registry import STUDIES
-from adaptive_tangents.reporting import report
+from adaptive_tangents.reporting import drawing, report
 from adaptive_tangents.reporting.pages import given, number
 from adaptive_tangents.runs.results import PAGE_FILE, load_results, write_results
-from study_cases import plain_figures
+from study_cases import of_few_pixels, plain_figures
 
 BLOCKS = ["hidden1", "hidden2", "readout"]
 STAGES = ("initial", "average", "final")
@@ -512,6 +514,21 @@ def test_the_same_results_give_the_same_page(built: Path, tmp_path: Path) -> Non
     assert len(pages[0]) > 50_000
 
 
+def test_a_figure_is_laid_out_once_for_both_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    execute, executed = ConstrainedLayoutEngine.execute, list[Figure]()
+
+    def counted(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
+        executed.append(figure)
+        execute(engine, figure)
+
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", counted)
+    draw = PAGES["kernel-alignment"]().figures["diagonal"]
+    drawn = drawing.render(draw, "diagonal", _results(), _arrays())
+    assert len(executed) == 1
+    assert drawn.png.startswith(b"\x89PNG")
+    assert "<svg " in drawn.svg
+
+
 def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path) -> None:
     def emptied(value: Any) -> Any:
         if isinstance(value, dict):
@@ -522,7 +539,8 @@ def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path
     results["targets"] = emptied(results["targets"])
     results["metrics"] = _flat(results["targets"])
     write_results(results, _arrays(), tmp_path)
-    text = report.build_report(tmp_path, PAGES).read_text(encoding="utf-8")
+    with of_few_pixels():
+        text = report.build_report(tmp_path, PAGES).read_text(encoding="utf-8")
     assert "Unanswered" in text
 
 

@@ -1,12 +1,17 @@
 """Experiments that run in parallel: each in its own process, and all end when the run ends."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import popen_fork
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +24,7 @@ from adaptive_tangents.commands import reproduce
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.runs.parallel import side_by_side
 from adaptive_tangents.runs.results import load_results
-from study_cases import plain_figures
+from study_cases import SMALL, made_up_data, plain_figures
 
 
 def _alive(pid: int) -> bool:
@@ -36,6 +41,22 @@ def _ended(pids: list[int]) -> bool:
     return not any(map(_alive, pids))
 
 
+class Forked(SpawnProcess):
+    """A copy of this process: a new one takes seconds to import torch. Its work is pickled all the same."""
+
+    def __init__(self, *, args: tuple[Any, ...], **keywords: Any) -> None:
+        super().__init__(args=(pickle.loads(pickle.dumps(args[0])), *args[1:]), **keywords)
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> popen_fork.Popen:
+        return popen_fork.Popen(process)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpawnContext, "Process", Forked)
+
+
 def test_each_work_has_a_process_and_its_threads_and_is_heard_under_its_name(tmp_path) -> None:
     heard = []
     works = {name: partial(parallel_works.write, tmp_path, name) for name in ("a", "b")}
@@ -46,6 +67,7 @@ def test_each_work_has_a_process_and_its_threads_and_is_heard_under_its_name(tmp
     assert threads == ("1", "1")
 
 
+@pytest.mark.usefixtures("forked")
 def test_as_many_run_together_as_asked_and_no_more(tmp_path) -> None:
     for name in "two", "one":
         (tmp_path / name).mkdir()
@@ -58,6 +80,7 @@ def test_as_many_run_together_as_asked_and_no_more(tmp_path) -> None:
         side_by_side(alone, at_once=1, threads=1, progress=parallel_works.ignore)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("work", "message"),
     [
@@ -90,19 +113,20 @@ def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> Non
     assert _ended(pids)
 
 
+@pytest.mark.usefixtures("forked")
 def test_experiments_run_at_once_measure_what_they_do_one_by_one(tmp_path, monkeypatch) -> None:
     few = {name: STUDIES[name] for name in ("penalties", "weight-spectra")}
     monkeypatch.setattr(reproduce, "STUDIES", few)
     monkeypatch.setattr(reproduce, "cores", lambda: 2)  # one thread each: other sums round differently
+    for name, study in few.items():
+        monkeypatch.setattr(f"{study.package}.{study.measured_in}.configured", lambda asked, name=name: SMALL[name])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1), plain_figures("penalties"), plain_figures("weight-spectra"):
+        with threadpool_limits(1), made_up_data(), plain_figures("penalties"), plain_figures("weight-spectra"):
             for jobs in (1, 2):
-                small = [
-                    "--quick", "--epochs", "1", "--samples", "40", "--seeds", "1", "--out", str(tmp_path / str(jobs)),
-                ]  # fmt: skip
-                done = CliRunner().invoke(cli.app, ["reproduce", "all", "--jobs", str(jobs), *small])
+                asked = ["reproduce", "all", "--jobs", str(jobs), "--out", str(tmp_path / str(jobs))]
+                done = CliRunner().invoke(cli.app, asked)
                 assert done.exit_code == 0, done.output
                 assert "Report: " in done.output
     finally:

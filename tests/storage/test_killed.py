@@ -1,5 +1,6 @@
 """A writer killed at any moment, alone or among others, loses only its current tile."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,28 +11,18 @@ import pytest
 from torch.distributed import HashStore
 
 import adaptive_tangents as at
+import forked
 from adaptive_tangents.storage.processes import _agreed
 from stored import LIMIT, data, files, network
 
-SCRIPT = Path(__file__).parents[1] / "forked.py"
-
-
-def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=280)
-
 
 def test_a_writer_killed_at_random_moments_leaves_whole_tiles_and_resumes_to_the_same_files(tmp_path: Path) -> None:
-    done = run(sys.executable, str(SCRIPT), "killed", folder=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
-    kills = re.search(r"(\d+) kills, \d+ stores", done.stdout)
-    assert kills is not None
-    assert int(kills[1]) >= 20
+    forked.killed(tmp_path)
 
 
-def test_processes_make_together_what_one_makes_alone(tmp_path: Path) -> None:
-    done = run(sys.executable, str(SCRIPT), "together", folder=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
-    refusals = re.findall(r"^refused: (.*)$", done.stdout, re.MULTILINE)
+def test_processes_make_together_what_one_makes_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    forked.together(tmp_path)
+    refusals = re.findall(r"^refused: (.*)$", capfd.readouterr().out, re.MULTILINE)
     assert len(refusals) == 2
     assert len(set(refusals)) == 1
     assert re.fullmatch(r"kernel_to_store: .*other.zarr was made of other data x; resume it with .*", refusals[0])
@@ -40,8 +31,13 @@ def test_processes_make_together_what_one_makes_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_under_torchrun_a_killed_process_is_made_good(restarts: int, tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run(*launcher, f"--max-restarts={restarts}", str(SCRIPT), "rank", folder=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher += ["--run-path", "--start-method=fork", f"--max-restarts={restarts}"]  # torch is imported once
+    search = os.pathsep.join([str(Path(forked.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launcher, forked.__file__, str(tmp_path)], capture_output=True, text=True, timeout=280,
+        env=os.environ | {"PYTHONPATH": search},
+    )  # fmt: skip
     path = tmp_path / "K.zarr"
     if not restarts:
         assert done.returncode != 0

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -57,7 +58,9 @@ class Belongings:
     def restore(self) -> None:
         """Put every entry of every container back; entries are compared by identity."""
         for held, keys, values in self.dicts:
-            if len(held) == len(keys) and all(map(_same, held.values(), values)) and tuple(held) == keys:
+            if not held and not keys:
+                continue
+            if len(held) == len(keys) and all(map(is_, held.values(), values)) and tuple(held) == keys:
                 continue
             for key in [key for key in held if key not in keys]:
                 del held[key]
@@ -67,7 +70,7 @@ class Belongings:
                 for key in keys:
                     held[key] = held.pop(key)
         for entries, kept in self.lists:
-            if len(entries) != len(kept) or not all(map(_same, entries, kept)):
+            if len(entries) != len(kept) or not all(map(is_, entries, kept)):
                 entries[:] = kept
         for cell, value in self.cells:
             if cell.cell_contents is not value:
@@ -139,10 +142,6 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, FunctionType | functools.partial | weakref.ref):
         return _own_function(value, memo)
     return copy.deepcopy(value, memo) if isinstance(value, dict | list | tuple | set | deque | nn.Module) else value
-
-
-def _same(one: Any, two: Any) -> bool:
-    return one is two
 
 
 def belongings(model: nn.Module, *, closures: bool = True) -> Belongings:
@@ -271,7 +270,7 @@ def _set_slot(value: Any, name: str, there: Any) -> None:
 
 
 def _refill(held: Any, kept: list[Any]) -> None:
-    if len(held) == len(kept) and all(map(_same, held, kept)):
+    if len(held) == len(kept) and all(map(is_, held, kept)):
         return
     held.clear()
     held.extend(kept) if not isinstance(held, set) else held.update(kept)

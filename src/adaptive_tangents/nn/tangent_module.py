@@ -6,21 +6,17 @@ derivative, so training needs no second derivatives of the network.
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import cache, partial
-from typing import Any, Literal, get_args
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.batches import Batch, check_form, take, tensors
+from adaptive_tangents.capture.batches import Batch, check_form, tensors
 from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.complex_parameters import as_given, as_real
-from adaptive_tangents.capture.derivatives import saved_copies
-from adaptive_tangents.capture.differences import verify
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK
@@ -40,7 +36,8 @@ from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
-from adaptive_tangents.nn.forward_mode import forward_attention, forward_lookups
+from adaptive_tangents.nn.frozen_copies import frozen, places_of, thawed
+from adaptive_tangents.nn.linear_maps import LinearMaps, Ways, along
 from adaptive_tangents.nn.trained_transforms import factors
 from adaptive_tangents.runtime.recursion import room_for
 from adaptive_tangents.solvers.fit import certify
@@ -49,9 +46,6 @@ from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
-
-_TRIED = 3  # batches on which forward mode is checked
-_Way = Literal["forward", "backward", "features"]
 
 
 class TangentModule(nn.Module):
@@ -115,8 +109,8 @@ class TangentModule(nn.Module):
                 parameters, buffers = overlay(call, model, params)
             network = Network(model, parameters, buffers, selected, output_fn, call)
             groups = parameter_groups(network)
-            self._places = _places(model)
-            self.model = _frozen(model, as_given(model, {**parameters, **buffers}))
+            self._places = places_of(model)
+            self.model = frozen(model, as_given(model, {**parameters, **buffers}))
         self.structure = as_structure("TangentModule", structure)
         self.output_fn, self.selected = output_fn, selected
         self.blocks = {g.name: Block(g.name, g.matrix, g.slots, modes=g.modes) for g in groups}
@@ -130,8 +124,7 @@ class TangentModule(nn.Module):
         self.to(parameters[selected[0]].device)
         self.inner.to(dtype)
         self.factors.to(dtype)
-        self._way: _Way | None = None
-        self._tried = 0
+        self._ways = Ways()
         self.eval()
 
     def train(self, mode: bool = True) -> "TangentModule":
@@ -167,7 +160,7 @@ class TangentModule(nn.Module):
             if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
                 initial, change = network.along(x, tangents)
             else:
-                initial, change = _along(network, x, tangents)
+                initial, change = along(network, x, tangents)
         total: Tensor = initial + change
         return total
 
@@ -212,7 +205,7 @@ class TangentModule(nn.Module):
             x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
             memory_limit: bytes that may be used; None is half of what is free.
         """
-        model = _thawed(self.model, self._places)
+        model = thawed(self.model, self._places)
         return tangent_features(model, x, wrt=self.selected, output_fn=self.output_fn, memory_limit=memory_limit)
 
     def regularizer(self) -> Float[Tensor, ""]:
@@ -268,17 +261,17 @@ class TangentModule(nn.Module):
         inner = {name: self.inner[_key(name)] for name in self.blocks}
         return {name: m for factor in self.factors for name, m in factor.coefficients(inner).items()}  # type: ignore[operator]
 
-    def _parameters_of(self, matrices: Mapping[str, Tensor], network: "_At") -> tuple[Tensor, ...]:
+    def _parameters_of(self, matrices: Mapping[str, Tensor], network: LinearMaps) -> tuple[Tensor, ...]:
         """One matrix for each block as the selected parameters, in their order."""
         split = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
         return tuple(split[name].to(value.dtype) for name, value in network.selected.items())
 
-    def _network(self) -> "_At":
+    def _network(self) -> LinearMaps:
         state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
         parameters = {name: as_real(state[name]) for name in self._places}
         rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output_fn, "TangentModule")
-        return _At(self, network)
+        return LinearMaps(network, self._ways, self.features)
 
 
 @cache
@@ -287,216 +280,6 @@ def _keep_out_of_graphs() -> None:
     TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
-class _At:
-    """The network at θ₀, with its derivative there as two linear maps."""
-
-    def __init__(self, module: TangentModule, network: Network) -> None:
-        self.module, self.network = module, network
-        self.selected = {name: network.parameters[name] for name in network.selected}
-
-    def __call__(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
-        return self.network(x, parameters)
-
-    def along(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """f(x; θ₀) and φ(x)β."""
-        found: tuple[Tensor, Tensor] = self.network.lend(partial(getattr(self, f"_{self.way(x)}"), x, tangents))
-        return found
-
-    def recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph | None"]:
-        """f(x; θ₀) and φ(x)β, with the graph of f if it was recorded."""
-        if self.way(x) != "forward":
-            with torch.no_grad():
-                return (*self.along(x, tangents), None)
-
-        return self.network.lend(lambda: self._recorded(x, tangents))
-
-    def _recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph"]:
-        leaves = self.network.leaves()
-        self.network.put({})
-        with torch.enable_grad(), forward_attention():
-            outputs, change = self._forward(x, tangents, leaves)
-        return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))
-
-    def way(self, x: Batch) -> _Way:
-        """How φβ is computed: the way that was right for the first batches.
-
-        More than one is tried, as TorchScript computes a function in other ways when it has seen some calls.
-        """
-        module = self.module
-        if module._way is None:
-            self.network.lend(partial(self._verify, take(x, slice(0, 1))))
-        if module._way is None or (module._way == "forward" and module._tried < _TRIED):
-            module._tried += 1
-            module._way = self._first_right(x)
-        return module._way
-
-    def _verify(self, x: Batch) -> None:
-        # A model that does not run on one sample is not judged.
-        with torch.enable_grad(), suppress(RuntimeError, IndexError, TypeError, AttributeError):
-            leaves = self.network.leaves()
-            verify(self.network, x, self(x, leaves), leaves)
-
-    def _first_right(self, x: Batch) -> _Way:
-        """The first way that is adjoint to ``against``: some operations have no forward mode, or a wrong one."""
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator).to(like)
-
-        tangents = tuple(draw(value) for value in self.selected.values())
-        ways: tuple[_Way, ...] = get_args(_Way)
-        for way in ways:
-            with torch.no_grad(), suppress(Exception):  # no derivative of this kind, or not of this model
-                outputs, change = self.network.lend(partial(getattr(self, f"_{way}"), x, tangents))
-                recorded = [self.network.lend(partial(self._recorded, x, tangents))[1]] if way == "forward" else []
-                signal = draw(outputs)
-                back = self.against(x, signal)
-                found = [float((signal * made).double().sum()) for made in [change, *recorded]]
-                wanted = sum(float((b * t).double().sum()) for b, t in zip(back, tangents, strict=True))
-                size = float(signal.double().norm() * change.double().norm())
-                if max(abs(value - wanted) for value in found) <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
-                    return way
-        return "features"
-
-    def _forward(
-        self, x: Batch, tangents: tuple[Tensor, ...], leaves: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        with forward_ad.dual_level(), forward_lookups():
-            moved = {
-                name: forward_ad.make_dual(value, tangent.contiguous())  # type: ignore[no-untyped-call]
-                for (name, value), tangent in zip((leaves or self.selected).items(), tangents, strict=True)
-            }
-            outputs, change = forward_ad.unpack_dual(self(x, moved))  # type: ignore[no-untyped-call]
-        return outputs, torch.zeros_like(outputs) if change is None else change
-
-    def _backward(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """φβ is the derivative of ⟨φᵀg, β⟩ in g."""
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = self.network.leaves()
-            out = self(x, leaves)
-            signal = torch.zeros_like(out, requires_grad=True)
-            back = torch.autograd.grad(out, list(leaves.values()), signal, create_graph=True, materialize_grads=True)
-        along = [(b, t) for b, t in zip(back, tangents, strict=True) if b.requires_grad]
-        columns, values = [b for b, _ in along], [t for _, t in along]
-        (change,) = torch.autograd.grad(columns, [signal], values, create_graph=again)
-        return out if again else out.detach(), change
-
-    def _features(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """φβ from the features themselves works for every network."""
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
-            raise TangentError(
-                "TangentModule: an operation of this model has neither forward mode nor second derivatives, so there is no "
-                "derivative with respect to the inputs; detach them"
-            )
-        with raised_as("TangentModule", "tangent_features"):
-            feats = self.module.features(x)
-        named = dict(zip(self.selected, tangents, strict=True))
-        matrices = {name: block.join(named).to(feats.dtype) for name, block in feats.blocks.items()}
-        outputs = self(x, {})
-        return outputs.detach(), feats.inner(matrices).to(outputs.dtype)
-
-    def against(self, x: Batch, signal: Tensor, graph: "_Graph | None" = None) -> tuple[Tensor, ...]:
-        """φ(x)ᵀg, shaped as the selected parameters."""
-        try:
-            return self.network.lend(lambda: self._against(x, signal, graph))
-        except RuntimeError:  # a saved tensor was overwritten later
-            with saved_copies():
-                return self.network.lend(lambda: self._against(x, signal, None))
-
-    def _against(self, x: Batch, signal: Tensor, graph: "_Graph | None") -> tuple[Tensor, ...]:
-        # Forward mode, which a model may use itself, is off within a Function.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            if graph is None:
-                leaves = self.network.leaves()
-                graph = self(x, leaves), tuple(leaves.values())
-            else:  # a backward pass may run modules again
-                self.network.put(dict(zip(self.selected, graph[1], strict=True)))
-            found = torch.autograd.grad(*graph, signal, materialize_grads=True)
-            return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
-
-
-_Graph = tuple[Tensor, tuple[Tensor, ...]]  # outputs f and the parameters they depend on, for one backward pass
-
-
-def _along(network: _At, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Outputs f and φβ, the second with φᵀ as its derivative."""
-    # Compute it here: forward mode is off within an autograd.Function's forward.
-    still = tuple(tangent.detach() for tangent in tangents)
-    if torch.is_grad_enabled():
-        initial, change, graph = network.recorded(x, still)
-    else:
-        (initial, change), graph = network.along(x, still), None
-    made: Tensor = _Along.apply(network, x, change, graph, *tangents)  # type: ignore[no-untyped-call]
-    return initial, made
-
-
-class _Along(torch.autograd.Function):
-    """β ↦ φβ, with φβ already computed."""
-
-    @staticmethod
-    def forward(ctx: Any, network: _At, x: Batch, change: Tensor, graph: _Graph | None, *tangents: Tensor) -> Tensor:
-        ctx.network, ctx.x, ctx.graph = network, x, graph
-        return change.view_as(change)
-
-    @staticmethod
-    def backward(ctx: Any, signal: Tensor) -> tuple[Any, ...]:
-        graph, ctx.graph = ctx.graph, None
-        found = _Against.apply(ctx.network, ctx.x, graph, signal)  # type: ignore[no-untyped-call]
-        return (None, None, None, None, *found)
-
-
-class _Against(torch.autograd.Function):
-    """G ↦ φᵀg, with φ as its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, network: _At, x: Batch, graph: _Graph | None, signal: Tensor) -> tuple[Tensor, ...]:
-        ctx.network, ctx.x = network, x
-        return network.against(x, signal, graph)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Tensor) -> tuple[Any, ...]:
-        return None, None, None, _along(ctx.network, ctx.x, tangents)[1]
-
-
 def _key(name: str) -> str:
     """A block's name as a parameter's: without dots, and unlike any attribute of the dictionary."""
     return "block:" + name.replace(".", "/")
-
-
-def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of each parameter in a model."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, tuple[str, ...]] = dict.fromkeys(names.values(), ())
-    for name, p in model.named_parameters(remove_duplicate=False):
-        found[names[id(p)]] += (name,)
-    return found
-
-
-def _frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model with parameters as buffers, and values from a state."""
-    found = copied("TangentModule", model).eval()
-    for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
-        tensor.requires_grad_(False)
-        if name in state:
-            tensor.data = state[name].detach().clone()
-    for module in found.modules():
-        for name in [name for name, parameter in module._parameters.items() if parameter is not None]:
-            module._buffers[name] = module._parameters.pop(name)
-    return found
-
-
-def _thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:
-    """A copy of a frozen model, its buffers turned back into parameters."""
-    found = copied("TangentModule", model)
-    for aliases in places.values():
-        parameter = None
-        for alias in aliases:
-            path, _, name = alias.rpartition(".")
-            module = found.get_submodule(path)
-            buffer = module._buffers.pop(name)
-            if parameter is None:
-                parameter = buffer if isinstance(buffer, nn.Parameter) else nn.Parameter(buffer)  # type: ignore[arg-type]
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-            module.register_parameter(name, parameter)
-    return found

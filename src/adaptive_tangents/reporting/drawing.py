@@ -47,6 +47,7 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
         figure = draw(results, arrays)
         figure.savefig(raster, format="png", metadata={"Software": None})
+        figure.set_layout_engine("none")  # keeps the layout, which takes about as long as drawing
         figure.savefig(vector, format="svg", metadata=undated)
     return Drawing(png=raster.getvalue(), svg=re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", vector.getvalue()))
 
