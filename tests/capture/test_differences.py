@@ -37,3 +37,21 @@ def test_a_detached_value_is_told_beside_units_on_a_kink(dtype: torch.dtype) -> 
     model, x = on_a_kink(detached=True, dtype=dtype)
     with pytest.warns(at.TangentWarning, match=r"do not change with .*a\.bias.* as autograd's gradient says"):
         at.tangent_features(model, x)
+
+
+def in_single_precision(run: Any) -> nn.Module:
+    """A network in float64, a part of which is computed in float32, as in most language models."""
+    return Forward(lambda m, x: m.b(run(m.a(x)).float().tanh().double()), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+
+
+def test_a_detached_value_is_told_though_a_part_is_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = in_single_precision(lambda h: h + 0.3 * h.detach())
+    with pytest.warns(at.TangentWarning, match=r"do not change with a\.weight, a\.bias as autograd's gradient says"):
+        at.tangent_features(model, torch.randn(3, 3).double())
+
+
+def test_rounding_of_a_part_in_single_precision_is_no_influence_among_samples() -> None:
+    torch.manual_seed(0)
+    model = in_single_precision(lambda h: h * (1 + 3e-7 * (len(h) > 1)))
+    assert at.tangent_features(model, torch.randn(3, 3).double()).n == 3

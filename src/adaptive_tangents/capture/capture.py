@@ -89,13 +89,15 @@ class Probe:
     """What a few samples of a batch show: outputs, bytes per sample, and where the features of each block come from.
 
     ``factors`` and ``dense`` are the bytes per sample of each block's factors and of its materialized features;
-    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs. ``whole`` names
+    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs, ``least`` the coarsest
+    dtype on the way to them. ``whole`` names
     the parameters whose features are made sample by sample. ``form`` describes the operations, ``projections`` has one
     number per sample of each block's features, and ``spreads`` the squared scales of their rounding errors.
     """
 
     c: int
     dtype: torch.dtype
+    least: torch.dtype
     device: torch.device
     factors: Mapping[str, int]
     dense: Mapping[str, int]
@@ -226,7 +228,9 @@ class Capture:
             self.outputs(x, {})  # names the sample by its place in the batch
         if not saved:
             first, saved = self._alone(one)
-        self._check_interaction(some, out, first)
+        graph = found.seen.graph
+        least = graph.dtype if graph.dtype == torch.float32 else out.dtype
+        self._check_interaction(some, out, first, least)
         # A block without a source here gets no choice: in a batch of another size a wrong source could seem to fit.
         choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
         c = out.shape[1]
@@ -234,10 +238,10 @@ class Capture:
         sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
         factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
-            c, out.dtype, out.device, factors, sizes,
+            c, out.dtype, least, out.device, factors, sizes,
             c * found.gradient_bytes // len(out) + saved,
             tuple(slot.parameter for group in made for slot in group.slots), choices, found.given_up, index, out,
-            form_of(found.seen.graph), projections(blocks), spreads(blocks),
+            form_of(graph), projections(blocks), spreads(blocks),
         )  # fmt: skip
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
@@ -253,7 +257,7 @@ class Capture:
         with torch.enable_grad():
             return self.network.lend(run)
 
-    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
+    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor, least: torch.dtype) -> None:
         n = samples(x)
         if n == 1:
             return
@@ -261,7 +265,7 @@ class Capture:
         for k in (0, n - 1):
             alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
             gap = self._gap(together[k], alone, together)
-            if not gap <= self._tolerance(together):
+            if not gap <= self._tolerance(least):
                 raise TangentError(
                     f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
                     f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
@@ -274,7 +278,7 @@ class Capture:
         if probe is None or not self.verify or len(out) == len(probe.index):
             return
         gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
-        if gap > self._tolerance(out):
+        if gap > self._tolerance(probe.least):
             raise TangentError(
                 f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
                 "output), so samples of a batch influence each other; take out what mixes the batch"
@@ -286,8 +290,8 @@ class Capture:
         return float((one - two).abs().max()) / scale
 
     @staticmethod
-    def _tolerance(out: Tensor) -> float:
-        return float(30 * torch.finfo(out.dtype).eps ** 0.75)
+    def _tolerance(dtype: torch.dtype) -> float:
+        return float(30 * torch.finfo(dtype).eps ** 0.75)
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of as many samples as fit into one pass."""
