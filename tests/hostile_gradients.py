@@ -423,7 +423,9 @@ def normalized(normalization: nn.Module, samples: int) -> Callable[[], Made]:
         return m.b(F.layer_norm(h.flatten(2).transpose(1, 2), (4,)).sin()).mean(1)
 
     def make() -> Made:
-        return of(run, x=lambda: normal(samples, 3), a=lambda: nn.Linear(3, 16), norm=lambda: copy.deepcopy(normalization))()
+        return of(
+            run, x=lambda: normal(samples, 3), a=lambda: nn.Linear(3, 16), norm=lambda: copy.deepcopy(normalization)
+        )()
 
     return make
 

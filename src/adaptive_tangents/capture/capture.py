@@ -89,10 +89,10 @@ class Probe:
     """What a few samples of a batch show: outputs, bytes per sample, and where the features of each block come from.
 
     ``factors`` and ``dense`` are the bytes per sample of each block's factors and of its materialized features;
-    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs, ``least`` the coarsest
-    dtype on the way to them. ``whole`` names
-    the parameters whose features are made sample by sample. ``form`` describes the operations, ``projections`` has one
-    number per sample of each block's features, and ``spreads`` the squared scales of their rounding errors.
+    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs,
+    ``least`` is the coarsest dtype on the way to them, float32 or ``dtype``. ``whole`` names the parameters whose features
+    are made sample by sample. ``form`` describes the operations, ``projections`` has one number per sample of each block's
+    features, and ``spreads`` the squared scales of their rounding errors.
     """
 
     c: int

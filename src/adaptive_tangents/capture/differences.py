@@ -147,8 +147,8 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
 def _size(value: Tensor) -> float:
     """The size of a parameter's entries, or of those that it would have in training."""
     norm = float(torch.linalg.vector_norm(value))
-    rows = value.shape[0] if value.ndim else 1
-    return norm / value.numel() ** 0.5 if norm else (value.numel() / rows) ** -0.5
+    columns = value.numel() // (value.shape[0] if value.ndim else 1)
+    return norm / math.sqrt(value.numel()) if norm else 1 / math.sqrt(columns)
 
 
 def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:

@@ -245,7 +245,8 @@ def _set_version(tensor: Tensor, version: int) -> None:
 def _note_process(undo: list[_Step]) -> None:
     """Note how to put back what holds for the process or the thread."""
     cuda: Any = torch.backends.cuda
-    functorch, hooks = torch._C._functorch, torch._C._autograd
+    functorch: Any = torch._C._functorch
+    hooks = torch._C._autograd
     checkpoint = torch.utils.checkpoint
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
@@ -312,7 +313,7 @@ def _with_even_gradient(normalize: Callable[..., Tensor]) -> Callable[..., Tenso
     def normalized(*arguments: Any, **options: Any) -> Tensor:
         out = normalize(*arguments, **options)
         if len(out) == 1 and out.requires_grad:
-            out.register_hook(lambda signal: signal.contiguous())
+            out.register_hook(lambda signal: signal.contiguous())  # type: ignore[no-untyped-call]
         return out
 
     return normalized

@@ -227,7 +227,7 @@ def _undone(values: Tensor, term: Term) -> Tensor:
 
 
 def _back(values: Tensor, chain: Sequence[Step]) -> Tensor:
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch
     loops = functorch._is_vmap_fallback_enabled()
     with torch.no_grad():
         for step in reversed(chain):
