@@ -37,6 +37,24 @@ _Step = Callable[[], None]
 _loans: list["Loan"] = []
 
 
+class _Kept:
+    """What a private model holds, noted once; part of the model, so that it goes with it, but not of copies."""
+
+    def __init__(self) -> None:
+        self.belongings: Belongings | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        return _Kept, ()
+
+
+def keep_private(model: nn.Module) -> None:
+    """Say that only loans change what a model holds, so that it need not be noted for each; again after other changes."""
+    vars(model)["_kept"] = _Kept()
+
+
 def current(model: nn.Module) -> "Loan | None":
     """The loan of a model that is in progress, if there is one."""
     return next((loan for loan in reversed(_loans) if loan.model is model), None)
@@ -101,7 +119,12 @@ class Loan:
         _loans.append(self)
         _note_process(self._undo)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
-        self._held = held = belongings(self.model)
+        kept = vars(self.model).get("_kept")
+        if isinstance(kept, _Kept):
+            held = kept.belongings = kept.belongings or belongings(self.model)
+        else:
+            held = belongings(self.model)
+        self._held = held
         _elementary(self.model)
         owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
         for tensor in filter(_has_storage, held.tensors):
@@ -152,7 +175,10 @@ class Loan:
                 tensor.data = value.clone()
             for name, value in values.items():
                 own = self.tensors[name]
-                own.data = _as_held(value, own) if name not in self._buffers else _as_held(value, own).clone()
+                if name not in self._buffers:
+                    own.data = _as_held(value, own)
+                elif instead.get(name, own) is own:
+                    own.data = _as_held(value, own).clone()
             for tensor, owner, offset in self._aliases:
                 with suppress(RuntimeError):
                     tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
