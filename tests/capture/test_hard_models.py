@@ -18,7 +18,10 @@ from cases import Forward, mlp, normal
 from prepared import fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:There is a performance drop", "ignore:.*use_reentrant", "ignore:None of the"
+    "ignore:.*as autograd's gradient says",  # for the cases of which that is true
+    "ignore:There is a performance drop",
+    "ignore:.*use_reentrant",
+    "ignore:None of the",
 )
 Made = tuple[nn.Module, Any]
 

@@ -135,7 +135,7 @@ def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: 
     for k in range(3):
         slope, dtype = _slope(net, x, along, k, wide=wide)
         size = max(least, abs(slope))
-        if not abs(slope) < math.inf or abs(slope - expected) <= _ALLOWED[dtype] * size:
+        if not abs(slope - expected) < math.inf or abs(slope - expected) <= _ALLOWED[dtype] * size:
             return True
         found.append(slope)
     spread = max(found) - min(found)

@@ -67,6 +67,7 @@ class Loan:
         self.model = model
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
+        self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
         self._undo: list[_Step] = []
         self._held = Belongings()
@@ -77,6 +78,7 @@ class Loan:
         self._places: dict[int, list[Put]] | None = None
         self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         self._versions: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
@@ -148,6 +150,7 @@ class Loan:
         # Other versions than outside of the loan: what was computed from a parameter there is stale.
         for name in values:
             _set_version(self.tensors[name], self._versions[name])
+        self._counted = {name: _version(self.tensors[name]) for name in values}
         self._at = {name: self.tensors[name].data_ptr() for name in values if _has_storage(self.tensors[name])}
         for name, value in instead.items():
             own = self.tensors[name]
@@ -163,7 +166,9 @@ class Loan:
                 return name
         for name in names:
             own = self.tensors[name]
-            if _version(own) != self._versions[name] or (name in self._at and own.data_ptr() != self._at[name]):
+            if name in self.without_versions:
+                continue
+            if _version(own) != self._counted[name] or (name in self._at and own.data_ptr() != self._at[name]):
                 return name
         return None
 
