@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from adaptive_tangents.capture.belongings import Belongings, Put, belongings
+from adaptive_tangents.runtime.cleanup import ensured
 from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
 
 LOCK = threading.RLock()
@@ -67,28 +68,14 @@ def on_loan(model: nn.Module, body: Callable[["Loan"], _Made]) -> _Made:
         if there is not None:
             return body(there)
         loan = Loan(model)
-        # Twice: an interrupt may come before the first `finally` has begun, or within it.
-        try:
-            try:
-                loan.begin()
-                return body(loan)
-            finally:
-                _surely(loan.end)
-        finally:
-            _surely(loan.end)
 
+        def lent() -> _Made:
+            loan.begin()
+            made = body(loan)
+            loan.completed = True
+            return made
 
-def _surely(step: _Step) -> None:
-    """Take a step that may be repeated, to its end; an interrupt that comes meanwhile is raised afterwards."""
-    came: KeyboardInterrupt | None = None
-    while True:
-        try:
-            step()
-            break
-        except KeyboardInterrupt as interrupt:
-            came = interrupt
-    if came is not None:
-        raise came
+        return ensured(lent, loan.end)
 
 
 class Loan:
@@ -113,6 +100,8 @@ class Loan:
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
+        self._level = forward_ad._current_level
+        self.completed = False
 
     def begin(self) -> None:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
@@ -153,6 +142,8 @@ class Loan:
         if self._ended:
             return
         self._held.restore()
+        if not self.completed:
+            _leave_dual_levels(self._level)
         for step in reversed(self._undo):
             step()
         if self in _loans:
@@ -292,8 +283,9 @@ def _note_process(undo: list[_Step]) -> None:
         (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
         (torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
+        (_leave_modes, _modes()),
         (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
-        (_leave_dual_levels, forward_ad._current_level),
         (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
@@ -380,10 +372,24 @@ def _leave_transforms(depth: int) -> None:
         functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
+def _modes() -> tuple[int, int]:
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def _leave_modes(depths: tuple[int, int]) -> None:
+    """Leave modes, such as those of torch.overrides, that an interrupt left on their stacks."""
+    while torch._C._len_torch_function_stack() > depths[0]:
+        torch._C._pop_torch_function_stack()
+    while torch._C._len_torch_dispatch_stack() > depths[1]:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
 def _leave_dual_levels(level: int) -> None:
-    """Leave forward mode where an interrupt left it open."""
-    while forward_ad._current_level > level:
-        forward_ad.exit_dual_level()  # type: ignore[no-untyped-call]
+    """Leave forward mode where an interrupt left it open, in torch's Python part, its core, or both."""
+    for there in range(max(forward_ad._current_level, level + 1), level, -1):
+        with suppress(RuntimeError):  # it was left already
+            torch._C._exit_dual_level(level=there)
+    forward_ad._current_level = level
 
 
 def _drop_saved_tensor_hooks(top: Any) -> None:
