@@ -267,6 +267,7 @@ def _note_process(undo: list[_Step]) -> None:
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
         (nn.functional, "scaled_dot_product_attention"), (torch, "embedding"),
+        (torch, "batch_norm"), (torch, "instance_norm"),
         (parametrize, "_cache_enabled"), (parametrize, "_cache"),
     ]  # fmt: skip
     settings: list[tuple[Callable[[Any], Any], Any]] = [
@@ -285,6 +286,7 @@ def _note_process(undo: list[_Step]) -> None:
         (torch._C._set_grad_enabled, torch.is_grad_enabled()),
         (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
         (_leave_modes, _modes()),
+        (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
         (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
         (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
@@ -316,9 +318,22 @@ def _elementary(model: nn.Module) -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.set_stance("force_eager")
     parametrize._cache_enabled, parametrize._cache = 0, {}
+    torch.batch_norm, torch.instance_norm = map(_with_even_gradient, (torch.batch_norm, torch.instance_norm))
     checkpoint: Any = torch.utils.checkpoint
     checkpoint.CheckpointFunction = _Plain
     checkpoint._checkpoint_without_reentrant_generator = _plain
+
+
+def _with_even_gradient(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A normalization whose backward pass gets gradients in the plain order; of one sample, torch misreads another order."""
+
+    def normalized(*arguments: Any, **options: Any) -> Tensor:
+        out = normalize(*arguments, **options)
+        if len(out) == 1 and out.requires_grad:
+            out.register_hook(lambda signal: signal.contiguous())
+        return out
+
+    return normalized
 
 
 class _Plain:
