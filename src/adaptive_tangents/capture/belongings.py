@@ -27,7 +27,8 @@ _FOREIGN = (
 _FOREIGN_PACKAGES = frozenset(
     {
         "abc", "adaptive_tangents", "asyncio", "builtins", "concurrent", "datasets", "enum", "io", "lightning", "logging",
-        "multiprocessing", "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard", "threading", "tokenizers",
+        "multiprocessing", "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard",
+        "threading", "tokenizers",
         "wandb", "weakref",
     }
 )  # fmt: skip
