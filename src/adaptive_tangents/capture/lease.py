@@ -8,6 +8,7 @@ Some changes hold for the whole process, such as attention in elementary operati
 again, covers all loans, and each loan puts back what it found.
 """
 
+import os
 import random
 import sys
 import threading
@@ -78,6 +79,17 @@ def on_loan(model: nn.Module, body: Callable[["Loan"], _Made]) -> _Made:
         return ensured(lent, loan.end)
 
 
+def _in_child() -> None:
+    """A process forked while another thread had models on loan has them as they were, and the lock."""
+    if not LOCK._is_owned():  # type: ignore[attr-defined]
+        for loan in reversed(list(_loans)):
+            loan.end()
+        LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
 class Loan:
     """A model during a loan: ``put`` brings tensors in force, the rest is about noting and putting back."""
 
@@ -87,7 +99,9 @@ class Loan:
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
         self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
+        self._thread = threading.get_ident()
         self._undo: list[_Step] = []
+        self._undo_in_thread: list[_Step] = []
         self._held = Belongings()
         self._random = _random_state()
         self._overrides: list[_Step] = []
@@ -107,6 +121,7 @@ class Loan:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
         _loans.append(self)
         _note_process(self._undo)
+        _note_thread(self._undo_in_thread)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
         kept = vars(self.model).get("_kept")
         if isinstance(kept, _Kept):
@@ -145,6 +160,8 @@ class Loan:
         if not self.completed:
             _leave_dual_levels(self._level)
         for step in reversed(self._undo):
+            step()
+        for step in reversed(self._undo_in_thread) if self._thread == threading.get_ident() else ():
             step()
         if self in _loans:
             _loans.remove(self)
@@ -260,9 +277,9 @@ def _set_version(tensor: Tensor, version: int) -> None:
 
 
 def _note_process(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the process or the thread."""
+    """Note how to put back what holds for the process."""
     cuda: Any = torch.backends.cuda
-    functorch, hooks = torch._C._functorch, torch._C._autograd
+    functorch: Any = torch._C._functorch
     checkpoint = torch.utils.checkpoint
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
@@ -283,18 +300,26 @@ def _note_process(undo: list[_Step]) -> None:
         (torch.set_default_dtype, torch.get_default_dtype()),
         (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
-        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
-        (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
-        (_leave_modes, _modes()),
         (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
-        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
-        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
         frames = sys.modules["torch._dynamo.eval_frame"]
         settings.append((frames._set_stance, frames._stance))
     undo += [
         partial(setattr, holder, name, getattr(holder, name)) for holder, name in attributes if hasattr(holder, name)
+    ]
+    undo += [partial(put, value) for put, value in settings]
+
+
+def _note_thread(undo: list[_Step]) -> None:
+    """Note how to put back what holds for the thread."""
+    functorch, hooks = torch._C._functorch, torch._C._autograd
+    settings: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
+        (_leave_modes, _modes()),
+        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
+        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
     undo += [partial(put, value) for put, value in settings]
     if torch.is_inference_mode_enabled():
@@ -310,6 +335,8 @@ def _elementary(model: nn.Module) -> None:
     cuda.enable_mem_efficient_sdp(False)
     cuda.enable_cudnn_sdp(False)
     cuda.enable_math_sdp(True)
+    # In this thread, as those of a device may wait for the lock: a backward pass of a TangentModule takes it.
+    torch._C._set_multithreading_enabled(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):

@@ -250,6 +250,7 @@ def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> 
             except (RuntimeError, NotImplementedError):
                 step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
                 sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
-                return (sides[0] - sides[1]) / (2 * step)
+                difference: Tensor = (sides[0] - sides[1]) / (2 * step)
+                return difference
 
     return node.network.lend(derivative)

@@ -39,6 +39,7 @@ from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.nn.frozen_copies import frozen, places_of, thawed
 from adaptive_tangents.nn.linear_maps import LinearMaps, Ways, along
 from adaptive_tangents.nn.trained_transforms import factors
+from adaptive_tangents.runtime.cleanup import import_whole
 from adaptive_tangents.runtime.recursion import room_for, roomy
 from adaptive_tangents.solvers.fit import certify
 from adaptive_tangents.solvers.losses import LossName
@@ -289,6 +290,7 @@ class TangentModule(nn.Module):
 @cache
 def _keep_out_of_graphs() -> None:
     # Derivatives cannot be traced. Not a decorator: importing the compiler takes as long as the rest of torch.
+    import_whole("torch._dynamo")
     TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
 
 

@@ -5,6 +5,9 @@ Python raises an interrupt where it enters a function, after a call, and where a
 must be put back is put back here.
 """
 
+import importlib
+import sys
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,6 +28,13 @@ def ensured(body: Callable[[], _Made], clean: Callable[[], object]) -> _Made:
                 _surely(clean)
             finally:
                 _surely(clean)
+
+
+def import_whole(name: str) -> None:
+    """Import a large module in a thread of its own, which no interrupt reaches; half imported, some cannot be used again."""
+    if name not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=(name,))
+        ensured(thread.start, lambda: thread.ident is None or thread.join())
 
 
 def _surely(step: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """Room for deeply nested models under Python's recursion limit: our own frames take none of the model's."""
 
 import copy
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ _COPY_ROOM = 8  # frames of a copy for each of the model's; they take no space o
 _Made = TypeVar("_Made")
 _Given = ParamSpec("_Given")
 _lock = threading.RLock()
-_rooms: dict[object, int] = {}  # of the calls in progress
+_rooms: dict[tuple[int, object], int] = {}  # of the calls in progress, by thread
 _last = (sys.getrecursionlimit(), 0, 0)  # the user's limit, the library's part, and both together before that
 
 
@@ -50,7 +51,7 @@ def room_for(call: str, body: Callable[[], _Made], room: int = _ROOM) -> _Made:
 
     The grad mode is as before afterwards, even after an interrupt.
     """
-    key, gradients = object(), torch.is_grad_enabled()
+    key, gradients = (threading.get_ident(), object()), torch.is_grad_enabled()
 
     def entered() -> _Made:
         _rooms[key] = room
@@ -69,6 +70,18 @@ def room_for(call: str, body: Callable[[], _Made], room: int = _ROOM) -> _Made:
             _settle()
 
     return ensured(entered, left)
+
+
+def _in_child() -> None:
+    """A forked child has one thread: forget the calls of the others, which may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+    for key in [key for key in _rooms if key[0] != threading.get_ident()]:
+        del _rooms[key]
+    _settle()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def roomy(call: str) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
