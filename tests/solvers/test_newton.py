@@ -221,8 +221,8 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
         free,
         max_iter=4000,
         history_size=20,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-13,
         line_search_fn="strong_wolfe",
     )
 
