@@ -31,7 +31,13 @@ def test_processes_make_together_what_one_makes_alone(tmp_path: Path, capfd: pyt
 def test_under_torchrun_a_killed_process_is_made_good(
     restarts: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--standalone", "--nproc-per-node=2", "--run-path", "--start-method=fork", f"--max-restarts={restarts}"]
+    arguments = [
+        "--standalone",
+        "--nproc-per-node=2",
+        "--run-path",
+        "--start-method=fork",
+        f"--max-restarts={restarts}",
+    ]
     code = forked.code_of(forked.fork(lambda: torch.distributed.run.main([*arguments, forked.__file__, str(tmp_path)])))
     path = tmp_path / "K.zarr"
     if not restarts:
