@@ -134,14 +134,18 @@ class Capture:
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call, self.requested, self.verify = call, limit, True
-        with room_for(call):
+        self.network: Network
+
+        def probed() -> Probe:
             with LOCK:
-                self.network: Network = network(call, model, x, params, wrt, output_fn)
+                self.network = network(call, model, x, params, wrt, output_fn)
                 self.groups = parameter_groups(self.network)
             keep_freed()
             self.limit = limit_for(limit, tensors(x)[0].device)
             with worded(self.network, x):
-                self.probe = self.network.lend(lambda: self._probe(x))
+                return self.network.lend(lambda: self._probe(x))
+
+        self.probe = room_for(call, probed)
         free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
@@ -158,8 +162,12 @@ class Capture:
     def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
-        with room_for(self.call), worded(self.network, x):
-            other = self.network.lend(lambda: self._probe(x))
+
+        def probed() -> Probe:
+            with worded(self.network, x):
+                return self.network.lend(lambda: self._probe(x))
+
+        other = room_for(self.call, probed)
         free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
@@ -179,8 +187,12 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        with room_for(self.call), worded(self.network, self._users(x), x):
-            made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+
+        def passes() -> list[tuple[Tensor, dict[str, Block]]]:
+            with worded(self.network, self._users(x), x):
+                return [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+
+        made = room_for(self.call, passes)
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -205,8 +217,12 @@ class Capture:
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
-        with room_for(self.call), torch.no_grad():
-            out = self.network(x, parameters)
+
+        def evaluated() -> Tensor:
+            with torch.no_grad():
+                return self.network(x, parameters)
+
+        out = room_for(self.call, evaluated)
         check_finite(self.call, "the output", [out])
         return out
 

@@ -8,6 +8,7 @@ Some changes hold for the whole process, such as attention in elementary operati
 again, covers all loans, and each loan puts back what it found.
 """
 
+import os
 import random
 import sys
 import threading
@@ -25,6 +26,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from adaptive_tangents.capture.belongings import Belongings, Put, belongings
+from adaptive_tangents.capture.recording import with_even_gradient
+from adaptive_tangents.runtime.cleanup import ensured
 from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
 
 LOCK = threading.RLock()
@@ -35,6 +38,24 @@ _LARGE = 1 << 28  # bytes of a plain tensor above which it is not copied for eve
 _Made = TypeVar("_Made")
 _Step = Callable[[], None]
 _loans: list["Loan"] = []
+
+
+class _Kept:
+    """What a private model holds, noted once; part of the model, so that it goes with it, but not of copies."""
+
+    def __init__(self) -> None:
+        self.belongings: Belongings | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        return _Kept, ()
+
+
+def keep_private(model: nn.Module) -> None:
+    """Say that only loans change what a model holds, so that it need not be noted for each; again after other changes."""
+    vars(model)["_kept"] = _Kept()
 
 
 def current(model: nn.Module) -> "Loan | None":
@@ -49,28 +70,25 @@ def on_loan(model: nn.Module, body: Callable[["Loan"], _Made]) -> _Made:
         if there is not None:
             return body(there)
         loan = Loan(model)
-        # Twice: an interrupt may come before the first `finally` has begun, or within it.
-        try:
-            try:
-                loan.begin()
-                return body(loan)
-            finally:
-                _surely(loan.end)
-        finally:
-            _surely(loan.end)
+
+        def lent() -> _Made:
+            loan.begin()
+            made = body(loan)
+            loan.completed = True
+            return made
+
+        return ensured(lent, loan.end)
 
 
-def _surely(step: _Step) -> None:
-    """Take a step that may be repeated, to its end; an interrupt that comes meanwhile is raised afterwards."""
-    came: KeyboardInterrupt | None = None
-    while True:
-        try:
-            step()
-            break
-        except KeyboardInterrupt as interrupt:
-            came = interrupt
-    if came is not None:
-        raise came
+def _in_child() -> None:
+    """A process forked while another thread had models on loan has them as they were, and the lock."""
+    if not LOCK._is_owned():  # type: ignore[attr-defined]
+        for loan in reversed(list(_loans)):
+            loan.end()
+        LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Loan:
@@ -82,7 +100,9 @@ class Loan:
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
         self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
+        self._thread = threading.get_ident()
         self._undo: list[_Step] = []
+        self._undo_in_thread: list[_Step] = []
         self._held = Belongings()
         self._random = _random_state()
         self._overrides: list[_Step] = []
@@ -95,13 +115,21 @@ class Loan:
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
+        self._level = forward_ad._current_level
+        self.completed = False
 
     def begin(self) -> None:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
         _loans.append(self)
         _note_process(self._undo)
+        _note_thread(self._undo_in_thread)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
-        self._held = held = belongings(self.model)
+        kept = vars(self.model).get("_kept")
+        if isinstance(kept, _Kept):
+            held = kept.belongings = kept.belongings or belongings(self.model)
+        else:
+            held = belongings(self.model)
+        self._held = held
         _elementary(self.model)
         owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
         for tensor in filter(_has_storage, held.tensors):
@@ -130,7 +158,11 @@ class Loan:
         if self._ended:
             return
         self._held.restore()
+        if not self.completed:
+            _leave_dual_levels(self._level)
         for step in reversed(self._undo):
+            step()
+        for step in reversed(self._undo_in_thread) if self._thread == threading.get_ident() else ():
             step()
         if self in _loans:
             _loans.remove(self)
@@ -152,7 +184,10 @@ class Loan:
                 tensor.data = value.clone()
             for name, value in values.items():
                 own = self.tensors[name]
-                own.data = _as_held(value, own) if name not in self._buffers else _as_held(value, own).clone()
+                if name not in self._buffers:
+                    own.data = _as_held(value, own)
+                elif instead.get(name, own) is own:
+                    own.data = _as_held(value, own).clone()
             for tensor, owner, offset in self._aliases:
                 with suppress(RuntimeError):
                     tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
@@ -243,10 +278,8 @@ def _set_version(tensor: Tensor, version: int) -> None:
 
 
 def _note_process(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the process or the thread."""
+    """Note how to put back what holds for the process."""
     cuda: Any = torch.backends.cuda
-    functorch: Any = torch._C._functorch
-    hooks = torch._C._autograd
     checkpoint = torch.utils.checkpoint
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
@@ -267,17 +300,27 @@ def _note_process(undo: list[_Step]) -> None:
         (torch.set_default_dtype, torch.get_default_dtype()),
         (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
-        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
-        (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
-        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
-        (_leave_dual_levels, forward_ad._current_level),
-        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
         frames = sys.modules["torch._dynamo.eval_frame"]
         settings.append((frames._set_stance, frames._stance))
     undo += [
         partial(setattr, holder, name, getattr(holder, name)) for holder, name in attributes if hasattr(holder, name)
+    ]
+    undo += [partial(put, value) for put, value in settings]
+
+
+def _note_thread(undo: list[_Step]) -> None:
+    """Note how to put back what holds for the thread."""
+    functorch: Any = torch._C._functorch
+    hooks = torch._C._autograd
+    settings: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
+        (_leave_modes, _modes()),
+        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
+        (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
+        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
     ]
     undo += [partial(put, value) for put, value in settings]
     if torch.is_inference_mode_enabled():
@@ -293,6 +336,8 @@ def _elementary(model: nn.Module) -> None:
     cuda.enable_mem_efficient_sdp(False)
     cuda.enable_cudnn_sdp(False)
     cuda.enable_math_sdp(True)
+    # In this thread, as those of a device may wait for the lock: a backward pass of a TangentModule takes it.
+    torch._C._set_multithreading_enabled(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -301,22 +346,10 @@ def _elementary(model: nn.Module) -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.set_stance("force_eager")
     parametrize._cache_enabled, parametrize._cache = 0, {}
-    torch.batch_norm, torch.instance_norm = map(_with_even_gradient, (torch.batch_norm, torch.instance_norm))
+    torch.batch_norm, torch.instance_norm = map(with_even_gradient, (torch.batch_norm, torch.instance_norm))
     checkpoint: Any = torch.utils.checkpoint
     checkpoint.CheckpointFunction = _Plain
     checkpoint._checkpoint_without_reentrant_generator = _plain
-
-
-def _with_even_gradient(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A normalization whose backward pass gets gradients in the plain order; of one sample, torch misreads another order."""
-
-    def normalized(*arguments: Any, **options: Any) -> Tensor:
-        out = normalize(*arguments, **options)
-        if len(out) == 1 and out.requires_grad:
-            out.register_hook(lambda signal: signal.contiguous())  # type: ignore[no-untyped-call]
-        return out
-
-    return normalized
 
 
 class _Plain:
@@ -370,10 +403,24 @@ def _leave_transforms(depth: int) -> None:
         functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
+def _modes() -> tuple[int, int]:
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def _leave_modes(depths: tuple[int, int]) -> None:
+    """Leave modes, such as those of torch.overrides, that an interrupt left on their stacks."""
+    while torch._C._len_torch_function_stack() > depths[0]:
+        torch._C._pop_torch_function_stack()
+    while torch._C._len_torch_dispatch_stack() > depths[1]:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
 def _leave_dual_levels(level: int) -> None:
-    """Leave forward mode where an interrupt left it open."""
-    while forward_ad._current_level > level:
-        forward_ad.exit_dual_level()  # type: ignore[no-untyped-call]
+    """Leave forward mode where an interrupt left it open, in torch's Python part, its core, or both."""
+    for there in range(max(forward_ad._current_level, level + 1), level, -1):
+        with suppress(RuntimeError):  # it was left already
+            torch._C._exit_dual_level(level=there)
+    forward_ad._current_level = level
 
 
 def _drop_saved_tensor_hooks(top: Any) -> None:
