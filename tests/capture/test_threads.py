@@ -28,7 +28,15 @@ from snapshots import Snapshot, contained, shared_state
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 PACKAGE = os.path.dirname(at.__file__)
 # Files of the standard library and of torch whose code runs between our changes and what undoes them.
-NEAR = ("contextlib.py", "grad_mode.py", "_contextlib.py", "graph.py", "forward_ad.py", "eager_transforms.py", "overrides.py")
+NEAR = (
+    "contextlib.py",
+    "grad_mode.py",
+    "_contextlib.py",
+    "graph.py",
+    "forward_ad.py",
+    "eager_transforms.py",
+    "overrides.py",
+)
 
 
 class Net(nn.Module):

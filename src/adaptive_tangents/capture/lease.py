@@ -268,7 +268,7 @@ def _note_process(undo: list[_Step]) -> None:
         (torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled()),
         (torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled()),
         (torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize()),
-        (_set_matmul_precision, torch.get_float32_matmul_precision()),
+        (_set_matmul_precision, _matmul_precision()),
         (torch.set_default_dtype, torch.get_default_dtype()),
         (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
@@ -360,8 +360,15 @@ def _leave(context: Any) -> None:
         del context._inference_mode_raii_context
 
 
-def _set_matmul_precision(precision: str) -> None:
-    if torch.get_float32_matmul_precision() != precision:  # setting it may warn
+def _matmul_precision() -> str | None:
+    """None where the user set precisions by ``torch.backends``; torch refuses to say then."""
+    with suppress(RuntimeError):
+        return torch.get_float32_matmul_precision()
+    return None
+
+
+def _set_matmul_precision(precision: str | None) -> None:
+    if precision is not None and _matmul_precision() != precision:  # setting it may warn
         torch.set_float32_matmul_precision(precision)
 
 
