@@ -121,6 +121,10 @@ install_import_hook("adaptive_tangents", "beartype.beartype(conf=beartype.Bearty
 
 import torch  # noqa: E402  (after the hook, lest anything it starts import the package)
 
+if not torch.accelerator.is_available():
+    # torch's own formats the stack thrice, for devices that are not there, and keeps the text: milliseconds a call.
+    torch.manual_seed = torch.default_generator.manual_seed
+
 _ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
 _WORDS = frozenset({str, bool})
 

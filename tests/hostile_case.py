@@ -106,20 +106,21 @@ def _doubled(x: Any) -> Any:
     return {k: _doubled(v) for k, v in x.items()} if hasattr(x, "items") else type(x)(map(_doubled, x))
 
 
-def samples(x: Any) -> int:
-    return len(next(tensors(x)))
+@functools.cache
+def samples(case: Case) -> int:
+    return len(next(tensors(case.build(true=True)[1])))
 
 
 def difference(case: Case, state: Mapping[str, Tensor] | None, along: Mapping[str, Tensor]) -> Tensor:
     """(f(θ + hv) − f(θ − hv))/2h for each sample, (n, c)."""
-    n = samples(case.build(true=True)[1])
     rows = [
         (moved(case, state, along, case.step, k) - moved(case, state, along, -case.step, k)) / (2 * case.step)
-        for k in range(n)
+        for k in range(samples(case))
     ]
     return torch.stack(rows)
 
 
+@functools.cache
 def parameters(case: Case) -> dict[str, Tensor]:
     """Those that require a gradient, in the model's order."""
     return {
@@ -183,7 +184,7 @@ def times(jacobian: Tensor, along: Mapping[str, Tensor], named: Mapping[str, Ten
 def _autograd(case: Case, state: Mapping[str, Tensor] | None) -> Tensor | None:
     """Plain autograd, one sample at a time in a model of its own; None if torch refuses it."""
     rows = []
-    for k in range(samples(case.build(true=True)[1])):
+    for k in range(samples(case)):
         model, x = case.build(true=True)
         named = dict(model.named_parameters())
         if state is not None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+import beartype
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,11 @@ def shared_state() -> dict[str, Any]:
     hooks = {name: list(value) for name, value in vars(nn.modules.module).items() if name.startswith("_global")
         and isinstance(value, dict)}  # fmt: skip
     return {**found, "hooks of all modules": hooks}
+
+
+@beartype.beartype
+def _one_check(x: list[int]) -> None:
+    """With its first check, beartype takes a function of ``random``: before one of those below stands in for it."""
 
 
 @contextlib.contextmanager

@@ -403,10 +403,10 @@ class JointProblem:
             for _ in range(4):  # restarts drop a stale curvature estimate
                 found = minimize(
                     value, x, jac=True, method="L-BFGS-B",
-                    options={"maxiter": 6000, "maxfun": 12000, "ftol": 1e-16, "gtol": 1e-11, "maxcor": 30},
+                    options={"maxiter": 6000, "maxfun": 12000, "ftol": 1e-13, "gtol": 1e-11, "maxcor": 30},
                 )  # fmt: skip
                 x = found.x
-                if before - found.fun <= 1e-13 * abs(found.fun):  # the restart changed nothing
+                if before - found.fun <= 1e-11 * abs(found.fun):  # the restart changed nothing
                     break
                 before = found.fun
             reached.append(float(found.fun) if len(x) else value(x)[0])

@@ -1,5 +1,6 @@
 """Models that differentiate, hook or transform in their forward pass: features equal plain autograd's, sample by sample."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -129,11 +130,11 @@ def padded(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def three() -> Tensor:
-    return normal(9, 3)
+    return normal(5, 3)
 
 
 def sequences() -> Tensor:
-    return normal(9, 4, 3)
+    return normal(5, 4, 3)
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], Any]]] = {
@@ -143,7 +144,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], Any]]] = {
         by_dual_numbers, inner_step, inner_step_by_func, overwritten, hooked, hooked_parameter, graph_asked_for,
     )
 } | {
-    "forces": (forces, lambda: (torch.randint(3, (6, 4)), normal(6, 4, 3))),
+    "forces": (forces, lambda: (torch.randint(3, (5, 4)), normal(5, 4, 3))),
     "ragged": (ragged, sequences),
     "padded": (padded, sequences),
 }  # fmt: skip
@@ -157,6 +158,12 @@ def build(name: str) -> tuple[nn.Module, Any]:
     return Forward(function, net=net, kinds=nn.Embedding(3, 2), rate=torch.tensor(0.1)), x()
 
 
+@functools.cache
+def true(name: str) -> reference.Array:
+    """The Jacobian of plain autograd."""
+    return reference.jacobian(*build(name))
+
+
 def close(found: Tensor, expected: reference.Array) -> None:
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
@@ -165,9 +172,9 @@ def close(found: Tensor, expected: reference.Array) -> None:
 def test_features_and_kernels_are_autograds(name: str) -> None:
     model, x = build(name)
     before = fingerprint(model, x)
-    phi = reference.jacobian(model, x)
+    phi = true(name)
     close(at.tangent_features(model, x).dense(), phi)
-    close(at.tangent_kernel(model, x, outputs="trace", tile=4), reference.kernel(phi, phi, "trace"))
+    close(at.tangent_kernel(model, x, outputs="trace", tile=3), reference.kernel(phi, phi, "trace"))
     assert fingerprint(model, x) == before
 
 
@@ -175,7 +182,7 @@ def test_features_and_kernels_are_autograds(name: str) -> None:
 def test_features_of_some_parameters_are_autograds(name: str) -> None:
     model, x = build(name)
     shapes = {k: tuple(p.shape) for k, p in model.named_parameters()}
-    phi = reference.restricted(reference.jacobian(model, x), shapes, ["net.0.bias"])
+    phi = reference.restricted(true(name), shapes, ["net.0.bias"])
     close(at.tangent_features(model, x, wrt="net.0.bias").dense(), phi)
     state = {k: v + 0.1 for k, v in model.state_dict().items()}
     close(at.tangent_features(model, x, params=state).dense(), reference.jacobian(model, x, state=state))
@@ -187,12 +194,13 @@ def test_the_linearized_module_moves_by_the_features(name: str) -> None:
     module = at.TangentModule(model, at.Fixed())
     for matrix in module.inner.values():
         matrix.data = torch.randn_like(matrix)
-    beta = module.features(x).join(module.effective_coefficients())
-    close(module(x) - module.initial(x), reference.jacobian(model, x) @ beta.numpy())
-    module(x).square().sum().backward()
-    back = 2 * module.features(x).rmatvec(module(x).detach())
+    feats, out = module.features(x), module(x)
+    beta = feats.join(module.effective_coefficients())
+    close(out - module.initial(x), true(name) @ beta.numpy())
+    out.square().sum().backward()
+    back = 2 * feats.rmatvec(out.detach())
     grads = {name: module.inner["block:" + name.replace(".", "/")].grad for name in module.blocks}
-    close(module.features(x).join(grads), back.numpy())
+    close(feats.join(grads), back.numpy())
 
 
 @pytest.mark.parametrize("name", ["summed_gradient", "by_grad", "hooked", "inner_step"])
@@ -225,4 +233,4 @@ def test_bytes_are_counted_where_saved_tensors_cannot_be_watched() -> None:
     from adaptive_tangents.capture.recording import bytes_kept
 
     model, x = build("by_grad")
-    assert bytes_kept(lambda: by_grad(model, x), set())[1] > 9 * 5 * 8
+    assert bytes_kept(lambda: by_grad(model, x), set())[1] > len(x) * 5 * 8

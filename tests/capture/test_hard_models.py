@@ -420,3 +420,10 @@ def test_a_table_with_a_largest_norm_is_left_as_found(layer: type[nn.Module]) ->
     with contextlib.suppress(at.TangentError):
         at.tangent_features(model, x)
     assert fingerprint(model, x) == before
+
+
+def test_no_warning_of_torch_comes_from_how_features_are_made() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 3, padding=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        at.tangent_features(nn.Sequential(layer, nn.Flatten(), nn.Linear(15, 2)), normal(3, 2, 5).float())

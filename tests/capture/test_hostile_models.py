@@ -82,9 +82,9 @@ def capture(case: Case, model: nn.Module, x: Any, **options: Any) -> at.TangentF
 
 @every_case("features")
 def test_features_are_the_derivative(case: Case) -> None:
-    model, x = case.build()
+    first = used(case).first
     with as_promised(case):
-        check_features(case, capture(case, model, x))
+        check_features(case, first())
 
 
 @every_case("gradient", only=lambda case: case.warns is not None)
@@ -123,17 +123,28 @@ def test_the_kernel_is_made_of_the_derivatives(case: Case) -> None:
         assert close(made, expected, case.gap if true.jacobian is None or case.complex else 2 * case.tolerance)
 
 
-def every_call(case: Case, model: nn.Module, x: Any) -> None:
-    """What a user may ask of a model, whatever comes of it."""
-    for call in (
-        lambda: capture(case, model, x),
-        lambda: at.tangent_kernel(
-            model, x, output_fn=case.output_fn, outputs="trace", tile=2, params=other_state(case)
-        ),
-    ):
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call()
+def every_call(case: Case, model: nn.Module, x: Any) -> Callable[[], at.TangentFeatures]:
+    """What a user may ask of a model, whatever comes of it; and what came of the first call, errors and warnings too."""
+    error, feats = None, None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            feats = capture(case, model, x)
+        except Exception as refused:
+            error = refused
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        at.tangent_kernel(model, x, output_fn=case.output_fn, outputs="trace", tile=2, params=other_state(case))
+
+    def first() -> at.TangentFeatures:
+        for warning in told:
+            if issubclass(warning.category, at.TangentWarning):
+                warnings.warn(warning.message, stacklevel=2)
+        if feats is None:
+            raise error or AssertionError
+        return feats
+
+    return first
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ class Used:
 
     model: nn.Module
     x: Any
+    first: Callable[[], at.TangentFeatures]
     changes: list[str]
     shared: list[str]
 
@@ -150,10 +162,10 @@ class Used:
 def used(case: Case) -> Used:
     model, x = case.build()
     before, shared = Snapshot(model, x), shared_state()
-    every_call(case, model, x)
+    first = every_call(case, model, x)
     now = shared_state()
     changed = [name for name in shared if shared[name] != now[name]]
-    return Used(model, x, before.changes(Snapshot(model, x)), changed)
+    return Used(model, x, first, before.changes(Snapshot(model, x)), changed)
 
 
 @every_case("left")
@@ -182,7 +194,7 @@ def trained(case: Case, *, captured: bool) -> list[Any]:
         if loss is not None:
             try:
                 loss.backward()
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 failed = type(error)
         for optimizer in optimizers:
             optimizer.step()

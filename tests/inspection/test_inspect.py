@@ -28,7 +28,7 @@ from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import Data
-from study_cases import plain_figures
+from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
 runner = CliRunner()
 State = dict[str, Tensor]
@@ -403,7 +403,8 @@ def page(found: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("page")
     extra = {"command": "adaptive-tangents inspect", "model": "networks:conv", "data_file": "data.npz"}
     write_results(found["conv"].results | extra, found["conv"].arrays, folder)
-    report.build_report(folder, PAGES)
+    with of_few_pixels():
+        report.build_report(folder, PAGES)
     return folder
 
 
@@ -488,7 +489,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def inspect(*arguments: str) -> Any:
-    return runner.invoke(cli.app, ["inspect", "--quick", *arguments])
+    with explained_in_rounds(1):
+        return runner.invoke(cli.app, ["inspect", "--quick", *arguments])
 
 
 def test_a_trajectory_of_checkpoints_gives_a_page_with_images(files: Path) -> None:

@@ -23,7 +23,7 @@ from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import Data
-from study_cases import plain_figures
+from study_cases import explained_in_rounds, plain_figures
 
 NETWORK = """
 import torch
@@ -65,12 +65,14 @@ def stopped_at(stage: str) -> RunResult:
         if name == stage:
             raise KeyboardInterrupt
 
-    return run(space["network"](), NAMED, DATA, CONFIG, progress=progress)
+    with explained_in_rounds(1):
+        return run(space["network"](), NAMED, DATA, CONFIG, progress=progress)
 
 
 @pytest.fixture(scope="module")
 def whole() -> RunResult:
-    return run(space["network"](), NAMED, DATA, CONFIG)
+    with explained_in_rounds(1):
+        return run(space["network"](), NAMED, DATA, CONFIG)
 
 
 MISSING = {
@@ -225,7 +227,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def inspect(*arguments: str) -> Any:
     given = ["inspect", "--quick", "--model", "network_to_order.py:network", "--data", "data.npz", "--out", "run"]
-    return runner.invoke(cli.app, [*given, *arguments])
+    with explained_in_rounds(1):
+        return runner.invoke(cli.app, [*given, *arguments])
 
 
 def test_the_command_prints_the_order_of_the_steps_before_it_works(files: Path) -> None:

@@ -169,7 +169,7 @@ def test_two_odd_penalties_share_a_value_at_the_global_minimum(pair: tuple[str, 
     a, b = (1 + excess for excess in shares((one, two), v))
     torch.testing.assert_close(one.value(a) + two.value(b) + (v / (a * b)) ** 2, value, rtol=1e-12, atol=0.0)
     for at_v, found in zip(v.tolist(), value.tolist(), strict=True):
-        least = brute(functions, at_v, count=4_000_000)
+        least = brute(functions, at_v, count=4_000_000 if "jump" in pair else 1_000_000)
         assert least * (1 - 2e-3) <= found <= least * (1 + 1e-10)
 
 
@@ -177,7 +177,7 @@ def test_an_odd_penalty_composes_with_a_closed_form_at_the_global_minimum() -> N
     one = at.Penalty(ODD["waves"]).compose(at.Quadratic(0.5))
     v = torch.tensor([0.3, 1.2, 4.0, 30.0], dtype=torch.float64)
     for at_v, found in zip(v.tolist(), one.induced().value(v).tolist(), strict=True):
-        least = brute([ODD["waves"], lambda z: 0.5 * (z - 1) ** 2], at_v, count=4_000_000)
+        least = brute([ODD["waves"], lambda z: 0.5 * (z - 1) ** 2], at_v, count=1_000_000)
         assert least * (1 - 1e-3) <= found <= least * (1 + 1e-10)
     for z in (1.0, 1.7, 5.0, 60.0):
         a = torch.linspace(0, math.log(z), 200_001, dtype=torch.float64).exp()

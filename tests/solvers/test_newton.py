@@ -53,8 +53,9 @@ def entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ the optimum
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    ("name", "ridge"), [*zip(STRUCTURES, itertools.cycle((0.0, 0.3)), strict=False), ("TwoSided", 0.0)]
+)
 def test_all_solvers_and_forms_reach_the_same_optimum(name: str, ridge: float) -> None:
     case = problem(11, n=5, c=2, shapes=((4, 3, 2), (3, 4, 1), (3, 1, 0)), scale=4.0)
     fits = [
@@ -221,8 +222,8 @@ def test_cross_entropy_reaches_the_minimum_of_the_joint_problem(name: str, c: in
         free,
         max_iter=4000,
         history_size=20,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-13,
         line_search_fn="strong_wolfe",
     )
 

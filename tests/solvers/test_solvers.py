@@ -301,8 +301,7 @@ def test_the_gap_of_convex_structures_closes_to_rounding(name: str, ridge: float
     assert abs(found.gap) < 1e-12
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.05])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("name", "ridge"), zip(STRUCTURES, itertools.cycle((0.0, 0.05)), strict=False))
 def test_accelerated_and_plain_alternation_agree_and_the_first_needs_no_more_rounds(name: str, ridge: float) -> None:
     case = problem(11, n=4, c=2, shapes=((4, 3, 2), (3, 4, 1)), scale=4.0)
     chosen = structure(name, 0.4, 0.8)

@@ -1,13 +1,11 @@
 """A writer killed at any moment, alone or among others, loses only its current tile."""
 
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 from torch.distributed import HashStore
 
 import adaptive_tangents as at
@@ -30,23 +28,26 @@ def test_processes_make_together_what_one_makes_alone(tmp_path: Path, capfd: pyt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_under_torchrun_a_killed_process_is_made_good(restarts: int, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launcher += ["--run-path", "--start-method=fork", f"--max-restarts={restarts}"]  # torch is imported once
-    search = os.pathsep.join([str(Path(forked.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launcher, forked.__file__, str(tmp_path)], capture_output=True, text=True, timeout=280,
-        env=os.environ | {"PYTHONPATH": search},
-    )  # fmt: skip
+def test_under_torchrun_a_killed_process_is_made_good(
+    restarts: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--standalone",
+        "--nproc-per-node=2",
+        "--run-path",
+        "--start-method=fork",
+        f"--max-restarts={restarts}",
+    ]
+    code = forked.code_of(forked.fork(lambda: torch.distributed.run.main([*arguments, forked.__file__, str(tmp_path)])))
     path = tmp_path / "K.zarr"
     if not restarts:
-        assert done.returncode != 0
+        assert code != 0
         left = at.open_kernel(path)
         assert (left.complete, left.verify()) == (False, [])
         assert 3 <= len(left.places) - len(left.missing()) < len(left.places)
         at.kernel_to_store(network(), data(40), path, outputs="trace", memory_limit=LIMIT, resume=True)
     else:
-        assert done.returncode == 0, done.stderr
+        assert code == 0, capfd.readouterr().err
     at.kernel_to_store(network(), data(40), tmp_path / "expected.zarr", outputs="trace", tile=4, memory_limit=LIMIT)
     assert files(path) == files(tmp_path / "expected.zarr")
 

@@ -45,7 +45,7 @@ STRUCTURES: dict[str, Callable[[at.Penalty, at.Penalty], at.structures.Structure
 # Structures that are invariant to a rotation of both sides of every block.
 INVARIANT = ("Fixed", "Full", "LayerScale", *SIDED)
 PENALTIES = {"quadratic": at.Quadratic, "absolute": at.Absolute}
-few = examples(8)
+few = examples(5)
 seeds = st.integers(0, 10_000)
 penalties = st.sampled_from(sorted(PENALTIES))
 strengths = st.floats(-3, 3).map(lambda x: 10.0**x)

@@ -26,6 +26,7 @@ _STEPS: Mapping[torch.dtype, tuple[float, ...]] = {
     torch.float64: (1e-6, 1e-7, 1e-5),
     torch.float32: (1e-3, 3e-4, 3e-3),
 }
+_NEARBY = 0.03
 _BEYOND = 5  # times the differences of several steps from each other, to be judged by them
 _ALLOWED: Mapping[torch.dtype, float] = {torch.float64: 1e-4, torch.float32: 3e-2}
 
@@ -81,7 +82,8 @@ def _check_derivative(
     """Warn where ``gradients`` of the combined outputs are not the slopes of the function.
 
     A step is judged only where others agree with it, so that a kink or a rounding error accuses nobody; nor is a network
-    that computes something in less than float32, ``least``.
+    that computes something in less than float32, ``least``. What is wrong must be so nearby, too: a unit whose input is
+    exactly zero sits on a kink, whatever the step.
     """
     if not all(net.parameters[name].dtype in _STEPS for name in gradients):
         return  # too coarse for differences
@@ -91,12 +93,30 @@ def _check_derivative(
         return
     wrong = [name for name, way in along.items() if not _agree(net, x, {name: way})]
     if wrong:
+        net = _nearby(net)
+        leaves = net.leaves()
+        with saved_copies():
+            gradients = _gradients(net(x, leaves), leaves)
+        along = {name: _direction(net.parameters[name], gradients[name], still.get(name)) for name in wrong}
+        wrong = [name for name, way in along.items() if not _agree(net, x, {name: way})]
+    if wrong:
         warnings.warn(
             f"{net.call}: the outputs do not change with {listed(wrong)} as autograd's gradient says, so the gradient is "
             "not their derivative (a detached value, rounding, a straight-through estimator); features are the gradient",
             TangentWarning,
             stacklevel=2,
         )
+
+
+def _nearby(net: Network) -> Network:
+    """The network with each parameter moved at random, by more than the steps of differences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return torch.add(value, noise, alpha=_NEARBY * _size(value))
+
+    return replace(net, parameters={**net.parameters, **{name: moved(net.parameters[name]) for name in net.selected}})
 
 
 def _padding(net: Network) -> dict[str, int]:
@@ -116,10 +136,16 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
     if still is not None:
         s = s.clone()
         s[still] = 0
-    norm = float(torch.linalg.vector_norm(value))
-    size = norm / value.numel() ** 0.5 if norm else columns**-0.5
+    size = _size(value)
     slope = 0.0 if gradient is None else float(s @ (gradient.to_dense().reshape(rows, columns) @ r)) * size
     return _Direction(s, r, size, slope)
+
+
+def _size(value: Tensor) -> float:
+    """The size of a parameter's entries, or of those that it would have in training."""
+    norm = float(torch.linalg.vector_norm(value))
+    rows = value.shape[0] if value.ndim else 1
+    return norm / value.numel() ** 0.5 if norm else (value.numel() / rows) ** -0.5
 
 
 def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:

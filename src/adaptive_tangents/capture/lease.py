@@ -39,6 +39,24 @@ _Step = Callable[[], None]
 _loans: list["Loan"] = []
 
 
+class _Kept:
+    """What a private model holds, noted once; part of the model, so that it goes with it, but not of copies."""
+
+    def __init__(self) -> None:
+        self.belongings: Belongings | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        return _Kept, ()
+
+
+def keep_private(model: nn.Module) -> None:
+    """Say that only loans change what a model holds, so that it need not be noted for each; again after other changes."""
+    vars(model)["_kept"] = _Kept()
+
+
 def current(model: nn.Module) -> "Loan | None":
     """The loan of a model that is in progress, if there is one."""
     return next((loan for loan in reversed(_loans) if loan.model is model), None)
@@ -105,7 +123,12 @@ class Loan:
         _note_process(self._undo)
         _note_thread(self._undo_in_thread)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
-        self._held = held = belongings(self.model)
+        kept = vars(self.model).get("_kept")
+        if isinstance(kept, _Kept):
+            held = kept.belongings = kept.belongings or belongings(self.model)
+        else:
+            held = belongings(self.model)
+        self._held = held
         _elementary(self.model)
         owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
         for tensor in filter(_has_storage, held.tensors):
@@ -160,7 +183,10 @@ class Loan:
                 tensor.data = value.clone()
             for name, value in values.items():
                 own = self.tensors[name]
-                own.data = _as_held(value, own) if name not in self._buffers else _as_held(value, own).clone()
+                if name not in self._buffers:
+                    own.data = _as_held(value, own)
+                elif instead.get(name, own) is own:
+                    own.data = _as_held(value, own).clone()
             for tensor, owner, offset in self._aliases:
                 with suppress(RuntimeError):
                     tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
@@ -253,10 +279,12 @@ def _set_version(tensor: Tensor, version: int) -> None:
 def _note_process(undo: list[_Step]) -> None:
     """Note how to put back what holds for the process."""
     cuda: Any = torch.backends.cuda
+    functorch: Any = torch._C._functorch
     checkpoint = torch.utils.checkpoint
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
         (nn.functional, "scaled_dot_product_attention"), (torch, "embedding"),
+        (torch, "batch_norm"), (torch, "instance_norm"),
         (parametrize, "_cache_enabled"), (parametrize, "_cache"),
     ]  # fmt: skip
     settings: list[tuple[Callable[[Any], Any], Any]] = [
@@ -272,6 +300,7 @@ def _note_process(undo: list[_Step]) -> None:
         (torch.set_default_dtype, torch.get_default_dtype()),
         (set_users_limit, users_limit()),
         (_set_random_state, _random_state()),
+        (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
     ]
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
         frames = sys.modules["torch._dynamo.eval_frame"]
@@ -316,9 +345,22 @@ def _elementary(model: nn.Module) -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.set_stance("force_eager")
     parametrize._cache_enabled, parametrize._cache = 0, {}
+    torch.batch_norm, torch.instance_norm = map(_with_even_gradient, (torch.batch_norm, torch.instance_norm))
     checkpoint: Any = torch.utils.checkpoint
     checkpoint.CheckpointFunction = _Plain
     checkpoint._checkpoint_without_reentrant_generator = _plain
+
+
+def _with_even_gradient(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A normalization whose backward pass gets gradients in the plain order; of one sample, torch misreads another order."""
+
+    def normalized(*arguments: Any, **options: Any) -> Tensor:
+        out = normalize(*arguments, **options)
+        if len(out) == 1 and out.requires_grad:
+            out.register_hook(lambda signal: signal.contiguous())
+        return out
+
+    return normalized
 
 
 class _Plain:

@@ -53,9 +53,9 @@ class Network:
         """
         own, apart = self._loan.tensors, self._loan.without_versions
         return {
-            name: self.parameters[name].detach().requires_grad_(True)
-            if own[name].is_complex() or name in apart
-            else own[name]
+            name: (
+                self.parameters[name].detach() if own[name].is_complex() or name in apart else own[name]
+            ).requires_grad_()
             for name in self.selected
         }
 

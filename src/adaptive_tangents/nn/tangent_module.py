@@ -19,7 +19,7 @@ from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.lease import LOCK
+from adaptive_tangents.capture.lease import LOCK, keep_private
 from adaptive_tangents.capture.network import (
     Network,
     OutputFn,
@@ -127,10 +127,12 @@ class TangentModule(nn.Module):
         self.factors.to(dtype)
         self._ways = Ways()
         self.eval()
+        keep_private(self.model)
 
     def train(self, mode: bool = True) -> "TangentModule":
         super().train(mode)
         self.model.eval()  # features are defined in evaluation mode
+        keep_private(self.model)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TangentModule":
@@ -139,6 +141,7 @@ class TangentModule(nn.Module):
             for alias in aliases:  # what is tied is one tensor still
                 held = self.model.get_submodule(alias.rpartition(".")[0])._buffers
                 held[alias.rpartition(".")[2]] = self.model.get_buffer(first)
+        keep_private(self.model)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TangentModule":
@@ -146,6 +149,7 @@ class TangentModule(nn.Module):
             memo[id(self.model)] = copied("TangentModule", self.model)
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
+        keep_private(made.model)
         return made
 
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
