@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -189,7 +189,7 @@ def test_a_process_forked_during_a_pass_of_another_thread_works() -> None:
             right = torch.equal(model(x), twin) and torch.is_grad_enabled() and torch.backends.cuda.flash_sdp_enabled()
             again = torch.allclose(at.tangent_kernel(model, x, outputs="trace"), expected, atol=1e-12)
             limit = sys.getrecursionlimit() == recursion.users_limit()
-            code = 0 if right and again and limit and list(model.parameters())[0] is model.first.weight else 2
+            code = 0 if right and again and limit and next(model.parameters()) is model.first.weight else 2
         finally:
             os._exit(code)
     leave.set()
@@ -216,8 +216,8 @@ class Interrupted:
     """
 
     JUMPS = ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "POP_JUMP_BACKWARD_IF_TRUE", "POP_JUMP_BACKWARD_IF_FALSE")
-    _names: dict[Any, dict[int, str]] = {}
-    _handlers: dict[Any, list[Any]] = {}
+    _names: ClassVar[dict[Any, dict[int, str]]] = {}
+    _handlers: ClassVar[dict[Any, list[Any]]] = {}
 
     def __init__(self, k: int | None, again: int = 0) -> None:
         self.k, self.again, self.seen, self.later = k, again, 0, 0
@@ -253,10 +253,10 @@ class Interrupted:
             if code not in self._names:
                 self._names[code] = {i.offset: i.opname for i in dis.get_instructions(code)}
                 self._handlers[code] = dis._parse_exception_table(code)  # type: ignore[attr-defined]
-            if last is not None and self._names[code].get(last) in self.JUMPS:
-                # Elsewhere, another handler would see the error than that of the call.
-                if self._handler(code, last) == self._handler(code, frame.f_lasti):
-                    self._instant(frame)
+            # Where the handlers of both differ, another would see the error than that of the call.
+            called = last is not None and self._names[code].get(last) in self.JUMPS
+            if last is not None and called and self._handler(code, last) == self._handler(code, frame.f_lasti):
+                self._instant(frame)
         return self
 
     def _handler(self, code: Any, offset: int) -> Any:

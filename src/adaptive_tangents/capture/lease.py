@@ -9,26 +9,28 @@ again, covers all loans, and each loan puts back what it found.
 """
 
 import os
-import random
-import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import _lru_cache_wrapper, cached_property, partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 
 from adaptive_tangents.capture.belongings import Belongings, Put, belongings
-from adaptive_tangents.capture.recording import with_even_gradient
+from adaptive_tangents.capture.process_state import (
+    leave_dual_levels,
+    make_elementary,
+    note_process,
+    note_thread,
+    random_state,
+    set_random_state,
+)
 from adaptive_tangents.runtime.cleanup import ensured
-from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
 
 LOCK = threading.RLock()
 """Held while a model is on loan, and while what a model holds is read."""
@@ -104,7 +106,7 @@ class Loan:
         self._undo: list[_Step] = []
         self._undo_in_thread: list[_Step] = []
         self._held = Belongings()
-        self._random = _random_state()
+        self._random = random_state()
         self._overrides: list[_Step] = []
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor, int | torch.SymInt]] = []
@@ -121,8 +123,8 @@ class Loan:
     def begin(self) -> None:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
         _loans.append(self)
-        _note_process(self._undo)
-        _note_thread(self._undo_in_thread)
+        note_process(self._undo)
+        note_thread(self._undo_in_thread)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
         kept = vars(self.model).get("_kept")
         if isinstance(kept, _Kept):
@@ -130,7 +132,7 @@ class Loan:
         else:
             held = belongings(self.model)
         self._held = held
-        _elementary(self.model)
+        make_elementary(self.model)
         owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
         for tensor in filter(_has_storage, held.tensors):
             self._undo.append(_tensor_undo(tensor))
@@ -159,7 +161,7 @@ class Loan:
             return
         self._held.restore()
         if not self.completed:
-            _leave_dual_levels(self._level)
+            leave_dual_levels(self._level)
         for step in reversed(self._undo):
             step()
         for step in reversed(self._undo_in_thread) if self._thread == threading.get_ident() else ():
@@ -176,7 +178,7 @@ class Loan:
         """
         self.instead = instead
         self._held.restore()
-        _set_random_state(self._random)
+        set_random_state(self._random)
         for override in self._overrides:
             override()
         with torch._C._DisableFuncTorch():  # a copy made inside a transform is no plain tensor
@@ -277,93 +279,6 @@ def _set_version(tensor: Tensor, version: int) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _note_process(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the process."""
-    cuda: Any = torch.backends.cuda
-    checkpoint = torch.utils.checkpoint
-    attributes = [
-        (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
-        (nn.functional, "scaled_dot_product_attention"), (torch, "embedding"),
-        (torch, "batch_norm"), (torch, "instance_norm"),
-        (parametrize, "_cache_enabled"), (parametrize, "_cache"),
-    ]  # fmt: skip
-    settings: list[tuple[Callable[[Any], Any], Any]] = [
-        (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled()),
-        (cuda.enable_math_sdp, cuda.math_sdp_enabled()),
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),
-        (torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
-        (torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled()),
-        (torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled()),
-        (torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize()),
-        (_set_matmul_precision, torch.get_float32_matmul_precision()),
-        (torch.set_default_dtype, torch.get_default_dtype()),
-        (set_users_limit, users_limit()),
-        (_set_random_state, _random_state()),
-    ]
-    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
-        frames = sys.modules["torch._dynamo.eval_frame"]
-        settings.append((frames._set_stance, frames._stance))
-    undo += [
-        partial(setattr, holder, name, getattr(holder, name)) for holder, name in attributes if hasattr(holder, name)
-    ]
-    undo += [partial(put, value) for put, value in settings]
-
-
-def _note_thread(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the thread."""
-    functorch: Any = torch._C._functorch
-    hooks = torch._C._autograd
-    settings: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
-        (torch._C._set_multithreading_enabled, torch._C._is_multithreading_enabled()),
-        (_leave_modes, _modes()),
-        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
-        (functorch._set_vmap_fallback_enabled, functorch._is_vmap_fallback_enabled()),
-        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
-    ]
-    undo += [partial(put, value) for put, value in settings]
-    if torch.is_inference_mode_enabled():
-        normal = torch.inference_mode(False)
-        undo.append(partial(_leave, normal))
-        normal.__enter__()
-
-
-def _elementary(model: nn.Module) -> None:
-    """Attention, recurrence and checkpointing as plain operations; a fused kernel has no forward mode or no saved inputs."""
-    cuda = torch.backends.cuda
-    cuda.enable_flash_sdp(False)
-    cuda.enable_mem_efficient_sdp(False)
-    cuda.enable_cudnn_sdp(False)
-    cuda.enable_math_sdp(True)
-    # In this thread, as those of a device may wait for the lock: a backward pass of a TangentModule takes it.
-    torch._C._set_multithreading_enabled(False)
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.set_stance("force_eager")
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    torch.batch_norm, torch.instance_norm = map(with_even_gradient, (torch.batch_norm, torch.instance_norm))
-    checkpoint: Any = torch.utils.checkpoint
-    checkpoint.CheckpointFunction = _Plain
-    checkpoint._checkpoint_without_reentrant_generator = _plain
-
-
-class _Plain:
-    """Checkpointing with reentrant backward passes, as a plain call."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-        return function(*arguments)
-
-
-def _plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
-    yield
-
-
 def _overrides(module: nn.Module) -> list[_Step]:
     """Steps that hide what a module keeps for training or from earlier calls: backward hooks, cached values."""
     held = vars(module)
@@ -383,62 +298,3 @@ def _unmemoized(kind: type) -> list[_Step]:
     """Steps that replace the cached methods of a class by plain ones; they are put back with all that a class holds."""
     cached = {name: value for name, value in vars(kind).items() if isinstance(value, _lru_cache_wrapper)}
     return [partial(setattr, kind, name, value.__wrapped__) for name, value in cached.items()]
-
-
-def _leave(context: Any) -> None:
-    if "_inference_mode_raii_context" in vars(context):
-        context.__exit__(None, None, None)
-        del context._inference_mode_raii_context
-
-
-def _set_matmul_precision(precision: str) -> None:
-    if torch.get_float32_matmul_precision() != precision:  # setting it may warn
-        torch.set_float32_matmul_precision(precision)
-
-
-def _leave_transforms(depth: int) -> None:
-    """Leave transforms such as vmap that an interrupt left open."""
-    functorch = torch._C._functorch
-    if functorch.get_dynamic_layer_stack_depth() > depth:
-        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-
-
-def _modes() -> tuple[int, int]:
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-
-
-def _leave_modes(depths: tuple[int, int]) -> None:
-    """Leave modes, such as those of torch.overrides, that an interrupt left on their stacks."""
-    while torch._C._len_torch_function_stack() > depths[0]:
-        torch._C._pop_torch_function_stack()
-    while torch._C._len_torch_dispatch_stack() > depths[1]:
-        torch._C._pop_torch_dispatch_stack(None)
-
-
-def _leave_dual_levels(level: int) -> None:
-    """Leave forward mode where an interrupt left it open, in torch's Python part, its core, or both."""
-    for there in range(max(forward_ad._current_level, level + 1), level, -1):
-        with suppress(RuntimeError):  # it was left already
-            torch._C._exit_dual_level(level=there)
-    forward_ad._current_level = level
-
-
-def _drop_saved_tensor_hooks(top: Any) -> None:
-    """Remove hooks on saved tensors that an interrupt left."""
-    hooks = torch._C._autograd
-    while (now := hooks._top_saved_tensors_default_hooks(True)) is not None and now != top:
-        hooks._pop_saved_tensors_default_hooks()
-
-
-def _random_state() -> tuple[Any, ...]:
-    cuda: Any = torch.cuda
-    on_devices = cuda.get_rng_state_all() if cuda.is_initialized() else ()
-    return torch.get_rng_state(), np.random.get_state(), random.getstate(), on_devices  # noqa: NPY002
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    random.setstate(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])

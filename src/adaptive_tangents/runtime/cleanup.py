@@ -34,7 +34,12 @@ def import_whole(name: str) -> None:
     """Import a large module in a thread of its own, which no interrupt reaches; half imported, some cannot be used again."""
     if name not in sys.modules:
         thread = threading.Thread(target=importlib.import_module, args=(name,))
-        ensured(thread.start, lambda: thread.ident is None or thread.join())
+
+        def wait() -> None:
+            if thread.ident is not None:
+                thread.join()
+
+        ensured(thread.start, wait)
 
 
 def _surely(step: Callable[[], object]) -> None:
