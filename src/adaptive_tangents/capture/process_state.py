@@ -23,7 +23,6 @@ def note_process(undo: list[_Step]) -> None:
     """Note how to put back what holds for the process."""
     cuda: Any = torch.backends.cuda
     functorch: Any = torch._C._functorch
-    functorch: Any = torch._C._functorch
     checkpoint = torch.utils.checkpoint
     attributes = [
         (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
