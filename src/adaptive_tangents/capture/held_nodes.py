@@ -46,6 +46,9 @@ class HeldNodes:
         counts = dict.fromkeys(self.calls, 0) | {node: len(uses) for node, uses in self.parents.items()}
         self.calls, self.parents = [], {}
         if len(counts) > _SHALLOW:
+            # Not what another graph holds already, nor a parameter's own node, which passes share and no recursion leaves.
+            there = {node for graph in _graphs for node in (*graph._counts, *graph._ready)}
+            counts = {node: count for node, count in counts.items() if node not in there and node.next_functions}
             self._start(counts)
         return bool(self._ready)
 
