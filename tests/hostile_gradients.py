@@ -1,5 +1,6 @@
 """Models with derivatives of their own: custom functions, hooks, derivatives inside forward, gradients that are none."""
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -402,6 +403,33 @@ def detached_to_no_effect(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.tanh(h + (h - h).detach())) + 0 * m.b(h).detach()
 
 
+class TrainedOnly(torch.autograd.Function):
+    """A backward pass that refuses, as a reversible network's does in eval mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, signal: Tensor) -> Tensor:
+        raise AssertionError("If you want to train, make sure to use `model.train()`")
+
+
+def normalized(normalization: nn.Module, samples: int) -> Callable[[], Made]:
+    """Of one sample, torch's backward pass of a normalization misreads gradients in the order of a transpose."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.norm(m.a(x).unflatten(-1, (4, 2, 2)))
+        return m.b(F.layer_norm(h.flatten(2).transpose(1, 2), (4,)).sin()).mean(1)
+
+    def make() -> Made:
+        return of(
+            run, x=lambda: normal(samples, 3), a=lambda: nn.Linear(3, 16), norm=lambda: copy.deepcopy(normalization)
+        )()
+
+    return make
+
+
 def all_of(*names: str) -> dict[str, Any]:
     return {name: lambda: tanh_net(4, 4, 4) for name in names}
 
@@ -472,6 +500,10 @@ CASES = (
     Case("detached norm", of(detached_norm, g=lambda: normal(4)), warns=NO_DERIVATIVE),
     Case("detached features", of(lambda m, x: m.b(torch.tanh(m.a(x)).detach()) + m.a(x)[:, :2]), warns=NO_DERIVATIVE),
     Case("slope as a constant", of(first_order, **NET), warns=NO_DERIVATIVE),
+    *(Case(f"{kind.__name__} before a transpose, {n} samples", normalized(kind(4, affine=True), n))
+        for kind in (nn.BatchNorm2d, nn.InstanceNorm2d) for n in (1, 4)),
+    Case("a backward pass that asserts", of(lambda m, x: m.b(TrainedOnly.apply(m.a(x)))),
+        error=r"derivatives cannot be computed \(AssertionError: If you want to train"),
     Case("stable softmax", of(stable_softmax)),
     Case("detached to no effect", of(detached_to_no_effect)),
 )  # fmt: skip

@@ -65,3 +65,10 @@ def test_tables_of_benchmarks_go_where_the_page_names_their_scripts(tmp_path, mo
     assert tables.filled(made, tmp_path) == made
     rest = re.compile("<!-- bench_sweep -->.*<!-- /bench_sweep -->", re.DOTALL)
     assert rest.sub("", made) == rest.sub("", page)
+
+
+def test_every_guarantee_names_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text())
+    assert len(named) > 30
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (DOCS.parent / path).read_text()]
+    assert not missing

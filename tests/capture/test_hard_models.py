@@ -18,7 +18,10 @@ from cases import Forward, mlp, normal
 from prepared import fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:There is a performance drop", "ignore:.*use_reentrant", "ignore:None of the"
+    "ignore:.*as autograd's gradient says",  # for the cases of which that is true
+    "ignore:There is a performance drop",
+    "ignore:.*use_reentrant",
+    "ignore:None of the",
 )
 Made = tuple[nn.Module, Any]
 
@@ -417,3 +420,10 @@ def test_a_table_with_a_largest_norm_is_left_as_found(layer: type[nn.Module]) ->
     with contextlib.suppress(at.TangentError):
         at.tangent_features(model, x)
     assert fingerprint(model, x) == before
+
+
+def test_no_warning_of_torch_comes_from_how_features_are_made() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 3, padding=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        at.tangent_features(nn.Sequential(layer, nn.Flatten(), nn.Linear(15, 2)), normal(3, 2, 5).float())

@@ -194,7 +194,7 @@ def trained(case: Case, *, captured: bool) -> list[Any]:
         if loss is not None:
             try:
                 loss.backward()
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 failed = type(error)
         for optimizer in optimizers:
             optimizer.step()

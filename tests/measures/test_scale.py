@@ -300,7 +300,7 @@ def test_options_of_representability_out_of_range_are_refused(case: str) -> None
 
 
 @pytest.mark.parametrize(("dtype", "size", "remedy"), [
-    (torch.float32, 1e25, "use precision='float64', or a model and samples in float64"),
+    (torch.float32, 1e25, "use float64: precision='float64'"),
     (torch.float64, 1e180, "scale the outputs, e.g. output_fn=lambda out: out / 1e100"),
 ])  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"tile": 3}, {"by_block": True, "tile": 2}, {"outputs": "trace"}])

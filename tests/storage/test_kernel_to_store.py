@@ -529,9 +529,7 @@ def test_a_store_that_could_not_be_begun_leaves_no_trace(tmp_path: Path, monkeyp
 def test_a_kernel_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 1, bias=False)
     x = torch.full((3, 2), 1e25)
-    with pytest.raises(
-        at.TangentError, match=r"the kernel has entries that overflow torch.float32; use dtype=torch.float64"
-    ):
+    with pytest.raises(at.TangentError, match=r"^kernel_to_store: .* too large for float32, .* dtype=torch.float64"):
         store(tmp_path / "K.zarr", model=model, x=x)
     assert list(tmp_path.iterdir()) == []
     assert store(tmp_path / "wide.zarr", model=model, x=x, dtype=torch.float64).complete

@@ -26,8 +26,9 @@ _FOREIGN = (
 )  # fmt: skip
 _FOREIGN_PACKAGES = frozenset(
     {
-        "abc", "asyncio", "builtins", "concurrent", "datasets", "enum", "io", "lightning", "logging", "multiprocessing",
-        "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard", "threading", "tokenizers",
+        "abc", "adaptive_tangents", "asyncio", "builtins", "concurrent", "datasets", "enum", "io", "lightning", "logging",
+        "multiprocessing", "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard",
+        "threading", "tokenizers",
         "wandb", "weakref",
     }
 )  # fmt: skip

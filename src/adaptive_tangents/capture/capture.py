@@ -89,13 +89,15 @@ class Probe:
     """What a few samples of a batch show: outputs, bytes per sample, and where the features of each block come from.
 
     ``factors`` and ``dense`` are the bytes per sample of each block's factors and of its materialized features;
-    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs. ``whole`` names
-    the parameters whose features are made sample by sample. ``form`` describes the operations, ``projections`` has one
-    number per sample of each block's features, and ``spreads`` the squared scales of their rounding errors.
+    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs,
+    ``least`` is the coarsest dtype on the way to them, float32 or ``dtype``. ``whole`` names the parameters whose features
+    are made sample by sample. ``form`` describes the operations, ``projections`` has one number per sample of each block's
+    features, and ``spreads`` the squared scales of their rounding errors.
     """
 
     c: int
     dtype: torch.dtype
+    least: torch.dtype
     device: torch.device
     factors: Mapping[str, int]
     dense: Mapping[str, int]
@@ -132,14 +134,18 @@ class Capture:
         output_fn: OutputFn | None, limit: int | None,
     ) -> None:  # fmt: skip
         self.call, self.requested, self.verify = call, limit, True
-        with room_for(call):
+        self.network: Network
+
+        def probed() -> Probe:
             with LOCK:
-                self.network: Network = network(call, model, x, params, wrt, output_fn)
+                self.network = network(call, model, x, params, wrt, output_fn)
                 self.groups = parameter_groups(self.network)
             keep_freed()
             self.limit = limit_for(limit, tensors(x)[0].device)
             with worded(self.network, x):
-                self.probe = self.network.lend(lambda: self._probe(x))
+                return self.network.lend(lambda: self._probe(x))
+
+        self.probe = room_for(call, probed)
         free_graphs()
         self._probed: list[tuple[Batch, Probe]] = [(x, self.probe)]
 
@@ -156,8 +162,12 @@ class Capture:
     def check_more(self, x: Any) -> None:
         """Check and probe a second batch."""
         check_batch(self.call, x, self.network.parameters)
-        with room_for(self.call), worded(self.network, x):
-            other = self.network.lend(lambda: self._probe(x))
+
+        def probed() -> Probe:
+            with worded(self.network, x):
+                return self.network.lend(lambda: self._probe(x))
+
+        other = room_for(self.call, probed)
         free_graphs()
         self._probed.append((x, other))
         # A larger batch says more about where the samples are.
@@ -177,8 +187,12 @@ class Capture:
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
         room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
-        with room_for(self.call), worded(self.network, self._users(x), x):
-            made = [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+
+        def passes() -> list[tuple[Tensor, dict[str, Block]]]:
+            with worded(self.network, self._users(x), x):
+                return [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
+
+        made = room_for(self.call, passes)
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -203,8 +217,12 @@ class Capture:
 
     def outputs(self, x: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
         """f(x; θ), shape (n, c)."""
-        with room_for(self.call), torch.no_grad():
-            out = self.network(x, parameters)
+
+        def evaluated() -> Tensor:
+            with torch.no_grad():
+                return self.network(x, parameters)
+
+        out = room_for(self.call, evaluated)
         check_finite(self.call, "the output", [out])
         return out
 
@@ -226,7 +244,9 @@ class Capture:
             self.outputs(x, {})  # names the sample by its place in the batch
         if not saved:
             first, saved = self._alone(one)
-        self._check_interaction(some, out, first)
+        graph = found.seen.graph
+        least = graph.dtype if graph.dtype == torch.float32 else out.dtype
+        self._check_interaction(some, out, first, least)
         # A block without a source here gets no choice: in a batch of another size a wrong source could seem to fit.
         choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
         c = out.shape[1]
@@ -234,10 +254,10 @@ class Capture:
         sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
         factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
-            c, out.dtype, out.device, factors, sizes,
+            c, out.dtype, least, out.device, factors, sizes,
             c * found.gradient_bytes // len(out) + saved,
             tuple(slot.parameter for group in made for slot in group.slots), choices, found.given_up, index, out,
-            form_of(found.seen.graph), projections(blocks), spreads(blocks),
+            form_of(graph), projections(blocks), spreads(blocks),
         )  # fmt: skip
 
     def _alone(self, x: Batch) -> tuple[Tensor, int]:
@@ -253,7 +273,7 @@ class Capture:
         with torch.enable_grad():
             return self.network.lend(run)
 
-    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor) -> None:
+    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor, least: torch.dtype) -> None:
         n = samples(x)
         if n == 1:
             return
@@ -261,7 +281,7 @@ class Capture:
         for k in (0, n - 1):
             alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
             gap = self._gap(together[k], alone, together)
-            if not gap <= self._tolerance(together):
+            if not gap <= self._tolerance(least):
                 raise TangentError(
                     f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
                     f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
@@ -274,7 +294,7 @@ class Capture:
         if probe is None or not self.verify or len(out) == len(probe.index):
             return
         gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
-        if gap > self._tolerance(out):
+        if gap > self._tolerance(probe.least):
             raise TangentError(
                 f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
                 "output), so samples of a batch influence each other; take out what mixes the batch"
@@ -286,8 +306,8 @@ class Capture:
         return float((one - two).abs().max()) / scale
 
     @staticmethod
-    def _tolerance(out: Tensor) -> float:
-        return float(30 * torch.finfo(out.dtype).eps ** 0.75)
+    def _tolerance(dtype: torch.dtype) -> float:
+        return float(30 * torch.finfo(dtype).eps ** 0.75)
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of as many samples as fit into one pass."""

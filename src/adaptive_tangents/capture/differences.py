@@ -26,6 +26,7 @@ _STEPS: Mapping[torch.dtype, tuple[float, ...]] = {
     torch.float64: (1e-6, 1e-7, 1e-5),
     torch.float32: (1e-3, 3e-4, 3e-3),
 }
+_NEARBY = 0.03
 _BEYOND = 5  # times the differences of several steps from each other, to be judged by them
 _ALLOWED: Mapping[torch.dtype, float] = {torch.float64: 1e-4, torch.float32: 3e-2}
 
@@ -55,11 +56,7 @@ def verify(net: Network, x: Batch, out: Tensor, leaves: Mapping[str, Tensor]) ->
         return
     if net.holds_derived:
         net.check_fresh(_graph_of(out).parents)
-    try:
-        found = _gradients(out, leaves)
-    except RuntimeError:  # something was overwritten
-        with saved_copies():
-            found = _gradients(net(x, leaves), leaves)
+    found = _gradients(net, x, out, leaves)
     net.check_returned()
     _check_derivative(net, x, found, least=lambda: _graph_of(out).dtype)
 
@@ -69,9 +66,17 @@ def _graph_of(out: Tensor) -> Graph:
         return read_graph(out, {}, nodes)
 
 
-def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Autograd's gradients of a random combination of all outputs."""
-    found = torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+def _gradients(net: Network, x: Batch, out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Autograd's gradients of a random combination of all outputs, just computed."""
+
+    def back(out: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(mixed(out).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+
+    try:
+        found = back(out)
+    except RuntimeError:  # something was overwritten
+        with saved_copies():
+            found = back(net(x, leaves))
     return dict(zip(leaves, found, strict=True))
 
 
@@ -81,13 +86,20 @@ def _check_derivative(
     """Warn where ``gradients`` of the combined outputs are not the slopes of the function.
 
     A step is judged only where others agree with it, so that a kink or a rounding error accuses nobody; nor is a network
-    that computes something in less than float32, ``least``.
+    that computes something in less than float32, ``least``. What is wrong must be so nearby, too: a unit whose input is
+    exactly zero sits on a kink, whatever the step.
     """
     if not all(net.parameters[name].dtype in _STEPS for name in gradients):
         return  # too coarse for differences
     still = _padding(net)
     along = {name: _direction(net.parameters[name], gradient, still.get(name)) for name, gradient in gradients.items()}
     if _agree(net, x, along) or least() not in _STEPS:
+        return
+    net = _nearby(net)
+    leaves = net.leaves()
+    gradients = _gradients(net, x, net(x, leaves), leaves)
+    along = {name: _direction(net.parameters[name], gradient, still.get(name)) for name, gradient in gradients.items()}
+    if _agree(net, x, along):
         return
     wrong = [name for name, way in along.items() if not _agree(net, x, {name: way})]
     if wrong:
@@ -97,6 +109,17 @@ def _check_derivative(
             TangentWarning,
             stacklevel=2,
         )
+
+
+def _nearby(net: Network) -> Network:
+    """The network with each parameter moved at random, by more than the steps of differences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return torch.add(value, noise, alpha=_NEARBY * _size(value))
+
+    return replace(net, parameters={**net.parameters, **{name: moved(net.parameters[name]) for name in net.selected}})
 
 
 def _padding(net: Network) -> dict[str, int]:
@@ -116,10 +139,16 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
     if still is not None:
         s = s.clone()
         s[still] = 0
-    norm = float(torch.linalg.vector_norm(value))
-    size = norm / value.numel() ** 0.5 if norm else columns**-0.5
+    size = _size(value)
     slope = 0.0 if gradient is None else float(s @ (gradient.to_dense().reshape(rows, columns) @ r)) * size
     return _Direction(s, r, size, slope)
+
+
+def _size(value: Tensor) -> float:
+    """The size of a parameter's entries, or of those that it would have in training."""
+    norm = float(torch.linalg.vector_norm(value))
+    columns = value.numel() // (value.shape[0] if value.ndim else 1)
+    return norm / math.sqrt(value.numel()) if norm else 1 / math.sqrt(columns)
 
 
 def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:
@@ -129,32 +158,42 @@ def _agree(net: Network, x: Batch, along: Mapping[str, _Direction]) -> bool:
 
 
 def _agree_in(net: Network, x: Batch, along: Mapping[str, _Direction], *, wide: bool) -> bool:
+    """The same, in float64 if ``wide``; longer steps decide where a part in float32 makes short ones uncertain."""
     expected = sum(way.slope for way in along.values())
     least = math.hypot(*(way.slope for way in along.values()))
-    found: list[float] = []
-    for k in range(3):
-        slope, dtype = _slope(net, x, along, k, wide=wide)
-        size = max(least, abs(slope))
-        if not abs(slope) < math.inf or abs(slope - expected) <= _ALLOWED[dtype] * size:
-            return True
-        found.append(slope)
-    spread = max(found) - min(found)
-    return min(abs(slope - expected) for slope in found) <= _BEYOND * spread
+    for coarse in (False, True):
+        found: list[float] = []
+        for k in range(3):
+            slope, dtype = _slope(net, x, along, k, wide=wide, coarse=coarse)
+            size = max(least, abs(slope))
+            if not abs(slope) < math.inf or abs(slope - expected) <= _ALLOWED[dtype] * size:
+                return True
+            found.append(slope)
+        spread = max(found) - min(found)
+        if min(abs(slope - expected) for slope in found) > _BEYOND * spread:
+            return False
+        if dtype == torch.float32:
+            break
+    return True
 
 
-def _slope(net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, wide: bool) -> tuple[float, torch.dtype]:
-    """The central difference of the combined outputs, in float64 where the model can run in it, and the dtype."""
+def _slope(
+    net: Network, x: Batch, along: Mapping[str, _Direction], k: int, *, wide: bool, coarse: bool
+) -> tuple[float, torch.dtype]:
+    """The central difference of the combined outputs, in float64 where the model can run in it, and the steps' dtype."""
     dtype = max((net.parameters[name].dtype for name in along), key=lambda dtype: torch.finfo(dtype).eps)
     if wide and dtype != torch.float64:
-        step = _STEPS[torch.float64][k]
+        steps = torch.float32 if coarse else torch.float64
+        step = _STEPS[steps][k]
         other = replace(net, buffers={name: _wider(b) for name, b in net.buffers.items()})
         values = {name: _wider(value) for name, value in net.parameters.items()}
         with suppress(Exception):  # some tensor of the model has its dtype written in
             sides = [other(cast(x, torch.float64), moved) for moved in _moved(values, along, step)]
-            return _difference(sides, step), torch.float64
-    step = _STEPS[dtype][k]
+            return _difference(sides, step), steps
+    steps = torch.float32 if coarse else dtype
+    step = _STEPS[steps][k]
     sides = [replace(net, parameters=moved)(x, {}) for moved in _moved(net.parameters, along, step)]
-    return _difference(sides, step), dtype
+    return _difference(sides, step), steps
 
 
 def _wider(value: Tensor) -> Tensor:

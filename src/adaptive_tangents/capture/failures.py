@@ -12,6 +12,7 @@ from adaptive_tangents.errors import TangentError, UnfitOutput
 
 # What torch and Python say of arguments that do not fit; a model's other errors are its own affair.
 _TORCHS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError)
+_BACKWARD = (RuntimeError, AssertionError)  # what a backward pass raises
 _LONGEST = 400  # characters of a foreign message
 _MOST = 1000  # samples on which a failure is tried again
 _FEWEST = 7  # up to so many samples are tried by themselves
@@ -52,7 +53,7 @@ def _found(net: Network, x: Batch, part: Batch | None, error: Exception) -> Exce
                 "time, so take out what fixes or drops the samples' dimension, such as squeeze(), a constant batch size (an "
                 "export without dynamic_shapes) or one graph over all samples"
             )
-    if isinstance(error, RuntimeError):
+    if isinstance(error, _BACKWARD):
         return TangentError(
             f"{net.call}: the model runs on {'x' if n == total else f'{n} samples of x'}, but its derivatives cannot be "
             f"computed ({words(error)}); replace the operation, or leave out with wrt the parameters before it"

@@ -8,11 +8,14 @@ that they are seen. A node is let go when nothing else holds it, and the nodes t
 import atexit
 import ctypes
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from adaptive_tangents.runtime.cleanup import ensured
 
 Node = Any  # torch.autograd.graph.Node, but TorchScript's nodes are not of that type
 
@@ -36,7 +39,7 @@ class HeldNodes:
         self._counts: dict[Node, int] = {}
         self._ready: list[Node] = []
         self._interrupted = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def close(self) -> bool:
         """Count the users of every node; whether the graph is deep and must be freed node by node."""
@@ -52,8 +55,15 @@ class HeldNodes:
 
     def free(self) -> bool:
         """Let go of every node that nothing else holds; whether no node is left."""
-        if not self._lock.acquire(blocking=False):
-            return False  # another thread is at it, or this one is and runs a destructor
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return False  # this thread is at it, and runs a destructor
+        return ensured(lambda: self._lock.acquire(blocking=False) and self._freed(), self._release)
+
+    def _release(self) -> None:
+        while self._lock._is_owned():  # type: ignore[attr-defined]
+            self._lock.release()
+
+    def _freed(self) -> bool:
         waiting: list[Node] = []
         try:
             if self._interrupted:
@@ -83,8 +93,6 @@ class HeldNodes:
         except BaseException:
             self._ready, self._counts, self._interrupted = [*self._counts, *self._ready, *waiting], {}, True
             raise
-        finally:
-            self._lock.release()
         return not self._ready
 
 
@@ -124,6 +132,15 @@ def free_graphs() -> None:
 def _at_collection(phase: str, info: Any) -> None:
     if phase == "stop":
         free_graphs()
+
+
+def _in_child() -> None:
+    """No other thread goes on freeing in a forked child."""
+    for graph in _graphs:
+        graph._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 @atexit.register

@@ -8,24 +8,29 @@ Some changes hold for the whole process, such as attention in elementary operati
 again, covers all loans, and each loan puts back what it found.
 """
 
-import random
-import sys
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import _lru_cache_wrapper, cached_property, partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 
 from adaptive_tangents.capture.belongings import Belongings, Put, belongings
-from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
+from adaptive_tangents.capture.process_state import (
+    leave_dual_levels,
+    make_elementary,
+    note_process,
+    note_thread,
+    random_state,
+    set_random_state,
+)
+from adaptive_tangents.runtime.cleanup import ensured
 
 LOCK = threading.RLock()
 """Held while a model is on loan, and while what a model holds is read."""
@@ -35,6 +40,24 @@ _LARGE = 1 << 28  # bytes of a plain tensor above which it is not copied for eve
 _Made = TypeVar("_Made")
 _Step = Callable[[], None]
 _loans: list["Loan"] = []
+
+
+class _Kept:
+    """What a private model holds, noted once; part of the model, so that it goes with it, but not of copies."""
+
+    def __init__(self) -> None:
+        self.belongings: Belongings | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        return _Kept, ()
+
+
+def keep_private(model: nn.Module) -> None:
+    """Say that only loans change what a model holds, so that it need not be noted for each; again after other changes."""
+    vars(model)["_kept"] = _Kept()
 
 
 def current(model: nn.Module) -> "Loan | None":
@@ -49,28 +72,25 @@ def on_loan(model: nn.Module, body: Callable[["Loan"], _Made]) -> _Made:
         if there is not None:
             return body(there)
         loan = Loan(model)
-        # Twice: an interrupt may come before the first `finally` has begun, or within it.
-        try:
-            try:
-                loan.begin()
-                return body(loan)
-            finally:
-                _surely(loan.end)
-        finally:
-            _surely(loan.end)
+
+        def lent() -> _Made:
+            loan.begin()
+            made = body(loan)
+            loan.completed = True
+            return made
+
+        return ensured(lent, loan.end)
 
 
-def _surely(step: _Step) -> None:
-    """Take a step that may be repeated, to its end; an interrupt that comes meanwhile is raised afterwards."""
-    came: KeyboardInterrupt | None = None
-    while True:
-        try:
-            step()
-            break
-        except KeyboardInterrupt as interrupt:
-            came = interrupt
-    if came is not None:
-        raise came
+def _in_child() -> None:
+    """A process forked while another thread had models on loan has them as they were, and the lock."""
+    if not LOCK._is_owned():  # type: ignore[attr-defined]
+        for loan in reversed(list(_loans)):
+            loan.end()
+        LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Loan:
@@ -80,27 +100,39 @@ class Loan:
         self.model = model
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
+        self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
+        self._thread = threading.get_ident()
         self._undo: list[_Step] = []
+        self._undo_in_thread: list[_Step] = []
         self._held = Belongings()
-        self._random = _random_state()
+        self._random = random_state()
         self._overrides: list[_Step] = []
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor, int | torch.SymInt]] = []
         self._places: dict[int, list[Put]] | None = None
         self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         self._versions: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
         self._ended = False
+        self._level = forward_ad._current_level
+        self.completed = False
 
     def begin(self) -> None:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
         _loans.append(self)
-        _note_process(self._undo)
+        note_process(self._undo)
+        note_thread(self._undo_in_thread)
         self._undo += [_tensor_undo(tensor) for tensor in self._own]
-        self._held = held = belongings(self.model)
-        _elementary(self.model)
+        kept = vars(self.model).get("_kept")
+        if isinstance(kept, _Kept):
+            held = kept.belongings = kept.belongings or belongings(self.model)
+        else:
+            held = belongings(self.model)
+        self._held = held
+        make_elementary(self.model)
         owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
         for tensor in filter(_has_storage, held.tensors):
             self._undo.append(_tensor_undo(tensor))
@@ -128,7 +160,11 @@ class Loan:
         if self._ended:
             return
         self._held.restore()
+        if not self.completed:
+            leave_dual_levels(self._level)
         for step in reversed(self._undo):
+            step()
+        for step in reversed(self._undo_in_thread) if self._thread == threading.get_ident() else ():
             step()
         if self in _loans:
             _loans.remove(self)
@@ -142,7 +178,7 @@ class Loan:
         """
         self.instead = instead
         self._held.restore()
-        _set_random_state(self._random)
+        set_random_state(self._random)
         for override in self._overrides:
             override()
         with torch._C._DisableFuncTorch():  # a copy made inside a transform is no plain tensor
@@ -150,13 +186,17 @@ class Loan:
                 tensor.data = value.clone()
             for name, value in values.items():
                 own = self.tensors[name]
-                own.data = _as_held(value, own) if name not in self._buffers else _as_held(value, own).clone()
+                if name not in self._buffers:
+                    own.data = _as_held(value, own)
+                elif instead.get(name, own) is own:
+                    own.data = _as_held(value, own).clone()
             for tensor, owner, offset in self._aliases:
                 with suppress(RuntimeError):
                     tensor.data = owner.data.as_strided(tensor.shape, tensor.stride(), offset)
         # Other versions than outside of the loan: what was computed from a parameter there is stale.
         for name in values:
             _set_version(self.tensors[name], self._versions[name])
+        self._counted = {name: _version(self.tensors[name]) for name in values}
         self._at = {name: self.tensors[name].data_ptr() for name in values if _has_storage(self.tensors[name])}
         for name, value in instead.items():
             own = self.tensors[name]
@@ -172,7 +212,9 @@ class Loan:
                 return name
         for name in names:
             own = self.tensors[name]
-            if _version(own) != self._versions[name] or (name in self._at and own.data_ptr() != self._at[name]):
+            if name in self.without_versions:
+                continue
+            if _version(own) != self._counted[name] or (name in self._at and own.data_ptr() != self._at[name]):
                 return name
         return None
 
@@ -237,79 +279,6 @@ def _set_version(tensor: Tensor, version: int) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _note_process(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the process or the thread."""
-    cuda: Any = torch.backends.cuda
-    functorch, hooks = torch._C._functorch, torch._C._autograd
-    checkpoint = torch.utils.checkpoint
-    attributes = [
-        (checkpoint, "CheckpointFunction"), (checkpoint, "_checkpoint_without_reentrant_generator"),
-        (nn.functional, "scaled_dot_product_attention"), (torch, "embedding"),
-        (parametrize, "_cache_enabled"), (parametrize, "_cache"),
-    ]  # fmt: skip
-    settings: list[tuple[Callable[[Any], Any], Any]] = [
-        (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled()),
-        (cuda.enable_math_sdp, cuda.math_sdp_enabled()),
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),
-        (torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
-        (torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled()),
-        (torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled()),
-        (torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize()),
-        (_set_matmul_precision, torch.get_float32_matmul_precision()),
-        (torch.set_default_dtype, torch.get_default_dtype()),
-        (set_users_limit, users_limit()),
-        (_set_random_state, _random_state()),
-        (torch._C._set_grad_enabled, torch.is_grad_enabled()),
-        (_leave_transforms, functorch.get_dynamic_layer_stack_depth()),
-        (_leave_dual_levels, forward_ad._current_level),
-        (_drop_saved_tensor_hooks, hooks._top_saved_tensors_default_hooks(True)),
-    ]
-    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
-        frames = sys.modules["torch._dynamo.eval_frame"]
-        settings.append((frames._set_stance, frames._stance))
-    undo += [
-        partial(setattr, holder, name, getattr(holder, name)) for holder, name in attributes if hasattr(holder, name)
-    ]
-    undo += [partial(put, value) for put, value in settings]
-    if torch.is_inference_mode_enabled():
-        normal = torch.inference_mode(False)
-        undo.append(partial(_leave, normal))
-        normal.__enter__()
-
-
-def _elementary(model: nn.Module) -> None:
-    """Attention, recurrence and checkpointing as plain operations; a fused kernel has no forward mode or no saved inputs."""
-    cuda = torch.backends.cuda
-    cuda.enable_flash_sdp(False)
-    cuda.enable_mem_efficient_sdp(False)
-    cuda.enable_cudnn_sdp(False)
-    cuda.enable_math_sdp(True)
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.set_stance("force_eager")
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    checkpoint: Any = torch.utils.checkpoint
-    checkpoint.CheckpointFunction = _Plain
-    checkpoint._checkpoint_without_reentrant_generator = _plain
-
-
-class _Plain:
-    """Checkpointing with reentrant backward passes, as a plain call."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-        return function(*arguments)
-
-
-def _plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
-    yield
-
-
 def _overrides(module: nn.Module) -> list[_Step]:
     """Steps that hide what a module keeps for training or from earlier calls: backward hooks, cached values."""
     held = vars(module)
@@ -329,48 +298,3 @@ def _unmemoized(kind: type) -> list[_Step]:
     """Steps that replace the cached methods of a class by plain ones; they are put back with all that a class holds."""
     cached = {name: value for name, value in vars(kind).items() if isinstance(value, _lru_cache_wrapper)}
     return [partial(setattr, kind, name, value.__wrapped__) for name, value in cached.items()]
-
-
-def _leave(context: Any) -> None:
-    if "_inference_mode_raii_context" in vars(context):
-        context.__exit__(None, None, None)
-        del context._inference_mode_raii_context
-
-
-def _set_matmul_precision(precision: str) -> None:
-    if torch.get_float32_matmul_precision() != precision:  # setting it may warn
-        torch.set_float32_matmul_precision(precision)
-
-
-def _leave_transforms(depth: int) -> None:
-    """Leave transforms such as vmap that an interrupt left open."""
-    functorch = torch._C._functorch
-    if functorch.get_dynamic_layer_stack_depth() > depth:
-        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-
-
-def _leave_dual_levels(level: int) -> None:
-    """Leave forward mode where an interrupt left it open."""
-    while forward_ad._current_level > level:
-        forward_ad.exit_dual_level()  # type: ignore[no-untyped-call]
-
-
-def _drop_saved_tensor_hooks(top: Any) -> None:
-    """Remove hooks on saved tensors that an interrupt left."""
-    hooks = torch._C._autograd
-    while (now := hooks._top_saved_tensors_default_hooks(True)) is not None and now != top:
-        hooks._pop_saved_tensors_default_hooks()
-
-
-def _random_state() -> tuple[Any, ...]:
-    cuda: Any = torch.cuda
-    on_devices = cuda.get_rng_state_all() if cuda.is_initialized() else ()
-    return torch.get_rng_state(), np.random.get_state(), random.getstate(), on_devices  # noqa: NPY002
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    random.setstate(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])

@@ -47,10 +47,15 @@ class Network:
         return on_loan(self.model, lambda loan: body())
 
     def leaves(self) -> dict[str, Tensor]:
-        """The selected parameters to differentiate by, during a loan: the model's own, or the real pairs of complex ones."""
-        own = self._loan.tensors
+        """The selected parameters to differentiate by, during a loan: the model's own, where autograd can use these.
+
+        It cannot use complex ones, which are pairs of real ones here, nor those made in inference mode.
+        """
+        own, apart = self._loan.tensors, self._loan.without_versions
         return {
-            name: self.parameters[name].detach().requires_grad_(True) if own[name].is_complex() else own[name]
+            name: (
+                self.parameters[name].detach() if own[name].is_complex() or name in apart else own[name]
+            ).requires_grad_()
             for name in self.selected
         }
 
@@ -62,6 +67,7 @@ class Network:
         loan = self._loan
         moved = {k: b for k, b in self.buffers.items() if torch._C._functorch.is_functorch_wrapped_tensor(b)}
         plain = {**self.parameters, **{k: b for k, b in self.buffers.items() if k not in moved}}
+        moved |= {name: plain.pop(name).clone() for name in loan.without_versions if name in plain}
         for name in self.parameters:
             own, needed = loan.tensors[name], recorded or name in self.selected
             if own.requires_grad != needed and (own.is_floating_point() or own.is_complex()):

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import OutputFn, Selection, overlay
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, sum_blocks
@@ -113,7 +114,8 @@ def average_features(
     if buffers not in ("same", "path"):
         raise TangentError(f"{call}: buffers is 'same' or 'path', got {buffers!r}")
     first = Capture(call, model, x, start, wrt, output_fn, memory_limit)
-    theta1, buffers1 = overlay(call, model, end)
+    with LOCK:
+        theta1, buffers1 = overlay(call, model, end)
     names = first.network.selected
     moved = [k for k, p in first.network.parameters.items() if k not in names and not torch.equal(p, theta1[k])]
     if moved:
@@ -239,13 +241,16 @@ def _buffer_derivative(node: Capture, shift: Mapping[str, Tensor], x: Batch) -> 
     def outputs(buffers: Mapping[str, Tensor]) -> Tensor:
         return replace(node.network, buffers={**node.network.buffers, **buffers})(take(x, None), {})
 
-    with torch.no_grad():
-        try:
-            with _PlainBatchNorm():
-                derivative: Tensor = node.network.lend(lambda: torch.func.jvp(outputs, (base,), (dict(shift),))[1])
-                return derivative.detach().double()
-        except (RuntimeError, NotImplementedError):
-            step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
-            sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
-            difference: Tensor = (sides[0] - sides[1]) / (2 * step)
-            return difference
+    def derivative() -> Tensor:
+        with torch.no_grad():
+            try:
+                with _PlainBatchNorm():
+                    found: Tensor = torch.func.jvp(outputs, (base,), (dict(shift),))[1]
+                    return found.detach().double()
+            except (RuntimeError, NotImplementedError):
+                step = torch.finfo(next(iter(base.values())).dtype).eps ** (1 / 3)
+                sides = [outputs({k: b + sign * step * shift[k] for k, b in base.items()}).double() for sign in (1, -1)]
+                difference: Tensor = (sides[0] - sides[1]) / (2 * step)
+                return difference
+
+    return node.network.lend(derivative)

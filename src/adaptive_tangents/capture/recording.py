@@ -54,6 +54,18 @@ def _differentiable(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
+def with_even_gradient(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A normalization whose backward pass gets gradients in the plain order; of one sample, torch misreads another order."""
+
+    def normalized(*arguments: Any, **options: Any) -> Tensor:
+        out = normalize(*arguments, **options)
+        if len(out) == 1 and out.requires_grad:
+            out.register_hook(lambda signal: signal.contiguous())  # type: ignore[no-untyped-call]
+        return out
+
+    return normalized
+
+
 def bytes_kept(run: Callable[[], _Made], own: set[int]) -> tuple[_Made, int]:
     """A result, and the bytes that autograd keeps for it beside the storages ``own``.
 

@@ -227,15 +227,20 @@ def _undone(values: Tensor, term: Term) -> Tensor:
 
 
 def _back(values: Tensor, chain: Sequence[Step]) -> Tensor:
+    functorch: Any = torch._C._functorch
+    loops = functorch._is_vmap_fallback_enabled()
     with torch.no_grad():
         for step in reversed(chain):
             if len(values) == 1:
                 values = _step_back(step, values[0])[None]
                 continue
             try:
+                functorch._set_vmap_fallback_enabled(False)  # vmap's own loop is no faster, and warns
                 values = torch.func.vmap(lambda g, step=step: _step_back(step, g))(values)
             except RuntimeError:
                 values = torch.stack([_step_back(step, g) for g in values])
+            finally:
+                functorch._set_vmap_fallback_enabled(loops)
     return values
 
 

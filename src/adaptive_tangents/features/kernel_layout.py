@@ -85,7 +85,7 @@ def check_overflow(kernel: Float[Tensor, "batch N M"], rows: int) -> None:
     remedy = (
         "scale the outputs, e.g. output_fn=lambda out: out / 1e100"
         if kernel.dtype == torch.float64
-        else "use precision='float64', or a model and samples in float64"
+        else "use float64: precision='float64', or for a store dtype=torch.float64 (--float64)"
     )
     raise TangentError(
         f"kernel: products of the features of sample {first} are too large for {str(kernel.dtype).removeprefix('torch.')}, "

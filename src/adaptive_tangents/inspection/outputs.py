@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.complex_parameters import as_real
+from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
@@ -48,8 +49,9 @@ def pick(out: Any, call: str = "inspect") -> Tensor:
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
     """f(x; θ) of all samples, computed in parts."""
-    parameters = {name: as_real(state.get(name, p).detach()) for name, p in model.named_parameters()}
-    buffers = {name: state.get(name, b).detach() for name, b in model.named_buffers()}
+    with LOCK:
+        parameters = {name: as_real(state.get(name, p).detach()) for name, p in model.named_parameters()}
+        buffers = {name: state.get(name, b).detach() for name, b in model.named_buffers()}
     net = Network(model, parameters, buffers, (), pick, "inspect")
     with torch.no_grad():
         return torch.cat([net(take(x, slice(k, k + _CHUNK)), {}) for k in range(0, samples(x), _CHUNK)])

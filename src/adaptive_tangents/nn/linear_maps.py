@@ -55,7 +55,6 @@ class LinearMaps:
 
     def _recorded(self, x: Batch, tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, "_Graph"]:
         leaves = self.network.leaves()
-        self.network.put({})
         with torch.enable_grad(), forward_attention():
             outputs, change = self._forward(x, tangents, leaves)
         return outputs.detach(), change.detach(), (outputs, tuple(leaves.values()))

@@ -19,7 +19,7 @@ from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
-from adaptive_tangents.capture.lease import LOCK
+from adaptive_tangents.capture.lease import LOCK, keep_private
 from adaptive_tangents.capture.network import (
     Network,
     OutputFn,
@@ -39,7 +39,8 @@ from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.nn.frozen_copies import frozen, places_of, thawed
 from adaptive_tangents.nn.linear_maps import LinearMaps, Ways, along
 from adaptive_tangents.nn.trained_transforms import factors
-from adaptive_tangents.runtime.recursion import room_for
+from adaptive_tangents.runtime.cleanup import import_whole
+from adaptive_tangents.runtime.recursion import room_for, roomy
 from adaptive_tangents.solvers.fit import certify
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
@@ -87,7 +88,7 @@ class TangentModule(nn.Module):
         _keep_out_of_graphs()
         return super().__new__(cls)
 
-    @room_for("TangentModule")
+    @roomy("TangentModule")
     def __init__(
         self, model: nn.Module, structure: Structure | Mapping[str, Structure] = TWO_SIDED, *,
         params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, output_fn: OutputFn | None = None,
@@ -126,10 +127,12 @@ class TangentModule(nn.Module):
         self.factors.to(dtype)
         self._ways = Ways()
         self.eval()
+        keep_private(self.model)
 
     def train(self, mode: bool = True) -> "TangentModule":
         super().train(mode)
         self.model.eval()  # features are defined in evaluation mode
+        keep_private(self.model)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TangentModule":
@@ -138,15 +141,17 @@ class TangentModule(nn.Module):
             for alias in aliases:  # what is tied is one tensor still
                 held = self.model.get_submodule(alias.rpartition(".")[0])._buffers
                 held[alias.rpartition(".")[2]] = self.model.get_buffer(first)
+        keep_private(self.model)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TangentModule":
-        memo[id(self.model)] = copied("TangentModule", self.model)
+        with LOCK:
+            memo[id(self.model)] = copied("TangentModule", self.model)
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
+        keep_private(made.model)
         return made
 
-    @room_for("TangentModule")
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x; θ₀) + φ(x)Mᵀθ.
 
@@ -154,15 +159,18 @@ class TangentModule(nn.Module):
             x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         """
         check_form("TangentModule", x)
-        network = self._network()
-        tangents = self._parameters_of(self._coefficients(), network)
-        with worded(network.network, x):
-            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
-                initial, change = network.along(x, tangents)
-            else:
-                initial, change = along(network, x, tangents)
-        total: Tensor = initial + change
-        return total
+
+        def made() -> Tensor:
+            network = self._network()
+            tangents = self._parameters_of(self._coefficients(), network)
+            with worded(network.network, x):
+                if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(x)):
+                    initial, change = network.along(x, tangents)
+                else:
+                    initial, change = along(network, x, tangents)
+            return initial + change
+
+        return room_for("TangentModule", made)
 
     def initial(self, x: Batch) -> Float[Tensor, "n c"]:
         """f(x; θ₀), without a gradient.
@@ -171,10 +179,13 @@ class TangentModule(nn.Module):
             x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         """
         check_form("TangentModule", x)
-        network = self._network()
-        with torch.no_grad(), worded(network.network, x):
-            out: Tensor = network(x, {})
-            return out
+
+        def evaluated() -> Tensor:
+            network = self._network()
+            with torch.no_grad(), worded(network.network, x):
+                return network(x, {})
+
+        return room_for("TangentModule", evaluated)
 
     def effective_coefficients(self) -> dict[str, Float[Tensor, "_o _i"]]:
         """β = Mᵀθ, one matrix for each block."""
@@ -205,7 +216,8 @@ class TangentModule(nn.Module):
             x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
             memory_limit: bytes that may be used; None is half of what is free.
         """
-        model = thawed(self.model, self._places)
+        with LOCK:
+            model = thawed(self.model, self._places)
         return tangent_features(model, x, wrt=self.selected, output_fn=self.output_fn, memory_limit=memory_limit)
 
     def regularizer(self) -> Float[Tensor, ""]:
@@ -267,7 +279,8 @@ class TangentModule(nn.Module):
         return tuple(split[name].to(value.dtype) for name, value in network.selected.items())
 
     def _network(self) -> LinearMaps:
-        state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
+        with LOCK:
+            state = {name: value.detach() for name, value in self.model.named_buffers(remove_duplicate=False)}
         parameters = {name: as_real(state[name]) for name in self._places}
         rest = {name: value for name, value in state.items() if name not in self._aliases}
         network = Network(self.model, parameters, rest, self.selected, self.output_fn, "TangentModule")
@@ -277,6 +290,7 @@ class TangentModule(nn.Module):
 @cache
 def _keep_out_of_graphs() -> None:
     # Derivatives cannot be traced. Not a decorator: importing the compiler takes as long as the rest of torch.
+    import_whole("torch._dynamo")
     TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, arguments, mapped, take, tensors
-from adaptive_tangents.capture.lease import on_loan
+from adaptive_tangents.capture.lease import Loan, on_loan
 from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runtime.array_files import NotAnArray, UnpacksToTooMuch, check_unpacked, read_arrays
@@ -357,9 +357,12 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = _INSPECT) -
         given, named = arguments(model, take(x, None))
         model(*given, **named)
 
-    try:
+    def runs(loan: Loan) -> None:
         with torch.no_grad():
-            on_loan(model, lambda loan: recorded_if_needed(run))
+            recorded_if_needed(run)
+
+    try:
+        on_loan(model, runs)
     except TangentError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ from adaptive_tangents.capture.batches import Batch, cast_tensor, check_form, sa
 from adaptive_tangents.capture.batches import cast as in_dtype
 from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
@@ -156,8 +157,10 @@ def _module_in(call: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if all(cast_tensor(t, dtype) is t for t in (*model.parameters(), *model.buffers())):
         return model
     try:
+        with LOCK:
+            made = copied(call, model)
         # Not .to(dtype), which drops imaginary parts.
-        made: nn.Module = copied(call, model)._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
+        made._apply(lambda t: cast_tensor(t, dtype))  # type: ignore[no-untyped-call]
         return made
     except (RuntimeError, TypeError) as error:
         raise TangentError(

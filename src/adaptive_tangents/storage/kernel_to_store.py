@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptive_tangents._version import __version__
 from adaptive_tangents.capture.batches import Batch, take, tensors
 from adaptive_tangents.capture.network import OutputFn, Selection
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -362,9 +362,10 @@ def _tile(
     left, other = held.pair(place)
     right = None if other is left else other
     blocks = contracted(left, right, made.outputs, layout.working_bytes)
-    for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
-        _check_entries(call, kernel)
-        yield name, kernel
+    with raised_as(call, "kernel"):
+        for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
+            _check_entries(call, kernel)
+            yield name, kernel
 
 
 def _check_entries(call: str, kernel: Tensor) -> None:

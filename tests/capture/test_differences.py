@@ -1,0 +1,57 @@
+"""What the gradient is told not to be, and what it is not: units on a kink, as with a bias of zero on an empty input."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptive_tangents as at
+from cases import Forward
+
+
+def on_a_kink(*, detached: bool, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Hidden units of zero, where the outputs' slope is half of the gradient or none of it, however small the step."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = torch.relu(m.norm(torch.relu(m.a(x))))
+        return m.b(h) + (m.a(x).detach() if detached else m.a(x)).tanh()
+
+    torch.manual_seed(0)
+    model = Forward(run, a=nn.Linear(3, 4), norm=nn.BatchNorm1d(4), b=nn.Linear(4, 4)).to(dtype).eval()
+    nn.init.zeros_(model.a.bias)
+    return model, torch.cat([torch.zeros(1, 3), torch.randn(3, 3)]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_unit_on_a_kink_accuses_nobody(dtype: torch.dtype) -> None:
+    model, x = on_a_kink(detached=False, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", at.TangentWarning)
+        at.tangent_features(model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_detached_value_is_told_beside_units_on_a_kink(dtype: torch.dtype) -> None:
+    model, x = on_a_kink(detached=True, dtype=dtype)
+    with pytest.warns(at.TangentWarning, match=r"do not change with .*a\.bias.* as autograd's gradient says"):
+        at.tangent_features(model, x)
+
+
+def in_single_precision(run: Any) -> nn.Module:
+    """A network in float64, a part of which is computed in float32, as in most language models."""
+    return Forward(lambda m, x: m.b(run(m.a(x)).float().tanh().double()), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+
+
+def test_a_detached_value_is_told_though_a_part_is_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = in_single_precision(lambda h: h + 0.3 * h.detach())
+    with pytest.warns(at.TangentWarning, match=r"do not change with a\.weight, a\.bias as autograd's gradient says"):
+        at.tangent_features(model, torch.randn(3, 3).double())
+
+
+def test_rounding_of_a_part_in_single_precision_is_no_influence_among_samples() -> None:
+    torch.manual_seed(0)
+    model = in_single_precision(lambda h: h * (1 + 3e-7 * (len(h) > 1)))
+    assert at.tangent_features(model, torch.randn(3, 3).double()).n == 3
