@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -148,6 +149,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The final colon keeps pytest from reusing the class that it resolved for the same text before this hook.
     config.addinivalue_line("filterwarnings", "error::adaptive_tangents.errors.TangentWarning:")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no garbage collection need look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
