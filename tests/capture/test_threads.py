@@ -309,7 +309,7 @@ CALLS: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "TangentModule, made": lambda: lambda: at.TangentModule(SMALL, at.Fixed()).initial(X),
     "TangentModule, a step": one_step,
 }
-TRIES = int(os.environ.get("INTERRUPTS", "12"))  # of each call and kind
+TRIES = int(os.environ.get("INTERRUPTS", "10"))  # of each call and kind
 
 
 def check_interrupts(call: Callable[[], Tensor], run: Callable[[int], BaseException | None], tries: int) -> None:

@@ -15,7 +15,7 @@ from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
@@ -83,7 +83,8 @@ class Stream:
         """The kernel's trace for a few samples, each with itself: nearly the same for the same network on any machine."""
         index = self.capture.probe.index
         feats = self.features(take(self.x, index.to(tensors(self.x)[0].device)), len(index))
-        return feats.kernel(outputs="trace").diagonal()
+        with raised_as(self.capture.call, "kernel"):
+            return feats.kernel(outputs="trace").diagonal()
 
     def some(self) -> TangentFeatures:
         """The features of a few samples, to estimate the cost of all of them."""
