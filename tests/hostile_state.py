@@ -148,6 +148,20 @@ class ByClass(ByMethod):
         return self.b(torch.tanh(self.a(x) + self.cache["c"]))
 
 
+def made_on_the_class() -> Made:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(type(self), "scale"):
+                type(self).scale = self.b.weight.sum()  # type: ignore[attr-defined]
+            return self.b(torch.tanh(self.a(x))) * type(self).scale  # type: ignore[attr-defined, no-any-return]
+
+    return Scaled(), normal(4, 3)
+
+
 def by_class() -> Made:
     return type("OfOneModel", (ByClass,), {"cache": {}})(), normal(4, 3)
 
@@ -498,6 +512,7 @@ CASES = (
     Case("cache in a closure's variable", in_nonlocal, or_error=CACHED, module=False),
     Case("cache of a method", lambda: (ByMethod(), normal(4, 3)), or_error=CACHED, module=False),
     Case("cached property", lambda: (ByProperty(), normal(4, 3))),
+    Case("cache made on the class", made_on_the_class, module=False),
     Case("cache of a class", by_class, or_error=CACHED, module=False),
     Case("cache emptied by train", lambda: (ByMode(), normal(4, 3))),
     Case("cache valid for a version", with_attributes(by_version, cache=dict)),

@@ -98,6 +98,21 @@ class ByClosure(nn.Module):
         return self.head(torch.tanh(self.l(self.e(i)))).mean(1)
 
 
+def keyword_only(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def multiplied(h: Tensor, *, w: Tensor = weight) -> Tensor:
+        return F.linear(h, w)
+
+    return multiplied
+
+
+def attributed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    def applied(h: Tensor) -> Tensor:
+        return applied.layer(h)  # type: ignore[attr-defined, no-any-return]
+
+    applied.layer = layer  # type: ignore[attr-defined]
+    return applied
+
+
 class Bound(nn.Module):
     """Methods and partial functions kept as attributes."""
 
@@ -115,6 +130,17 @@ class Bound(nn.Module):
         self.config = SimpleNamespace(last=self.b, scales=(2.0, self.b.bias))
         object.__setattr__(self, "unregistered", self.b)
         self.steps = [self.a, torch.tanh, self.b]
+        inner, project = functools.partial(lambda h: self.b(h)), self.project
+        self.around = lambda h: inner(h)
+        self.of_method = lambda h: project(h)
+        self.by_keyword = keyword_only(weight)
+        self.cached = functools.lru_cache(lambda h: self.b(h))
+        holder = SimpleNamespace(layer=self.b)
+        self.of_object = lambda h: holder.layer(h)
+        self.by_attribute = attributed(self.b)
+        self.pair = (torch.tanh, lambda h: self.b(h))
+        in_dict = {"last": lambda h: self.b(h)}
+        self.of_dict = lambda h: in_dict["last"](h)
 
     def project(self, h: Tensor) -> Tensor:
         return F.linear(h, self.b.weight)
@@ -132,6 +158,8 @@ class Bound(nn.Module):
                 return self.config.last(h) + self.config.scales[1]
             case "unregistered":
                 return self.unregistered(h)
+            case "pair":
+                return self.pair[1](h)
             case "steps":
                 return functools.reduce(lambda z, step: step(z), self.steps, x)
         return getattr(self, self.kind)(h)
@@ -144,6 +172,10 @@ KINDS = {
     "list of lambdas": "closures in a list", "parameters in a list": "parameters in a list",
     "parameters in a dict": "parameters in a dict", "object": "a layer in a plain object",
     "unregistered": "a layer set past the registry", "steps": "layers in a plain list",
+    "around": "a closure over a partial function", "of_method": "a closure over a method",
+    "by_keyword": "a parameter as a keyword's default", "cached": "a cached function as an attribute",
+    "of_object": "a closure over a plain object", "by_attribute": "an attribute of a function",
+    "pair": "functions in a tuple", "of_dict": "a closure over a dict of functions",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,14 +28,17 @@ _FOREIGN_PACKAGES = frozenset(
     {
         "abc", "adaptive_tangents", "asyncio", "builtins", "concurrent", "datasets", "enum", "io", "lightning", "logging",
         "multiprocessing", "pathlib", "queue", "re", "pytorch_lightning", "socket", "subprocess", "tensorboard",
-        "threading", "tokenizers",
-        "wandb", "weakref",
+        "threading", "tokenizers", "wandb", "weakref",
     }
 )  # fmt: skip
+_CALLABLES = (FunctionType, functools.partial, functools._lru_cache_wrapper)
+_SHARED = (FunctionType, functools._lru_cache_wrapper, weakref.ref)  # by Python's deep copy
+_CONTAINERS = (dict, list, tuple, set, deque, nn.Module)
 _MOST = 50_000  # containers; a model that reaches more than this holds a data set or a trainer
 _LONG = 20_000  # entries; a longer list is put back, but what its entries hold is not
 _SMALL = 1 << 24  # bytes of an array that is copied
 
+_Made = TypeVar("_Made")
 Put = Callable[[Any], None]
 """Puts a value in one place."""
 
@@ -106,57 +109,90 @@ class Belongings:
 def copied(call: str, model: nn.Module) -> nn.Module:
     """A deep copy of a model whose functions close over the copy; Python's own deep copy shares them with the model."""
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in belongings(model).derived}
-    made = deep_copy(call, model, memo)
-    there = belongings(made, closures=False)
+    return _rewired(deep_copy(call, model, memo), memo)
+
+
+def _rewired(made: _Made, memo: dict[int, Any]) -> _Made:
+    """Python's deep copy ``made`` of something, after replacing every function in it by one that holds copies."""
+    there = _noted([made], set(), closures=False)
     for held, keys, values in there.dicts:
-        held.update({key: _own_function(value, memo) for key, value in zip(keys, values, strict=True)})
+        held.update({key: _own_callable(value, memo) for key, value in zip(keys, values, strict=True)})
     for entries, kept in there.lists:
-        entries[:] = [_own_function(value, memo) for value in kept]
+        entries[:] = [_own_callable(value, memo) for value in kept]
     return made
 
 
-def _own_function(value: Any, memo: dict[int, Any]) -> Any:
-    """A function, closing over copies where its cells hold what was copied; anything else as it is."""
-    if isinstance(value, weakref.ref) and id(value()) in memo:
-        return weakref.ref(memo[id(value())])
-    if isinstance(value, functools.partial):
-        value.__setstate__((_own_function(value.func, memo), value.args, value.keywords, vars(value)))  # type: ignore[attr-defined]
-    if not isinstance(value, FunctionType) or not (value.__closure__ or value.__defaults__):
-        return value
-    if id(value) not in memo:
-        cells = tuple(CellType() for _ in value.__closure__ or ())
-        made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
-        memo[id(value)] = functools.update_wrapper(made, value)
-        del made.__wrapped__  # type: ignore[attr-defined]
-        made.__kwdefaults__ = value.__kwdefaults__
-        made.__defaults__ = value.__defaults__ and tuple(_copy_of(given, memo) for given in value.__defaults__)
-        for cell, own in zip(value.__closure__ or (), cells, strict=True):
-            if (held := _contents(cell)) is not cell:
-                own.cell_contents = _copy_of(held, memo)
-    return memo[id(value)]
+def _own_callable(value: Any, memo: dict[int, Any]) -> Any:
+    """What stands in a deep copy for a function, or for something around one, which Python's deep copy shares."""
+    if isinstance(value, functools.partial):  # itself and its arguments are copies already
+        return functools.partial(_own_callable(value.func, memo), *value.args, **value.keywords)
+    if isinstance(value, tuple) and any(isinstance(part, _CALLABLES) for part in value):
+        own = [_own_callable(part, memo) for part in value]
+        return type(value)(*own) if hasattr(value, "_fields") else tuple(own)
+    return _copy_of(value, memo) if isinstance(value, _SHARED) else value
 
 
 def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """The copy of what a function holds; what belongs to no model is shared, as by Python's own deep copy."""
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, FunctionType | functools.partial | weakref.ref):
-        return _own_function(value, memo)
-    return copy.deepcopy(value, memo) if isinstance(value, dict | list | tuple | set | deque | nn.Module) else value
+    if isinstance(value, weakref.ref):
+        return weakref.ref(memo[id(value())]) if id(value()) in memo else value
+    if isinstance(value, functools.partial):
+        given = [_copy_of(part, memo) for part in value.args]
+        return functools.partial(_copy_of(value.func, memo), *given, **_copies(value.keywords, memo))
+    if isinstance(value, functools._lru_cache_wrapper):
+        return functools.lru_cache(**value.cache_parameters())(_copy_of(value.__wrapped__, memo))
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _copy_of(value.__self__, memo))
+    if isinstance(value, FunctionType):
+        return _copy_of_function(value, memo)
+    if isinstance(value, _CONTAINERS):
+        return _rewired(copy.deepcopy(value, memo), memo)
+    if isinstance(value, (CellType, type, *_FOREIGN)) or _is_foreign(type(value)) or not hasattr(value, "__dict__"):
+        return value
+    try:
+        return _rewired(copy.deepcopy(value, memo), memo)
+    except Exception:  # an object that cannot be copied holds more than parts of the model
+        return value
 
 
-def belongings(model: nn.Module, *, closures: bool = True) -> Belongings:
-    """What a model holds, found by following attributes, containers and, on request, what functions close over."""
-    found = Belongings()
+def _copy_of_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__dict__):
+        return function
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    memo[id(function)] = made  # before what it holds, which may be the function itself
+    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(made, name, getattr(function, name))
+    made.__defaults__ = function.__defaults__ and tuple(_copy_of(given, memo) for given in function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__ and _copies(function.__kwdefaults__, memo)
+    made.__dict__.update(_copies(function.__dict__, memo))
+    for cell, own in zip(function.__closure__ or (), cells, strict=True):
+        if (held := _contents(cell)) is not cell:
+            own.cell_contents = _copy_of(held, memo)
+    return made
+
+
+def _copies(values: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    return {name: _copy_of(value, memo) for name, value in values.items()}
+
+
+def belongings(model: nn.Module) -> Belongings:
+    """What a model holds, found by following attributes, containers and what functions hold."""
     own = {
         id(tensor)
         for module in model.modules()
         for held in (module._parameters, module._buffers)
         for tensor in held.values()
     }
-    seen: set[int] = set()
     kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not _is_foreign(kind)}
-    stack: list[Any] = [model, *kinds]
+    return _noted([model, *kinds], own, closures=True)
+
+
+def _noted(stack: list[Any], own: set[int], *, closures: bool) -> Belongings:
+    """What some objects hold; ``own`` are the ids of parameters and buffers."""
+    found, seen = Belongings(), set[int]()
     while stack and len(seen) < _MOST:
         value = stack.pop()
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
@@ -210,12 +246,19 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
                 found.cells.append((cell, held))
         if value.__defaults__:
             found.defaults.append((value, value.__defaults__))
-        return (*(_contents(cell) for cell in value.__closure__ or ()), value.__dict__, value.__defaults__)
+        return (
+            *(_contents(cell) for cell in value.__closure__ or ()),
+            value.__dict__,
+            value.__defaults__,
+            value.__kwdefaults__,
+        )
     if isinstance(value, torch.jit.ScriptModule):
         found.dicts.append((vars(value), tuple(vars(value)), tuple(vars(value).values())))
         return (vars(value).get("_actual_script_module"),)
     if isinstance(value, type):
-        entries = {} if _is_foreign(value) else {k: v for k, v in vars(value).items() if not k.startswith("__")}
+        if _is_foreign(value):
+            return ()
+        entries = {k: v for k, v in vars(value).items() if not k.startswith("__")}
         found.others.append(functools.partial(_restore_class, value, entries))
         return [held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)]
     foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
@@ -246,6 +289,8 @@ def _set_default(function: FunctionType, k: int, value: Any) -> None:
 
 
 def _restore_class(kind: type, entries: dict[str, Any]) -> None:
+    for name in [name for name in vars(kind) if name not in entries and not name.startswith("__")]:
+        delattr(kind, name)
     for name, held in entries.items():
         if vars(kind).get(name) is not held:
             setattr(kind, name, held)

@@ -167,6 +167,21 @@ class Network:
         return out
 
 
+def values_at(
+    call: str, model: nn.Module, params: Mapping[str, Tensor] | None, wrt: Selection | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """Parameters, buffers and the names selected of a model at a state dict, after checking that they fit together."""
+    check_model(call, model)
+    parameters = real_parameters(model)
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    selected = select(call, model, wrt)
+    check_parameters(call, model, selected)
+    if params is not None:
+        parameters, buffers = overlay(call, model, params)
+    check_mode(call, model)
+    return parameters, buffers, selected
+
+
 def network(
     call: str,
     model: Any,
@@ -176,14 +191,7 @@ def network(
     output_fn: OutputFn | None,
 ) -> Network:
     """The model at ``params`` with the parameters selected by ``wrt``, after checking that everything fits together."""
-    check_model(call, model)
-    parameters = real_parameters(model)
-    buffers = {name: b.detach() for name, b in model.named_buffers()}
-    selected = select(call, model, wrt)
-    check_parameters(call, model, selected)
-    if params is not None:
-        parameters, buffers = overlay(call, model, params)
-    check_mode(call, model)
+    parameters, buffers, selected = values_at(call, model, params, wrt)
     check_batch(call, x, parameters)
     # Copies: what a model writes in place must not reach its owner's memory, nor the caller's state dict.
     with torch.inference_mode(False):

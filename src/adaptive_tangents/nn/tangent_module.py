@@ -20,17 +20,8 @@ from adaptive_tangents.capture.complex_parameters import as_given, as_real
 from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK, keep_private
-from adaptive_tangents.capture.network import (
-    Network,
-    OutputFn,
-    Selection,
-    check_mode,
-    check_model,
-    overlay,
-    real_parameters,
-    select,
-)
-from adaptive_tangents.capture.refusals import check_copies, check_parameters
+from adaptive_tangents.capture.network import Network, OutputFn, Selection, values_at
+from adaptive_tangents.capture.refusals import check_copies
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -99,15 +90,8 @@ class TangentModule(nn.Module):
         if rank is not None and rank < 1:
             raise TangentError(f"{call}: rank is positive, got {rank}")
         with LOCK:
-            check_model(call, model)
+            parameters, buffers, selected = values_at(call, model, params, wrt)
             check_copies(call, model)
-            check_mode(call, model)
-            parameters = real_parameters(model)
-            buffers = {name: b.detach() for name, b in model.named_buffers()}
-            selected = select(call, model, wrt)
-            check_parameters(call, model, selected)
-            if params is not None:
-                parameters, buffers = overlay(call, model, params)
             network = Network(model, parameters, buffers, selected, output_fn, call)
             groups = parameter_groups(network)
             self._places = places_of(model)
