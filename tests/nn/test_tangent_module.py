@@ -6,7 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -506,3 +506,11 @@ def test_transformer_layers_are_linearized_by_forward_mode_and_the_fused_kernel_
         module(torch.randn(4, 5, 8))
     assert module._ways.chosen == "forward"
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "last", [lambda h: h.squeeze(), lambda h: h if len(h) > 1 else [][0], lambda h: h / (1 if len(h) > 1 else "")]
+)
+def test_a_model_that_does_not_run_on_one_sample_is_linearized_all_the_same(last: Callable[[Tensor], Tensor]) -> None:
+    model, x = Forward(lambda m, x: last(m.fc(x).tanh()), fc=nn.Linear(4, 2)), normal(5, 4)
+    assert torch.equal(at.TangentModule(model, at.Fixed())(x), model(x))
