@@ -226,7 +226,8 @@ class Interrupted:
         self.raised = False
 
     def run(self, call: Callable[[], Any]) -> BaseException | None:
-        """What the call raised."""
+        """What the call raised; Python only reports what is raised within a destructor."""
+        reports, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
             if self.again:
                 sys.setprofile(self._second)
@@ -238,6 +239,7 @@ class Interrupted:
             self.again = 0
             sys.settrace(None)
             sys.setprofile(None)
+            sys.unraisablehook = reports
         return None
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
