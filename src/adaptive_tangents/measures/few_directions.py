@@ -5,7 +5,7 @@
 3. One side given the other is reduced-rank regression in closed form (`_solve`); two sides alternate (`Search`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.measures.terms import Term, inner, joined, moment, terms_of
+from adaptive_tangents.measures.terms import Term, inner, joined, moment, terms_of, values
 from adaptive_tangents.runtime.chunks import ranges
 
 WIDE = 64  # units; a wider side is narrowed to this many, and more explain no more of the networks measured
@@ -24,6 +24,7 @@ _ENTRIES = 3_000_000  # of one tensor; the memory of larger ones is new at each 
 _KEPT = 30_000_000  # entries of terms that are kept; more are made again for each sum
 _TABLE = 2048  # entries of a matrix whose fourth moments are formed
 STEPS, ROUNDS = 2, 30  # of the alternation: at each rank, and for the one chosen
+_CLOSE, _EXACT, _ALONE = 1e-4, 1e-12, 10  # relative changes that end an alternation, and rounds of a side alone
 SIDES = ("left", "right")
 
 
@@ -34,6 +35,34 @@ class Samples:
     before: Block
     after: Block
     index: Int[Tensor, " k"]
+    _moments: dict[tuple[str, int], tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def norms(self) -> tuple[float, float, float]:
+        """Σ‖B‖², Σ⟨B, A⟩ and Σ‖A‖²."""
+        after = mixed = before = 0.0
+        for a, b in self.parts():
+            after, mixed, before = after + inner(b, b), mixed + inner(b, a), before + inner(a, a)
+        return after, mixed, before
+
+    @property
+    def change(self) -> float:
+        """Σ‖B − A‖², or zero if it is only rounding."""
+        after, mixed, before = self.norms
+        change = after - 2 * mixed + before
+        return change if change > 1e-13 * after else 0.0
+
+    def moments(self, side: str, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ AAᵀ and Σ BAᵀ of a side, onto some columns; made once."""
+        key = (side, id(columns))
+        if key not in self._moments:
+            pieces = []
+            for a, b in self.parts():
+                x, y = (_onto(_turned(terms, side), columns) for terms in (a, b))
+                pieces.append((moment(x, x), moment(y, x)))
+            square, cross = (torch.stack(each).sum(0) for each in zip(*pieces, strict=True))
+            self._moments[key] = (columns, square, cross)  # columns are held, so that no others get their id
+        return self._moments[key][1:]
 
     @cached_property
     def _each(self) -> int:
@@ -104,7 +133,8 @@ def narrowed(
     stacked = torch.cat(columns, 1)
     squares, vectors = torch.linalg.eigh(stacked.mT @ stacked)
     kept = min(width, int((squares > 1e-12 * squares[-1]).sum()))
-    return torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
+    found: Tensor = torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
+    return found
 
 
 def _leading(product: Callable[[Tensor], Tensor], size: int, count: int, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -144,23 +174,18 @@ class Side:
 class Sums:
     """Σ‖B‖², Σ⟨B, A⟩, Σ‖A‖², and for the sides fitted, in the coordinates of their narrowed spaces, Σ AAᵀ and Σ BAᵀ.
 
-    ``core`` holds A and B narrowed on both sides. What lies outside of one of the two spaces does not depend on the side of the
-    other, so its moments stay as they are at M = I (``_outside``).
+    ``core`` holds A and B narrowed on both sides. The other side does not move what lies outside its narrowed space, so the
+    moments of that are what they are at M = I (``_outside``).
     """
 
     after: float
     mixed: float
     before: float
+    change: float
     square: dict[str, Float[Tensor, "d d"]]
     cross: dict[str, Float[Tensor, "d d"]]
     core: list[tuple[list[Term], list[Term]]] = field(repr=False)
     solves: int = 1
-
-    @property
-    def change(self) -> float:
-        """Σ‖B − A‖², or zero if it is only rounding."""
-        change = self.after - 2 * self.mixed + self.before
-        return change if change > 1e-13 * self.after else 0.0
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor] | None:
@@ -168,7 +193,7 @@ class Sums:
         if any(len(part) > 1 or part[0].left is not None for pair in self.core for part in pair):
             return None
         p, q = (len(self.square[side]) for side in SIDES)
-        a, b = (torch.cat([pair[k][0].right.flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
+        a, b = (torch.cat([values(pair[k][0]).flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
         if p * q > _TABLE or p * q * (len(a) + 2 * self.solves) > 2 * self.solves * len(a) * (p + q):
             return None
 
@@ -182,7 +207,7 @@ class Sums:
         if self._table is not None:
             tables = self._table if side == "left" else (self._table[0].mT, self._table[1].mT)
             found = (m.flatten(1) @ table.mT for m, table in zip((other.mT @ other, other), tables, strict=True))
-            square, cross = (m.unflatten(1, self.square[side].shape) for m in found)
+            square, cross = (m.reshape(-1, *self.square[side].shape) for m in found)
             return square, cross
         squares, crosses = [], []
         for m in other:
@@ -219,44 +244,40 @@ class Sums:
         (side, one), *rest = sides.items()
         square, cross, size, mixed = self.given(side, rest[0][1] if rest else None)
         scale, change = one.scale, one.change
-        moved = scale**2 * size + 2 * scale * (change * square).sum((1, 2)) + ((change.mT @ change) * square).sum((1, 2))
+        moved = (
+            scale**2 * size + 2 * scale * (change * square).sum((1, 2)) + ((change.mT @ change) * square).sum((1, 2))
+        )
         error: Tensor = self.after - 2 * (scale * mixed + (change * cross).sum((1, 2))) + moved
         return error.clamp_min(0)
 
 
-def sums(samples: Samples, axes: dict[str, Tensor | None], solves: int) -> Sums:
+def sums(samples: Samples, axes: Mapping[str, Tensor | None], solves: int) -> Sums:
     """The sums over some samples; ``solves`` says how many fits will use them."""
-    left, right = axes.get("left"), axes.get("right")
-    after = mixed = before = 0.0
-    square: dict[str, Tensor] = {}
-    cross: dict[str, Tensor] = {}
+    moments = {side: samples.moments(side, columns) for side, columns in axes.items()}
     core = []
-    for a, b in samples.parts():
-        after, mixed, before = after + inner(b, b), mixed + inner(b, a), before + inner(a, a)
-        for side, columns in axes.items():
-            x, y = (_onto(_turned(terms, side), columns) for terms in (a, b))
-            for held, first in ((square, x), (cross, y)):
-                piece = moment(first, x)
-                held[side] = held[side] + piece if side in held else piece
-        if len(axes) == 2:
-            core.append((_small(_onto(a, left, right)), _small(_onto(b, left, right))))
-    return Sums(after, mixed, before, square, cross, _together(core), solves)
+    if len(axes) == 2:
+        for pair in samples.parts():
+            a, b = (_small(_onto(terms, axes["left"], axes["right"])) for terms in pair)
+            core.append((a, b))
+    square, cross = ({side: each[k] for side, each in moments.items()} for k in (0, 1))
+    return Sums(*samples.norms, samples.change, square, cross, _together(core), solves)
 
 
 def _small(terms: list[Term]) -> list[Term]:
     """The terms, or their sum multiplied out where that is smaller or its products are."""
-    if any(not isinstance(units, Tensor) for term in terms for units in (term.left, term.right)):
-        return [joined(terms)]
-    p, q = (terms[0].left.shape[3], terms[0].right.shape[3])  # type: ignore[union-attr]
-    positions = sum(term.left.shape[2] for term in terms)  # type: ignore[union-attr]
-    return terms if positions < min(p, q) / 2 else [joined(terms)]
+    positions, least = 0, 0
+    for term in terms:
+        if not isinstance(term.left, Tensor) or not isinstance(term.right, Tensor):
+            return [joined(terms)]
+        positions, least = positions + term.left.shape[2], min(term.left.shape[3], term.right.shape[3])
+    return terms if positions < least / 2 else [joined(terms)]
 
 
 def _together(core: list[tuple[list[Term], list[Term]]]) -> list[tuple[list[Term], list[Term]]]:
     """Parts that are multiplied out, as one part."""
     if len(core) < 2 or any(len(part) > 1 or part[0].left is not None for pair in core for part in pair):
         return core
-    a, b = ([Term(None, torch.cat([pair[k][0].right for pair in core]))] for k in (0, 1))  # type: ignore[misc]
+    a, b = ([Term(None, torch.cat([values(pair[k][0]) for pair in core]))] for k in (0, 1))
     return [(a, b)]
 
 
@@ -309,19 +330,21 @@ class Search:
         """Alternating least squares for some rounds, or until the sides change no more."""
         left = torch.arange(len(self.strengths), device=self.strengths.device)
         previous = torch.full_like(self.strengths, torch.inf)
-        for _ in range(rounds):
+        alone = len(self.units) == 1
+        for _ in range(_ALONE * rounds if alone else rounds):
             held = {side: one[left] for side, one in sides.items()}
             for side in held:
                 other = next((one for key, one in held.items() if key != side), None)
-                sums = self.fitting.given(side, other)
-                expanded = [x.expand(len(left), *x.shape[1:]) for x in sums]
-                ridge = self.strengths[left] * expanded[2] / self.units[side]
-                held[side] = _solve(*expanded, ridge, rank, held[side].scale)
+                square, cross, size, mixed = (
+                    x.expand(len(left), *x.shape[1:]) for x in self.fitting.given(side, other)
+                )
+                ridge = self.strengths[left] * size / self.units[side]
+                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale)
             sides = {side: one.with_(left, held[side]) for side, one in sides.items()}
-            if len(sides) == 1 and (rank is None or rank >= held[side].inside.shape[-1]):
+            if alone and (rank is None or rank >= held[side].inside.shape[-1]):
                 break  # a side alone of full rank does not depend on what was before
             current = torch.stack([one.inside.norm(dim=(1, 2)) for one in held.values()]).sum(0)
-            going = (current - previous[left]).abs() > 1e-4 * current
+            going = (current - previous[left]).abs() > (_EXACT if alone else _CLOSE) * current
             previous[left] = current
             left = left[going]
             if not len(left):
