@@ -66,17 +66,16 @@ class KeptInFolder(Kept):
             raise TangentError(f"inspect: {self.folder} is not a folder; move it away, or give another with --out")
         for path in sorted(self.folder.glob("*.safetensors")):
             stored = _origin(path)
-            if stored is None:
-                # Files that no stage goes by stay as they are.
+            if stored is None or stored == self.origin:
                 continue
             if not self.resume:
                 self._stale.append(path)
-            elif stored != self.origin:
-                other = [k for k in {**stored, **self.origin} if stored.get(k) != self.origin.get(k)]
-                raise TangentError(
-                    f"inspect: {self.folder} holds stages of a run with other {listed(other)}; resume it as it was started, "
-                    "run without --resume, or give another folder with --out"
-                )
+                continue
+            other = [k for k in {**stored, **self.origin} if stored.get(k) != self.origin.get(k)]
+            raise TangentError(
+                f"inspect: {self.folder} holds stages of a run with other {listed(other)}; resume it as it was started, "
+                "run without --resume, or give another folder with --out"
+            )
 
     def get(self, name: str) -> Record | None:
         path = self._path(name)

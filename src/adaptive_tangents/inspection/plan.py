@@ -1,5 +1,6 @@
 """What an inspection will do and take, told before it starts, and the time that is left while it runs."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from adaptive_tangents.runtime.progress import Progress, duration
 # What a stage reaches of the speed of a large matrix product; measured in benchmarks/bench_inspect.py.
 _SHARES = {"explain": 0.3, "models": 0.25}
 _PROBED = 12  # samples that each new part of a batch costs besides its own
-_TRUST = 0.1  # of a kind of work: until this much of it is done, the plan counts as much as what was measured
+_TRUST = 0.02  # of a kind of work: when this much is done, what was measured counts as much as the plan
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,11 @@ class Pace:
 
 
 def _slowness(took: float, done: float, total: float, prior: float) -> float:
-    """How many times as long as planned work takes, when ``done`` of ``total`` planned seconds took ``took``."""
+    """How many times as long as planned work takes, when ``done`` of ``total`` planned seconds took ``took``.
+
+    It is a geometric mean with the prior, so that twice as fast and twice as slow weigh the same.
+    """
+    if done <= 0 or took <= 0:
+        return prior
     trust = _TRUST * total
-    return (took + trust * prior) / (done + trust) if done + trust > 0 else prior
+    return math.exp((done * math.log(took / done) + trust * math.log(prior)) / (done + trust))
