@@ -194,7 +194,7 @@ def _average(
             by_buffers = part if by_buffers is None else by_buffers + part
         if progress is not None:
             progress(f"{count} nodes", done / count)
-    blocks = {name: sum_blocks(parts) for name, parts in collected.items()}
+    blocks = {name: sum_blocks(collected.pop(name)) for name in list(collected)}
     return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested), by_buffers
 
 
