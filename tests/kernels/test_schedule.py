@@ -84,7 +84,7 @@ def test_every_tile_is_dealt_once_and_no_rank_has_a_tile_more_of_work_than_its_s
     tile, symmetric = 7, m is None
     places = grid(-(-n // tile), None if m is None else -(-m // tile))
     costs = tile_costs(places, tile, n, m or n, symmetric=symmetric)
-    shares = dealt(places, costs, ranks, 4, symmetric=symmetric, capture=0.3)
+    shares = dealt(places, costs, ranks, 4, symmetric=symmetric, capture=0.3).shares
     assert sorted(itertools.chain(*shares)) == sorted(places)
     work = [sum(costs[place] for place in share) for share in shares]
     assert max(abs(one - sum(costs.values()) / ranks) for one in work) <= 1.0
@@ -95,7 +95,7 @@ def test_ranks_share_few_features() -> None:
     places = grid(n)
     costs = dict.fromkeys(places, 1.0)
     for ranks in (2, 8, 32):
-        shares = dealt(places, costs, ranks, n, symmetric=True, capture=1.0)
+        shares = dealt(places, costs, ranks, n, symmetric=True, capture=1.0).shares
         busiest = max(captures(share, n, symmetric=True) for share in shares)
         at_random = random.Random(0).sample(places, len(places))
         dispersed = max(captures(at_random[k::ranks], n, symmetric=True) for k in range(ranks))

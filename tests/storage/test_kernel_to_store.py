@@ -24,6 +24,7 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.features.transforms import Sides
+from adaptive_tangents.kernels.schedule import Deal
 from adaptive_tangents.runtime.tensor_files import draft_beside, is_draft
 from adaptive_tangents.storage import locks
 from adaptive_tangents.storage.feature_stream import Stream
@@ -80,7 +81,7 @@ def test_neither_order_nor_room_nor_interruptions_change_a_bit(outputs: str, tmp
         store(cut, **options, resume=True)
         assert files(cut) == expected
         with monkeypatch.context() as patch:
-            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: [list(places)[::-1]])
+            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: Deal([list(places)[::-1]]))
             assert files(store(tmp_path / f"back-{other is None}.zarr", **options).path) == expected
         with monkeypatch.context() as patch:
             patch.setattr(storing, "lay_out", narrow(storing.lay_out))

@@ -5,7 +5,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -22,20 +23,23 @@ from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, wor
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
-from adaptive_tangents.kernels.schedule import FeatureCache, Key, Place, captures, dealt
+from adaptive_tangents.kernels.schedule import Deal, FeatureCache, Key, Place, dealt, in_turn, keys_of
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
-from adaptive_tangents.storage.folders import CLAIMS, LOCK, check_empty, clear_claims
+from adaptive_tangents.storage.folders import CLAIMS, FEATURES, LOCK, check_empty, clear_claims
 from adaptive_tangents.storage.locks import claim_tile, writer_lock
-from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_costs
+from adaptive_tangents.storage.packing import tensors_within
+from adaptive_tangents.storage.passing import Passing
+from adaptive_tangents.storage.planning import Layout, Sizes, StorePlan, lay_out, tile_costs
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
 from adaptive_tangents.storage.record import FORMAT, RECORD, read_meta
 from adaptive_tangents.storage.store import KernelStore, create_store, open_kernel
 
 _TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
+_OPERATIONS_A_BYTE = 25  # that take as long as passing a byte on, at 40 GFLOP/s and at 1.6 GB/s: measured 10 to 20
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
 
 
@@ -108,17 +112,16 @@ def kernel_to_store(
         some = crew.settled(made.some)
         asked = crew.settled(lambda: _identity(call, made, some, tile))
 
-        def begin() -> None:
+        def begin() -> tuple[Mapping[str, Any], list[Place]]:
             stack.enter_context(_worded(call, path))
             stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
-            _begin(call, path, made, some, asked, resume=resume, progress=progress)
+            return _begin(call, path, made, some, asked, resume=resume, progress=progress)
 
-        crew.settled(begin if crew.leads else lambda: None)
-        store = open_kernel(path)
-        crew.settled(lambda: check_same(call, path, store.meta, asked))
-        if not store.complete:
-            crew.settled(lambda: _fill(call, crew, made, some, store, progress))
-            crew.settled(lambda: _finish(call, store) if crew.leads else None)
+        meta, missing = crew.told(begin)
+        crew.settled(lambda: check_same(call, path, meta, asked))
+        if not meta["complete"]:
+            _fill(call, crew, made, some, KernelStore(path, meta), missing, progress)
+            crew.settled(lambda: _finish(call, open_kernel(path)) if crew.leads else None)
     return open_kernel(path)
 
 
@@ -197,15 +200,19 @@ def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, e
     grid = _grid(made, some, layout)
     costs = tile_costs(grid.places, layout.tile, made.n, made.m, symmetric=symmetric)
     contraction = _tile_plan(made, some, layout)
-    shares = _shares(made, some, layout, grid.places, processes)
-    count = sum(captures(share, layout.cached, symmetric=symmetric) for share in shares)
-    kernels = len(some.blocks) if made.by_block else 1
-    pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(grid.slices, grid.places))
+    deal = _shares(made, some, layout, grid.places, processes)
+    count = deal.captures(layout.cached, symmetric=symmetric)
     return StorePlan(
-        made.outputs, grid.shape, grid.dtype, kernels, layout, len(costs), sizes.ranges(layout.tile), count, processes,
-        contraction, int(contraction.operations * sum(costs.values())), kernels * pairs * sizes.entries * sizes.itemsize,
+        made.outputs, grid.shape, grid.dtype, max(1, len(grid.blocks)), layout, len(costs), sizes.ranges(layout.tile), count,
+        processes, contraction, int(contraction.operations * sum(costs.values())), _disk_bytes(grid, sizes),
         each * count * min(layout.tile, max(made.n, made.m)), contraction.seconds * sum(costs.values()), made.capture.limit,
     )  # fmt: skip
+
+
+def _disk_bytes(store: KernelStore, sizes: Sizes) -> int:
+    """The bytes of a store's tiles before compression."""
+    pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(store.slices, store.places))
+    return max(1, len(store.blocks)) * pairs * sizes.entries * sizes.itemsize
 
 
 def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPlan:
@@ -221,17 +228,18 @@ def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPla
     return KernelPlan(steps, tile * tile * sizes.entries * sizes.itemsize, 2 * tile * sizes.held, made.capture.limit)
 
 
-def _shares(
-    made: Stream, some: TangentFeatures, layout: Layout, places: Sequence[Place], processes: int
-) -> list[list[Place]]:
-    """The tiles of every process, in the order it makes them."""
+def _shares(made: Stream, some: TangentFeatures, layout: Layout, places: Sequence[Place], processes: int) -> Deal:
+    """The tiles of every process, in the order it makes them, and who captures what."""
     costs = tile_costs(places, layout.tile, made.n, made.m, symmetric=made.x2 is None)
     # One forward pass and one backward pass per output, through the products with the blocks' weights.
     pass_operations = sum(2 * max(1, b.positions) * b.shape[0] * b.shape[1] for b in some.blocks.values()) * (
         1 + made.c
     )
-    capture = layout.tile * pass_operations / max(1, _tile_plan(made, some, layout).operations)
-    return dealt(places, costs, processes, layout.cached, symmetric=made.x2 is None, capture=capture)
+    ours = layout.tile / max(1, _tile_plan(made, some, layout).operations)
+    return dealt(
+        places, costs, processes, layout.cached, symmetric=made.x2 is None,
+        capture=ours * pass_operations, passing=ours * made.sizes(some).held * _OPERATIONS_A_BYTE,
+    )  # fmt: skip
 
 
 def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
@@ -280,36 +288,44 @@ def _folder_for(call: str, path: Path) -> Path:
 def _begin(
     call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
     *, resume: bool, progress: Progress | None,
-) -> None:  # fmt: skip
-    """Make the store, or check that the existing one is of the same kernel and sound."""
+) -> tuple[Mapping[str, Any], list[Place]]:  # fmt: skip
+    """The record and the missing tiles of a store that can be made, or of an existing one of the same kernel."""
     meta = read_meta(path, call)
     if meta is None:
         layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
-        _check_room(call, path, _plan(made, some, layout, 1, 0.0))
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
-        store = create_store(call, path, {**asked, "tile": layout.tile, **working})
-    else:
-        store = KernelStore(path, meta)
-        if not resume:
-            raise TangentError(
-                f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
-                "with resume=True (--resume), give another path, or delete it"
-            )
-        check_same(call, path, store.meta, asked)
-        damaged = store.verify(progress)
-        wanting = bool(damaged or store.missing())
-        if meta["format"] < FORMAT and (wanting or not store.complete):
-            raise TangentError(
-                f"{call}: {path} is of format {meta['format']}, which this version reads and does not continue; make the "
-                "kernel again in another folder"
-            )
-        store.tidy()
-        if store.complete and wanting:
-            store = store.marked(complete=False)
-        store.discard(damaged)
+        store = KernelStore(path, {**asked, "tile": layout.tile, **working, "complete": False})
+        _check_room(call, store, _disk_bytes(store, made.sizes(some)))
+        return store.meta, list(store.places)
+    store = KernelStore(path, meta)
+    if not resume:
+        raise TangentError(
+            f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
+            "with resume=True (--resume), give another path, or delete it"
+        )
+    check_same(call, path, store.meta, asked)
+    damaged = store.verify(progress)
+    wanting = bool(damaged or store.missing())
+    if meta["format"] < FORMAT and (wanting or not store.complete):
+        raise TangentError(
+            f"{call}: {path} is of format {meta['format']}, which this version reads and does not continue; make the "
+            "kernel again in another folder"
+        )
+    store.tidy()
+    if store.complete and wanting:
+        store = store.marked(complete=False)
+    store.discard(damaged)
     clear_claims(path)
-    if not store.complete:
-        (path / CLAIMS).mkdir(exist_ok=True)
+    return store.meta, store.missing()
+
+
+def _create(call: str, store: KernelStore, crew: Team) -> None:
+    """Put a store on disk, if it is not there, and the folders in which processes agree."""
+    if read_meta(store.path, call) is None:
+        create_store(call, store.path, store.meta)
+    (store.path / CLAIMS).mkdir(exist_ok=True)
+    if crew.size > 1:
+        (store.path / FEATURES).mkdir(exist_ok=True)
 
 
 def _checked_tile(call: str, tile: int | None) -> int | None:
@@ -318,41 +334,75 @@ def _checked_tile(call: str, tile: int | None) -> int | None:
     return tile
 
 
-def _check_room(call: str, path: Path, plan: StorePlan) -> None:
-    free = shutil.disk_usage(path).free
-    if free < _COMPRESSED * plan.disk_bytes:
-        pairs = plan.shape[0] * plan.shape[1 if len(plan.shape) < 4 else 2]
-        less = format_bytes(plan.disk_bytes * pairs // prod(plan.shape))
+def _check_room(call: str, store: KernelStore, needed: int) -> None:
+    free = shutil.disk_usage(store.path).free
+    if free < _COMPRESSED * needed:
+        less = format_bytes(needed * store.n * store.m // prod(store.shape))
         raise TangentError(
-            f"{call}: the kernel takes up to {format_bytes(plan.disk_bytes)} and the disk of {path} has {format_bytes(free)} "
+            f"{call}: the kernel takes up to {format_bytes(needed)} and the disk of {store.path} has {format_bytes(free)} "
             f"free; free more, give a path elsewhere, or store outputs='trace', which takes up to {less}"
         )
 
 
 def _fill(
-    call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, progress: Progress | None
-) -> None:
-    """Make the missing tiles: this process's own share, then what the others have left."""
+    call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, missing: Sequence[Place],
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Make the missing tiles by all processes; ``store`` need not be on disk yet."""
     before = Layout(store.tile, 1, store.meta["pass_samples"], store.meta["working_bytes"], 0)
-    layout = lay_out(call, made.sizes(some), made.capture.limit, fixed=before)
-    missing = store.missing()
-    shares = _shares(made, some, layout, missing, crew.size)
-    others = (shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
-    order = list(chain(shares[crew.rank], *others))
+    layout = crew.settled(lambda: lay_out(call, made.sizes(some), made.capture.limit, fixed=before))
+    layout = replace(layout, cached=crew.least(layout.cached))
+    deal = crew.told(lambda: _shares(made, some, layout, missing, crew.size))
+    with crew.group() if deal.owners else nullcontext() as group:
+        needed = {key for place in deal.shares[crew.rank] for key in keys_of(place, symmetric=store.symmetric)}
+        passing = Passing(
+            group, store.path / FEATURES, crew.rank, deal, device=some.device, known=tensors_within(made.transforms),
+            needed=needed if layout.cached >= len(deal.owners) else (),
+        )  # fmt: skip
+        crew.settled(lambda: _make(call, crew, made, layout, store, deal, passing, progress))
+
+
+def _make(
+    call: str, crew: Team, made: Stream, layout: Layout, planned: KernelStore, deal: Deal, passing: Passing,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Make this process's own share of the tiles, then what the others have left."""
+    others = (deal.shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
+    order, owned, path = list(chain(deal.shares[crew.rank], *others)), deal.owned(crew.rank), planned.path
 
     def part(key: Key) -> TangentFeatures:
-        return made.part(key[0], store.slices((key[1], key[1]))[key[0]], layout.pass_samples)
+        feats = passing.take(key)
+        if feats is None:
+            started = time.monotonic()
+            feats = made.part(key[0], planned.slices((key[1], key[1]))[key[0]], layout.pass_samples)
+            passing.seconds = time.monotonic() - started
+        return feats
 
-    held = FeatureCache(part, order, layout.cached, symmetric=store.symmetric)
-    claims, already = store.path / CLAIMS, len(store.places) - len(missing)
-    with _worded(call, store.path):
-        for place in order:
-            if not claim_tile(claims, f"{place[0]}-{place[1]}"):
+    def ready(place: Place) -> bool:
+        keys = keys_of(place, symmetric=planned.symmetric)
+        return (
+            all(key in held or passing.decided(key) for key in keys)
+            or (path / CLAIMS / f"{place[0]}-{place[1]}").exists()
+        )
+
+    held = FeatureCache(part, order, layout.cached, symmetric=planned.symmetric, kept=owned)
+    with _worded(call, path):
+        begun = crew.begun(lambda: _create(call, planned, crew))
+        for key in owned:
+            held.one(key)
+        if not begun():
+            return
+        store, already = open_kernel(path), len(planned.places) - len(order)
+        for key in owned:
+            passing.offer(key, held.one(key))
+        for place in in_turn(order, ready, passing.wait):
+            if not claim_tile(path / CLAIMS, f"{place[0]}-{place[1]}"):
+                held.skip(place)
                 continue
             store.write(place, _tile(call, made, store, held, place, layout))
             if progress is not None and crew.leads:
                 # Claimed tiles count as made.
-                progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
+                progress("tiles", min(1.0, (already + len(os.listdir(path / CLAIMS))) / len(store.places)))
 
 
 def _tile(
