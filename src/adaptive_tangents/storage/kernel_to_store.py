@@ -1,13 +1,10 @@
 """Write a kernel to disk: planned, tile by tile, resumable, by one process or by all that torchrun started."""
 
-import errno
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,28 +15,29 @@ from torch import Tensor, nn
 from adaptive_tangents._version import __version__
 from adaptive_tangents.capture.batches import Batch, take, tensors
 from adaptive_tangents.capture.network import OutputFn, Selection
-from adaptive_tangents.errors import TangentError, raised_as
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
-from adaptive_tangents.kernels.schedule import Deal, FeatureCache, Key, Place, dealt, in_turn, keys_of
+from adaptive_tangents.kernels.schedule import Deal, Place, dealt, keys_of
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
-from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
-from adaptive_tangents.storage.folders import CLAIMS, FEATURES, LOCK, check_empty, clear_claims
-from adaptive_tangents.storage.locks import claim_tile, writer_lock
+from adaptive_tangents.storage.feature_stream import Sketching, Stream, stream
+from adaptive_tangents.storage.folders import FEATURES, LOCK, check_empty, clear_claims
+from adaptive_tangents.storage.locks import writer_lock
 from adaptive_tangents.storage.packing import tensors_within
-from adaptive_tangents.storage.passing import Passing
+from adaptive_tangents.storage.passing import Passing, passing_seconds
 from adaptive_tangents.storage.planning import Layout, Sizes, StorePlan, lay_out, tile_costs
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
-from adaptive_tangents.storage.record import FORMAT, RECORD, read_meta
-from adaptive_tangents.storage.store import KernelStore, create_store, open_kernel
+from adaptive_tangents.storage.record import FORMAT, read_meta
+from adaptive_tangents.storage.store import KernelStore, open_kernel
+from adaptive_tangents.storage.tile_making import check_entries, make_tiles, worded
 
 _TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
-_OPERATIONS_A_BYTE = 25  # that take as long as passing a byte on, at 40 GFLOP/s and at 1.6 GB/s: measured 10 to 20
+_PASSING = 0.1  # of the cost of a capture, with a margin: an MLP takes 0.06
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
 
 
@@ -113,7 +111,7 @@ def kernel_to_store(
         asked = crew.settled(lambda: _identity(call, made, some, tile))
 
         def begin() -> tuple[Mapping[str, Any], list[Place]]:
-            stack.enter_context(_worded(call, path))
+            stack.enter_context(worded(call, path))
             stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
             return _begin(call, path, made, some, asked, resume=resume, progress=progress)
 
@@ -201,6 +199,8 @@ def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, e
     costs = tile_costs(grid.places, layout.tile, made.n, made.m, symmetric=symmetric)
     contraction = _tile_plan(made, some, layout)
     deal = _shares(made, some, layout, grid.places, processes)
+    if passing_seconds(layout.tile * sizes.held) > each * layout.tile:
+        deal = replace(deal, owners={})
     count = deal.captures(layout.cached, symmetric=symmetric)
     return StorePlan(
         made.outputs, grid.shape, grid.dtype, max(1, len(grid.blocks)), layout, len(costs), sizes.ranges(layout.tile), count,
@@ -212,7 +212,7 @@ def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, e
 def _disk_bytes(store: KernelStore, sizes: Sizes) -> int:
     """The bytes of a store's tiles before compression."""
     pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(store.slices, store.places))
-    return max(1, len(store.blocks)) * pairs * sizes.entries * sizes.itemsize
+    return int(max(1, len(store.blocks)) * pairs * sizes.entries * sizes.itemsize)
 
 
 def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPlan:
@@ -235,11 +235,11 @@ def _shares(made: Stream, some: TangentFeatures, layout: Layout, places: Sequenc
     pass_operations = sum(2 * max(1, b.positions) * b.shape[0] * b.shape[1] for b in some.blocks.values()) * (
         1 + made.c
     )
-    ours = layout.tile / max(1, _tile_plan(made, some, layout).operations)
+    capture = layout.tile * pass_operations / max(1, _tile_plan(made, some, layout).operations)
+    symmetric = made.x2 is None
     return dealt(
-        places, costs, processes, layout.cached, symmetric=made.x2 is None,
-        capture=ours * pass_operations, passing=ours * made.sizes(some).held * _OPERATIONS_A_BYTE,
-    )  # fmt: skip
+        places, costs, processes, layout.cached, symmetric=symmetric, capture=capture, passing=_PASSING * capture
+    )
 
 
 def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
@@ -253,7 +253,7 @@ def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
 def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
     """What the kernel is made from, to store and to compare."""
     net, probe = made.capture.network, made.probed()
-    _check_entries(call, probe)
+    check_entries(call, probe)
     given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
     return given | {
         "version": __version__,
@@ -319,15 +319,6 @@ def _begin(
     return store.meta, store.missing()
 
 
-def _create(call: str, store: KernelStore, crew: Team) -> None:
-    """Put a store on disk, if it is not there, and the folders in which processes agree."""
-    if read_meta(store.path, call) is None:
-        create_store(call, store.path, store.meta)
-    (store.path / CLAIMS).mkdir(exist_ok=True)
-    if crew.size > 1:
-        (store.path / FEATURES).mkdir(exist_ok=True)
-
-
 def _checked_tile(call: str, tile: int | None) -> int | None:
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
@@ -359,70 +350,7 @@ def _fill(
             group, store.path / FEATURES, crew.rank, deal, device=some.device, known=tensors_within(made.transforms),
             needed=needed if layout.cached >= len(deal.owners) else (),
         )  # fmt: skip
-        crew.settled(lambda: _make(call, crew, made, layout, store, deal, passing, progress))
-
-
-def _make(
-    call: str, crew: Team, made: Stream, layout: Layout, planned: KernelStore, deal: Deal, passing: Passing,
-    progress: Progress | None,
-) -> None:  # fmt: skip
-    """Make this process's own share of the tiles, then what the others have left."""
-    others = (deal.shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
-    order, owned, path = list(chain(deal.shares[crew.rank], *others)), deal.owned(crew.rank), planned.path
-
-    def part(key: Key) -> TangentFeatures:
-        feats = passing.take(key)
-        if feats is None:
-            started = time.monotonic()
-            feats = made.part(key[0], planned.slices((key[1], key[1]))[key[0]], layout.pass_samples)
-            passing.seconds = time.monotonic() - started
-        return feats
-
-    def ready(place: Place) -> bool:
-        keys = keys_of(place, symmetric=planned.symmetric)
-        return (
-            all(key in held or passing.decided(key) for key in keys)
-            or (path / CLAIMS / f"{place[0]}-{place[1]}").exists()
-        )
-
-    held = FeatureCache(part, order, layout.cached, symmetric=planned.symmetric, kept=owned)
-    with _worded(call, path):
-        begun = crew.begun(lambda: _create(call, planned, crew))
-        for key in owned:
-            held.one(key)
-        if not begun():
-            return
-        store, already = open_kernel(path), len(planned.places) - len(order)
-        for key in owned:
-            passing.offer(key, held.one(key))
-        for place in in_turn(order, ready, passing.wait):
-            if not claim_tile(path / CLAIMS, f"{place[0]}-{place[1]}"):
-                held.skip(place)
-                continue
-            store.write(place, _tile(call, made, store, held, place, layout))
-            if progress is not None and crew.leads:
-                # Claimed tiles count as made.
-                progress("tiles", min(1.0, (already + len(os.listdir(path / CLAIMS))) / len(store.places)))
-
-
-def _tile(
-    call: str, made: Stream, store: KernelStore, held: FeatureCache[TangentFeatures], place: Place, layout: Layout
-) -> Iterator[tuple[str, Tensor]]:
-    """The kernels of one tile: one per block, or their sum."""
-    left, other = held.pair(place)
-    right = None if other is left else other
-    blocks = contracted(left, right, made.outputs, layout.working_bytes)
-    with raised_as(call, "kernel"):
-        for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
-            _check_entries(call, kernel)
-            yield name, kernel
-
-
-def _check_entries(call: str, kernel: Tensor) -> None:
-    if not bool(torch.isfinite(kernel).all()):
-        raise TangentError(
-            f"{call}: the kernel has entries that overflow {kernel.dtype}; use dtype=torch.float64 (--float64)"
-        )
+        crew.settled(lambda: make_tiles(call, crew, made, layout, store, deal, passing, progress))
 
 
 def _finish(call: str, store: KernelStore) -> None:
@@ -441,24 +369,3 @@ def _share(limit: int | None, x: Any, processes: int) -> int | None:
     """The memory limit of one process; by default the processes of a machine share what is free."""
     device = next((tensor.device for tensor in tensors(x)), torch.device("cpu"))
     return limit if limit is not None or device.type != "cpu" else max(1, limit_for(None, device) // processes)
-
-
-@contextmanager
-def _worded(call: str, path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into TangentError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise TangentError(
-                f"{call}: there is no room left for {path}; the finished tiles stay: free some room and continue with "
-                "resume=True (--resume)"
-            ) from error
-        raise TangentError(
-            f"{call}: {path} cannot be written ({error}); "
-            + (
-                "give another path"
-                if not os.path.exists(path / RECORD)
-                else "fix that and continue with resume=True (--resume)"
-            )
-        ) from error

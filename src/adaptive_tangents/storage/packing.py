@@ -24,7 +24,7 @@ def packed(feats: TangentFeatures, known: Sequence[Tensor] = ()) -> tuple[list[T
     structure = _pickled(feats, tensors)
     if structure is None:
         return [], []
-    named = {tensor.untyped_storage().data_ptr(): -1 - k for k, tensor in enumerate(known)}
+    named = {tensor.untyped_storage().data_ptr(): -1 - k for k, tensor in enumerate(known) if tensor.numel()}
     ends: dict[int, tuple[int, int, Tensor]] = {}
     for tensor in tensors:
         base = tensor.untyped_storage().data_ptr()
@@ -68,7 +68,7 @@ def unpacked(messages: Sequence[Tensor], device: torch.device, known: Sequence[T
         tensors.append(tensor.set_(within.untyped_storage(), start // dtype.itemsize, shape, stride))
 
     class Reading(pickle.Unpickler):
-        def persistent_load(self, number: Any) -> Tensor:
+        def persistent_load(self, number: int) -> Tensor:
             return tensors[number]
 
     feats: TangentFeatures = Reading(io.BytesIO(structure)).load()

@@ -85,7 +85,7 @@ class Passing:
             return None
         messages, works = self._coming.pop(key)
         started = time.monotonic()
-        taking = max(sum(map(len, messages)) / _A_SECOND, self.seconds or 0.0)
+        taking = max(passing_seconds(sum(map(len, messages))), self.seconds or 0.0)
         end = started + _PATIENCE + _PATIENCE * taking
         try:
             for work in works:
@@ -110,9 +110,9 @@ class Passing:
     def _request(self, key: Key) -> None:
         """Begin to receive the features of a range, if that is quicker than to capture them."""
         announced = self._announced.get(key, [])
-        size, captured = sum(size for _, size, _ in announced), self.seconds
-        slow = captured is not None and max(size / _A_SECOND, self._waited / max(1, self.received)) > captured
-        if not announced or slow or self._requested[key] == self.deal.copies:
+        seconds = max(passing_seconds(sum(size for _, size, _ in announced)), self._waited / max(1, self.received))
+        slower = self.seconds is not None and seconds > self.seconds
+        if not announced or slower or self._requested[key] == self.deal.copies:
             return
         messages = [message_room(size, place, torch.device("cpu")) for _, size, place in announced]
         first = announced[0][0] + self._requested[key] * len(messages)
@@ -121,3 +121,8 @@ class Passing:
             owner = self.deal.owners[key]
             works = [dist.irecv(message, owner, self.group, first + k) for k, message in enumerate(messages)]
             self._coming[key] = messages, works
+
+
+def passing_seconds(size: int) -> float:
+    """Expected seconds to receive ``size`` bytes, before any were received."""
+    return size / _A_SECOND
