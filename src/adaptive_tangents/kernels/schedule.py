@@ -196,17 +196,23 @@ def dealt(
 def _owners(
     shares: Sequence[Sequence[Place]], costs: Mapping[Place, float], capture: float, *, symmetric: bool
 ) -> dict[Key, int]:
-    """The rank that captures each range: one that needs it, and of these the one with the least to do."""
+    """The rank that captures each range: one that needs it, if no other rank has a capture less to do."""
     work = [sum(costs[place] for place in share) for share in shares]
-    needing: dict[Key, list[int]] = {}
+    needing: dict[Key, set[int]] = {}
     for rank, share in enumerate(shares):
-        for key in sorted({key for place in share for key in keys_of(place, symmetric=symmetric)}):
-            needing.setdefault(key, []).append(rank)
+        for key in {key for place in share for key in keys_of(place, symmetric=symmetric)}:
+            needing.setdefault(key, set()).add(rank)
     owners = {}
     for key in sorted(needing, key=lambda key: (len(needing[key]), key)):
-        owners[key] = min(needing[key], key=lambda rank: work[rank])
+        owners[key] = min(sorted(needing[key]), key=lambda rank: work[rank])
         work[owners[key]] += capture
-    return owners
+    while True:
+        most, least = (pick(range(len(work)), key=lambda rank: work[rank]) for pick in (max, min))
+        owned = [key for key, rank in owners.items() if rank == most]
+        if not owned or work[most] - work[least] <= capture:
+            return owners
+        moved = min(owned, key=lambda key: least not in needing[key])
+        owners[moved], work[most], work[least] = least, work[most] - capture, work[least] + capture
 
 
 def _along_curve(place: Place) -> int:
