@@ -126,8 +126,7 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
                 continue
             target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             if crossed:
-                flip = isinstance(a, Flipped)
-                target += _crossed(b, q, a, p, outputs).mT if flip else _crossed(a, p, b, q, outputs)
+                target += _crossed(a, p, b, q, outputs) if isinstance(b, Flipped) else _crossed(b, q, a, p, outputs).mT
                 continue
             left = rows_a[:, p.start * t * group : p.stop * t * group]
             right = rows_b[:, q.start * s * group : q.stop * s * group]
@@ -137,8 +136,9 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
             target += total.reshape(batch, height * group, width * group)
 
 
-def _crossed(a: Factors, p: slice, b: Flipped, q: slice, outputs: Outputs) -> Float[Tensor, "batch N M"]:
+def _crossed(a: Factors, p: slice, b: Factors, q: slice, outputs: Outputs) -> Float[Tensor, "batch N M"]:
     """⟨Σ δhᵀ, Σ gεᵀ⟩ = Σ_{t,s} (δ_t·g_s)(h_t·ε_s), for factors and flipped factors of two ranges of samples."""
+    assert isinstance(b, Flipped)
     backward, signals = a.backward[p], b.backward[q]
     (n, t, c, o), (m, s, _, i) = backward.shape, signals.shape
     outer = (backward.reshape(-1, o) @ b.inputs[q].reshape(-1, o).mT).reshape(n, t, c, m, s).permute(2, 0, 3, 1, 4)
