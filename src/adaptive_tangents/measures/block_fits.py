@@ -133,7 +133,7 @@ class Fits:
         most = max(self.before.shape[SIDES.index(side)] for side in sides)
         tried = (None,) if self.ranks is None else sorted({min(k, most) for k in self.ranks})
         axes = {side: self.axes(side) for side in sides}
-        solves = len(self.strengths) * len(tried) * few_directions.STEPS
+        solves = len(self.strengths) * (len(tried) + few_directions.FIRST)
         counts = (solves, solves // 2, 1)
         fitting, choosing, reporting = (sums(samples, axes, k) for samples, k in zip(self.sets, counts, strict=True))
         tick(0.5)
@@ -142,7 +142,7 @@ class Fits:
         found: list[tuple[float, int | None, float, dict[str, Side]]] = []
         by_rank: dict[int, float] = {}
         for count, k in enumerate(tried, start=1):
-            batch = search.improved(batch, k, few_directions.ROUNDS if k is None else few_directions.STEPS)
+            batch = search.improved(batch, k, few_directions.rounds_of(count, k))
             errors = choosing.errors(batch)
             best = int(errors.argmin())
             one = {side: each[best : best + 1] for side, each in batch.items()}

@@ -23,8 +23,8 @@ _FORMED = 1024  # units; moments of wider sides are not formed
 _ENTRIES = 3_000_000  # of one tensor; the memory of larger ones is new at each use
 _KEPT = 30_000_000  # entries of terms that are kept; more are made again for each sum
 _TABLE = 2048  # entries of a matrix whose fourth moments are formed
-STEPS, ROUNDS = 2, 30  # of the alternation: at each rank, and for the one chosen
-_CLOSE, _EXACT, _ALONE = 1e-4, 1e-12, 10  # relative changes that end an alternation, and rounds of a side alone
+FIRST, NEXT, ROUNDS = 3, 1, 30  # rounds of the alternation: at the first rank, at each other, and for the rank chosen
+_CLOSE, _EXACT, _ALONE = 1e-4, 1e-12, 4  # changes that end an alternation, relative; and times more rounds of one side
 SIDES = ("left", "right")
 
 
@@ -171,6 +171,38 @@ class Side:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Fourth moments: ½Σ(A_oi A_pj + A_oj A_pi) for the pairs o ≤ p and i ≤ j, and Σ B_oi A_pj for all pairs op and ij."""
+
+    square: Float[Tensor, "op ij"]
+    cross: Float[Tensor, "op ij"]
+    units: dict[str, int]
+
+    @staticmethod
+    def of(a: Float[Tensor, "n oi"], b: Float[Tensor, "n oi"], p: int, q: int) -> "_Table":
+        """The moments of features A (n, o·i) and B."""
+        (o, r), (i, j) = (torch.triu_indices(size, size, device=a.device) for size in (p, q))
+        gram = (a.mT @ a).reshape(p, q, p, q)
+        o, r = o[:, None], r[:, None]
+        square = (gram[o, i, r, j] + gram[o, j, r, i]) / 2
+        cross = (b.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
+        return _Table(square, cross, {"left": p, "right": q})
+
+    def moments(self, side: str, other: Float[Tensor, "b d d"]) -> tuple[Tensor, Tensor]:
+        """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of a side, for each M′ of the other."""
+        size, units = other.shape[-1], self.units[side]
+        i, j = torch.triu_indices(size, size, device=other.device)
+        packed = (other.mT @ other)[:, i, j] * (1 + (i < j).to(other))
+        square, cross = (self.square.mT, self.cross.mT) if side == "left" else (self.square, self.cross)
+        half, whole = packed @ square, other.flatten(1) @ cross
+        o, r = torch.triu_indices(units, units, device=other.device)
+        full = half.new_empty(len(half), units, units)
+        full[:, o, r] = half
+        full[:, r, o] = half
+        return full, whole.reshape(-1, units, units)
+
+
+@dataclass(frozen=True)
 class Sums:
     """Σ‖B‖², Σ⟨B, A⟩, Σ‖A‖², and for the sides fitted, in the coordinates of their narrowed spaces, Σ AAᵀ and Σ BAᵀ.
 
@@ -188,27 +220,21 @@ class Sums:
     solves: int = 1
 
     @cached_property
-    def _table(self) -> tuple[Tensor, Tensor] | None:
-        """Fourth moments Σ A_oi A_pj and Σ B_oi A_pj as matrices (op, ij), where they are cheaper than the products."""
+    def _table(self) -> "_Table | None":
+        """Fourth moments of the core, where they are cheaper than the products."""
         if any(len(part) > 1 or part[0].left is not None for pair in self.core for part in pair):
             return None
         p, q = (len(self.square[side]) for side in SIDES)
-        a, b = (torch.cat([values(pair[k][0]).flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
-        if p * q > _TABLE or p * q * (len(a) + 2 * self.solves) > 2 * self.solves * len(a) * (p + q):
+        samples = sum(len(values(a[0]).flatten(0, 1)) for a, _ in self.core)
+        if p * q > _TABLE or p * q * (samples + self.solves) > self.solves * samples * (p + q):
             return None
-
-        def table(x: Tensor) -> Tensor:
-            return (x.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
-
-        return table(a), table(b)
+        a, b = (torch.cat([values(pair[k][0]).flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
+        return _Table.of(a, b, p, q)
 
     def _inside(self, side: str, other: Tensor) -> tuple[Tensor, Tensor]:
         """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of the core, for each M′ of the other side."""
         if self._table is not None:
-            tables = self._table if side == "left" else (self._table[0].mT, self._table[1].mT)
-            found = (m.flatten(1) @ table.mT for m, table in zip((other.mT @ other, other), tables, strict=True))
-            square, cross = (m.reshape(-1, *self.square[side].shape) for m in found)
-            return square, cross
+            return self._table.moments(side, other)
         squares, crosses = [], []
         for m in other:
             pairs = [(_onto(_turned(a, side), None, m.mT), _turned(b, side)) for a, b in self.core]
@@ -284,8 +310,9 @@ def _together(core: list[tuple[list[Term], list[Term]]]) -> list[tuple[list[Term
 def _solve(
     square: Float[Tensor, "b d d"], cross: Float[Tensor, "b d d"], size: Float[Tensor, " b"],
     mixed: Float[Tensor, " b"], ridge: Float[Tensor, " b"], rank: int | None, scale: Float[Tensor, " b"],
+    times: int = 1,
 ) -> Side:  # fmt: skip
-    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U.
+    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U; some times over.
 
     At full rank M = (X + μI)(S + μI)⁻¹, with the ridge toward the identity.
     """
@@ -297,12 +324,15 @@ def _solve(
         return Side(torch.cholesky_solve((cross + ridge * eye).mT, lower).mT, torch.ones_like(scale))
     # In the whitened coordinates the features are L⁻¹S and what they should become is L⁻¹Xᵀ.
     both = torch.linalg.solve_triangular(lower, torch.cat([cross.mT.expand_as(square), square], -1), upper=False)
-    wanted, held = both.split(units, -1)
-    missing = wanted - scale[:, None, None] * held
-    written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
-    wanted, held = wanted @ written, held @ written
-    rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
-    scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), scale)
+    all_wanted, all_held = both.split(units, -1)
+    for _ in range(times):
+        missing, before = all_wanted - scale[:, None, None] * all_held, scale
+        written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
+        wanted, held = all_wanted @ written, all_held @ written
+        rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
+        scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), before)
+        if bool(((scale - before).abs() <= _EXACT * scale.abs()).all()):
+            break
     read = torch.linalg.solve_triangular(lower.mT, wanted - scale[:, None, None] * held, upper=True)
     return Side(scale[:, None, None] * eye + written @ read.mT, scale)
 
@@ -330,8 +360,8 @@ class Search:
         """Alternating least squares for some rounds, or until the sides change no more."""
         left = torch.arange(len(self.strengths), device=self.strengths.device)
         previous = torch.full_like(self.strengths, torch.inf)
-        alone = len(self.units) == 1
-        for _ in range(_ALONE * rounds if alone else rounds):
+        alone = len(self.units) == 1  # then only the scale is to be found along with the directions
+        for _ in range(1 if alone else rounds):
             held = {side: one[left] for side, one in sides.items()}
             for side in held:
                 other = next((one for key, one in held.items() if key != side), None)
@@ -339,14 +369,18 @@ class Search:
                     x.expand(len(left), *x.shape[1:]) for x in self.fitting.given(side, other)
                 )
                 ridge = self.strengths[left] * size / self.units[side]
-                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale)
+                times = _ALONE * rounds if alone else 1
+                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale, times)
             sides = {side: one.with_(left, held[side]) for side, one in sides.items()}
-            if alone and (rank is None or rank >= held[side].inside.shape[-1]):
-                break  # a side alone of full rank does not depend on what was before
             current = torch.stack([one.inside.norm(dim=(1, 2)) for one in held.values()]).sum(0)
-            going = (current - previous[left]).abs() > (_EXACT if alone else _CLOSE) * current
+            going = (current - previous[left]).abs() > _CLOSE * current
             previous[left] = current
             left = left[going]
             if not len(left):
                 break
         return sides
+
+
+def rounds_of(count: int, rank: int | None) -> int:
+    """Rounds of a search at the first, second, ... rank tried; one at full rank goes to its end."""
+    return ROUNDS if rank is None else FIRST if count == 1 else NEXT
