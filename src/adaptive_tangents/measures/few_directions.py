@@ -5,7 +5,7 @@
 3. One side given the other is reduced-rank regression in closed form (`_solve`); two sides alternate (`Search`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.measures.terms import Term, inner, joined, moment, terms_of
+from adaptive_tangents.measures.terms import Term, inner, joined, moment, terms_of, values
 from adaptive_tangents.runtime.chunks import ranges
 
 WIDE = 64  # units; a wider side is narrowed to this many, and more explain no more of the networks measured
@@ -23,7 +23,8 @@ _FORMED = 1024  # units; moments of wider sides are not formed
 _ENTRIES = 3_000_000  # of one tensor; the memory of larger ones is new at each use
 _KEPT = 30_000_000  # entries of terms that are kept; more are made again for each sum
 _TABLE = 2048  # entries of a matrix whose fourth moments are formed
-STEPS, ROUNDS = 2, 30  # of the alternation: at each rank, and for the one chosen
+FIRST, NEXT, ROUNDS = 3, 1, 30  # rounds of the alternation: at the first rank, at each other, and for the rank chosen
+_CLOSE, _EXACT, _ALONE = 1e-4, 1e-12, 4  # changes that end an alternation, relative; and times more rounds of one side
 SIDES = ("left", "right")
 
 
@@ -34,6 +35,34 @@ class Samples:
     before: Block
     after: Block
     index: Int[Tensor, " k"]
+    _moments: dict[tuple[str, int], tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def norms(self) -> tuple[float, float, float]:
+        """Σ‖B‖², Σ⟨B, A⟩ and Σ‖A‖²."""
+        after = mixed = before = 0.0
+        for a, b in self.parts():
+            after, mixed, before = after + inner(b, b), mixed + inner(b, a), before + inner(a, a)
+        return after, mixed, before
+
+    @property
+    def change(self) -> float:
+        """Σ‖B − A‖², or zero if it is only rounding."""
+        after, mixed, before = self.norms
+        change = after - 2 * mixed + before
+        return change if change > 1e-13 * after else 0.0
+
+    def moments(self, side: str, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ AAᵀ and Σ BAᵀ of a side, onto some columns; made once."""
+        key = (side, id(columns))
+        if key not in self._moments:
+            pieces = []
+            for a, b in self.parts():
+                x, y = (_onto(_turned(terms, side), columns) for terms in (a, b))
+                pieces.append((moment(x, x), moment(y, x)))
+            square, cross = (torch.stack(each).sum(0) for each in zip(*pieces, strict=True))
+            self._moments[key] = (columns, square, cross)  # columns are held, so that no others get their id
+        return self._moments[key][1:]
 
     @cached_property
     def _each(self) -> int:
@@ -104,7 +133,8 @@ def narrowed(
     stacked = torch.cat(columns, 1)
     squares, vectors = torch.linalg.eigh(stacked.mT @ stacked)
     kept = min(width, int((squares > 1e-12 * squares[-1]).sum()))
-    return torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
+    found: Tensor = torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
+    return found
 
 
 def _leading(product: Callable[[Tensor], Tensor], size: int, count: int, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -141,49 +171,70 @@ class Side:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Fourth moments: ½Σ(A_oi A_pj + A_oj A_pi) for the pairs o ≤ p and i ≤ j, and Σ B_oi A_pj for all pairs op and ij."""
+
+    square: Float[Tensor, "op ij"]
+    cross: Float[Tensor, "op ij"]
+    units: dict[str, int]
+
+    @staticmethod
+    def of(a: Float[Tensor, "n oi"], b: Float[Tensor, "n oi"], p: int, q: int) -> "_Table":
+        """The moments of features A (n, o·i) and B."""
+        (o, r), (i, j) = (torch.triu_indices(size, size, device=a.device) for size in (p, q))
+        gram = (a.mT @ a).reshape(p, q, p, q)
+        o, r = o[:, None], r[:, None]
+        square = (gram[o, i, r, j] + gram[o, j, r, i]) / 2
+        cross = (b.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
+        return _Table(square, cross, {"left": p, "right": q})
+
+    def moments(self, side: str, other: Float[Tensor, "b d d"]) -> tuple[Tensor, Tensor]:
+        """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of a side, for each M′ of the other."""
+        size, units = other.shape[-1], self.units[side]
+        i, j = torch.triu_indices(size, size, device=other.device)
+        packed = (other.mT @ other)[:, i, j] * (1 + (i < j).to(other))
+        square, cross = (self.square.mT, self.cross.mT) if side == "left" else (self.square, self.cross)
+        half, whole = packed @ square, other.flatten(1) @ cross
+        o, r = torch.triu_indices(units, units, device=other.device)
+        full = half.new_empty(len(half), units, units)
+        full[:, o, r] = half
+        full[:, r, o] = half
+        return full, whole.reshape(-1, units, units)
+
+
+@dataclass(frozen=True)
 class Sums:
     """Σ‖B‖², Σ⟨B, A⟩, Σ‖A‖², and for the sides fitted, in the coordinates of their narrowed spaces, Σ AAᵀ and Σ BAᵀ.
 
-    ``core`` holds A and B narrowed on both sides. What lies outside of one of the two spaces does not depend on the side of the
-    other, so its moments stay as they are at M = I (``_outside``).
+    ``core`` holds A and B narrowed on both sides. The other side does not move what lies outside its narrowed space, so the
+    moments of that are what they are at M = I (``_outside``).
     """
 
     after: float
     mixed: float
     before: float
+    change: float
     square: dict[str, Float[Tensor, "d d"]]
     cross: dict[str, Float[Tensor, "d d"]]
     core: list[tuple[list[Term], list[Term]]] = field(repr=False)
     solves: int = 1
 
-    @property
-    def change(self) -> float:
-        """Σ‖B − A‖², or zero if it is only rounding."""
-        change = self.after - 2 * self.mixed + self.before
-        return change if change > 1e-13 * self.after else 0.0
-
     @cached_property
-    def _table(self) -> tuple[Tensor, Tensor] | None:
-        """Fourth moments Σ A_oi A_pj and Σ B_oi A_pj as matrices (op, ij), where they are cheaper than the products."""
+    def _table(self) -> "_Table | None":
+        """Fourth moments of the core, where they are cheaper than the products."""
         if any(len(part) > 1 or part[0].left is not None for pair in self.core for part in pair):
             return None
         p, q = (len(self.square[side]) for side in SIDES)
-        a, b = (torch.cat([pair[k][0].right.flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
-        if p * q > _TABLE or p * q * (len(a) + 2 * self.solves) > 2 * self.solves * len(a) * (p + q):
+        samples = sum(len(values(a[0]).flatten(0, 1)) for a, _ in self.core)
+        if p * q > _TABLE or p * q * (samples + self.solves) > self.solves * samples * (p + q):
             return None
-
-        def table(x: Tensor) -> Tensor:
-            return (x.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
-
-        return table(a), table(b)
+        a, b = (torch.cat([values(pair[k][0]).flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
+        return _Table.of(a, b, p, q)
 
     def _inside(self, side: str, other: Tensor) -> tuple[Tensor, Tensor]:
         """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of the core, for each M′ of the other side."""
         if self._table is not None:
-            tables = self._table if side == "left" else (self._table[0].mT, self._table[1].mT)
-            found = (m.flatten(1) @ table.mT for m, table in zip((other.mT @ other, other), tables, strict=True))
-            square, cross = (m.unflatten(1, self.square[side].shape) for m in found)
-            return square, cross
+            return self._table.moments(side, other)
         squares, crosses = [], []
         for m in other:
             pairs = [(_onto(_turned(a, side), None, m.mT), _turned(b, side)) for a, b in self.core]
@@ -219,52 +270,49 @@ class Sums:
         (side, one), *rest = sides.items()
         square, cross, size, mixed = self.given(side, rest[0][1] if rest else None)
         scale, change = one.scale, one.change
-        moved = scale**2 * size + 2 * scale * (change * square).sum((1, 2)) + ((change.mT @ change) * square).sum((1, 2))
+        moved = (
+            scale**2 * size + 2 * scale * (change * square).sum((1, 2)) + ((change.mT @ change) * square).sum((1, 2))
+        )
         error: Tensor = self.after - 2 * (scale * mixed + (change * cross).sum((1, 2))) + moved
         return error.clamp_min(0)
 
 
-def sums(samples: Samples, axes: dict[str, Tensor | None], solves: int) -> Sums:
+def sums(samples: Samples, axes: Mapping[str, Tensor | None], solves: int) -> Sums:
     """The sums over some samples; ``solves`` says how many fits will use them."""
-    left, right = axes.get("left"), axes.get("right")
-    after = mixed = before = 0.0
-    square: dict[str, Tensor] = {}
-    cross: dict[str, Tensor] = {}
+    moments = {side: samples.moments(side, columns) for side, columns in axes.items()}
     core = []
-    for a, b in samples.parts():
-        after, mixed, before = after + inner(b, b), mixed + inner(b, a), before + inner(a, a)
-        for side, columns in axes.items():
-            x, y = (_onto(_turned(terms, side), columns) for terms in (a, b))
-            for held, first in ((square, x), (cross, y)):
-                piece = moment(first, x)
-                held[side] = held[side] + piece if side in held else piece
-        if len(axes) == 2:
-            core.append((_small(_onto(a, left, right)), _small(_onto(b, left, right))))
-    return Sums(after, mixed, before, square, cross, _together(core), solves)
+    if len(axes) == 2:
+        for pair in samples.parts():
+            a, b = (_small(_onto(terms, axes["left"], axes["right"])) for terms in pair)
+            core.append((a, b))
+    square, cross = ({side: each[k] for side, each in moments.items()} for k in (0, 1))
+    return Sums(*samples.norms, samples.change, square, cross, _together(core), solves)
 
 
 def _small(terms: list[Term]) -> list[Term]:
     """The terms, or their sum multiplied out where that is smaller or its products are."""
-    if any(not isinstance(units, Tensor) for term in terms for units in (term.left, term.right)):
-        return [joined(terms)]
-    p, q = (terms[0].left.shape[3], terms[0].right.shape[3])  # type: ignore[union-attr]
-    positions = sum(term.left.shape[2] for term in terms)  # type: ignore[union-attr]
-    return terms if positions < min(p, q) / 2 else [joined(terms)]
+    positions, least = 0, 0
+    for term in terms:
+        if not isinstance(term.left, Tensor) or not isinstance(term.right, Tensor):
+            return [joined(terms)]
+        positions, least = positions + term.left.shape[2], min(term.left.shape[3], term.right.shape[3])
+    return terms if positions < least / 2 else [joined(terms)]
 
 
 def _together(core: list[tuple[list[Term], list[Term]]]) -> list[tuple[list[Term], list[Term]]]:
     """Parts that are multiplied out, as one part."""
     if len(core) < 2 or any(len(part) > 1 or part[0].left is not None for pair in core for part in pair):
         return core
-    a, b = ([Term(None, torch.cat([pair[k][0].right for pair in core]))] for k in (0, 1))  # type: ignore[misc]
+    a, b = ([Term(None, torch.cat([values(pair[k][0]) for pair in core]))] for k in (0, 1))
     return [(a, b)]
 
 
 def _solve(
     square: Float[Tensor, "b d d"], cross: Float[Tensor, "b d d"], size: Float[Tensor, " b"],
     mixed: Float[Tensor, " b"], ridge: Float[Tensor, " b"], rank: int | None, scale: Float[Tensor, " b"],
+    times: int = 1,
 ) -> Side:  # fmt: skip
-    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U.
+    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U; some times over.
 
     At full rank M = (X + μI)(S + μI)⁻¹, with the ridge toward the identity.
     """
@@ -276,12 +324,15 @@ def _solve(
         return Side(torch.cholesky_solve((cross + ridge * eye).mT, lower).mT, torch.ones_like(scale))
     # In the whitened coordinates the features are L⁻¹S and what they should become is L⁻¹Xᵀ.
     both = torch.linalg.solve_triangular(lower, torch.cat([cross.mT.expand_as(square), square], -1), upper=False)
-    wanted, held = both.split(units, -1)
-    missing = wanted - scale[:, None, None] * held
-    written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
-    wanted, held = wanted @ written, held @ written
-    rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
-    scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), scale)
+    all_wanted, all_held = both.split(units, -1)
+    for _ in range(times):
+        missing, before = all_wanted - scale[:, None, None] * all_held, scale
+        written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
+        wanted, held = all_wanted @ written, all_held @ written
+        rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
+        scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), before)
+        if bool(((scale - before).abs() <= _EXACT * scale.abs()).all()):
+            break
     read = torch.linalg.solve_triangular(lower.mT, wanted - scale[:, None, None] * held, upper=True)
     return Side(scale[:, None, None] * eye + written @ read.mT, scale)
 
@@ -309,21 +360,27 @@ class Search:
         """Alternating least squares for some rounds, or until the sides change no more."""
         left = torch.arange(len(self.strengths), device=self.strengths.device)
         previous = torch.full_like(self.strengths, torch.inf)
-        for _ in range(rounds):
+        alone = len(self.units) == 1  # then only the scale is to be found along with the directions
+        for _ in range(1 if alone else rounds):
             held = {side: one[left] for side, one in sides.items()}
             for side in held:
                 other = next((one for key, one in held.items() if key != side), None)
-                sums = self.fitting.given(side, other)
-                expanded = [x.expand(len(left), *x.shape[1:]) for x in sums]
-                ridge = self.strengths[left] * expanded[2] / self.units[side]
-                held[side] = _solve(*expanded, ridge, rank, held[side].scale)
+                square, cross, size, mixed = (
+                    x.expand(len(left), *x.shape[1:]) for x in self.fitting.given(side, other)
+                )
+                ridge = self.strengths[left] * size / self.units[side]
+                times = _ALONE * rounds if alone else 1
+                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale, times)
             sides = {side: one.with_(left, held[side]) for side, one in sides.items()}
-            if len(sides) == 1 and (rank is None or rank >= held[side].inside.shape[-1]):
-                break  # a side alone of full rank does not depend on what was before
             current = torch.stack([one.inside.norm(dim=(1, 2)) for one in held.values()]).sum(0)
-            going = (current - previous[left]).abs() > 1e-4 * current
+            going = (current - previous[left]).abs() > _CLOSE * current
             previous[left] = current
             left = left[going]
             if not len(left):
                 break
         return sides
+
+
+def rounds_of(count: int, rank: int | None) -> int:
+    """Rounds of a search at the first, second, ... rank tried; one at full rank goes to its end."""
+    return ROUNDS if rank is None else FIRST if count == 1 else NEXT

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.features.summands import Flipped, Lookup, Outer, Summand
+from adaptive_tangents.features.summands import Flipped, Lookup, Outer, Summand, sum_tensors
 
 _LISTED = 1024  # units; lookups of fewer are multiplied out
 
@@ -106,20 +106,19 @@ def _by_output(backward: Float[Tensor, "n t c o"]) -> Float[Tensor, "n c t o"]:
 
 def joined(terms: Sequence[Term]) -> Term:
     """The sum of terms (n, c, o, i) as one term, multiplied out."""
-    first, *rest = (term.dense().right for term in terms)
-    assert isinstance(first, Tensor)
-    for more in rest:
-        first = first + more
-    return Term(None, first)
+    return Term(None, sum_tensors([values(term) for term in terms]))
+
+
+def values(term: Term) -> Float[Tensor, "n c o i"]:
+    """A term multiplied out."""
+    made = term.dense().right
+    assert isinstance(made, Tensor)
+    return made
 
 
 def moment(a: Sequence[Term], b: Sequence[Term]) -> Float[Tensor, "o p"]:
     """Σ A Bᵀ over samples and outputs, for the left side; flip both for the right."""
-    pieces = [_outer(x.left, _gram(x.right, y.right), y.left) for x in a for y in b]
-    total = pieces[0]
-    for piece in pieces[1:]:
-        total = total + piece
-    return total
+    return sum_tensors([_outer(x.left, _gram(x.right, y.right), y.left) for x in a for y in b])
 
 
 def inner(a: Sequence[Term], b: Sequence[Term]) -> float:
