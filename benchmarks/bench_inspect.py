@@ -1,8 +1,10 @@
 """`inspect` on a BERT of 22 million parameters and a ResNet-18: its stages in plain forward-backward passes of its batch."""
 
 import resource
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,10 @@ STEPS = 5
 
 
 def bert(n: int = 64, tokens: int = 24) -> tuple[nn.Module, Tensor]:
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
     from transformers import BertConfig, BertForSequenceClassification
+
+    import integration_cases  # noqa: F401 -- lets transformers be imported where torchvision is built for another torch
 
     config = BertConfig(
         vocab_size=30_000, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536,
