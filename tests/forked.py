@@ -104,8 +104,13 @@ def run(size: int, path: Path, prepare: Callable[[int], dict[str, Any]]) -> list
     return [code_of(pid) for pid in members(size, path, prepare)]
 
 
-def counting(folder: Path, then: Callable[[int], object] = lambda rank: None) -> Callable[[int], dict[str, Any]]:
-    """Note in a folder who captured and received which ranges, and call ``then`` at a process's first tile."""
+def counting(
+    folder: Path, then: Callable[[int], object] = lambda rank: None, seconds: float = 60.0
+) -> Callable[[int], dict[str, Any]]:
+    """Note in a folder who captured and received which ranges, and call ``then`` at a process's first tile.
+
+    Processes take it that capturing a range takes ``seconds``, so that no load decides who captures what.
+    """
 
     def prepare(rank: int) -> dict[str, Any]:
         part, take, write, begun = Stream.part, Passing.take, KernelStore.write, []
@@ -130,6 +135,7 @@ def counting(folder: Path, then: Callable[[int], object] = lambda rank: None) ->
                 file.write(f"{side}-{where}\n")
 
         Stream.part, Passing.take, KernelStore.write = captured, received, written  # type: ignore[method-assign]
+        Passing.seconds = property(lambda self: seconds, lambda self, taken: None)  # type: ignore[assignment]
         return {}
 
     folder.mkdir(exist_ok=True)
@@ -193,9 +199,21 @@ def done_without(folder: Path) -> None:
     make(path)
     assert files(path) == files(folder / "expected.zarr")
 
+    # Killed before it announces anything: the other captures all ranges, one after the other.
+    path = folder / "silent.zarr"
+    noting = counting(folder / "silent", seconds=0.1)
+
+    def silent(rank: int) -> dict[str, Any]:
+        Passing.offer = lambda self, key, feats: end(signal.SIGKILL)(rank)  # type: ignore[method-assign]
+        return noting(rank)
+
+    assert run(2, path, silent) == [1, -signal.SIGKILL]
+    assert at.open_kernel(path).missing() == []
+    assert [len(found) for found in noted(folder / "silent", "captured")] == [10, 5]
+
     # Stopped after it has announced its features: the other waits for them a while, then captures them.
     path = folder / "stopped.zarr"
-    pids = members(2, path, counting(folder / "stopped", end(signal.SIGSTOP)))
+    pids = members(2, path, counting(folder / "stopped", end(signal.SIGSTOP), seconds=1.0))
     started = time.monotonic()
     while len(list((path / "kernel" / "c").glob("*/*"))) < 54:
         assert time.monotonic() - started < 60
