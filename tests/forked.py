@@ -135,6 +135,7 @@ def counting(
                 file.write(f"{side}-{where}\n")
 
         Stream.part, Passing.take, KernelStore.write = captured, received, written  # type: ignore[method-assign]
+        passing._PATIENCE = seconds / 2
         Passing.seconds = property(lambda self: seconds, lambda self, taken: None)  # type: ignore[assignment]
         return {}
 
@@ -184,7 +185,6 @@ def together(folder: Path) -> None:
 def done_without(folder: Path) -> None:
     """A process that is killed or stopped leaves its work to the other, which captures what does not come."""
     make(folder / "expected.zarr")
-    passing._PATIENCE = 0.2
 
     def end(how: signal.Signals) -> Callable[[int], object]:
         return lambda rank: os.kill(os.getpid(), how) if rank else time.sleep(0.3)
@@ -215,10 +215,12 @@ def done_without(folder: Path) -> None:
     path = folder / "stopped.zarr"
     pids = members(2, path, counting(folder / "stopped", end(signal.SIGSTOP), seconds=1.0))
     started = time.monotonic()
-    while len(list((path / "kernel" / "c").glob("*/*"))) < 54:
-        assert time.monotonic() - started < 60
-        time.sleep(0.02)
-    os.kill(pids[1], signal.SIGCONT)
+    try:
+        while len(list((path / "kernel" / "c").glob("*/*"))) < 54:
+            assert time.monotonic() - started < 60
+            time.sleep(0.02)
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
     assert [code_of(pid) for pid in pids] == [0, 0]
     assert files(path) == files(folder / "expected.zarr")
     assert [len(found) for found in noted(folder / "stopped", "captured")] == [10, 5]
