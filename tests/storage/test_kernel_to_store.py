@@ -24,8 +24,9 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.features.transforms import Sides
+from adaptive_tangents.kernels.schedule import Deal
 from adaptive_tangents.runtime.tensor_files import draft_beside, is_draft
-from adaptive_tangents.storage import locks
+from adaptive_tangents.storage import locks, tile_making
 from adaptive_tangents.storage.feature_stream import Stream
 from adaptive_tangents.storage.planning import duration
 from adaptive_tangents.storage.store import KernelStore
@@ -80,7 +81,7 @@ def test_neither_order_nor_room_nor_interruptions_change_a_bit(outputs: str, tmp
         store(cut, **options, resume=True)
         assert files(cut) == expected
         with monkeypatch.context() as patch:
-            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: [list(places)[::-1]])
+            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: Deal([list(places)[::-1]]))
             assert files(store(tmp_path / f"back-{other is None}.zarr", **options).path) == expected
         with monkeypatch.context() as patch:
             patch.setattr(storing, "lay_out", narrow(storing.lay_out))
@@ -538,7 +539,7 @@ def test_a_kernel_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
 def test_a_tile_that_a_dead_process_had_claimed_keeps_the_store_incomplete(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "K.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(storing, "claim_tile", lambda folder, name: name != "1-2")
+        patch.setattr(tile_making, "claim_tile", lambda folder, place: place != (1, 2))
         message = r"^kernel_to_store: 1 of 10 tiles are missing from .*, because a process ended early; make them with"
         with pytest.raises(at.TangentError, match=message):
             store(path)
@@ -622,9 +623,9 @@ def test_a_lock_that_was_taken_over_is_not_beaten_back(tmp_path: Path, monkeypat
 
 
 def test_a_claim_is_given_once(tmp_path: Path) -> None:
-    assert locks.claim_tile(tmp_path, "0-1")
-    assert not locks.claim_tile(tmp_path, "0-1")
-    assert locks.claim_tile(tmp_path, "1-0")
+    assert locks.claim_tile(tmp_path, (0, 1))
+    assert not locks.claim_tile(tmp_path, (0, 1))
+    assert locks.claim_tile(tmp_path, (1, 0))
 
 
 def test_an_interruption_keeps_what_is_made(tmp_path: Path) -> None:

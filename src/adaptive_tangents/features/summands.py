@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.features.transforms import LowRank, Scaled, Side
+from adaptive_tangents.features.transforms import LowRank, Scaled, Side, Update
 from adaptive_tangents.linalg.factor_products import over_positions, product, times, weighted_outer
 from adaptive_tangents.linalg.hadamard import Rows
 
@@ -110,14 +110,17 @@ class Lookup:
         backward = self.backward if left is None else left.apply(self.backward)
         if right is None:
             return Lookup(backward, self.index, self.weights, self.coefficients, self.directions)
-        if isinstance(right, LowRank):
-            # M h = h + U (g − 1) Uᵀh: the same identity row, and r more directions.
+        if isinstance(right, LowRank | Update):
+            # M h = h + U (g − 1) Uᵀh, or h + U Vᵀh: the same identity row, and r more directions.
             plain = Lookup(self.backward, self.index, torch.ones_like(self.weights), self.coefficients, self.directions)
-            axes = right.directions.to(self.weights.dtype)
-            added = plain.against(axes) * (right.gains - 1).to(self.weights.dtype)
+            if isinstance(right, LowRank):
+                written, read = right.directions, right.directions * (right.gains - 1)
+            else:
+                written, read = right.written, right.read
+            added = plain.against(read.to(self.weights.dtype))
             return Lookup(
                 backward, self.index, self.weights, torch.cat([self.coefficients, added], -1),
-                torch.cat([self.directions, axes.mT]),
+                torch.cat([self.directions, written.to(self.weights.dtype).mT]),
             )  # fmt: skip
         if isinstance(right, Scaled) and self.directions.shape[0] == 0:
             gains = right.gains.to(self.weights.dtype)
