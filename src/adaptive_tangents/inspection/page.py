@@ -148,11 +148,9 @@ def _explained(results: Results) -> str:
     fitted = total - len(sided["left_out"])
     wide = figures.matrices(results)
     held = sum(name not in sided["left_out"] for name in wide)
-    where = (
-        ""
-        if fitted == total
-        else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: the others cost too much)"
-    )
+    why = "the others did not move, or memory was too small" if "plan" in results else "the others cost too much"
+    why = "the run was interrupted" if results.get("interrupted") else why
+    where = "" if fitted == total else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: {why})"
     beside = sided.get("layer_scale_there")
     return (
         f"A two-sided transform per block explains R² = {fixed(sided['total'])} of the feature change on held-out samples"

@@ -11,10 +11,9 @@ import torch
 from adaptive_tangents.features.plans import WORKING_BYTES, matmul_speed, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection.kept import Kept
-from adaptive_tangents.inspection.measures import STRUCTURES, model_operations
+from adaptive_tangents.inspection.measures import explain_groups, model_operations
 from adaptive_tangents.inspection.problem import InspectConfig, Problem
 from adaptive_tangents.inspection.tangents import Tick, averaged
-from adaptive_tangents.measures.explain import explain_operations
 from adaptive_tangents.runtime.memory import format_bytes
 from adaptive_tangents.runtime.progress import Progress, duration
 
@@ -84,9 +83,8 @@ def planned(problem: Problem, names: Sequence[str], config: InspectConfig, kept:
         Stage("end", state + kernel, "features", 1),
         Stage("average", average + _kernel_seconds(several, n, own), "features", nodes),
     ]
-    for key, structure in STRUCTURES.items():
-        work = sum(explain_operations(block, several.blocks[name], structure, n) for name, block in one.blocks.items())
-        stages.append(Stage(f"explain {key}", work / (_SHARES["explain"] * double), "explain"))
+    for k, (_, work) in enumerate(explain_groups(one, several, n), start=1):
+        stages.append(Stage(f"explain {k}", work / (_SHARES["explain"] * double), "explain"))
     work = model_operations(one, n, config.fit_operations)
     stages.append(Stage("models", work / (_SHARES["models"] * double), "models"))
     stages += [Stage(f"checkpoint {name}", state + kernel, "features", 1) for name in list(names)[1:-1]]
