@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ TAKEN: list[int] = []  # samples that the network is called on; here, since what
 
 def bert(n: int = 64, tokens: int = 24) -> tuple[nn.Module, Tensor]:
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    import_module("integration_cases")  # lets transformers be imported where torchvision is built for another torch
     from transformers import BertConfig, BertForSequenceClassification
-
-    import integration_cases  # noqa: F401 -- lets transformers be imported where torchvision is built for another torch
 
     config = BertConfig(
         vocab_size=30_000, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536,
