@@ -10,6 +10,7 @@ from adaptive_tangents.inspection import figures
 from adaptive_tangents.reporting.drawing import STAGES, real
 from adaptive_tangents.reporting.pages import Page, fixed, number
 from adaptive_tangents.runs.results import Results
+from adaptive_tangents.runtime.progress import duration
 
 _NOTICEABLE = 0.02
 
@@ -243,6 +244,7 @@ def _context(results: Results) -> dict[str, Any]:
         "negative": [(name, value) for name, value in reversed(ordered) if value < -0.1][:5],
         "applies": {name: _applies(results, name) for name in PAGE.figures},
         "performance": figures.performance_key(results),
+        "planned": duration(sum(results["plan"]["seconds"].values())) if "plan" in results else "",
         "grown": "K_T" if results["growth"]["average"] is None else "K̄",
     }
 
