@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture import live_positions
+from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.live_positions import LiveGradients
 from cases import Forward, normal
 
@@ -42,6 +43,7 @@ HEADS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
         [logits[:, 3, :1], logits[..., :3].tanh().sum(1)], 1
     ),
     "nothing of some samples": lambda m, logits, ids: logits[:, 4, :4] * (ids[:, :1] % 2),
+    "a word of each sample, looked up again": lambda m, logits, ids: m.tokens(ids)[:, 2, :4] * logits[:, 1, :4],
     "one output": lambda m, logits, ids: F.cross_entropy(logits[:, -1], ids[:, 0], reduction="none")[:, None],
 }
 PLACES = {"the last token": 1, "another place in each sample": 1, "another place for each output": 3, "one output": 1}
@@ -67,6 +69,23 @@ def test_features_are_exact_wherever_outputs_read(head: str, tied: bool) -> None
     assert part.backward.shape[1] == PLACES.get(head, part.backward.shape[1])
     sketched = at.Sketch(200, repetitions=2)
     assert torch.allclose(at.sketch_features(model, x, sketched).dense(), sketched.apply(feats).dense(), atol=1e-10)
+
+
+def test_the_plan_counts_what_is_held() -> None:
+    model, x = language_model(HEADS["the last token"], tied=True), ids()
+    planned = Capture("features", model, x, None, None, None, None).bytes_per_sample
+    assert planned * N == at.tangent_features(model, x).bytes
+    assert planned < T * 4 * WORDS * 8  # all signals of the head
+
+
+def test_outputs_that_come_all_at_once_are_narrowed_too() -> None:
+    mask = 2.0 * (torch.arange(T) == 4).double()[:, None]
+    model = Forward(lambda m, x: (m.fc(x) * mask).reshape(len(x), -1), fc=nn.Linear(3, 2))
+    x = normal(N, T, 3)
+    feats = at.tangent_features(model.double(), x)
+    assert feats.c == 2 * T
+    np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), rtol=0, atol=1e-12)
+    assert feats.blocks["fc"].positions == 1
 
 
 def test_without_this_the_features_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

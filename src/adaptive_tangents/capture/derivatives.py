@@ -82,8 +82,9 @@ def backward(
 
 def _narrowed(gradients: Tensor) -> Gradients:
     """Gradients (c, n, *positions, o), at the live positions if these are few."""
-    live = LiveGradients(tuple(gradients.shape[1:]))
-    live.add(gradients.movedim(0, -2).flatten(-2))
+    rows = gradients.movedim(0, -2).flatten(-2)
+    live = LiveGradients(tuple(rows.shape))
+    live.add(rows)
     if not live.few:
         return Gradients(gradients)
     made, index = live.joined()
