@@ -205,8 +205,8 @@ class Side:
 class _Table:
     """Fourth moments: ½Σ(A_oi A_pj + A_oj A_pi) for the pairs o ≤ p and i ≤ j, and Σ B_oi A_pj for all pairs op and ij."""
 
-    square: Float[Tensor, "_op _ij"]
-    cross: Float[Tensor, "op ij"]
+    square: Float[Tensor, "op ij"]
+    cross: Float[Tensor, "oo ii"]
     units: dict[str, int]
 
     @staticmethod
