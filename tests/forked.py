@@ -104,8 +104,13 @@ def run(size: int, path: Path, prepare: Callable[[int], dict[str, Any]]) -> list
     return [code_of(pid) for pid in members(size, path, prepare)]
 
 
-def counting(folder: Path, then: Callable[[int], object] = lambda rank: None) -> Callable[[int], dict[str, Any]]:
-    """Note in a folder who captured and received which ranges, and call ``then`` at a process's first tile."""
+def counting(
+    folder: Path, then: Callable[[int], object] = lambda rank: None, seconds: float = 60.0
+) -> Callable[[int], dict[str, Any]]:
+    """Note in a folder who captured and received which ranges, and call ``then`` at a process's first tile.
+
+    Processes take it that capturing a range takes ``seconds``, so that no load decides who captures what.
+    """
 
     def prepare(rank: int) -> dict[str, Any]:
         part, take, write, begun = Stream.part, Passing.take, KernelStore.write, []
@@ -130,6 +135,8 @@ def counting(folder: Path, then: Callable[[int], object] = lambda rank: None) ->
                 file.write(f"{side}-{where}\n")
 
         Stream.part, Passing.take, KernelStore.write = captured, received, written  # type: ignore[method-assign]
+        passing._PATIENCE = seconds / 2
+        Passing.seconds = property(lambda self: seconds, lambda self, taken: None)  # type: ignore[assignment]
         return {}
 
     folder.mkdir(exist_ok=True)
@@ -178,7 +185,6 @@ def together(folder: Path) -> None:
 def done_without(folder: Path) -> None:
     """A process that is killed or stopped leaves its work to the other, which captures what does not come."""
     make(folder / "expected.zarr")
-    passing._PATIENCE = 0.2
 
     def end(how: signal.Signals) -> Callable[[int], object]:
         return lambda rank: os.kill(os.getpid(), how) if rank else time.sleep(0.3)
@@ -193,14 +199,28 @@ def done_without(folder: Path) -> None:
     make(path)
     assert files(path) == files(folder / "expected.zarr")
 
+    # Killed before it announces anything: the other captures all ranges, one after the other.
+    path = folder / "silent.zarr"
+    noting = counting(folder / "silent", seconds=0.1)
+
+    def silent(rank: int) -> dict[str, Any]:
+        Passing.offer = lambda self, key, feats: end(signal.SIGKILL)(rank)  # type: ignore[method-assign]
+        return noting(rank)
+
+    assert run(2, path, silent) == [1, -signal.SIGKILL]
+    assert at.open_kernel(path).missing() == []
+    assert [len(found) for found in noted(folder / "silent", "captured")] == [10, 5]
+
     # Stopped after it has announced its features: the other waits for them a while, then captures them.
     path = folder / "stopped.zarr"
-    pids = members(2, path, counting(folder / "stopped", end(signal.SIGSTOP)))
+    pids = members(2, path, counting(folder / "stopped", end(signal.SIGSTOP), seconds=1.0))
     started = time.monotonic()
-    while len(list((path / "kernel" / "c").glob("*/*"))) < 54:
-        assert time.monotonic() - started < 60
-        time.sleep(0.02)
-    os.kill(pids[1], signal.SIGCONT)
+    try:
+        while len(list((path / "kernel" / "c").glob("*/*"))) < 54:
+            assert time.monotonic() - started < 60
+            time.sleep(0.02)
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
     assert [code_of(pid) for pid in pids] == [0, 0]
     assert files(path) == files(folder / "expected.zarr")
     assert [len(found) for found in noted(folder / "stopped", "captured")] == [10, 5]
@@ -208,23 +228,15 @@ def done_without(folder: Path) -> None:
 
 def passed_again(folder: Path) -> None:
     """Two processes with room for their own five ranges and two or three more capture each range once."""
-    model, x = Sequential(Linear(6, 300), Tanh(), Linear(300, 2)).double(), data(40)
-    room = {"model": model, "x": x}
-    limit = next(k for k in range(100_000, 900_000, 10_000) if _held(room, k) == 7)
-    room["memory_limit"] = limit
+    model = Sequential(Linear(6, 300), Tanh(), Linear(300, 2)).double()
+    room: dict[str, Any] = {"model": model, "x": data(40), "memory_limit": 410_000}
+    assert at.plan_kernel(**room, outputs="trace", tile=4).layout.cached == 7
     make(folder / "expected.zarr", **room)
     assert run(2, folder / "K.zarr", lambda rank: counting(folder / "noted")(rank) | room) == [0, 0]
     assert files(folder / "K.zarr") == files(folder / "expected.zarr")
     made, received = (noted(folder / "noted", what) for what in ("captured", "received"))
     assert [len(found) for found in made] == [5, 5]
     assert max(map(len, received)) > 5
-
-
-def _held(room: Any, limit: int) -> int:
-    try:
-        return at.plan_kernel(**room, outputs="trace", tile=4, memory_limit=limit).layout.cached
-    except at.TangentError:
-        return 0
 
 
 def rank(folder: Path) -> None:

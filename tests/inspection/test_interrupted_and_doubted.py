@@ -75,11 +75,10 @@ def whole() -> RunResult:
         return run(space["network"](), NAMED, DATA, CONFIG)
 
 
-STAGES = ["average", "explain layer_scale", "explain left", "explain right", "explain two_sided", "models"]
-STAGES += ["checkpoint b", "checkpoint c"]
-SAID = ["the average over the path", "LayerScale transforms", "Left transforms", "Right transforms"]
-SAID += ["TwoSided transforms", "the exact models", "checkpoint b", "checkpoint c"]
-MISSING = {stage: SAID[k:] for k, stage in enumerate(STAGES)}
+STAGES = ["average", "explain 1", "explain 2", "models", "checkpoint b", "checkpoint c"]
+SAID = ["the average over the path", "structured transforms", "structured transforms", "the exact models"]
+SAID += ["checkpoint b", "checkpoint c"]
+MISSING = {stage: list(dict.fromkeys(SAID[k:])) for k, stage in enumerate(STAGES)}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +122,16 @@ def test_an_interrupted_run_has_the_numbers_of_a_whole_one_as_far_as_it_came(
                 assert value == (None if stage == "average" and name == "average" else full[key][goal][name])
     assert r["growth"]["final"] == full["growth"]["final"]
     assert r["models"] == ({} if stage in STAGES[: STAGES.index("models") + 1] else full["models"])
+    blocks = list(full["blocks"])
+    fitted = blocks[: min(len(blocks), max(0, STAGES.index(stage) - STAGES.index("explain 1")))]
     for key, told in full["explain"].items():
-        left_out = f"explain {key}" in STAGES[STAGES.index(stage) :]
-        assert r["explain"][key] == ({"total": None, "layer_scale_there": None, "left_out": []} if left_out else told)
+        assert told["left_out"] == []
+        assert r["explain"][key]["left_out"] == [name for name in blocks if name not in fitted]
+        assert (r["explain"][key]["total"] is None) == (not fitted)
+        for name in fitted:
+            assert r["blocks"][name]["explain"][key] == full["blocks"][name]["explain"][key]
+    if stage == "models":
+        assert r["explain"] == full["explain"]
     points = {point["name"]: point for point in full["trajectory"]}
     assert r["trajectory"] == [points[p["name"]] for p in r["trajectory"]]
     assert {p["name"] for p in r["trajectory"]} == {"a", "b", "c", "d"} - {
@@ -303,7 +309,7 @@ def test_the_command_writes_what_is_finished_when_interrupted(files: Path, monke
         done = inspect("--checkpoints", "*.ckpt")
     assert done.exit_code == 130
     told = " ".join(done.output.split())
-    assert "interrupted; the report holds what was finished, without the average over the path, LayerScale" in told
+    assert "interrupted; the report holds what was finished, without the average over the path, structured" in told
     assert told.endswith("the same command with --resume continues")
     assert (files / "run" / "report.html").exists()
     again = runner.invoke(cli.app, ["report", "run"])

@@ -259,6 +259,15 @@ def test_a_plan_says_what_is_then_done(tmp_path: Path) -> None:
     assert {block.route for block in plan.contraction.blocks} <= {"gram", "nested", "materialize"}
 
 
+def test_a_plan_for_several_processes_counts_a_capture_of_each_range_where_passing_is_cheaper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seconds, captures in ((0.0, 10), (float("inf"), 18)):
+        monkeypatch.setattr(storing, "passing_seconds", lambda size, seconds=seconds: seconds)
+        plan = at.plan_kernel(network(), data(40), outputs="trace", tile=4, memory_limit=LIMIT, processes=2)
+        assert (plan.ranges, plan.captures) == (10, captures)
+
+
 def test_a_plan_times_more_samples_up_to_a_tile_where_few_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     features = Stream.features

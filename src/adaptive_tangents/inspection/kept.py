@@ -5,6 +5,7 @@ A stage is one file, whole or absent, which says what it was made from: the same
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from adaptive_tangents.runtime.tensor_files import ReadError, fingerprint, read_
 
 FOLDER = "stages"
 _LONGEST = 100
+_STAGE = re.compile(r"choices|start|end|average|models|explain \d+|checkpoint .*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class KeptInFolder(Kept):
             raise TangentError(f"inspect: {self.folder} is not a folder; move it away, or give another with --out")
         for path in sorted(self.folder.glob("*.safetensors")):
             stored = _origin(path)
+            if stored is None and _STAGE.fullmatch(path.stem):
+                raise _not_ours(path)
             if stored is None or stored == self.origin:
                 continue
             if not self.resume:
@@ -82,7 +86,7 @@ class KeptInFolder(Kept):
         if not self.resume or not os.path.lexists(path):
             return None
         if _origin(path) is None:
-            raise TangentError(f"inspect: {path} is damaged, or not a stage of an inspection; move it away")
+            raise _not_ours(path)
         try:
             return Record(json.loads(read_metadata(path)["numbers"]), read_tensors(path))
         except (*ReadError, KeyError, ValueError) as error:
@@ -91,10 +95,7 @@ class KeptInFolder(Kept):
     def put(self, name: str, record: Record) -> None:
         path = self._path(name)
         if os.path.lexists(path) and _origin(path) is None:
-            raise TangentError(
-                f"inspect: {path} was not written by {PROGRAM}, or is damaged, so it is not replaced; move it away, or give "
-                "another folder with --out"
-            )
+            raise _not_ours(path)
         told = {"program": PROGRAM, "origin": json.dumps(self.origin), "numbers": json.dumps(record.numbers)}
         try:
             while self._stale:  # of an earlier run, which this one replaces
@@ -110,6 +111,13 @@ class KeptInFolder(Kept):
         plain = quote(name, safe=" ")
         short = plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}-{fingerprint(name)[:16]}"
         return self.folder / f"{short}.safetensors"
+
+
+def _not_ours(path: Path) -> TangentError:
+    return TangentError(
+        f"inspect: {path} was not written by {PROGRAM}, or is damaged, so it is neither read nor replaced; move it away, or "
+        "give another folder with --out"
+    )
 
 
 def _origin(path: Path) -> dict[str, str] | None:

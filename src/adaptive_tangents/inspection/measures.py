@@ -14,7 +14,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.plans import WORKING_BYTES, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.measures.alignment import EffectiveRank, alignment, cka, decompose, effective_rank
-from adaptive_tangents.measures.explain import explain
+from adaptive_tangents.measures.explain import explain_operations, explanations
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit, KernelFit
@@ -30,6 +30,7 @@ STRUCTURES: dict[str, Structure] = {
 # Strengths of the penalty, relative to the squared largest singular value of the fixed model's coefficients.
 _STRENGTHS = (1.0, 0.1, 0.01)
 _FIT_ROUNDS = 100
+_GROUPS = 6
 
 
 def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
@@ -131,15 +132,57 @@ def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
 # How the features moved: R² of structured transforms.
 
 
+def explain_groups(one: TangentFeatures, average: TangentFeatures, n: int) -> list[tuple[list[str], float]]:
+    """The blocks in groups of about equal work, each with its operations, from features of one sample.
+
+    Every group is a stage of its own, which an interruption does not undo.
+    """
+    works = {
+        name: sum(explain_operations(block, average.blocks[name], structure, n) for structure in STRUCTURES.values())
+        for name, block in one.blocks.items()
+    }
+    groups: list[tuple[list[str], float]] = [([], 0.0)]
+    for name, work in works.items():
+        if groups[-1][0] and groups[-1][1] + work / 2 > sum(works.values()) / _GROUPS:
+            groups.append(([], 0.0))
+        names, before = groups[-1]
+        groups[-1] = ([*names, name], before + work)
+    return groups
+
+
 def explained(
-    start: TangentFeatures, average: TangentFeatures, key: str, tick: Callable[[float], None]
-) -> dict[str, float | None]:
-    """R² of one of the structures: "total", and of every block by its name."""
+    start: TangentFeatures, average: TangentFeatures, names: list[str], tick: Callable[[float], None]
+) -> dict[str, dict[str, list[float]]]:
+    """The squared error and change that every structure leaves of the named blocks, on samples held out."""
     try:
-        found = explain(start, average, STRUCTURES[key], progress=lambda stage, fraction: tick(fraction))
+        found = explanations(
+            only(start, names), only(average, names), STRUCTURES, progress=lambda stage, fraction: tick(fraction)
+        )
     except TangentError:  # too few samples, or features that did not move
-        return {"total": None}
-    return {name: value if math.isfinite(value) else None for name, value in {"total": found.total, **found.r2}.items()}
+        return {}
+    return {key: {name: list(pair) for name, pair in each.squares.items()} for key, each in found.items()}
+
+
+def r2_of(squares: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float | None]]:
+    """R² of every structure, for each block and in "total", from the squares of some blocks."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key in STRUCTURES:
+        pairs = squares.get(key, {})
+        error, change = (math.fsum(pair[k] for pair in pairs.values()) for k in (0, 1))
+        found[key] = {"total": _share(error, change), **{name: _share(*pair) for name, pair in pairs.items()}}
+    return found
+
+
+def _share(error: float, change: float) -> float | None:
+    return 1 - error / change if change > 0 and math.isfinite(error) else None
+
+
+def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
+    """The features of the named blocks."""
+    blocks = {name: feats.blocks[name] for name in names}
+    held = {slot.parameter for block in blocks.values() for slot in block.slots}
+    parameters = {name: shape for name, shape in feats.parameters.items() if name in held}
+    return TangentFeatures(feats.n, feats.c, blocks, parameters, feats.limit)
 
 
 # The exact adaptive model of the network's own change.

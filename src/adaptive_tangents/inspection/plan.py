@@ -11,15 +11,15 @@ import torch
 from adaptive_tangents.features.plans import WORKING_BYTES, matmul_speed, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection.kept import Kept
-from adaptive_tangents.inspection.measures import STRUCTURES, model_operations
+from adaptive_tangents.inspection.measures import explain_groups, model_operations
 from adaptive_tangents.inspection.problem import InspectConfig, Problem
 from adaptive_tangents.inspection.tangents import Tick, averaged
-from adaptive_tangents.measures.explain import explain_operations
 from adaptive_tangents.runtime.memory import format_bytes
 from adaptive_tangents.runtime.progress import Progress, duration
 
 # What a stage reaches of the speed of a large matrix product; measured in benchmarks/bench_inspect.py.
 _SHARES = {"explain": 0.3, "models": 0.25}
+_KINDS = {"features": "passes and kernels", "explain": "transforms", "models": "models"}
 _PROBED = 12  # samples that each new part of a batch costs besides its own
 _TRUST = 0.02  # of a kind of work: when this much is done, what was measured counts as much as the plan
 
@@ -56,15 +56,15 @@ class Plan:
         return sum(stage.seconds for stage in self.stages)
 
     def __str__(self) -> str:
-        longest = sorted(self.stages, key=lambda stage: -stage.seconds)[:3]
         outputs = "1 output" if self.outputs == 1 else f"{self.outputs} outputs"
-        most = ", ".join(f"{stage.name} ({duration(stage.seconds)})" for stage in longest)
+        seconds = {kind: sum(s.seconds for s in self.stages if s.kind == kind) for kind in _KINDS}
+        most = ", ".join(f"{words} {duration(seconds[kind])}" for kind, words in _KINDS.items() if seconds[kind] > 0)
         lines = [
             f"Plan: {self.samples} samples, {outputs}, {self.parameters:,} parameters in {self.blocks} blocks",
             f"  passes   {self.passes} of all samples forward and backward; the path average has {self.nodes} nodes",
             f"  memory   at most {format_bytes(self.bytes)} besides the network; features of one state take "
             f"{format_bytes(self.feature_bytes)}, averaged ones {format_bytes(self.average_bytes)}",
-            f"  time     about {duration(self.seconds)}" + (f"; most in {most}" if most else ""),
+            f"  time     about {duration(self.seconds)}" + (f": {most}" if most else ""),
         ]
         if self.finished:
             lines.append(f"  resumed  {self.finished} stages were finished before")
@@ -84,9 +84,8 @@ def planned(problem: Problem, names: Sequence[str], config: InspectConfig, kept:
         Stage("end", state + kernel, "features", 1),
         Stage("average", average + _kernel_seconds(several, n, own), "features", nodes),
     ]
-    for key, structure in STRUCTURES.items():
-        work = sum(explain_operations(block, several.blocks[name], structure, n) for name, block in one.blocks.items())
-        stages.append(Stage(f"explain {key}", work / (_SHARES["explain"] * double), "explain"))
+    for k, (_, work) in enumerate(explain_groups(one, several, n), start=1):
+        stages.append(Stage(f"explain {k}", work / (_SHARES["explain"] * double), "explain"))
     work = model_operations(one, n, config.fit_operations)
     stages.append(Stage("models", work / (_SHARES["models"] * double), "models"))
     stages += [Stage(f"checkpoint {name}", state + kernel, "features", 1) for name in list(names)[1:-1]]

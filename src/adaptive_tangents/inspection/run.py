@@ -24,6 +24,7 @@ from adaptive_tangents.inspection.measures import defined, singular_values, tota
 from adaptive_tangents.inspection.plan import Pace, Plan, planned
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
+from adaptive_tangents.inspection.tangents import averaged as averaged_form
 from adaptive_tangents.inspection.told import Measured, arrays_of, checkpoint, performance_of, told
 from adaptive_tangents.measures.alignment import alignment
 from adaptive_tangents.runs.record import RunResult, versions
@@ -88,9 +89,7 @@ class _Stages:
         self._held.pop(which, None)
 
 
-_SAID = {"average": "the average over the path", "models": "the exact models"} | {
-    f"explain {key}": f"{type(structure).__name__} transforms" for key, structure in measures.STRUCTURES.items()
-}
+_SAID = {"average": "the average over the path", "models": "the exact models"}
 
 
 def run(
@@ -138,9 +137,7 @@ def run(
     measured = _measure(problem, config, stages)
     trajectory = _trajectory(problem, states, measured.wholes, performances, stages)
     if stages.missing:
-        problem.limits.insert(
-            0, f"The run was interrupted, so these are missing: {listed(map(_said, stages.missing))}."
-        )
+        problem.limits.insert(0, f"The run was interrupted, so these are missing: {listed(_said(stages.missing))}.")
     results = {
         "experiment": NAME,
         "config": asdict(config),
@@ -150,7 +147,7 @@ def run(
         "threads": torch.get_num_threads(),
         **told(model, data, problem, measured),
         "trajectory": trajectory,
-        "interrupted": [_said(name) for name in stages.missing],
+        "interrupted": _said(stages.missing),
         "plan": {"passes": plan.passes, "bytes": plan.bytes, "seconds": {s.name: s.seconds for s in plan.stages}},
         "wall_seconds": pace.seconds | {"total": pace.clock() - pace.started},
         "cpu_seconds": time.process_time() - cpu,
@@ -170,8 +167,9 @@ def _origin(
     }
 
 
-def _said(stage: str) -> str:
-    return _SAID.get(stage, stage)
+def _said(stages: Sequence[str]) -> list[str]:
+    """Stages in words, each once."""
+    return list(dict.fromkeys("structured transforms" if s.startswith("explain ") else _SAID.get(s, s) for s in stages))
 
 
 def disagreement(names: list[str], performances: list[dict[str, float] | None]) -> str | None:
@@ -207,8 +205,8 @@ def _measure(problem: Problem, config: InspectConfig, stages: _Stages) -> Measur
         assert isinstance(average, AverageFeatures)
         return Record(_identity(problem, average), _by_block(average))
 
-    def explained(key: str, tick: Tick, initial: TangentFeatures, average: TangentFeatures) -> Record:
-        return Record(measures.explained(initial, average, key, tick))
+    def explained(names: list[str], tick: Tick, initial: TangentFeatures, average: TangentFeatures) -> Record:
+        return Record(measures.explained(initial, average, names, tick))
 
     def models(tick: Tick, initial: TangentFeatures) -> Record:
         work = measures.fit_operations(layout, problem.data.n)
@@ -227,9 +225,13 @@ def _measure(problem: Problem, config: InspectConfig, stages: _Stages) -> Measur
     kernels = {
         stage: {name: kernel.to(device) for name, kernel in record.tensors.items()} for stage, record in found.items()
     }
-    r2 = {
-        key: stages.made(f"explain {key}", partial(explained, key), ("start", "average")) for key in measures.STRUCTURES
-    }
+    squares: dict[str, dict[str, list[float]]] = {}
+    for k, (names, _) in enumerate(
+        measures.explain_groups(layout, averaged_form(layout, problem.nodes), problem.data.n), start=1
+    ):
+        group = stages.made(f"explain {k}", partial(explained, names), ("start", "average"))
+        for key, pairs in (group.numbers if group is not None else {}).items():
+            squares.setdefault(key, {}).update(pairs)
     stages.drop("average")
     wholes = {stage: total(parts) for stage, parts in kernels.items()}
     goal = defined(alignment, wholes.get("average"), problem.change)
@@ -241,7 +243,7 @@ def _measure(problem: Problem, config: InspectConfig, stages: _Stages) -> Measur
     changes = layout.split(after - before)
     return Measured(
         kernels, wholes, _NO_PATH if average is None else dict(average.numbers),
-        {key: {"total": None} if record is None else record.numbers for key, record in r2.items()},
+        measures.r2_of(squares),
         Record({"models": {}, "left_out": None}) if fits is None else fits,
         changes, layout.split(before), {name: singular_values(m) for name, m in changes.items()},
     )  # fmt: skip

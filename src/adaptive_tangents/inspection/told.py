@@ -32,7 +32,7 @@ class Measured:
     kernels: dict[str, dict[str, Tensor]]
     wholes: dict[str, Tensor]
     identity: dict[str, float | None]
-    explained: dict[str, Mapping[str, float | None]]
+    explained: dict[str, dict[str, float | None]]
     models: Record
     changes: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -64,7 +64,7 @@ def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> 
             key: {
                 "total": r2["total"],
                 "layer_scale_there": None if key == "layer_scale" or r2["total"] is None else scale,
-                "left_out": [],
+                "left_out": [_plain(name, reduction) for name in blocks if name not in r2],
             }
             for key, r2 in measured.explained.items()
         },

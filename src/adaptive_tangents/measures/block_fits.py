@@ -133,26 +133,29 @@ class Fits:
         most = max(self.before.shape[SIDES.index(side)] for side in sides)
         tried = (None,) if self.ranks is None else sorted({min(k, most) for k in self.ranks})
         axes = {side: self.axes(side) for side in sides}
-        solves = len(self.strengths) * len(tried) * few_directions.STEPS
+        solves = len(self.strengths) * (len(tried) + few_directions.FIRST)
         counts = (solves, solves // 2, 1)
         fitting, choosing, reporting = (sums(samples, axes, k) for samples, k in zip(self.sets, counts, strict=True))
         tick(0.5)
         search = Search(fitting, units, fitting.square[sides[0]].new_tensor(self.strengths))
-        batch = search.begin()
+        batch, near = search.begin(), slice(0, len(self.strengths))
         found: list[tuple[float, int | None, float, dict[str, Side]]] = []
         by_rank: dict[int, float] = {}
         for count, k in enumerate(tried, start=1):
-            batch = search.improved(batch, k, few_directions.ROUNDS if k is None else few_directions.STEPS)
-            errors = choosing.errors(batch)
-            best = int(errors.argmin())
+            batch = search.improved(batch, k, few_directions.rounds_of(count, k), near)
+            errors = choosing.errors({side: each[near] for side, each in batch.items()})
+            best = near.start + int(errors.argmin())
             one = {side: each[best : best + 1] for side, each in batch.items()}
-            found.append((float(errors[best]), k, self.strengths[best], one))
+            found.append((float(errors.min()), k, self.strengths[best], one))
             by_rank[most if k is None else k] = r_squared(float(reporting.errors(one)), reporting.change)
+            near = slice(
+                max(0, best - 1), min(len(self.strengths), best + 2)
+            )  # the best ridge moves little with the rank
             tick(0.5 + 0.4 * count / len(tried))
         _, k, strength, chosen = min(found, key=lambda candidate: candidate[0])
         if k is not None:
             only = replace(search, strengths=search.strengths.new_tensor([strength]))
-            chosen = only.improved(chosen, k, few_directions.ROUNDS)
+            chosen = only.improved(chosen, k, min(few_directions.LAST, few_directions.ROUNDS))
         left = (float(fitting.errors(chosen)), float(choosing.errors(chosen)), float(reporting.errors(chosen)))
         changes = (fitting.change, choosing.change, reporting.change)
         k, transform = most if k is None else k, _transform(chosen, axes, k)

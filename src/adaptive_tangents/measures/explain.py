@@ -43,6 +43,7 @@ class Explanation:
         samples: how many samples were fitted, used to choose the ridge and the rank, and reported on.
         ranks: the rank of M's sides chosen for each block that has sides of a rank.
         r2_by_rank: R² of these blocks at each rank tried, on the samples of ``r2``, each at its own best ridge.
+        squares: Σ‖φ̄ − Mφ₀‖² and Σ‖φ̄ − φ₀‖² of each block on the samples of ``r2``.
     """
 
     structure: Structure
@@ -54,6 +55,7 @@ class Explanation:
     samples: tuple[int, int, int]
     ranks: Mapping[str, int] = field(default_factory=dict)
     r2_by_rank: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
+    squares: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
 
 def explain(
@@ -174,6 +176,7 @@ def _told(structure: Structure, found: Mapping[str, Found], samples: tuple[int, 
         samples,
         {name: one.rank for name, one in found.items() if one.rank is not None},
         {name: one.by_rank for name, one in found.items() if one.rank is not None},
+        {name: (one.errors[2], one.changes[2]) for name, one in found.items()},
     )
 
 
@@ -273,6 +276,7 @@ def _explain_full(
         dict.fromkeys(error, chosen),
         None,
         sizes,
+        squares={name: (error[name], change[name]) for name in error},
     )
 
 

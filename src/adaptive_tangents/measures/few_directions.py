@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.measures.terms import Term, inner, joined, moment, terms_of, values
+from adaptive_tangents.measures.terms import Term, inner, joined, moment, positions_of, rows_of, terms_of, values
 from adaptive_tangents.runtime.chunks import ranges
 
 WIDE = 64  # units; a wider side is narrowed to this many, and more explain no more of the networks measured
@@ -23,8 +23,15 @@ _FORMED = 1024  # units; moments of wider sides are not formed
 _ENTRIES = 3_000_000  # of one tensor; the memory of larger ones is new at each use
 _KEPT = 30_000_000  # entries of terms that are kept; more are made again for each sum
 _TABLE = 2048  # entries of a matrix whose fourth moments are formed
-STEPS, ROUNDS = 2, 30  # of the alternation: at each rank, and for the one chosen
-_CLOSE, _EXACT, _ALONE = 1e-4, 1e-12, 10  # relative changes that end an alternation, and rounds of a side alone
+_CALL = 2e7  # operations that take as long as the calls for one product of moments
+FIRST, NEXT, LAST, ROUNDS = (
+    3,
+    1,
+    10,
+    30,
+)  # rounds at the first rank, at each other, for the one chosen, and at full rank
+_CLOSE, _CLOSER, _EXACT = 1e-3, 1e-4, 1e-12  # relative changes that end an alternation, one at full rank, a side alone
+_ALONE = 4  # times more rounds, of a side alone
 SIDES = ("left", "right")
 
 
@@ -35,7 +42,10 @@ class Samples:
     before: Block
     after: Block
     index: Int[Tensor, " k"]
-    _moments: dict[tuple[str, int], tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _moments: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _held: dict[tuple[str, int], tuple[Tensor | None, list[tuple[list[Term], list[Term]]]]] = field(
+        default_factory=dict, repr=False
+    )
 
     @cached_property
     def norms(self) -> tuple[float, float, float]:
@@ -52,17 +62,28 @@ class Samples:
         change = after - 2 * mixed + before
         return change if change > 1e-13 * after else 0.0
 
+    def onto(self, side: str, columns: Tensor | None) -> list[tuple[list[Term], list[Term]]]:
+        """A and B with a side on some columns, a few samples at a time; made once."""
+        key = (side, id(columns))
+        if key not in self._held:
+            turned = ((_turned(a, side), _turned(b, side)) for a, b in self.parts())
+            # The columns are held too, so that no others get their id.
+            self._held[key] = (columns, [(_onto(a, columns), _onto(b, columns)) for a, b in turned])
+        return self._held[key][1]
+
     def moments(self, side: str, columns: Tensor | None) -> tuple[Tensor, Tensor]:
         """Σ AAᵀ and Σ BAᵀ of a side, onto some columns; made once."""
         key = (side, id(columns))
         if key not in self._moments:
-            pieces = []
-            for a, b in self.parts():
-                x, y = (_onto(_turned(terms, side), columns) for terms in (a, b))
-                pieces.append((moment(x, x), moment(y, x)))
+            pieces = [(moment(a, a), moment(b, a)) for a, b in self.onto(side, columns)]
             square, cross = (torch.stack(each).sum(0) for each in zip(*pieces, strict=True))
-            self._moments[key] = (columns, square, cross)  # columns are held, so that no others get their id
-        return self._moments[key][1:]
+            self._moments[key] = (square, cross)
+        return self._moments[key]
+
+    def core(self, axes: Mapping[str, Tensor | None]) -> list[tuple[list[Term], list[Term]]]:
+        """A and B on the columns of both sides."""
+        both = zip(*(self.onto(side, axes[side]) for side in SIDES), strict=True)
+        return [(_sides_joined(left[0], right[0]), _sides_joined(left[1], right[1])) for left, right in both]
 
     @cached_property
     def _each(self) -> int:
@@ -142,7 +163,7 @@ def _leading(product: Callable[[Tensor], Tensor], size: int, count: int, samples
     more = min(size, count + 16)
     like = torch.empty(0, dtype=torch.float64, device=samples.index.device)
     axes = torch.randn(size, more, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
-    for _ in range(3):
+    for _ in range(2):
         axes = torch.linalg.qr(product(axes))[0]
     values, vectors = torch.linalg.eigh(axes.mT @ product(axes))
     return values[-count:].clamp_min(0), (axes @ vectors)[:, -count:]
@@ -171,6 +192,38 @@ class Side:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Fourth moments: ½Σ(A_oi A_pj + A_oj A_pi) for the pairs o ≤ p and i ≤ j, and Σ B_oi A_pj for all pairs op and ij."""
+
+    square: Float[Tensor, "op ij"]
+    cross: Float[Tensor, "oo ii"]
+    units: dict[str, int]
+
+    @staticmethod
+    def of(a: Float[Tensor, "n oi"], b: Float[Tensor, "n oi"], p: int, q: int) -> "_Table":
+        """The moments of features A (n, o·i) and B."""
+        (o, r), (i, j) = (torch.triu_indices(size, size, device=a.device) for size in (p, q))
+        gram = (a.mT @ a).reshape(p, q, p, q)
+        o, r = o[:, None], r[:, None]
+        square = (gram[o, i, r, j] + gram[o, j, r, i]) / 2
+        cross = (b.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
+        return _Table(square, cross, {"left": p, "right": q})
+
+    def moments(self, side: str, other: Float[Tensor, "b d d"]) -> tuple[Tensor, Tensor]:
+        """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of a side, for each M′ of the other."""
+        size, units = other.shape[-1], self.units[side]
+        i, j = torch.triu_indices(size, size, device=other.device)
+        packed = (other.mT @ other)[:, i, j] * (1 + (i < j).to(other))
+        square, cross = (self.square.mT, self.cross.mT) if side == "left" else (self.square, self.cross)
+        half, whole = packed @ square, other.flatten(1) @ cross
+        o, r = torch.triu_indices(units, units, device=other.device)
+        full = half.new_empty(len(half), units, units)
+        full[:, o, r] = half
+        full[:, r, o] = half
+        return full, whole.reshape(-1, units, units)
+
+
+@dataclass(frozen=True)
 class Sums:
     """Σ‖B‖², Σ⟨B, A⟩, Σ‖A‖², and for the sides fitted, in the coordinates of their narrowed spaces, Σ AAᵀ and Σ BAᵀ.
 
@@ -188,27 +241,22 @@ class Sums:
     solves: int = 1
 
     @cached_property
-    def _table(self) -> tuple[Tensor, Tensor] | None:
-        """Fourth moments Σ A_oi A_pj and Σ B_oi A_pj as matrices (op, ij), where they are cheaper than the products."""
-        if any(len(part) > 1 or part[0].left is not None for pair in self.core for part in pair):
-            return None
+    def _table(self) -> "_Table | None":
+        """Fourth moments of the core, where they are cheaper than the products."""
         p, q = (len(self.square[side]) for side in SIDES)
-        a, b = (torch.cat([values(pair[k][0]).flatten(0, 1).flatten(1) for pair in self.core]) for k in (0, 1))
-        if p * q > _TABLE or p * q * (len(a) + 2 * self.solves) > 2 * self.solves * len(a) * (p + q):
+        a, b = ([pair[k] for pair in self.core] for k in (0, 1))
+        samples = sum(rows_of(part) for part in a)
+        positions = max(positions_of(part[0]) for part in (*a, *b))
+        each = _CALL + 4 * samples * (min(positions, p, q) * (p + q) ** 2)
+        if p * q > _TABLE or 4 * (p * q) ** 2 * (samples + self.solves) > self.solves * each:
             return None
-
-        def table(x: Tensor) -> Tensor:
-            return (x.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
-
-        return table(a), table(b)
+        rows = [torch.cat([values(joined(part)).flatten(0, 1).flatten(1) for part in parts]) for parts in (a, b)]
+        return _Table.of(rows[0], rows[1], p, q)
 
     def _inside(self, side: str, other: Tensor) -> tuple[Tensor, Tensor]:
         """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of the core, for each M′ of the other side."""
         if self._table is not None:
-            tables = self._table if side == "left" else (self._table[0].mT, self._table[1].mT)
-            found = (m.flatten(1) @ table.mT for m, table in zip((other.mT @ other, other), tables, strict=True))
-            square, cross = (m.reshape(-1, *self.square[side].shape) for m in found)
-            return square, cross
+            return self._table.moments(side, other)
         squares, crosses = [], []
         for m in other:
             pairs = [(_onto(_turned(a, side), None, m.mT), _turned(b, side)) for a, b in self.core]
@@ -254,13 +302,14 @@ class Sums:
 def sums(samples: Samples, axes: Mapping[str, Tensor | None], solves: int) -> Sums:
     """The sums over some samples; ``solves`` says how many fits will use them."""
     moments = {side: samples.moments(side, columns) for side, columns in axes.items()}
-    core = []
-    if len(axes) == 2:
-        for pair in samples.parts():
-            a, b = (_small(_onto(terms, axes["left"], axes["right"])) for terms in pair)
-            core.append((a, b))
+    core = [(_small(a), _small(b)) for a, b in samples.core(axes)] if len(axes) == 2 else []
     square, cross = ({side: each[k] for side, each in moments.items()} for k in (0, 1))
     return Sums(*samples.norms, samples.change, square, cross, _together(core), solves)
+
+
+def _sides_joined(left: list[Term], right: list[Term]) -> list[Term]:
+    """Terms with the left factors of the first, and the right ones of the second, which are flipped."""
+    return [Term(one.left, other.left) for one, other in zip(left, right, strict=True)]
 
 
 def _small(terms: list[Term]) -> list[Term]:
@@ -284,8 +333,9 @@ def _together(core: list[tuple[list[Term], list[Term]]]) -> list[tuple[list[Term
 def _solve(
     square: Float[Tensor, "b d d"], cross: Float[Tensor, "b d d"], size: Float[Tensor, " b"],
     mixed: Float[Tensor, " b"], ridge: Float[Tensor, " b"], rank: int | None, scale: Float[Tensor, " b"],
+    times: int = 1,
 ) -> Side:  # fmt: skip
-    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U.
+    """The side of rank k: U from the eigenvectors at the scale so far, then the best scale and V for this U; some times over.
 
     At full rank M = (X + μI)(S + μI)⁻¹, with the ridge toward the identity.
     """
@@ -297,12 +347,15 @@ def _solve(
         return Side(torch.cholesky_solve((cross + ridge * eye).mT, lower).mT, torch.ones_like(scale))
     # In the whitened coordinates the features are L⁻¹S and what they should become is L⁻¹Xᵀ.
     both = torch.linalg.solve_triangular(lower, torch.cat([cross.mT.expand_as(square), square], -1), upper=False)
-    wanted, held = both.split(units, -1)
-    missing = wanted - scale[:, None, None] * held
-    written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
-    wanted, held = wanted @ written, held @ written
-    rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
-    scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), scale)
+    all_wanted, all_held = both.split(units, -1)
+    for _ in range(times):
+        missing, before = all_wanted - scale[:, None, None] * all_held, scale
+        written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
+        wanted, held = all_wanted @ written, all_held @ written
+        rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
+        scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), before)
+        if bool(((scale - before).abs() <= _EXACT * scale.abs()).all()):
+            break
     read = torch.linalg.solve_triangular(lower.mT, wanted - scale[:, None, None] * held, upper=True)
     return Side(scale[:, None, None] * eye + written @ read.mT, scale)
 
@@ -326,12 +379,14 @@ class Search:
             scale = 1.0
         return found
 
-    def improved(self, sides: dict[str, Side], rank: int | None, rounds: int) -> dict[str, Side]:
-        """Alternating least squares for some rounds, or until the sides change no more."""
-        left = torch.arange(len(self.strengths), device=self.strengths.device)
+    def improved(
+        self, sides: dict[str, Side], rank: int | None, rounds: int, which: slice = slice(None)
+    ) -> dict[str, Side]:
+        """Alternating least squares at some of the strengths, for some rounds or until the sides change no more."""
+        left = torch.arange(len(self.strengths), device=self.strengths.device)[which]
         previous = torch.full_like(self.strengths, torch.inf)
-        alone = len(self.units) == 1
-        for _ in range(_ALONE * rounds if alone else rounds):
+        alone = len(self.units) == 1  # then only the scale is to be found along with the directions
+        for _ in range(1 if alone else rounds):
             held = {side: one[left] for side, one in sides.items()}
             for side in held:
                 other = next((one for key, one in held.items() if key != side), None)
@@ -339,14 +394,18 @@ class Search:
                     x.expand(len(left), *x.shape[1:]) for x in self.fitting.given(side, other)
                 )
                 ridge = self.strengths[left] * size / self.units[side]
-                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale)
+                times = _ALONE * rounds if alone else 1
+                held[side] = _solve(square, cross, size, mixed, ridge, rank, held[side].scale, times)
             sides = {side: one.with_(left, held[side]) for side, one in sides.items()}
-            if alone and (rank is None or rank >= held[side].inside.shape[-1]):
-                break  # a side alone of full rank does not depend on what was before
             current = torch.stack([one.inside.norm(dim=(1, 2)) for one in held.values()]).sum(0)
-            going = (current - previous[left]).abs() > (_EXACT if alone else _CLOSE) * current
+            going = (current - previous[left]).abs() > (_CLOSER if rank is None else _CLOSE) * current
             previous[left] = current
             left = left[going]
             if not len(left):
                 break
         return sides
+
+
+def rounds_of(count: int, rank: int | None) -> int:
+    """Rounds of a search at the first, second, ... rank tried; one at full rank goes to its end."""
+    return ROUNDS if rank is None else FIRST if count == 1 else NEXT

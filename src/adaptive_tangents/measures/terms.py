@@ -104,6 +104,19 @@ def _by_output(backward: Float[Tensor, "n t c o"]) -> Float[Tensor, "n c t o"]:
     return backward.transpose(1, 2).contiguous()
 
 
+def positions_of(term: Term) -> int:
+    """How many positions t a term has."""
+    return next(
+        units.shape[2] if isinstance(units, Tensor) else 1 for units in (term.left, term.right) if units is not None
+    )
+
+
+def rows_of(terms: Sequence[Term]) -> int:
+    """How many pairs of samples and outputs terms have."""
+    shapes = [units.shape for term in terms for units in (term.left, term.right) if isinstance(units, Tensor)]
+    return max(shape[0] for shape in shapes) * max(shape[1] for shape in shapes)
+
+
 def joined(terms: Sequence[Term]) -> Term:
     """The sum of terms (n, c, o, i) as one term, multiplied out."""
     return Term(None, sum_tensors([values(term) for term in terms]))
