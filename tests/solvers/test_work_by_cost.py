@@ -10,6 +10,7 @@ import torch
 
 import adaptive_tangents as at
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.linalg import kernel_systems
 from adaptive_tangents.solvers import constraints, costs
 from adaptive_tangents.solvers.held_features import HeldFeatures, held
 from adaptive_tangents.solvers.losses import CrossEntropy
@@ -186,7 +187,11 @@ def test_the_smallest_eigenvalue_of_a_medium_kernel_is_as_exact_whatever_the_rid
     case = problem(3, c=2)
     expected = float(torch.linalg.eigvalsh(case.rows @ case.rows.mT)[0])
     monkeypatch.setattr(constraints, "_MEDIUM", 0)
+    shifts: list[float] = []
+    made = kernel_systems.factorize
+    monkeypatch.setattr(kernel_systems, "factorize", lambda matrix, shift: shifts.append(shift) or made(matrix, shift))
     found = at.fit(case.feats, case.r, structure=at.Fixed(), ridge=ridge)
+    assert shifts == ([0.0] if ridge == 0 else [0.0, ridge])  # inverse iteration with a large ridge would find no digit
     assert found.smallest_eigenvalue == pytest.approx(expected, rel=2e-6)
 
 
