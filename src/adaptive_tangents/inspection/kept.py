@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from torch import Tensor
 
 from adaptive_tangents.checks import listed
@@ -30,6 +31,11 @@ class Record:
 
     numbers: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def copied(self) -> "Record":
+        """The same in memory of its own: sums and products round by how numbers lie in memory, made or read."""
+        kept = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.tensors.items()}
+        return Record(self.numbers, kept)
 
 
 class Kept:
@@ -88,7 +94,9 @@ class KeptInFolder(Kept):
         if _origin(path) is None:
             raise _not_ours(path)
         try:
-            return Record(json.loads(read_metadata(path)["numbers"]), read_tensors(path))
+            told, tensors = read_metadata(path), read_tensors(path)
+            # In the order in which they were made: a sum of them rounds by it.
+            return Record(json.loads(told["numbers"]), {key: tensors[key] for key in json.loads(told["order"])})
         except (*ReadError, KeyError, ValueError) as error:
             raise TangentError(f"inspect: {path} cannot be read ({error}); delete it to repeat its stage") from error
 
@@ -96,7 +104,8 @@ class KeptInFolder(Kept):
         path = self._path(name)
         if os.path.lexists(path) and _origin(path) is None:
             raise _not_ours(path)
-        told = {"program": PROGRAM, "origin": json.dumps(self.origin), "numbers": json.dumps(record.numbers)}
+        words = {"origin": self.origin, "numbers": record.numbers, "order": list(record.tensors)}
+        told = {"program": PROGRAM} | {key: json.dumps(value) for key, value in words.items()}
         try:
             while self._stale:  # of an earlier run, which this one replaces
                 self._stale.pop().unlink(missing_ok=True)

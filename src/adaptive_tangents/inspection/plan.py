@@ -18,10 +18,10 @@ from adaptive_tangents.runtime.memory import format_bytes
 from adaptive_tangents.runtime.progress import Progress, duration
 
 # What a stage reaches of the speed of a large matrix product; measured in benchmarks/bench_inspect.py.
-_SHARES = {"explain": 0.3, "models": 0.25}
+_SHARES = {"explain": 0.47, "models": 0.7}
 _KINDS = {"features": "passes and kernels", "explain": "transforms", "models": "models"}
 _PROBED = 12  # samples that each new part of a batch costs besides its own
-_TRUST = 0.02  # of a kind of work: when this much is done, what was measured counts as much as the plan
+_TRUST = 0.05  # of a kind of work: when this much is done, what was measured counts as much as the plan
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Pace:
     """The seconds of each stage, and progress as the share of the time that a run is expected to take.
 
     What is measured corrects the plan: each kind of work has its own speed, relative to the plan, and as long as little of it
-    is done, the speed of all work so far.
+    is done, the speed of all work so far counts, too.
     """
 
     def __init__(self, progress: Progress, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -156,8 +156,10 @@ class Pace:
             done[running.kind] += fraction * running.seconds
             took[running.kind] += spent
         whole = _slowness(sum(took.values()), sum(done.values()), sum(self._planned.values()), 1.0)
+        # What slows one kind slows the others only in part: the load of the machine does, a wrong plan does not.
+        prior = math.sqrt(whole)
         return sum(
-            _slowness(took[kind], done[kind], total, whole) * max(0.0, total - done[kind])
+            _slowness(took[kind], done[kind], total, prior) * max(0.0, total - done[kind])
             for kind, total in self._planned.items()
         )
 

@@ -85,6 +85,7 @@ def pose(
         outputs = _outputs(model, states, chosen)
         if before is not None:
             outputs = _as_before(outputs, before, kept)
+        outputs = [out.clone(memory_format=torch.contiguous_format) for out in outputs]
         gained = outputs[-1] - outputs[0]
         reduction = reduce_outputs(config.outputs, gained, chosen.labels, data.classes)
         arranged, x, output = reduction.arrange(model, chosen.x)

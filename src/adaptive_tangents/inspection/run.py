@@ -57,7 +57,8 @@ class _Stages:
         found = self.kept.get(name)
         if found is None:
             self.missing.append(name)
-        return found
+            return None
+        return found.copied()
 
     def surely(self, name: str, make: Callable[..., Record], needs: Sequence[str] = ()) -> Record:
         """The same, without which there is nothing to report."""
@@ -70,7 +71,7 @@ class _Stages:
             with self.pace.stage(name) as tick:
                 found = make(tick, *(self._held[need] for need in needs))
                 self.kept.put(name, found)
-        return found
+        return found.copied()
 
     def features(self, which: str, tick: Tick) -> TangentFeatures:
         """Features at the start, or averaged, made once and held until they are dropped."""

@@ -201,6 +201,8 @@ _UNCHANGED = "explain: the features are the same at start and end, so there is n
 def explain_operations(block: Block, after: Block, structure: Structure, n: int) -> float:
     """Operations that `explain` is expected to take for a block on n samples, a multiply-add as two."""
     (o, i), c = block.shape, block.outputs
+    if block.lookup is not None:
+        i = min(i, n * block.positions)  # entries that no sample looks up are left out
     t, s = (max(1, min(part.positions or o * i, c * o * i // (c * o + i))) for part in (block, after))
     work = 2.0 * n * s * (s + t) * (c * o + i)
     fitted = {SIDES.index(side): (o, i)[SIDES.index(side)] for side in sides_of(structure)}
