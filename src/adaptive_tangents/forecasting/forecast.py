@@ -197,21 +197,13 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
 
 
 def _chosen(walks: Sequence[_Walked]) -> int:
-    """The walk with the least held-out loss; a later one, which adapts more, where it is within a standard error."""
-    if len(walks) == 1:
-        return 0
+    """Of the walks within a standard error of the least held-out loss, the last, which adapts most."""
     held = [walk.held for walk in walks]
-    means = [float(losses.mean()) for losses in held if losses is not None]
+    means = [math.nan if losses is None else float(losses.mean()) for losses in held]
     best = min(range(len(means)), key=means.__getitem__)
-    for k in range(len(walks) - 1, best, -1):
-        one, other = held[k], held[best]
-        assert one is not None
-        assert other is not None
-        gap = one - other
-        error = float(gap.std(correction=1)) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
-        if float(gap.mean()) <= error:
-            return k
-    return best
+    losses = held[best]
+    error = 0.0 if losses is None or len(losses) < 2 else float(losses.std(correction=1)) / math.sqrt(len(losses))
+    return max(k for k, mean in enumerate(means) if mean <= means[best] + error or k == best)
 
 
 def _forecast(
