@@ -197,13 +197,17 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
 
 
 def _chosen(walks: Sequence[_Walked]) -> int:
-    """Of the walks within a standard error of the least held-out loss, the last, which adapts most."""
-    held = [walk.held for walk in walks]
-    means = [math.nan if losses is None else float(losses.mean()) for losses in held]
-    best = min(range(len(means)), key=means.__getitem__)
-    losses = held[best]
-    error = 0.0 if losses is None or len(losses) < 2 else float(losses.std(correction=1)) / math.sqrt(len(losses))
-    return max(k for k, mean in enumerate(means) if mean <= means[best] + error or k == best)
+    """The walk that adapts most of those within a standard error of the difference from the least held-out loss."""
+    scores = [_mean_and_error(walk.held) for walk in walks]
+    best, error = min(scores)
+    return max(k for k, (mean, other) in enumerate(scores) if mean <= best + math.hypot(error, other))
+
+
+def _mean_and_error(losses: Tensor | None) -> tuple[float, float]:
+    if losses is None:
+        return 0.0, 0.0
+    error = float(losses.std(correction=1)) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return float(losses.mean()), error
 
 
 def _forecast(
