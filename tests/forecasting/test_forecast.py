@@ -236,6 +236,14 @@ def test_a_trust_region_that_shrinks_to_nothing_ends_with_a_worded_reason() -> N
     assert told.reason in told.summary()
 
 
+def test_no_change_is_foretold_where_every_step_raises_the_held_out_loss() -> None:
+    told = at.forecast(network(), X, 100 * draw(30, 1, seed=9), structure=at.Fixed(), ridge=1e-3, steps=1)
+    assert told.candidates[0].steps[0].held_out > told.initial_held_out
+    assert told.steps == ()
+    assert told.reason.startswith("no step lowers the held-out loss")
+    assert torch.equal(told.params["0.weight"], told.start["0.weight"])
+
+
 def test_features_that_are_zero_end_with_a_worded_reason() -> None:
     model = Function(lambda m, x: m.w**2 * x[:, :1], w=torch.zeros(1, dtype=torch.float64))
     told = at.forecast(model, X, Y, steps=1)

@@ -193,6 +193,8 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
         elif len(steps) - best >= _PATIENCE:
             walk.reason = f"the held-out loss has not fallen for {_PATIENCE} steps"
             break
+    if steps and not best:
+        walk.reason = "no step lowers the held-out loss: what the training samples teach does not carry over to others"
     return _Walked(walk.structure, tuple(steps), tuple(fits[:best]), best, end, held, initial, walk.reason)
 
 
