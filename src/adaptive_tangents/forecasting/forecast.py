@@ -31,6 +31,7 @@ STRENGTHS = (1.0,)
 RELATIVE_RIDGE = 3.0
 MOST_STEPS = 8
 MEASURED = 200
+MARGIN = 1.2  # of held-out losses, within which the structure that adapts more is taken
 _PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
 
 
@@ -193,25 +194,15 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
         elif len(steps) - best >= _PATIENCE:
             walk.reason = f"the held-out loss has not fallen for {_PATIENCE} steps"
             break
+    if steps and not best:
+        walk.reason = "no step lowers the held-out loss: what the training samples teach does not carry over to others"
     return _Walked(walk.structure, tuple(steps), tuple(fits[:best]), best, end, held, initial, walk.reason)
 
 
 def _chosen(walks: Sequence[_Walked]) -> int:
-    """The walk with the least held-out loss; a later one, which adapts more, where it is within a standard error."""
-    if len(walks) == 1:
-        return 0
-    held = [walk.held for walk in walks]
-    means = [float(losses.mean()) for losses in held if losses is not None]
-    best = min(range(len(means)), key=means.__getitem__)
-    for k in range(len(walks) - 1, best, -1):
-        one, other = held[k], held[best]
-        assert one is not None
-        assert other is not None
-        gap = one - other
-        error = float(gap.std(correction=1)) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
-        if float(gap.mean()) <= error:
-            return k
-    return best
+    """The walk that adapts most of those whose held-out loss is at most a fifth above the least."""
+    means = [0.0 if walk.held is None else float(walk.held.mean()) for walk in walks]
+    return max(k for k, mean in enumerate(means) if mean <= MARGIN * min(means))
 
 
 def _forecast(
