@@ -61,8 +61,8 @@ SMALL: dict[str, Any] = {
         exact=12,
     ),
     "forecast": ForecastConfig(
-        seeds=1, networks=("mlp", "cnn"), temperatures=(), ways=(("adam", 0.01),), widths=(), width=8, image_width=8, epochs=3,
-        digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
+        seeds=1, networks=("mlp", "cnn"), temperatures=(), ways=(("adam", 0.01),), widths=(), width=8, image_width=8,
+        epochs=3, digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
     ),
 }  # fmt: skip
 

@@ -57,7 +57,9 @@ def test_kernels_of_a_turn_are_sums_of_gradient_products_on_the_way_and_at_its_e
     mean = sum(features({k: torch.lerp(start[k], end[k], s) for k in start}) for s in nodes) / 2
     torch.testing.assert_close(sum(found.average.values()), mean @ mean.mT, rtol=1e-4, atol=1e-5)
     for name, change in found.change.items():
-        true = torch.cat([(end[f"{name}.{k}"] - start[f"{name}.{k}"]).reshape(len(change), -1) for k in ("weight", "bias")], 1)
+        true = torch.cat(
+            [(end[f"{name}.{k}"] - start[f"{name}.{k}"]).reshape(len(change), -1) for k in ("weight", "bias")], 1
+        )
         torch.testing.assert_close(change, true)
     again = Turn.of(found.tensors("trained"), "trained")
     assert again.average.keys() == found.average.keys()
@@ -126,7 +128,12 @@ def test_every_comparison_is_made_for_the_first_seeds_and_the_main_networks_only
     assert list(cases) == ["mlp-sign", "mlp-smooth", "cnn", "mlp-adam0.01"]
     assert "quadratic" in cases["mlp-sign"]["methods"]
     assert "quadratic" not in cases["cnn"]["methods"]
-    assert list(cases["mlp-adam0.01"]["methods"]) == ["nothing", "forecast", "fixed", *(f"epoch{k}" for k in (1, 3, 10, 30))]
+    assert list(cases["mlp-adam0.01"]["methods"]) == [
+        "nothing",
+        "forecast",
+        "fixed",
+        *(f"epoch{k}" for k in (1, 3, 10, 30)),
+    ]
     for case in cases.values():
         assert case["methods"]["nothing"]["passes"] == [0.0]
         assert case["methods"]["epoch10"]["average"] == pytest.approx([1.0])  # the training ends before
@@ -149,8 +156,19 @@ def test_a_network_without_weights_is_skipped_with_its_reason(monkeypatch: pytes
 
 def case(words: str = "MLP, sign", **changes: Any) -> dict[str, Any]:
     """A network whose forecast is right in everything; two seeds, three layers."""
-    order = {"order": [1.0, 1.0], "left": [0.9, 0.9], "right": [0.9, 0.9], "chance_left": [0.1, 0.1], "chance_right": [0.1, 0.1]}
-    method = order | {"final": [0.95, 0.95], "aligned_final": [0.9, 0.9], "passes": [100.0, 100.0]}
+    order = {
+        "order": [1.0, 1.0],
+        "left": [0.9, 0.9],
+        "right": [0.9, 0.9],
+        "chance_left": [0.1, 0.1],
+        "chance_right": [0.1, 0.1],
+    }
+    method = order | {
+        "final": [0.95, 0.95],
+        "aligned_final": [0.9, 0.9],
+        "passes": [100.0, 100.0],
+        "adapts": [1.0, 1.0],
+    }
     bad = method | {"average": [0.7, 0.7], "left": [0.2, 0.2], "right": [0.2, 0.2], "aligned_final": [0.4, 0.4]}
     made: dict[str, Any] = {
         "words": words, "kind": "mlp", "varied": "", "n": 50, "epochs": 100, "layers": ["a", "b", "c"],
@@ -189,7 +207,7 @@ def cases(**changes: Any) -> dict[str, Any]:
 def test_every_claim_holds_where_all_is_foretold() -> None:
     made = claims(cases())
     assert {found["verdict"] for found in made.values()} == {"holds"}
-    assert len(made) == 18
+    assert len(made) == 20
     assert made["agrees.mlp-sign"]["evidence"].startswith("0.965 ± 0.007; K_0 0.600 ± 0.000, Fixed 0.900 ± 0.000")
     assert "2.0 ± 0.0 epochs against 26.2 ± 1.8 of 100" in made["cheaper.cnn"]["evidence"]
 
@@ -207,6 +225,8 @@ def test_every_claim_holds_where_all_is_foretold() -> None:
         ({"methods__forecast__left": [0.1, 0.9]}, "directions", "holds in part", ""),
         ({"by_layer__forecast": {"rank": [1.5, 2.0, 9.0]}}, "ranks", "holds in part", ""),
         ({"methods__shuffled__average": [0.99, 0.7]}, "labels", "holds in part", ""),
+        ({"methods__nothing__average": [0.99, 0.6]}, "nearer", "holds in part", ""),
+        ({"methods__fixed__average": [0.98, 0.98]}, "chosen", "holds in part", ""),
         ({"methods__quadratic__average": [0.99, 0.99]}, "quadratic", "holds in part", ""),
         ({"methods__forecast__passes": [100.0, 5000.0]}, "cost.mlp", "holds in part", ""),
     ],
@@ -226,7 +246,10 @@ def test_claims_of_large_networks_and_of_other_trainings_fall_with_their_numbers
     assert made["cheaper.cnn"]["verdict"] == "holds in part"
     assert made["cheaper.transformer"]["verdict"] == "does not hold"
     assert made["cost.large"]["verdict"] == "does not hold"
-    assert (made["varied.training"]["verdict"], made["varied.training"]["why"]) == ("does not hold", "not for MLP, Adam")
+    assert (made["varied.training"]["verdict"], made["varied.training"]["why"]) == (
+        "does not hold",
+        "not for MLP, Adam",
+    )
     assert made["varied.width"]["verdict"] == "holds"
 
 
@@ -261,11 +284,15 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked(tmp_path) -> None:
     assert (asked.seeds, asked.samples, asked.epochs, asked.seed) == (7, 50, 9, 3)
     with pytest.raises(TangentError, match="forecast: digits, samples and kernel_samples must be at least 16, got"):
         ForecastConfig(samples=4)
-    with pytest.raises(TangentError, match="forecast: counts, widths and strengths must be positive, classes at least 2"):
+    with pytest.raises(
+        TangentError, match="forecast: counts, widths and strengths must be positive, classes at least 2"
+    ):
         ForecastConfig(controls=9)
     with pytest.raises(TangentError, match="forecast: networks are mlp, cnn, transformer and encoder, got"):
         ForecastConfig(networks=("rnn",))
-    with pytest.raises(TangentError, match="forecast: toy holds 160 training images of 3 classes, fewer than samples = 900"):
+    with pytest.raises(
+        TangentError, match="forecast: toy holds 160 training images of 3 classes, fewer than samples = 900"
+    ):
         study.run(replace(TINY, networks=("cnn",), samples=900))
     with pytest.raises(TangentError, match="forecast: training the MLP, sign diverged; lower its learning rate"):
         study.run(replace(TINY, networks=("mlp",), ways=(("sgd", 1e9),), controls=0))
@@ -274,7 +301,9 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked(tmp_path) -> None:
 def test_the_verdict_follows_the_numbers_and_comparisons_have_names() -> None:
     results = dict(small_run("forecast").result.results)
     told = PAGE.context(results | {"cases": cases()})["story"].verdict
-    assert told.startswith("Yes: the CKA of the foretold kernel with the one averaged over training is, for each, MLP, sign 0.96")
+    assert told.startswith(
+        "Yes: the CKA of the foretold kernel with the one averaged over training is, for each, MLP, sign 0.96"
+    )
     low = {"mlp-sign": case(methods__forecast__average=[0.9, 0.9])}
     assert PAGE.context(results | {"cases": low})["story"].verdict.startswith("Not closely: ")
     assert words_of("two_sided_0.3") == "forecast, TwoSided, λ = 0.3"

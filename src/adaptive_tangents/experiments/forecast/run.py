@@ -30,11 +30,11 @@ from adaptive_tangents.experiments.forecast.texts import absent
 from adaptive_tangents.experiments.kernel_alignment.measures import outputs
 from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.experiments.training import train
+from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading, settings
 from adaptive_tangents.runs.units import Units
 from adaptive_tangents.runtime.progress import Progress, silent
-from adaptive_tangents.solvers.forecast import forecast
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.spectral import Left, TwoSided
 
@@ -71,22 +71,22 @@ class ForecastConfig:
     seeds: int = 3
     controls: int = 1
     varied_seeds: int = 1
-    networks: tuple[str, ...] = ("mlp", "cnn", "transformer", "encoder")
+    networks: tuple[str, ...] = ("mlp", "cnn", "transformer")
     temperatures: tuple[float, ...] = (0.5, 0.1)
-    ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (("sgd", 0.01), ("adam", 0.001), ("adam", 0.01))
+    ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (("sgd", 0.01), ("adam", 0.001))
     width: int = 256
-    widths: tuple[int, ...] = (64, 1024)
+    widths: tuple[int, ...] = (64,)
     image_width: int = 16
     epochs: int = 100
     text_epochs: int = 30
     digits: int = 800
     samples: int = 200
     classes: int = 3
-    kernel_samples: int = 300
-    path_nodes: int = 16
+    kernel_samples: int = 200
+    path_nodes: int = 12
     directions: int = 3
     least_width: int = 16
-    strengths: tuple[float, ...] = (3.0, 1.0, 0.3)
+    strengths: tuple[float, ...] = (3.0, 0.3)
 
     def __post_init__(self) -> None:
         counts = (
@@ -173,7 +173,10 @@ def configured(asked: Asked) -> ForecastConfig:
         epochs=asked.epochs or asked.sized(ForecastConfig.epochs, quick=20),
     )
     if asked.size == "full":
-        return replace(config, controls=config.seeds)
+        networks = ("mlp", "cnn", "transformer", "encoder")
+        ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (*config.ways, ("sgd", 0.2), ("adam", 0.01))
+        config = replace(config, networks=networks, ways=ways, widths=(64, 512, 1024), strengths=(3.0, 1.0, 0.3))
+        return replace(config, controls=config.seeds, kernel_samples=300, path_nodes=16)
     if asked.size == "quick":
         config = replace(config, networks=("mlp", "cnn"), temperatures=(), ways=(), widths=(), strengths=(), width=16)
         return replace(config, controls=0, digits=80, image_width=8, kernel_samples=48, path_nodes=4)
@@ -350,6 +353,7 @@ def _state(
         found = forecast(task.model, task.x, y, structure=structure, seed=seed)
     return dict(found.params), {
         "passes": passes.count, "seconds": time.process_time() - began, "steps": float(len(found.steps)),
+        "adapts": float(not isinstance(found.structure, Fixed)),
     }  # fmt: skip
 
 

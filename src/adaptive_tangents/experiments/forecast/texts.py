@@ -83,7 +83,13 @@ class Encoder(nn.Module):
 def absent() -> str:
     """Why there is no encoder; empty if there is one."""
     missing = [name for name in (PACKAGE, "transformers", "tokenizers") if find_spec(name) is None]
-    return f"{', '.join(missing)} not installed" if missing else ""
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    try:
+        from transformers import BertModel  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # another package is of another release than torch
+        return f"transformers cannot be imported ({str(error).splitlines()[0]})"
+    return ""
 
 
 def encoder(seed: int) -> tuple[Encoder, Int64[Tensor, "n t"], Float[Tensor, "n 1"]]:
