@@ -101,6 +101,8 @@ def forecast(
         raise TangentError(f"{CALL}: strength is of the structures that are chosen among; leave it out, or structure")
     listed = STRENGTHS if strength is None else tuple(strength) if isinstance(strength, Sequence) else (strength,)
     strengths = sorted({_positive("strength", value) for value in listed}, reverse=True)
+    if not strengths:
+        raise TangentError(f"{CALL}: strength is a positive number, or several, got none")
     capture = Capture(CALL, model, x, None, wrt, output_fn, memory_limit)
     start = dict(capture.network.parameters)
     before = outputs_at(capture, start, x)

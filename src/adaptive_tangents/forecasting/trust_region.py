@@ -24,7 +24,7 @@ ACCEPTED = 0.25  # the share of the predicted fall of the loss that a step must 
 _TRUSTED = 0.75  # and from which the next ridge is weaker
 _WEAKER, _STRONGER = 1 / 3, 4.0
 _MOST_TRIES = 8
-_LENGTHS = (0.125, 0.25, 0.5, 0.7, 1.0)
+_LENGTHS = (1.0, 0.7, 0.5, 0.25, 0.125)
 _AT_A_TIME, _PASS = 16, 1024  # samples whose kernel, or whose outputs, are computed at once
 _FIRST = torch.tensor([0])  # a fit keeps the features of one sample, so that it stays small
 _LEAST = 1e-12  # relative fall of the loss that is no rounding
@@ -70,6 +70,11 @@ class Ground:
     held_x: Batch | None
     held: Goal | None
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
+
+    @property
+    def rounding(self) -> float:
+        """What is no more than rounding, relative to outputs."""
+        return 30 * torch.finfo(self.capture.probe.least).eps
 
     def outputs(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "n c"]:
         """The outputs f of the samples to fit."""
@@ -141,7 +146,7 @@ class Walk:
         """The next step, and the outputs after it; None where no ridge lowers the loss enough."""
         began, ground = time.perf_counter(), self.ground
         loss = ground.goal.loss(outputs)
-        if not bool(ground.goal.missing(outputs).any()):
+        if float(ground.goal.missing(outputs).norm()) <= ground.rounding * float(outputs.norm()):
             self.reason = "the network fits its targets: nothing is left to learn"
             return None
         feats = ground.features(here)
@@ -153,7 +158,7 @@ class Walk:
         for tries in range(1, _MOST_TRIES + 1):
             found = _quietly(lambda: ground.goal.fitted(feats, outputs, self.structure, kappa, mean))  # noqa: B023
             predicted = loss - ground.goal.loss(outputs + found.predict(feats))
-            length, after, (there, beyond) = self._searched(here, feats, found.coefficients, loss)
+            length, after, (there, beyond) = self._searched(here, feats, found.coefficients, loss, predicted)
             fall = loss - after
             agreement = fall / predicted if predicted > 0 else 0.0
             if beyond is not None and agreement >= ACCEPTED and fall > _LEAST * loss:
@@ -172,9 +177,12 @@ class Walk:
         return None
 
     def _searched(
-        self, here: Mapping[str, Tensor], feats: TangentFeatures, coefficients: Matrices, loss: float
+        self, here: Mapping[str, Tensor], feats: TangentFeatures, coefficients: Matrices, loss: float, predicted: float
     ) -> tuple[float, float, tuple[dict[str, Tensor], Tensor | None]]:
-        """The length with the least training loss, by going from 1 as long as it falls; that loss; where it leads."""
+        """The length with the least training loss, shorter as long as it falls; that loss; where it leads.
+
+        The whole length is taken at once if the loss falls nearly as predicted.
+        """
         seen: dict[int, tuple[float, tuple[dict[str, Tensor], Tensor | None]]] = {}
 
         def at(k: int) -> float:
@@ -184,13 +192,11 @@ class Walk:
                 seen[k] = (math.inf if outputs is None else self.ground.goal.loss(outputs)), (there, outputs)
             return seen[k][0]
 
-        best = first = _LENGTHS.index(1.0)
-        for direction in (1, -1):
-            k = first + direction
-            while 0 <= k < len(_LENGTHS) and (at(k) < at(best) or (direction < 0 and at(best) >= loss)):
-                best, k = k, k + direction
-            if best != first:
-                break
+        best = 0
+        if loss - at(0) < _TRUSTED * predicted:
+            k = 1
+            while k < len(_LENGTHS) and (at(k) < at(best) or at(best) >= loss):
+                best, k = k, k + 1
         return _LENGTHS[best], at(best), seen[best][1]
 
 
