@@ -28,6 +28,7 @@ from adaptive_tangents.experiments.sample_complexity.run import SampleComplexity
 from adaptive_tangents.experiments.spectra.kernels import KernelSpectraConfig
 from adaptive_tangents.experiments.spectra.weights import WeightSpectraConfig
 from adaptive_tangents.experiments.training import SGD
+from adaptive_tangents.forecasting import forecast
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import grid
@@ -110,6 +111,7 @@ def made_up_data() -> Iterator[None]:
             patch.setattr(f"adaptive_tangents.experiments.{module}.normalize_digits", as_vectors, raising=False)
         patch.setattr("adaptive_tangents.experiments.sample_complexity.run.load_images", toy)
         patch.setattr("adaptive_tangents.experiments.forecast.problems.load_images", partial(toy, shape=(8, 8)))
+        patch.setattr("adaptive_tangents.experiments.forecast.run.forecast", partial(forecast, steps=1))
         # With only a strong ridge toward the identity, the fit takes a few rounds.
         patch.setattr("adaptive_tangents.experiments.hard_targets.run.explain", partial(explain, strengths=(10.0,)))
         yield

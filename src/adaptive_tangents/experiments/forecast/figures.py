@@ -110,7 +110,7 @@ def draw_layers(results: Results, arrays: Arrays) -> Figure:
             shares = np.maximum(np.array(case["by_layer"][method]["share"], dtype=float), 1e-4)
             axes.scatter(shares, places, label=words, zorder=3, **look)
         axes.set_yticks(places, [short_name(name) for name in case["layers"]])
-        axes.set(xscale="log", ylim=(len(places) - 0.5, -0.5), xlabel="share of the squared change")
+        axes.set(xscale="log", xlim=(7e-5, 1.5), ylim=(len(places) - 0.5, -0.5), xlabel="share of the squared change")
         axes.tick_params(axis="y", length=0, labelsize=7.5 if most > 10 else 8)
         axes.grid(color=RULE, lw=0.5)
         axes.set_title(case["words"], loc="left")
@@ -171,6 +171,6 @@ def draw_varied(results: Results, arrays: Arrays) -> Figure:
 
 def short_name(name: str) -> str:
     """A layer's name without what all have."""
-    for part in ("body.encoder.", "layers.", "layer.", "attention.", ".weight", "self."):
+    for part in ("body.encoder.", "layers.", "layer.", "attention.", ".weight", "self.", "dense."):
         name = name.replace(part, "")
     return label(name)

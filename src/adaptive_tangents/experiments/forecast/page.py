@@ -61,21 +61,6 @@ def _kernel_section(results: Results) -> Section:
 
 
 def _agreement_section(results: Results) -> Section:
-    rows: list[tuple[str, ...]] = []
-    for case in main_cases(results).values():
-        true = case["trained"]
-        for method, numbers in case["methods"].items():
-            cost = epochs_of(case, method)
-            rows.append((
-                f"{case['words']}: {words_of(method)}", _spread(numbers["average"], ".3f"), _spread(numbers["final"], ".3f"),
-                _spread(numbers["aligned"]), _spread(numbers["aligned_final"]), _spread(numbers["test"], ".3f"),
-                _spread(cost, ".1f"), _seconds(case, numbers),
-            ))  # fmt: skip
-        rows.append((
-            f"{case['words']}: trained network, {case['training']}", "1", "1", _spread(true["aligned"]),
-            _spread(true["aligned_final"]), _spread(true["test"], ".3f"), str(case["epochs"]),
-            f"{np.mean(true['seconds']):.1f}",
-        ))  # fmt: skip
     reach = "; ".join(
         f"{case['words']}: {np.mean([epochs_to_reach(case, v, k) for k, v in enumerate(agreement(case))]):.1f} of "
         f"{case['epochs']} epochs"
@@ -90,12 +75,37 @@ def _agreement_section(results: Results) -> Section:
               "at K_0. A gradient pass is a forward and a backward pass of one output of one sample, a forward pass alone a "
               "third; an epoch is as many passes as there are samples. The fits’ linear algebra is not in it, but in the "
               "seconds below. Look for marks above the gray lines."),
-        Table(("network and forecast", "CKA with K̄", "with K_T", "aligned with task", "at the end", "test error",
-               "epochs’ passes", "seconds"), rows,
-              "CKA of the kernel averaged on the straight way to the foretold parameters with K̄, and of the kernel there "
-              "with K_T; centered alignment of both with the task; mean squared test error of the network at the foretold "
-              "parameters; cost in epochs and in processor seconds. ± is over seeds."),
+        *(_compared(case) for case in main_cases(results).values()),
+        "CKA is of the kernel averaged on the straight way to the foretold parameters with K̄, and of the kernel there with "
+        "K_T. Alignment with the task is centered, of the averaged and of the last kernel. The test error is the mean square "
+        "of the network at the foretold parameters. The cost is in epochs of passes and in processor seconds. ± is over seeds.",
     ))  # fmt: skip
+
+
+def _compared(case: Mapping[str, Any]) -> Table:
+    """Every comparison of one network, and the trained network itself."""
+    true = case["trained"]
+    rows = [
+        (words_of(method), _spread(numbers["average"], ".3f"), _spread(numbers["final"], ".3f"), _spread(numbers["aligned"]),
+         _spread(numbers["aligned_final"]), _spread(numbers["test"], ".3f"), _spread(epochs_of(case, method), ".1f"),
+         _seconds(numbers))
+        for method, numbers in case["methods"].items()
+    ]  # fmt: skip
+    trained = (
+        f"trained, {case['training']}", "1", "1", _spread(true["aligned"]), _spread(true["aligned_final"]),
+        _spread(true["test"], ".3f"), str(case["epochs"]), _seconds(true),
+    )  # fmt: skip
+    head = (
+        case["words"],
+        "CKA with K̄",
+        "with K_T",
+        "aligned with task",
+        "at the end",
+        "test error",
+        "epochs",
+        "seconds",
+    )
+    return Table(head, [*rows, trained])
 
 
 def _spread(values: Any, form: str = ".2f") -> str:
@@ -103,19 +113,11 @@ def _spread(values: Any, form: str = ".2f") -> str:
     return spread(found, form) if np.isfinite(found).all() else "–"
 
 
-def _seconds(case: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
+def _seconds(numbers: Mapping[str, Any]) -> str:
     return f"{np.mean(numbers['seconds']):.1f}" if "seconds" in numbers else "–"
 
 
 def _layer_section(results: Results) -> Section:
-    rows = [
-        (f"{case['words']}: {short_name(name)}", *(
-            fixed(case["by_layer"][m][key][k])
-            for key, m in (("share", "forecast"), ("share", "trained"), ("rank", "forecast"), ("rank", "trained"),
-                           ("layer", "nothing"), ("layer", "forecast"), ("left", "forecast"), ("right", "forecast"))
-        ))
-        for case in main_cases(results).values() for k, name in enumerate(case["layers"])
-    ]  # fmt: skip
     return Section("layers", "Which layers change, and how", (
         "The figures compare each layer’s change of weights with the foretold one: how large a share of the whole it is, and "
         "in which directions it goes.",
@@ -127,11 +129,23 @@ def _layer_section(results: Results) -> Section:
               "change, on the layer’s output side and input side: the mean squared cosine of their principal angles, 1 for "
               "equal spans; sides with few units are left out. First seed. Look for diamonds far beyond the gray of chance "
               "and the rings of shuffled targets."),
-        Table(("layer", "share, foretold", "share, true", "rank, foretold", "rank, true", "CKA of K_0", "of the forecast",
-               "outputs’ overlap", "inputs’ overlap"), rows,
-              "Participation rank of the change of each layer’s weights; CKA of the layer’s part of the kernel with that of "
-              "K̄. First seed."),
+        *(_by_layer(case) for case in main_cases(results).values()),
+        "Participation rank of the change of each layer’s weights; CKA of the layer’s part of the kernel with that of K̄; "
+        "overlaps as above. First seed.",
     ))  # fmt: skip
+
+
+def _by_layer(case: Mapping[str, Any]) -> Table:
+    columns = {
+        "share, foretold": ("share", "forecast"), "true": ("share", "trained"), "rank, foretold": ("rank", "forecast"),
+        "true ": ("rank", "trained"), "CKA of K_0": ("layer", "nothing"), "of the forecast": ("layer", "forecast"),
+        "outputs’ overlap": ("left", "forecast"), "inputs’ overlap": ("right", "forecast"),
+    }  # fmt: skip
+    rows = [
+        (short_name(name), *(fixed(case["by_layer"][method][key][k]) for key, method in columns.values()))
+        for k, name in enumerate(case["layers"])
+    ]
+    return Table((case["words"], *columns), rows)
 
 
 def _varied_section(results: Results) -> Section:
