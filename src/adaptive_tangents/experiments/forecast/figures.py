@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from adaptive_tangents.experiments.forecast.claims import AGREES, epochs_of
+from adaptive_tangents.experiments.forecast.claims import ADAPTIVE, AGREES, epochs_of
 from adaptive_tangents.experiments.forecast.problems import EPOCHS
 from adaptive_tangents.experiments.kernel_alignment.figures import draw_heat
 from adaptive_tangents.reporting.drawing import COLORS, DASHES, INK, MUTED, RULE, fixed, grid, label, legend_above
@@ -74,7 +74,9 @@ def draw_course(results: Results, arrays: Arrays) -> Figure:
                       label="network’s own way" if seed == 0 else None)  # fmt: skip
         for name, (words, look) in _LOOKS.items():
             for nth, method in enumerate(m for m in case["methods"] if m == name or m.startswith(f"{name}_")):
-                places = np.nan_to_num(epochs_of(case, method), nan=float(case["epochs"]))
+                places = epochs_of(case, method)
+                if np.isnan(places).all():  # the second-order model, trained as long as the network
+                    places = np.full(len(places), float(case["epochs"]))
                 values = np.array(case["methods"][method]["average"], dtype=float)
                 axes.scatter(places, values, label=words if nth == 0 else None, zorder=3, **look)
         axes.axhline(AGREES, color=RULE, lw=1, ls=DASHES)
@@ -156,7 +158,12 @@ def draw_varied(results: Results, arrays: Arrays) -> Figure:
         for method, words, look in (
             ("nothing", "$K_0$", {"color": MUTED, "marker": "x", "s": 30}),
             ("fixed", "Fixed", {"color": COLORS[0], "marker": "o", "s": 30}),
-            ("forecast", "forecast", {"color": COLORS[1], "marker": "D", "s": 34}),
+            (ADAPTIVE, "TwoSided", {"color": COLORS[2], "marker": "s", "s": 30}),
+            (
+                "forecast",
+                "forecast, chosen of both",
+                {"facecolor": "none", "edgecolor": COLORS[1], "marker": "D", "s": 70},
+            ),
         ):
             values = case["methods"][method]["average"]
             axes.scatter(values, [place] * len(values), label=words if place == 0 else None, zorder=3, **look)
@@ -165,7 +172,7 @@ def draw_varied(results: Results, arrays: Arrays) -> Figure:
     axes.set(ylim=(len(cases) - 0.5, -0.5), xlabel=r"CKA with $\bar{K}$")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=RULE, lw=0.5)
-    legend_above(figure, axes, columns=3)
+    legend_above(figure, axes, columns=4)
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_tangents.experiments.claims import spread
-from adaptive_tangents.experiments.forecast.claims import AGREES, agreement, epochs_of, epochs_to_reach
+from adaptive_tangents.experiments.forecast.claims import ADAPTIVE, AGREES, agreement, epochs_of, epochs_to_reach
 from adaptive_tangents.experiments.forecast.figures import (
     draw_course,
     draw_directions,
@@ -28,13 +28,14 @@ def _story(results: Results) -> Story:
         "reached, with all choices made by held-out samples. It never trains. Afterwards each network is trained, and the "
         "forecast is compared with what happened: the kernel K̄ averaged over training, the final K_T, and how the weights "
         "of each layer changed.",
-        _verdict(results),
+        verdict(results),
         (_kernel_section(results), _agreement_section(results), _layer_section(results), _varied_section(results),
          _made_section(results)),
     )  # fmt: skip
 
 
-def _verdict(results: Results) -> str:
+def verdict(results: Results) -> str:
+    """For how many networks the forecast is close, and how close."""
     cases = main_cases(results)
     told = [
         f"{case['words']} {fixed(float(agreement(case).mean()))} (K_0 {fixed(float(agreement(case, 'nothing').mean()))})"
@@ -78,7 +79,7 @@ def _agreement_section(results: Results) -> Section:
         *(_compared(case) for case in main_cases(results).values()),
         "CKA is of the kernel averaged on the straight way to the foretold parameters with K̄, and of the kernel there with "
         "K_T. Alignment with the task is centered, of the averaged and of the last kernel. The test error is the mean square "
-        "of the network at the foretold parameters. The cost is in epochs of passes and in processor seconds. ± is over seeds.",
+        "of the network at the foretold parameters. The cost is in epochs’ passes and in processor seconds. ± is over seeds.",
     ))  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _spread(values: Any, form: str = ".2f") -> str:
 
 
 def _seconds(numbers: Mapping[str, Any]) -> str:
-    return f"{np.mean(numbers['seconds']):.1f}" if "seconds" in numbers else "–"
+    return _spread(numbers.get("seconds", [None]), ".1f").partition(" ±")[0]
 
 
 def _layer_section(results: Results) -> Section:
@@ -151,7 +152,7 @@ def _by_layer(case: Mapping[str, Any]) -> Table:
 def _varied_section(results: Results) -> Section:
     rows = [
         (case["words"], case["training"], *(_spread(case["methods"][m]["average"], ".3f") for m in (
-            "nothing", "fixed", "forecast")), _spread(case["methods"]["forecast"]["order"]),
+            "nothing", "fixed", ADAPTIVE, "forecast")), _spread(case["methods"]["forecast"]["order"]),
          _spread(case["methods"]["forecast"]["length"], ".1f"), _spread(case["trained"]["length"], ".1f"))
         for case in results["cases"].values()
     ]  # fmt: skip
@@ -161,7 +162,7 @@ def _varied_section(results: Results) -> Section:
         Shown("varied", "CKA with the averaged kernel for other targets, optimizers, rates and widths",
               f"One row a network, one mark a seed; the dashed line is a CKA of {AGREES:g}. Look for rows in which the "
               "diamonds fall back to the crosses."),
-        Table(("network", "trained by", "CKA of K_0", "of Fixed", "of the forecast", "order of layers",
+        Table(("network", "trained by", "CKA of K_0", "of Fixed", "of TwoSided", "of the forecast", "order of layers",
                "length, foretold", "length, true"), rows,
               "The order is the rank correlation of the layers’ shares of the squared change; lengths are of the whole "
               "change of weights."),

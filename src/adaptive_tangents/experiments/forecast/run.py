@@ -11,6 +11,7 @@ second-order model at θ₀, trained alike. The MLP is also trained in other way
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from adaptive_tangents.datasets.image_files import find_cifar10
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.feature_change.networks import Training
 from adaptive_tangents.experiments.forecast import NAME
-from adaptive_tangents.experiments.forecast.claims import claims
+from adaptive_tangents.experiments.forecast.claims import ADAPTIVE, claims
 from adaptive_tangents.experiments.forecast.measures import Passes, Turn, compared, total, turn
 from adaptive_tangents.experiments.forecast.problems import EPOCHS, Case, Source, State, Task, course, posed
 from adaptive_tangents.experiments.forecast.quadratic import SecondOrder
@@ -48,7 +49,7 @@ METHODS = {
     "quadratic": "second-order model, trained alike",
     **{f"epoch{k}": f"network after {k} epoch{'s' * (k > 1)}" for k in EPOCHS},
 }
-_ALWAYS = ("nothing", "forecast", "fixed", *(f"epoch{k}" for k in EPOCHS))
+_ALWAYS = ("nothing", "forecast", "fixed", ADAPTIVE, *(f"epoch{k}" for k in EPOCHS))
 # Expected work of each stage, in seconds on one core with the default config; only ratios matter.
 _WORK = {"train": 4.0, "reference": 3.0, "method": 4.0}
 
@@ -58,17 +59,17 @@ class ForecastConfig:
     """The experiment's settings.
 
     ``seeds`` of every network, ``varied_seeds`` of the other temperatures τ, ways of training and widths. The first
-    ``controls`` seeds have every comparison, the others the forecast, Fixed and the network's own course. The MLP learns at
+    ``controls`` seeds have every comparison, the others the forecast, Fixed, TwoSided and the network's own course. The MLP learns at
     most ``digits`` digits of ``data``, the CNN and the transformer ``samples`` images of ``classes`` classes of ``images``.
     Kernels are on ``kernel_samples`` samples, and averages have ``path_nodes`` nodes. On every side of at least
-    ``least_width`` units, ``directions`` directions are compared. ``strengths`` are λ of TwoSided.
+    ``least_width`` units, ``directions`` directions are compared. ``strengths`` are further λ of TwoSided.
     """
 
     data: str = "mnist5k"
     images: str = "mnist5k"
     data_dir: str | None = None
     seed: int = 0
-    seeds: int = 3
+    seeds: int = 2
     controls: int = 1
     varied_seeds: int = 1
     networks: tuple[str, ...] = ("mlp", "cnn", "transformer")
@@ -146,7 +147,7 @@ class ForecastConfig:
         if case.varied or nth >= self.controls:
             return list(_ALWAYS)
         known = [m for m in METHODS if m != "quadratic" or case.kind == "mlp"]
-        return known + [f"two_sided_{strength:g}" for strength in self.strengths]
+        return known + [ADAPTIVE] + [f"two_sided_{strength:g}" for strength in self.strengths if strength != 1]
 
 
 def words_of(method: str) -> str:
@@ -285,9 +286,14 @@ def _measured(
     numbers: dict[str, dict[str, float]] = {}
     by_layer: dict[str, dict[str, list[float]]] = {}
     kernels = {"average": total(truth.average), "final": total(truth.final)}
+    kept_of: dict[str, dict[str, Tensor]] = {}
     for method in ("trained", *methods):
         with clock.stage(f"{prefix}.{method}", _WORK["method"] if method != "trained" else 0.0):
-            part = units(f"{prefix}.{method}", _comparison(config, case, task, seed, method, states, truth))
+            make = _comparison(config, case, task, seed, method, states, truth)
+            if method == ADAPTIVE and numbers["forecast"]["adapts"]:
+                # It is what the forecast chose, at no further cost.
+                make = partial(_without_cost, kept_of["forecast"])
+            part = kept_of[method] = units(f"{prefix}.{method}", make)
         numbers[method] = {key: float(v) for key, v in part.items() if v.ndim == 0}
         by_layer[method] = {
             k.removeprefix("by_layer:"): v.tolist() for k, v in part.items() if k.startswith("by_layer:")
@@ -296,6 +302,11 @@ def _measured(
             kernels["initial" if method == "nothing" else "forecast"] = part["kernel"]
     numbers["trained"] |= {"seconds": seconds, "last_loss": losses[-1]}
     return _Seed(tuple(truth.change), numbers, by_layer, kernels)
+
+
+def _without_cost(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    nothing = {key: torch.tensor(torch.nan, dtype=torch.float64) for key in ("passes", "seconds")}
+    return {key: value for key, value in part.items() if key != "kernel"} | nothing
 
 
 def _reference(config: ForecastConfig, task: Task, end: State) -> dict[str, Tensor]:
