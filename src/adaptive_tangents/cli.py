@@ -1,4 +1,4 @@
-"""The command line: ``adaptive-tangents reproduce``, ``inspect``, ``kernel`` and ``report``, with their options.
+"""The command line: ``adaptive-tangents reproduce``, ``inspect``, ``forecast``, ``kernel``, ``report``, and their options.
 
 This module holds only options and help. The work is in ``commands``, which is imported when a command runs, so that help,
 completion and the version respond at once.
@@ -128,6 +128,9 @@ def inspect(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and nodes, to see it work.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take what an interrupted run into OUT has finished.")
+    ] = False,
 ) -> None:
     """Measure what training did to your network, between two checkpoints or along many."""
     with worded_errors("interrupted; nothing was written"), _extra("inspect"):
@@ -135,7 +138,49 @@ def inspect(
 
         command.inspect(
             model, data, out, start=start, end=end, checkpoints=checkpoints, samples=samples, seed=seed, outputs=outputs,
-            wrt=wrt, nodes=nodes, device=device, quick=quick,
+            wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
+        )  # fmt: skip
+
+
+@app.command()
+def forecast(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names) and y, the training samples.")
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint before training, .pt or .safetensors (default: the network as made)."),
+    ] = None,
+    end: Annotated[
+        Path | None, typer.Option(help="Checkpoint after training, to compare with; the forecast does not see it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/forecast"),
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What training minimizes: squared, cross-entropy, or auto (cross-entropy for labels).",
+            autocompletion=lambda: ["auto", "squared", "cross-entropy"],
+        ),
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(help="The most steps of the forecast (default: 8).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of samples for the kernels (default: 128).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out samples, and of those for the kernels.")] = 0,
+    outputs: Annotated[
+        str,
+        typer.Option(help="Of the kernels: all, auto, main, main:K, or outputs by number or class name."),
+    ] = "all",
+    wrt: Wrt = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Use few samples and steps, to see it work.")] = False,
+) -> None:
+    """Foretell what training will do to your network, without training it."""
+    with worded_errors("interrupted; nothing was written"), _extra("forecast"):
+        from adaptive_tangents.commands import forecast as command
+
+        command.forecast(
+            model, data, out, weights=weights, end=end, loss=loss, steps=steps, samples=samples, seed=seed,
+            outputs=outputs, wrt=wrt, device=device, quick=quick,
         )  # fmt: skip
 
 

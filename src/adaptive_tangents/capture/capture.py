@@ -81,7 +81,8 @@ def tangent_features(
 _PROBED = 7
 _LEAST_PROBED = 3  # if there is no memory for more
 _PROBE_SHARE = 12  # a probe's memory per sample over what autograd keeps of the sample; twice what convolutions take
-PASS_BYTES = 1_000_000_000  # more at once is no faster
+PASS_BYTES = 1_000_000_000  # more at once is no faster, but for networks whose parameters themselves take that much
+_GRADIENTS = 4  # a pass of a large network may take as much as so many gradients: each pass makes and reads some
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Probe:
     def held_bytes(self, copies: int = 1) -> int:
         """Bytes for the features of one sample; positions of ``copies`` passes are held side by side if that is less."""
         return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes for the features of one sample in the largest block that has factors."""
+        return max((min(self.factors[name], self.dense[name]) for name in self.factors), default=0)
 
     @property
     def whole_bytes(self) -> int:
@@ -177,15 +183,15 @@ class Capture:
     def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
         """The features of a batch, after a check that they fit into memory; ``chunk`` samples per pass, or as fit."""
         probe, n = self.probe, samples(x)
-        # Joining the passes copies factors once; materialized features are not copied.
-        needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
+        # Joining the passes copies the factors of one block at a time.
+        needed = n * (probe.held_bytes() + probe.largest_bytes)
         if probe.whole:
             remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
         else:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
-        room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
+        room = min(max(self.limit - needed, 0), self.limit // 4, max(PASS_BYTES, _GRADIENTS * self.gradient_bytes))
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
 
         def passes() -> list[tuple[Tensor, dict[str, Block]]]:

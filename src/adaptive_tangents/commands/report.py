@@ -1,6 +1,6 @@
 """`report`, and the last step of every command with results: draw the page and print its findings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,20 @@ from rich.table import Table
 from adaptive_tangents.commands.console import console
 from adaptive_tangents.experiments.overview_page import counts
 from adaptive_tangents.experiments.pages import PAGES as STUDY_PAGES
+from adaptive_tangents.inspection.foretold_page import PAGE as FORECAST_PAGE
+from adaptive_tangents.inspection.foretold_page import foretold
 from adaptive_tangents.inspection.page import PAGE as INSPECT_PAGE
 from adaptive_tangents.inspection.page import findings
 from adaptive_tangents.reporting.report import Finding, build_report, page_of, summary_table
-from adaptive_tangents.runs.results import load_results
+from adaptive_tangents.runs.results import Results, load_results
 from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
 
-PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE}
+PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE, "forecast": lambda: FORECAST_PAGE}
+# What a run of no study tells.
+_TOLD: dict[str, Callable[[Results], list[str]]] = {
+    "inspect": findings,
+    "forecast": lambda results: [*foretold(results), *findings(results)],
+}
 
 
 def finish(folder: Path) -> None:
@@ -24,8 +31,8 @@ def finish(folder: Path) -> None:
         page = build_report(folder, PAGES)
     results, _ = load_results(folder)
     table = summary_table(results, page_of(results, PAGES))
-    if results["experiment"] == "inspect":
-        for sentence in findings(results):
+    if results["experiment"] in _TOLD:
+        for sentence in _TOLD[results["experiment"]](results):
             console.print(f"• {sentence}", highlight=False)
     elif results["experiment"] == NAME_OF_ALL:
         for each, run in results["runs"].items():

@@ -197,21 +197,17 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
 
 
 def _chosen(walks: Sequence[_Walked]) -> int:
-    """The walk with the least held-out loss; a later one, which adapts more, where it is within a standard error."""
-    if len(walks) == 1:
-        return 0
-    held = [walk.held for walk in walks]
-    means = [float(losses.mean()) for losses in held if losses is not None]
-    best = min(range(len(means)), key=means.__getitem__)
-    for k in range(len(walks) - 1, best, -1):
-        one, other = held[k], held[best]
-        assert one is not None
-        assert other is not None
-        gap = one - other
-        error = float(gap.std(correction=1)) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
-        if float(gap.mean()) <= error:
-            return k
-    return best
+    """The walk that adapts most of those within a standard error of the difference from the least held-out loss."""
+    scores = [_mean_and_error(walk.held) for walk in walks]
+    best, error = min(scores)
+    return max(k for k, (mean, other) in enumerate(scores) if mean <= best + math.hypot(error, other))
+
+
+def _mean_and_error(losses: Tensor | None) -> tuple[float, float]:
+    if losses is None:
+        return 0.0, 0.0
+    error = float(losses.std(correction=1)) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return float(losses.mean()), error
 
 
 def _forecast(

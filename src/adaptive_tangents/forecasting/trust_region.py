@@ -24,7 +24,8 @@ ACCEPTED = 0.25  # the share of the predicted fall of the loss that a step must 
 _TRUSTED = 0.75  # and from which the next ridge is weaker
 _WEAKER, _STRONGER = 1 / 3, 4.0
 _MOST_TRIES = 8
-_LENGTHS = (1.0, 0.7, 0.5, 0.25, 0.125)
+_SHORTEST = 0.1  # length of a step
+_NEAR = 1e-4  # length at which the loss is linear
 _AT_A_TIME, _PASS = 16, 1024  # samples whose kernel, or whose outputs, are computed at once
 _FIRST = torch.tensor([0])  # a fit keeps the features of one sample, so that it stays small
 _LEAST = 1e-12  # relative fall of the loss that is no rounding
@@ -157,8 +158,9 @@ class Walk:
         kappa = self.relative_ridge
         for tries in range(1, _MOST_TRIES + 1):
             found = _quietly(lambda: ground.goal.fitted(feats, outputs, self.structure, kappa, mean))  # noqa: B023
-            predicted = loss - ground.goal.loss(outputs + found.predict(feats))
-            length, after, (there, beyond) = self._searched(here, feats, found.coefficients, loss, predicted)
+            change = found.predict(feats)
+            predicted = loss - ground.goal.loss(outputs + change)
+            length, after, there, beyond = self._searched(here, feats, found, outputs, change)
             fall = loss - after
             agreement = fall / predicted if predicted > 0 else 0.0
             if beyond is not None and agreement >= ACCEPTED and fall > _LEAST * loss:
@@ -177,27 +179,31 @@ class Walk:
         return None
 
     def _searched(
-        self, here: Mapping[str, Tensor], feats: TangentFeatures, coefficients: Matrices, loss: float, predicted: float
-    ) -> tuple[float, float, tuple[dict[str, Tensor], Tensor | None]]:
-        """The length with the least training loss, shorter as long as it falls; that loss; where it leads.
+        self, here: Mapping[str, Tensor], feats: TangentFeatures, found: Fit, before: Tensor, predicted: Tensor
+    ) -> tuple[float, float, dict[str, Tensor], Tensor | None]:
+        """The length s ≤ 1, the training loss there, where it leads, and the outputs.
 
-        The whole length is taken at once if the loss falls nearly as predicted.
+        The whole length is taken if the loss falls nearly as the fit predicts; else it is compared with the length at which
+        the parabola is least that has the loss and slope at 0 and the loss at 1.
         """
-        seen: dict[int, tuple[float, tuple[dict[str, Tensor], Tensor | None]]] = {}
+        goal = self.ground.goal
+        loss = goal.loss(before)
+        slope = (goal.loss(before + _NEAR * predicted) - loss) / _NEAR
+        tried = [self._at(here, feats, found, 1.0)]
+        after = tried[0][1]
+        if loss - after < _TRUSTED * (loss - goal.loss(before + predicted)):
+            bend = after - loss - slope
+            least = -slope / (2 * bend) if math.isfinite(bend) and bend > 0 else _SHORTEST
+            if least < 1:
+                tried.append(self._at(here, feats, found, max(_SHORTEST, least)))
+        return min(tried, key=lambda each: each[1])
 
-        def at(k: int) -> float:
-            if k not in seen:
-                there = moved(here, feats, coefficients, _LENGTHS[k])
-                outputs = self.ground.finite_outputs(there)
-                seen[k] = (math.inf if outputs is None else self.ground.goal.loss(outputs)), (there, outputs)
-            return seen[k][0]
-
-        best = 0
-        if loss - at(0) < _TRUSTED * predicted:
-            k = 1
-            while k < len(_LENGTHS) and (at(k) < at(best) or at(best) >= loss):
-                best, k = k, k + 1
-        return _LENGTHS[best], at(best), seen[best][1]
+    def _at(
+        self, here: Mapping[str, Tensor], feats: TangentFeatures, found: Fit, length: float
+    ) -> tuple[float, float, dict[str, Tensor], Tensor | None]:
+        there = moved(here, feats, found.coefficients, length)
+        outputs = self.ground.finite_outputs(there)
+        return length, math.inf if outputs is None else self.ground.goal.loss(outputs), there, outputs
 
 
 def moved(

@@ -18,7 +18,7 @@ from adaptive_tangents.structures.base import Matrices
 
 ZERO_TARGETS = "the targets are zero, and so is the model"
 _STAGE = 3.0  # the factor by which τ falls
-_LOOSE = 0.02  # stages before the last end at this stationarity
+_LOOSE = 0.1  # stages before the last end at this stationarity
 _MOST_STAGES = 34
 _WEAK = 0.7  # the first stage has a penalty of at least this share of ‖β‖²: little adapts
 _STILL, _NO_CHANGE = 10, 1e-14  # the objective is at rest after so many steps with a relative change below this

@@ -175,8 +175,8 @@ def certify(
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
         given = _of_blocks("the coefficients are of", coefficients, feats)
         doubled = feats.to(torch.float64)
-        chosen, rank = _form(feats, form, interpolates=goal.interpolates)
-        problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
+        chosen, rank, room = _form(feats, form, interpolates=goal.interpolates)
+        problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank, room)
         matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in given.items()}
         return replace(examined(problem, Course(tol, 1), matrices), features=feats)
 
@@ -196,8 +196,8 @@ def _fit_features(
     doubled = feats.to(torch.float64)
     structure = structure.prepared(doubled)
     within = compressed(doubled, structure)
-    chosen, rank = _form(within.features, form, interpolates=goal.interpolates)
-    problem = Problem(within.features, structure, goal, chosen, rank)
+    chosen, rank, room = _form(within.features, form, interpolates=goal.interpolates)
+    problem = Problem(within.features, structure, goal, chosen, rank, room)
     began = None if start is None else within.down(_of_blocks("start was fitted to", start.coefficients, feats))
     found = searched(problem, course, solver, began)
     coefficients, transforms = within.up(found.coefficients), within.up_transforms(found.transforms)
@@ -217,28 +217,28 @@ def _check_for_kernels(loss: str, offset: Values | None, start: Fit | None) -> N
             )
 
 
-def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
-    """The form of the systems, and how many columns a preconditioner may have; None: the whole kernel, in float32."""
+def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None, int]:
+    """The form of the systems; a preconditioner's columns at most (None: the whole kernel, in float32); the bytes left."""
     size, limit = feats.n * feats.c, limit_for(feats.limit, feats.device)
     p = sum(block.shape[0] * block.shape[1] for block in feats.blocks.values())
-    dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * p * max(p, size)
-    rank = (
-        None
-        if _ROUNDED_COPIES * 4 * size**2 <= limit
-        else max(1, min(size // 2, 2000, limit // (_DENSE_COPIES * 8 * size)))
-    )
+    rounded = _ROUNDED_COPIES * 4 * size**2
+    rank = None if rounded <= limit else max(1, min(size // 2, 2000, limit // (_DENSE_COPIES * 8 * size)))
+    needed = {
+        "dense": _DENSE_COPIES * 8 * size**2,
+        "primal": _DENSE_COPIES * 8 * p * max(p, size),
+        "matrix-free": rounded if rank is None else _DENSE_COPIES * 8 * size * rank,
+    }
     if form == "primal" and interpolates:
         raise TangentError("fit: the primal form needs a ridge; interpolation is solved in the dual")
     if form == "auto":
-        if p < size and not interpolates and primal <= limit:
-            return "primal", rank
-        return ("dense" if dense <= limit else "matrix-free"), rank
-    if form != "matrix-free":
+        primal = p < size and not interpolates and needed["primal"] <= limit
+        form = "primal" if primal else "dense" if needed["dense"] <= limit else "matrix-free"
+    elif form != "matrix-free":
         require_memory(
-            "fit", dense if form == "dense" else primal, limit,
+            "fit", needed[form], limit,
             remedy=f"use form='matrix-free', or fewer samples (the kernel is {size} × {size})",
         )  # fmt: skip
-    return form, rank
+    return form, rank, max(0, limit - needed[form])
 
 
 def _of_blocks(what: str, matrices: Matrices, feats: TangentFeatures) -> dict[str, Tensor]:

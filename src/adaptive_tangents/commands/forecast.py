@@ -1,0 +1,68 @@
+"""`forecast`: what training will do to a user's network."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.commands.checks import check_device, check_folder
+from adaptive_tangents.commands.console import one_bar, typed
+from adaptive_tangents.commands.report import PAGES, finish
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.inspection.foretold import LOSSES, NAME, run_forecast
+from adaptive_tangents.inspection.problem import InspectConfig
+from adaptive_tangents.runs.results import write_results
+from adaptive_tangents.runs.user_files import check_runs, fit_data, load_checkpoint, load_data, load_model
+
+
+def forecast(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    weights: Path | None,
+    end: Path | None,
+    loss: str,
+    steps: int | None,
+    samples: int | None,
+    seed: int,
+    outputs: str,
+    wrt: list[str] | None,
+    device: str,
+    quick: bool,
+) -> None:
+    """Foretell, measure, write the results and print the findings."""
+    check_device(NAME, device)
+    if loss not in LOSSES:
+        raise TangentError(f"{NAME}: --loss is one of {', '.join(LOSSES)}, got {loss!r}")
+    if samples is not None and samples < 4:
+        raise TangentError(f"{NAME}: --samples must be at least 4, got {samples}")
+    if weights is not None and end is not None and weights.resolve() == end.resolve():
+        raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
+    check_folder(NAME, out, PAGES[NAME]().figures)
+    loaded = load_data(data, NAME)
+    network = load_model(model, NAME).to(device)
+    check_runs(network, fit_data(loaded, network, NAME), data, NAME)
+    start = (
+        {name: value.detach().clone() for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        if weights is None
+        else load_checkpoint(weights, network, NAME)
+    )
+    after = None if end is None else load_checkpoint(end, network, NAME)
+    config = InspectConfig(
+        samples=InspectConfig.samples if samples is None else samples,
+        seed=seed,
+        outputs=outputs,
+        wrt=tuple(wrt) if wrt else None,
+    )
+    if quick:
+        config, steps = config.quick(), 2 if steps is None else steps
+        chosen = torch.randperm(loaded.n, generator=torch.Generator().manual_seed(seed))[:64].sort().values
+        loaded = loaded.take(chosen)
+    with one_bar() as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TangentWarning)
+        result = run_forecast(network, start, loaded, config, end=after, loss=loss, steps=steps, progress=progress)
+    results = result.results | {"command": typed(), "model": model, "data_file": data.name}
+    write_results(results, result.arrays, out)
+    finish(out)

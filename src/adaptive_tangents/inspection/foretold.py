@@ -1,0 +1,165 @@
+"""What training will do: a forecast, inspected as if it had happened, and beside what happened if that is known."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptive_tangents.checks import Values
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.forecasting.forecast import forecast
+from adaptive_tangents.forecasting.results import Forecast
+from adaptive_tangents.inspection.measures import defined
+from adaptive_tangents.inspection.outputs import network_outputs, pick
+from adaptive_tangents.inspection.problem import InspectConfig
+from adaptive_tangents.inspection.run import run
+from adaptive_tangents.measures.alignment import cka
+from adaptive_tangents.runs.record import RunResult
+from adaptive_tangents.runs.user_files import Data, fit_data
+from adaptive_tangents.runtime.progress import Progress, silent
+
+NAME = "forecast"
+LOSSES = ("auto", "squared", "cross-entropy")
+_CHEAP = 1.0  # operations: no models are fitted to what happened
+_PART = 0.6  # of the work is the forecast
+
+
+def run_forecast(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    data: Data,
+    config: InspectConfig,
+    *,
+    end: Mapping[str, Tensor] | None = None,
+    loss: str = "auto",
+    steps: int | None = None,
+    progress: Progress = silent,
+) -> RunResult:
+    """Foretell training from ``start`` on all samples, and measure the change as an inspection does.
+
+    ``end`` is the state after training, which the forecast does not see. Raises TangentError as ``forecast`` and ``run`` do,
+    when data have no targets, or when no change is foretold.
+    """
+    data = fit_data(data, model, NAME)
+    y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1)).x), data, loss)
+
+    def part(first: float, share: float) -> Progress:
+        return lambda stage, fraction: progress(stage, first + share * fraction)
+
+    loaded = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    with torch.no_grad():
+        model.load_state_dict(dict(start), strict=False)
+    try:
+        told = forecast(
+            model, data.x, y, loss=loss, steps=steps, wrt=config.wrt, seed=config.seed, output_fn=lambda out: pick(out, NAME),  # type: ignore[arg-type]
+            progress=part(0.0, _PART),
+        )  # fmt: skip
+    finally:
+        model.load_state_dict(loaded, strict=False)
+    if not told.steps:
+        raise TangentError(f"{NAME}: no change is foretold: {told.reason}")
+    left = (1 - _PART) / (1 if end is None else 2)
+    found = run(model, {"start": start, NAME: told.params}, data, config, progress=part(_PART, left))
+    results = {**found.results, "experiment": NAME, "forecast": _numbers(told), "happened": None}
+    arrays = dict(found.arrays)
+    if end is not None:
+        cheap = replace(config, fit_operations=_CHEAP)
+        after = run(model, {"start": start, "end": end}, data, cheap, progress=part(_PART + left, left))
+        results["happened"] = beside(found, after)
+        arrays |= {f"happened.{name}": after.arrays[name] for name in ("kernel.average", "kernel.final", "change")}
+    return RunResult(results, arrays)
+
+
+def goal_of(outputs: Tensor, data: Data, loss: str) -> tuple[Values, str]:
+    """Targets and loss: labels by cross-entropy, real targets by squared error, unless another loss is asked for."""
+    if loss not in LOSSES:
+        raise TangentError(f"{NAME}: --loss is one of {', '.join(LOSSES)}, got {loss!r}")
+    if data.y is None:
+        raise TangentError(
+            f"{NAME}: the data file has no y, so it is not known what training will learn; add targets y"
+        )
+    if loss == "auto":
+        loss = "squared" if data.labels is None else "cross-entropy"
+    if loss == "squared" and data.labels is not None:
+        c = outputs.shape[1]
+        if c == 1:
+            return (2.0 * data.labels.to(outputs) - 1)[:, None], loss
+        return functional.one_hot(data.labels, c).to(outputs), loss
+    return data.y, loss
+
+
+def beside(found: RunResult, after: RunResult) -> dict[str, Any]:
+    """The change that was foretold and the one that happened, in the same numbers."""
+    one, other = found.results, after.results
+    kernels = {
+        stage: _agreement(found.arrays.get(f"kernel.{stage}"), after.arrays.get(f"kernel.{stage}"))
+        for stage in ("average", "final")
+    }
+    nothing = _agreement(found.arrays["kernel.initial"], after.arrays.get("kernel.average"))
+    names = list(one["blocks"])
+    shares = {name: (_shares(one)[name], _shares(other)[name]) for name in names}
+    ranks = {
+        name: tuple(each["blocks"][name]["effective_rank"]["participation"] for each in (one, other)) for name in names
+    }
+    growth = [_growth(each.arrays) for each in (found, after)]
+    return {
+        "cka": kernels | {"without": nothing},
+        "growth": [one["growth"]["final"], other["growth"]["final"]],
+        "alignment": [each["alignment_centered"]["change"]["final"] for each in (one, other)],
+        "shares": shares,
+        "share_order": _order(*zip(*shares.values(), strict=True)) if len(names) > 1 else None,
+        "ranks": ranks,
+        "sample_order": _order(*growth),
+        "performance": [each["performance"]["end"] for each in (one, other)],
+    }
+
+
+def _shares(results: Mapping[str, Any]) -> dict[str, float]:
+    squares = {name: block["change_norm"] ** 2 for name, block in results["blocks"].items()}
+    return {name: square / sum(squares.values()) for name, square in squares.items()}
+
+
+def _agreement(one: np.ndarray | None, other: np.ndarray | None) -> float | None:
+    if one is None or other is None:
+        return None
+    return defined(cka, torch.from_numpy(one).double(), torch.from_numpy(other).double())
+
+
+def _growth(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    grown: np.ndarray = arrays["kernel.average"].diagonal() / arrays["kernel.initial"].diagonal().clip(1e-300)
+    return grown
+
+
+def _order(one: Any, other: Any) -> float | None:
+    """Spearman's rank correlation."""
+    ranks = [np.argsort(np.argsort(np.asarray(values))).astype(float) for values in (one, other)]
+    if min(rank.std() for rank in ranks) == 0:
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _numbers(told: Forecast) -> dict[str, Any]:
+    """The forecast itself, as plain numbers."""
+    return {
+        "structure": str(told.structure),
+        "loss": told.loss,
+        "reason": told.reason,
+        "epochs": told.epochs,
+        "initial_loss": told.initial_loss,
+        "initial_held_out": told.initial_held_out,
+        "steps": [asdict(step) for step in told.steps],
+        "candidates": [
+            {
+                "structure": str(each.structure),
+                "held_out": each.held_out,
+                "chosen": each.chosen,
+                "steps": len(each.steps),
+            }
+            for each in told.candidates
+        ],
+        "blocks": {name: asdict(block) for name, block in told.blocks.items()},
+    }
