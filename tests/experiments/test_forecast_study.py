@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.experiments.feature_change.networks import Training
 from adaptive_tangents.experiments.forecast import problems, texts
 from adaptive_tangents.experiments.forecast import run as study
 from adaptive_tangents.experiments.forecast.claims import claims, epochs_to_reach
@@ -20,6 +21,7 @@ from adaptive_tangents.experiments.forecast.page import PAGE, verdict
 from adaptive_tangents.experiments.forecast.quadratic import SecondOrder
 from adaptive_tangents.experiments.forecast.run import ForecastConfig, words_of
 from adaptive_tangents.experiments.study import Asked
+from adaptive_tangents.runs.units import Units
 from study_cases import SMALL, made_up_data, small_run
 
 TINY = SMALL["forecast"]
@@ -176,7 +178,8 @@ def case(words: str = "MLP, sign", **changes: Any) -> dict[str, Any]:
         "trained": {"aligned_final": [0.9, 0.9]},
         "methods": {
             "nothing": bad | {"average": [0.6, 0.6]}, "forecast": method | {"average": [0.96, 0.97]},
-            "fixed": bad | {"average": [0.9, 0.9]}, "two_sided_1": method | {"average": [0.96, 0.97]}, "shuffled": bad, "quadratic": bad,
+            "fixed": bad | {"average": [0.9, 0.9]}, "two_sided_1": method | {"average": [0.96, 0.97]},
+            "shuffled": bad, "quadratic": bad,
             "epoch1": bad, "epoch3": bad | {"average": [0.8, 0.8]}, "epoch10": bad | {"average": [0.9, 0.9]},
             "epoch30": bad | {"average": [0.98, 0.98]},
         },
@@ -209,7 +212,9 @@ def test_every_claim_holds_where_all_is_foretold() -> None:
     made = claims(cases())
     assert {found["verdict"] for found in made.values()} == {"holds"}
     assert len(made) == 21
-    assert made["agrees.mlp-sign"]["evidence"].startswith("0.965 ± 0.007; K_0 0.600 ± 0.000, Fixed 0.900 ± 0.000, TwoSided 0.965 ± 0.007")
+    assert made["agrees.mlp-sign"]["evidence"].startswith(
+        "0.965 ± 0.007; K_0 0.600 ± 0.000, Fixed 0.900 ± 0.000, TwoSided 0.965 ± 0.007"
+    )
     assert "2.0 ± 0.0 epochs against 26.2 ± 1.8 of 100" in made["cheaper.cnn"]["evidence"]
 
 
@@ -296,8 +301,10 @@ def test_what_is_asked_decides_sizes_and_settings_are_checked(tmp_path) -> None:
         TangentError, match="forecast: mnist5k holds 160 training images of 3 classes, fewer than samples = 900"
     ):
         study.run(replace(TINY, networks=("cnn",), samples=900))
+    wild = replace(TINY.cases()[0], training=Training("sgd", 1e9, 3))
+    task = problems.posed(wild, TINY.source, 0, "cpu")
     with pytest.raises(TangentError, match="forecast: training the MLP, sign diverged; lower its learning rate"):
-        study.run(replace(TINY, networks=("mlp",), ways=(("sgd", 1e9),), controls=0))
+        problems.course(wild, task, 0, Units(), lambda _: None)
 
 
 def test_the_verdict_follows_the_numbers_and_comparisons_have_names() -> None:

@@ -102,7 +102,8 @@ def _agrees(case: Mapping[str, Any]) -> dict[str, Any]:
         verdict,
         refuted_by=f"a CKA of the two below {AGREES:g}, mean over seeds",
         evidence=f"{spread(found, '.3f')}; K_0 {spread(agreement(case, 'nothing'), '.3f')}, Fixed "
-        f"{spread(agreement(case, 'fixed'), '.3f')}, TwoSided {spread(agreement(case, ADAPTIVE), '.3f')}; final kernels {spread(case['methods']['forecast']['final'], '.3f')}",
+        f"{spread(agreement(case, 'fixed'), '.3f')}, TwoSided {spread(agreement(case, ADAPTIVE), '.3f')}; final "
+        f"kernels {spread(case['methods']['forecast']['final'], '.3f')}",
         why=""
         if verdict == "holds"
         else f"at least {AGREES:g} in {int((found >= AGREES).sum())} of {len(found)} seeds",

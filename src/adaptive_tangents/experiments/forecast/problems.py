@@ -27,7 +27,10 @@ EPOCHS = (1, 3, 10, 30)
 
 @dataclass(frozen=True)
 class Case:
-    """A network, what it learns and how; ``words`` names it, ``varied`` says what differs from the main case."""
+    """A network, what it learns and how; ``words`` names it, ``varied`` says what differs from the main case.
+
+    ``foretold`` is the key of the case with the same forecasts, if only the training differs.
+    """
 
     key: str
     words: str
@@ -36,6 +39,7 @@ class Case:
     width: int
     training: Training
     varied: str = ""
+    foretold: str = ""
 
 
 @dataclass(frozen=True)

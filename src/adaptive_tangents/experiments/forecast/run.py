@@ -8,8 +8,9 @@ the initial kernel, other structures and strengths, shuffled targets, the networ
 second-order model at θ₀, trained alike. The MLP is also trained in other ways and at other widths.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,9 +60,9 @@ class ForecastConfig:
     """The experiment's settings.
 
     ``seeds`` of every network, ``varied_seeds`` of the other temperatures τ, ways of training and widths. The first
-    ``controls`` seeds have every comparison, the others the forecast, Fixed, TwoSided and the network's own course. The MLP learns at
-    most ``digits`` digits of ``data``, the CNN and the transformer ``samples`` images of ``classes`` classes of ``images``.
-    Kernels are on ``kernel_samples`` samples, and averages have ``path_nodes`` nodes. On every side of at least
+    ``controls`` seeds have every comparison, the others the forecast, Fixed, TwoSided and the network's own course. The MLP
+    learns at most ``digits`` digits of ``data``, the CNN and the transformer ``samples`` images of ``classes`` classes of
+    ``images``. Kernels are on ``kernel_samples`` samples, and averages have ``path_nodes`` nodes. On every side of at least
     ``least_width`` units, ``directions`` directions are compared. ``strengths`` are further λ of TwoSided.
     """
 
@@ -73,7 +74,7 @@ class ForecastConfig:
     controls: int = 1
     varied_seeds: int = 1
     networks: tuple[str, ...] = ("mlp", "cnn", "transformer")
-    temperatures: tuple[float, ...] = (0.5, 0.1)
+    temperatures: tuple[float, ...] = (0.25,)
     ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (("sgd", 0.01), ("adam", 0.001))
     width: int = 256
     widths: tuple[int, ...] = (64,)
@@ -83,11 +84,11 @@ class ForecastConfig:
     digits: int = 800
     samples: int = 200
     classes: int = 3
-    kernel_samples: int = 200
-    path_nodes: int = 12
+    kernel_samples: int = 150
+    path_nodes: int = 8
     directions: int = 3
     least_width: int = 16
-    strengths: tuple[float, ...] = (3.0, 0.3)
+    strengths: tuple[float, ...] = (3.0,)
 
     def __post_init__(self) -> None:
         counts = (
@@ -135,7 +136,11 @@ class ForecastConfig:
         for optimizer, rate in self.ways:
             way, name = replace(sgd, optimizer=optimizer, learning_rate=rate), {"sgd": "SGD", "adam": "Adam"}[optimizer]
             words = f"MLP, sign, {name}, rate {rate:g}"
-            found.append(replace(mlp, key=f"mlp-{optimizer}{rate:g}", words=words, training=way, varied="training"))
+            found.append(
+                replace(
+                    mlp, key=f"mlp-{optimizer}{rate:g}", words=words, training=way, varied="training", foretold=mlp.key
+                )
+            )
         for width in self.widths:
             found.append(
                 replace(mlp, key=f"mlp-width{width}", words=f"MLP, sign, width {width}", width=width, varied="width")
@@ -146,7 +151,7 @@ class ForecastConfig:
         """What is compared for the nth seed of a case."""
         if case.varied or nth >= self.controls:
             return list(_ALWAYS)
-        known = [m for m in METHODS if m != "quadratic" or case.kind == "mlp"]
+        known = [m for m in METHODS if m != "quadratic" or case.target == "sign"]
         return known + [ADAPTIVE] + [f"two_sided_{strength:g}" for strength in self.strengths if strength != 1]
 
 
@@ -176,7 +181,8 @@ def configured(asked: Asked) -> ForecastConfig:
     if asked.size == "full":
         networks = ("mlp", "cnn", "transformer", "encoder")
         ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (*config.ways, ("sgd", 0.2), ("adam", 0.01))
-        config = replace(config, networks=networks, ways=ways, widths=(64, 512, 1024), strengths=(3.0, 1.0, 0.3))
+        config = replace(config, networks=networks, ways=ways, widths=(64, 512, 1024), strengths=(3.0, 0.3))
+        config = replace(config, temperatures=(1.0, 0.5, 0.25, 0.1))
         return replace(config, controls=config.seeds, kernel_samples=300, path_nodes=16)
     if asked.size == "quick":
         config = replace(config, networks=("mlp", "cnn"), temperatures=(), ways=(), widths=(), strengths=(), width=16)
@@ -286,14 +292,12 @@ def _measured(
     numbers: dict[str, dict[str, float]] = {}
     by_layer: dict[str, dict[str, list[float]]] = {}
     kernels = {"average": total(truth.average), "final": total(truth.final)}
-    kept_of: dict[str, dict[str, Tensor]] = {}
     for method in ("trained", *methods):
         with clock.stage(f"{prefix}.{method}", _WORK["method"] if method != "trained" else 0.0):
-            make = _comparison(config, case, task, seed, method, states, truth)
-            if method == ADAPTIVE and numbers["forecast"]["adapts"]:
-                # It is what the forecast chose, at no further cost.
-                make = partial(_without_cost, kept_of["forecast"])
-            part = kept_of[method] = units(f"{prefix}.{method}", make)
+            state, cost = states["end"], dict[str, Tensor]()
+            if method != "trained":
+                state, cost = _foretold(case, task, seed, method, states, units)
+            part = units(f"{prefix}.{method}", partial(_compared, config, task, method, state, cost, truth))
         numbers[method] = {key: float(v) for key, v in part.items() if v.ndim == 0}
         by_layer[method] = {
             k.removeprefix("by_layer:"): v.tolist() for k, v in part.items() if k.startswith("by_layer:")
@@ -304,57 +308,65 @@ def _measured(
     return _Seed(tuple(truth.change), numbers, by_layer, kernels)
 
 
-def _without_cost(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    nothing = {key: torch.tensor(torch.nan, dtype=torch.float64) for key in ("passes", "seconds")}
-    return {key: value for key, value in part.items() if key != "kernel"} | nothing
-
-
 def _reference(config: ForecastConfig, task: Task, end: State) -> dict[str, Tensor]:
     return turn(task, end, nodes=config.path_nodes).tensors("trained")
 
 
-def _comparison(
-    config: ForecastConfig, case: Case, task: Task, seed: int, method: str, states: Mapping[str, State], truth: Turn
-) -> Callable[[], dict[str, Tensor]]:
-    """A function that makes one foretold state and compares it with the trained one."""
-
-    def make() -> dict[str, Tensor]:
-        told: dict[str, float] = {}
-        if method == "trained":
-            state, found = states["end"], truth
-        else:
-            state, told = _state(case, task, seed, method, states)
-            found = turn(task, state, nodes=config.path_nodes)
-        part = compared(task, found, truth, state, directions=config.directions, least_width=config.least_width)
-        if told.pop("diverged", 0.0):
-            part = {key: torch.full_like(value, torch.nan) for key, value in part.items()}
-        part |= {key: torch.tensor(value, dtype=torch.float64) for key, value in told.items()}
-        if method in ("nothing", "forecast"):
-            part["kernel"] = total(found.average)
-        return part
-
-    return make
+def _compared(
+    config: ForecastConfig, task: Task, method: str, state: State, cost: Mapping[str, Tensor], truth: Turn
+) -> dict[str, Tensor]:
+    """One foretold state against the trained one, with its cost."""
+    found = truth if method == "trained" else turn(task, state, nodes=config.path_nodes)
+    part = compared(task, found, truth, state, directions=config.directions, least_width=config.least_width)
+    if "diverged" in cost:
+        part = {key: torch.full_like(value, torch.nan) for key, value in part.items()}
+    shown = {"kernel": total(found.average)} if method in ("nothing", "forecast") else {}
+    return part | dict(cost) | shown
 
 
-def _state(
-    case: Case, task: Task, seed: int, method: str, states: Mapping[str, State]
-) -> tuple[State, dict[str, float]]:
-    """The foretold parameters, and the cost of making them."""
+def _foretold(
+    case: Case, task: Task, seed: int, method: str, states: Mapping[str, State], units: Units
+) -> tuple[State, dict[str, Tensor]]:
+    """The foretold parameters and the cost of making them, a part of the run that ways of training share."""
     if method == "nothing":
-        return {}, {"passes": 0.0}
+        return {}, {"passes": _number(0.0)}
     if method.startswith("epoch"):
         # A training shorter than that has ended by then.
         done = min(int(method.removeprefix("epoch")), case.training.epochs)
-        return states.get(method, states["end"]), {"passes": float(done * len(task.x))}
-    began = time.process_time()
-    if method == "quadratic":
-        model = SecondOrder(task.model)
-        generator = torch.Generator().manual_seed(seed + 2)
-        losses = train(model, task.x, task.y, settings=case.training, generator=generator, progress=lambda _: None)
-        diverged = not losses[-1] <= losses[0]
-        moved = {} if diverged else model.moved()
-        return moved, {"passes": torch.nan, "seconds": time.process_time() - began, "diverged": float(diverged)}
-    y = task.y
+        return states.get(method, states["end"]), {"passes": _number(done * len(task.x))}
+    name = f"{case.foretold or case.key}.seed{seed}"
+    if method == ADAPTIVE:
+        chosen = units.get(f"{name}.forecast.foretold")
+        if chosen is not None and bool(chosen["cost:adapts"]):
+            # It is what the forecast chose, at no further cost.
+            state, _ = _split(chosen, task)
+            return state, {"passes": _number(math.nan), "seconds": _number(math.nan)}
+    made = _second_order if method == "quadratic" else _forecast
+    return _split(units(f"{name}.{method}.foretold", lambda: made(case, task, seed, method)), task)
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _split(part: Mapping[str, Tensor], task: Task) -> tuple[State, dict[str, Tensor]]:
+    """The parameters and the costs of a part."""
+    cost = {key.removeprefix("cost:"): value for key, value in part.items() if key.startswith("cost:")}
+    return {key: value.to(task.y.device) for key, value in part.items() if not key.startswith("cost:")}, cost
+
+
+def _second_order(case: Case, task: Task, seed: int, method: str) -> dict[str, Tensor]:
+    began, model = time.process_time(), SecondOrder(task.model)
+    generator = torch.Generator().manual_seed(seed + 2)
+    losses = train(model, task.x, task.y, settings=case.training, generator=generator, progress=lambda _: None)
+    diverged = not losses[-1] <= losses[0]
+    moved = {} if diverged else dict(model.moved())
+    told = {"cost:diverged": _number(1.0)} if diverged else {}
+    return moved | told | {"cost:passes": _number(math.nan), "cost:seconds": _number(time.process_time() - began)}
+
+
+def _forecast(case: Case, task: Task, seed: int, method: str) -> dict[str, Tensor]:
+    began, y = time.process_time(), task.y
     if method == "shuffled":
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 3))
         y = y[order.to(y.device)]
@@ -362,10 +374,12 @@ def _state(
     structure = None if method == "forecast" else _structure(method, size)
     with Passes().of(task.model, y.shape[1]) as passes:
         found = forecast(task.model, task.x, y, structure=structure, seed=seed)
-    return dict(found.params), {
-        "passes": passes.count, "seconds": time.process_time() - began, "steps": float(len(found.steps)),
-        "adapts": float(not isinstance(found.structure, Fixed)),
-    }  # fmt: skip
+    return {name: found.params[name] for name, p in task.model.named_parameters() if p.requires_grad} | {
+        "cost:passes": _number(passes.count),
+        "cost:seconds": _number(time.process_time() - began),
+        "cost:steps": _number(len(found.steps)),
+        "cost:adapts": _number(not isinstance(found.structure, Fixed)),
+    }
 
 
 def _structure(method: str, size: float) -> Structure:
