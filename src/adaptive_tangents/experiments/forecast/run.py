@@ -55,6 +55,9 @@ _ALWAYS = ("nothing", "forecast", "fixed", ADAPTIVE, *(f"epoch{k}" for k in EPOC
 _WORK = {"train": 4.0, "reference": 3.0, "method": 4.0}
 
 
+_Parts = dict[str, dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class ForecastConfig:
     """The experiment's settings.
@@ -215,12 +218,13 @@ def run(
     found: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     data: dict[str, str] = {}
+    shared: _Parts = {}
     for case in cases:
         runs = []
         for k in range(seeds[case.key]):
             seed = config.seed + k
             task = posed(case, config.source, seed, device)
-            runs.append(_measured(config, case, task, seed, config.methods(case, k), clock, units))
+            runs.append(_measured(config, case, task, seed, config.methods(case, k), clock, units, shared))
             if k == 0:
                 data[task.data["name"]] = task.data["source"]
                 described = {"n": len(task.x), "outputs": task.y.shape[1], "data": task.data["name"]}
@@ -280,7 +284,14 @@ def _over_seeds(runs: list[_Seed]) -> dict[str, Any]:
 
 
 def _measured(
-    config: ForecastConfig, case: Case, task: Task, seed: int, methods: list[str], clock: Clock, units: Units
+    config: ForecastConfig,
+    case: Case,
+    task: Task,
+    seed: int,
+    methods: list[str],
+    clock: Clock,
+    units: Units,
+    shared: _Parts,
 ) -> _Seed:
     """Train one network, foretell it in every way, and compare."""
     prefix = f"{case.key}.seed{seed}"
@@ -296,7 +307,7 @@ def _measured(
         with clock.stage(f"{prefix}.{method}", _WORK["method"] if method != "trained" else 0.0):
             state, cost = states["end"], dict[str, Tensor]()
             if method != "trained":
-                state, cost = _foretold(case, task, seed, method, states, units)
+                state, cost = _foretold(case, task, seed, method, states, units, shared)
             part = units(f"{prefix}.{method}", partial(_compared, config, task, method, state, cost, truth))
         numbers[method] = {key: float(v) for key, v in part.items() if v.ndim == 0}
         by_layer[method] = {
@@ -325,7 +336,7 @@ def _compared(
 
 
 def _foretold(
-    case: Case, task: Task, seed: int, method: str, states: Mapping[str, State], units: Units
+    case: Case, task: Task, seed: int, method: str, states: Mapping[str, State], units: Units, shared: _Parts
 ) -> tuple[State, dict[str, Tensor]]:
     """The foretold parameters and the cost of making them, a part of the run that ways of training share."""
     if method == "nothing":
@@ -335,14 +346,11 @@ def _foretold(
         done = min(int(method.removeprefix("epoch")), case.training.epochs)
         return states.get(method, states["end"]), {"passes": _number(done * len(task.x))}
     name = f"{case.foretold or case.key}.seed{seed}"
-    if method == ADAPTIVE:
-        chosen = units.get(f"{name}.forecast.foretold")
-        if chosen is not None and bool(chosen["cost:adapts"]):
-            # It is what the forecast chose, at no further cost.
-            state, _ = _split(chosen, task)
-            return state, {"passes": _number(math.nan), "seconds": _number(math.nan)}
     made = _second_order if method == "quadratic" else _forecast
-    return _split(units(f"{name}.{method}.foretold", lambda: made(case, task, seed, method)), task)
+    part = f"{name}.{method}.foretold"
+    if part not in shared:
+        shared[part] = units(part, lambda: made(case, task, seed, method))
+    return _split(shared[part], task)
 
 
 def _number(value: float) -> Tensor:
