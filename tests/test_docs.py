@@ -48,6 +48,13 @@ def test_the_recipes_for_many_outputs_run(capsys: pytest.CaptureFixture[str]) ->
     assert made["of_a_logit"].shape == made["of_the_loss"].shape == made["K"].shape == (8, 8)
 
 
+def test_the_page_on_forecasts_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "forecast.md").read_text(), re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block, "docs/forecast.md", "exec"), {"__name__": "docs"})
+    assert "forecast of training on squared error" in capsys.readouterr().out
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

@@ -31,6 +31,7 @@ STRENGTHS = (1.0,)
 RELATIVE_RIDGE = 3.0
 MOST_STEPS = 8
 MEASURED = 200
+MARGIN = 1.2  # of held-out losses, within which the structure that adapts more is taken
 _PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
 
 
@@ -193,21 +194,15 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
         elif len(steps) - best >= _PATIENCE:
             walk.reason = f"the held-out loss has not fallen for {_PATIENCE} steps"
             break
+    if steps and not best:
+        walk.reason = "no step lowers the held-out loss: what the training samples teach does not carry over to others"
     return _Walked(walk.structure, tuple(steps), tuple(fits[:best]), best, end, held, initial, walk.reason)
 
 
 def _chosen(walks: Sequence[_Walked]) -> int:
-    """The walk that adapts most of those within a standard error of the difference from the least held-out loss."""
-    scores = [_mean_and_error(walk.held) for walk in walks]
-    best, error = min(scores)
-    return max(k for k, (mean, other) in enumerate(scores) if mean <= best + math.hypot(error, other))
-
-
-def _mean_and_error(losses: Tensor | None) -> tuple[float, float]:
-    if losses is None:
-        return 0.0, 0.0
-    error = float(losses.std(correction=1)) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return float(losses.mean()), error
+    """The walk that adapts most of those whose held-out loss is at most a fifth above the least."""
+    means = [0.0 if walk.held is None else float(walk.held.mean()) for walk in walks]
+    return max(k for k, mean in enumerate(means) if mean <= MARGIN * min(means))
 
 
 def _forecast(
