@@ -68,6 +68,11 @@ def page() -> str:
             verdict = claim["verdict"] if claim["holds"] else f"**{claim['verdict']}**"
             if claim["why"]:
                 verdict += f": {claim['why']}"
+            for name_of in claim.get("beside", ()):
+                study, _, key = name_of.partition(".")
+                other = runs.get(study, {"claims": {}})["claims"].get(key)
+                if other:
+                    verdict += f". Beside it, what the coefficients foretell ({study}): {other['claim']}: {other['evidence']}"
             cells = (claim["claim"], claim["refuted_by"], claim["published"] or "–", claim["evidence"], verdict)
             text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         text.append("")

@@ -18,6 +18,7 @@ from adaptive_tangents.datasets.images import Dataset
 from adaptive_tangents.experiments.exact_solvers.run import ExactSolversConfig
 from adaptive_tangents.experiments.feature_change.networks import TRAINING, Training
 from adaptive_tangents.experiments.feature_change.run import FeatureChangeConfig
+from adaptive_tangents.experiments.forecast.run import ForecastConfig
 from adaptive_tangents.experiments.hard_targets.run import HardTargetsConfig
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
 from adaptive_tangents.experiments.low_rank_targets.run import LowRankConfig
@@ -27,6 +28,7 @@ from adaptive_tangents.experiments.sample_complexity.run import SampleComplexity
 from adaptive_tangents.experiments.spectra.kernels import KernelSpectraConfig
 from adaptive_tangents.experiments.spectra.weights import WeightSpectraConfig
 from adaptive_tangents.experiments.training import SGD
+from adaptive_tangents.forecasting import forecast
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import grid
@@ -58,6 +60,10 @@ SMALL: dict[str, Any] = {
     "sample-complexity": SampleComplexityConfig(
         datasets=("toy",), seeds=2, sizes=(12, 30), width=8, depth=3, patience=1, max_epochs=4, validation=20, test=40,
         exact=12,
+    ),
+    "forecast": ForecastConfig(
+        seeds=1, networks=("mlp", "cnn"), temperatures=(), ways=(("adam", 0.01),), widths=(), width=8, image_width=8,
+        epochs=3, digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
     ),
 }  # fmt: skip
 
@@ -104,6 +110,8 @@ def made_up_data() -> Iterator[None]:
             patch.setattr(f"adaptive_tangents.experiments.{module}.load_digits", made_up_digits)
             patch.setattr(f"adaptive_tangents.experiments.{module}.normalize_digits", as_vectors, raising=False)
         patch.setattr("adaptive_tangents.experiments.sample_complexity.run.load_images", toy)
+        patch.setattr("adaptive_tangents.experiments.forecast.problems.load_images", partial(toy, shape=(8, 8)))
+        patch.setattr("adaptive_tangents.experiments.forecast.run.forecast", partial(forecast, steps=1))
         # With only a strong ridge toward the identity, the fit takes a few rounds.
         patch.setattr("adaptive_tangents.experiments.hard_targets.run.explain", partial(explain, strengths=(10.0,)))
         yield

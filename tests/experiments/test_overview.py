@@ -36,8 +36,9 @@ make_results = _load()
 def _results(name: str) -> dict[str, Any]:
     good = claim(f"{name} is good", True, refuted_by="it is bad", evidence="1 | 2")
     bad = claim(
-        f"{name} is best", "holds in part", refuted_by="a better one", evidence="3", published="4", why="not always"
-    )
+        f"{name} is best", "holds in part", refuted_by="a better one", evidence="3", published="4", why="not always",
+        beside=("penalties.good", "penalties.other", "elsewhere.good"),
+    )  # fmt: skip
     return {
         "experiment": name,
         "command": f"adaptive-tangents reproduce {name} --data mnist --data-dir /some/where --out /else/where --resume",
@@ -68,7 +69,8 @@ def test_the_page_of_all_has_every_claim_of_every_experiment_and_counts_verdicts
             assert kept["claim"] in page
         assert f'href="{name}/report.html"' in page
     assert "Of 4 claims 2 hold, 2 hold in part and 0 do not hold." in page
-    assert "holds in part</span>: not always" in page
+    assert "holds in part</span>: not always. <i>K</i>" in page
+    assert "is measured by penalties, elsewhere." in page
     assert re.findall(r"url\((?!#)|@import|https?:|file:|\{\{|\bNone\b|\bnan\b", page) == []
 
 
@@ -101,7 +103,10 @@ def test_docs_keep_no_folder_of_a_machine_and_show_every_claim(
     page = (tmp_path / "results.md").read_text("utf-8")
     assert page.count(" is good |") == page.count(" is best |") == 2
     assert "| 1 \\| 2 | holds |" in page
-    assert "| **holds in part**: not always |" in page
+    # A claim shows those of other experiments that are to be read beside it, where they were kept.
+    beside = "Beside it, what the coefficients foretell (penalties): penalties is good: 1 \\| 2 |"
+    assert page.count(f"| **holds in part**: not always. {beside}") == 2
+    assert page.count("Beside it") == 2
     assert "| 1.5 | cpu | 2 | 2 | 2.6.0 |" in page
     assert make_results.main(["--check"]) == 0
     (tmp_path / "results" / "penalties.json").unlink()

@@ -19,8 +19,11 @@ def claim(
     evidence: str,
     published: str | None = None,
     why: str = "",
+    beside: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """A claim in words, what would refute it, what was published, what was measured, and whether it holds.
+
+    ``beside`` names claims of other studies, STUDY.CLAIM, that are to be read with it.
 
     >>> claim("1 < 2", 1 < 2, refuted_by="1 not below 2", evidence="1, 2")["verdict"]
     'holds'
@@ -35,6 +38,7 @@ def claim(
         "refuted_by": refuted_by,
         "published": published,
         "why": why,
+        **({"beside": list(beside)} if beside else {}),
     }
 
 

@@ -155,6 +155,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
         "fixed": fixed,
         "label": drawing.label,
         "notation": _notation,
+        "studies": lambda names: list(dict.fromkeys(name.partition(".")[0] for name in names)),
         "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
         "rank": lambda value: number(value) if value is None else f"{value:.1f}",
     }

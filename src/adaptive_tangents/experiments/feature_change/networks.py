@@ -1,4 +1,4 @@
-"""Small networks of three architectures for images of any size, with one output, and how each is trained."""
+"""Small networks of three architectures for images of any size, and how each is trained."""
 
 import math
 from collections import OrderedDict
@@ -69,16 +69,18 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A transformer on square image patches with learned positions; the readout takes the mean over tokens."""
 
-    def __init__(self, shape: tuple[int, int, int], *, width: int, patch: int, heads: int = 4, layers: int = 2) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], *, width: int, patch: int, outputs: int = 1, heads: int = 4, layers: int = 2
+    ) -> None:
         super().__init__()
         channels, height, breadth = shape
         self.patch = patch
         self.embed = nn.Linear(channels * patch**2, width)
         self.place = nn.Parameter(torch.zeros((height // patch) * (breadth // patch), width))
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, 1)
+        self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, outputs)
 
-    def forward(self, images: Float[Tensor, "n k h w"]) -> Float[Tensor, "n 1"]:
+    def forward(self, images: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c"]:
         tokens = nn.functional.unfold(images, self.patch, stride=self.patch).mT
         tokens = self.embed(tokens) + self.place
         for layer in self.layers:
@@ -87,13 +89,13 @@ class Transformer(nn.Module):
         return found
 
 
-def _mlp(shape: tuple[int, int, int], width: int, generator: torch.Generator) -> nn.Module:
+def _mlp(shape: tuple[int, int, int], width: int, outputs: int, generator: torch.Generator) -> nn.Module:
     names = ("hidden1", "hidden2", "readout")
-    layers = relu_network((math.prod(shape), 8 * width, 8 * width, 1), names, bias=True, generator=generator)
+    layers = relu_network((math.prod(shape), 8 * width, 8 * width, outputs), names, bias=True, generator=generator)
     return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *layers.named_children()]))
 
 
-def _cnn(shape: tuple[int, int, int], width: int, generator: torch.Generator) -> nn.Module:
+def _cnn(shape: tuple[int, int, int], width: int, outputs: int, generator: torch.Generator) -> nn.Module:
     channels = (shape[0], width // 2, width, 2 * width)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for k in range(3):
@@ -102,22 +104,22 @@ def _cnn(shape: tuple[int, int, int], width: int, generator: torch.Generator) ->
             conv.weight.normal_(0, (2 / (9 * channels[k])) ** 0.5, generator=generator)
             conv.bias.zero_()  # type: ignore[union-attr]
         layers |= {f"conv{k + 1}": conv, f"relu{k + 1}": nn.ReLU(), f"pool{k + 1}": nn.AvgPool2d(2)}
-    readout = nn.Linear(channels[-1] * (shape[1] // 8) * (shape[2] // 8), 1)
+    readout = nn.Linear(channels[-1] * (shape[1] // 8) * (shape[2] // 8), outputs)
     with torch.no_grad():
         readout.weight.normal_(0, (1 / readout.in_features) ** 0.5, generator=generator)
         readout.bias.zero_()
     return nn.Sequential(layers | {"flatten": nn.Flatten(), "readout": readout})
 
 
-def _transformer(shape: tuple[int, int, int], width: int, generator: torch.Generator) -> nn.Module:
-    return Transformer(shape, width=width, patch=shape[1] // 4)
+def _transformer(shape: tuple[int, int, int], width: int, outputs: int, generator: torch.Generator) -> nn.Module:
+    return Transformer(shape, width=width, patch=shape[1] // 4, outputs=outputs)
 
 
 _KINDS = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer}
 
 
-def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int) -> nn.Module:
-    """A network of the given kind at its initial weights: images (n, channels, height, width) to one output.
+def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int, outputs: int = 1) -> nn.Module:
+    """A network of the given kind at its initial weights: images (n, channels, height, width) to ``outputs``.
 
     mlp: two dense layers of 8·width units; cnn: 3×3 convolutions of width/2, width and 2·width channels, average pooling
     after each; transformer: two layers of that width on 4 × 4 patches.
@@ -128,4 +130,4 @@ def network(kind: str, shape: tuple[int, int, int], *, width: int, seed: int) ->
     # Constructors of layers draw from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _KINDS[kind](shape, width, torch.Generator().manual_seed(seed))
+        return _KINDS[kind](shape, width, outputs, torch.Generator().manual_seed(seed))

@@ -43,7 +43,8 @@ def claims(
     for key, (text, against, published) in sentences.items():
         text = text.replace("…", "The more poorly K_0 represents the target,")
         series = arrays.get(against)
-        made[key] = _together(text, {hard: found[hard][against] for hard in HARDNESS}, series, published)
+        beside = ("forecast.hard",) if key == "exact.aligns" else ()
+        made[key] = _together(text, {hard: found[hard][against] for hard in HARDNESS}, series, published, beside)
     gain = arrays["gain"]
     made["ends"] = claim(
         "The sign’s alignment gains more than the smooth target’s",
@@ -56,7 +57,11 @@ def claims(
 
 
 def _together(
-    text: str, found: Mapping[str, list[float]], values: np.ndarray | None, published: str | None
+    text: str,
+    found: Mapping[str, list[float]],
+    values: np.ndarray | None,
+    published: str | None,
+    beside: tuple[str, ...],
 ) -> dict[str, Any]:
     """A claim that something grows with each of the three measures of hardness."""
     means = {hard: float(np.mean(of_seeds)) for hard, of_seeds in found.items()}
@@ -75,4 +80,5 @@ def _together(
         published=published,
         evidence="; ".join(parts),
         why="" if verdict == "holds" else f"not by {', '.join(HARDNESS[hard] for hard in means if hard not in strong)}",
+        beside=beside,
     )

@@ -122,5 +122,6 @@ def _exact(targets: Targets) -> dict[str, dict[str, Any]]:
             why=""
             if min(shares) > MOST
             else "the optimum stretches few directions of each layer; K_M keeps most of K_0, at every λ tried",
+            beside=("forecast.agrees.mlp-smooth", "forecast.agrees.mlp-sign"),
         ),
     }

@@ -46,7 +46,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
         similarity = {**numbers["alignment"], "adapted": numbers["model"][numbers["adapted_key"]]["alignment"]}
         for axes, stage in zip(row, columns, strict=True):
             kernel = np.outer(change, change) if stage == "target" else arrays[f"{target}.kernel.{stage}"]
-            _heat(axes, kernel, arrays[f"{target}.teacher"], values=stage == "initial")
+            draw_heat(axes, kernel, arrays[f"{target}.teacher"], values=stage == "initial")
             if stage in similarity:
                 axes.set_xlabel(f"sim {_fixed(similarity[stage])}", labelpad=2)
         row[0].set_ylabel(f"{label(target)} target\nteacher’s output $y$", color=_color(results, target))
@@ -129,7 +129,7 @@ def draw_decomposition(results: Results, arrays: Arrays) -> Figure:
         task = _real(weights["target_weight"]) * np.outer(change, change)
         residual = whole - start - task
         for k, part in enumerate((whole, start, task, residual)):
-            _heat(row[k], part, y, limit=_limit(whole), values=k == 0)
+            draw_heat(row[k], part, y, limit=_limit(whole), values=k == 0)
             row[k].text(1.12, 0.5, "=++ "[k], transform=row[k].transAxes, ha="center", va="center", fontsize=15)
         row[1].set_xlabel(f"$w_0$ = {short(weights['initial_weight'], 3)}", labelpad=2)
         row[2].set_xlabel(f"$w_y$ = {short(weights['target_weight'], 3)}", labelpad=2)
@@ -258,7 +258,7 @@ def draw_explain(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
-def _heat(axes: Axes, kernel: NDArray[Any], y: NDArray[Any], *, values: bool, limit: float | None = None) -> None:
+def draw_heat(axes: Axes, kernel: NDArray[Any], y: NDArray[Any], *, values: bool, limit: float | None = None) -> None:
     """Draw one kernel, with zero in the middle of the colors and a tick at the teacher's sign change."""
     limit = _limit(kernel) if limit is None else limit
     axes.imshow(kernel, cmap=_DIVERGING, vmin=-limit, vmax=limit, rasterized=True)

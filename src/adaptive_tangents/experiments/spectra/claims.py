@@ -227,4 +227,5 @@ def _adapted(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
         refuted_by="less than half of the gain from K_0 to K̄, means over seeds, in any of the four",
         evidence="; ".join(evidence),
         why="" if good.all() else f"at least half of the gain in {int(good.sum())} of {len(good)}",
+        beside=("forecast.task",),
     )
