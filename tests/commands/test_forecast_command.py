@@ -54,7 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> None:
-    with plain_figures("forecast"):
+    with plain_figures("foretold"):
         done = runner.invoke(
             cli.app,
             [
@@ -73,7 +73,7 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
         )
     assert done.exit_code == 0, done.output
     results = json.loads((here / "out" / "results.json").read_text("utf-8"))
-    assert results["experiment"] == "forecast"
+    assert results["experiment"] == "foretold"
     assert results["forecast"]["loss"] == "cross-entropy"
     assert len(results["forecast"]["steps"]) <= 2
     happened = results["happened"]
@@ -90,7 +90,7 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     told = re.sub(r"\s+", " ", done.output)
     assert "Training will change most:" in told
     assert "Beside what happened: the foretold K̄ has CKA" in told
-    with plain_figures("forecast"):
+    with plain_figures("foretold"):
         assert runner.invoke(cli.app, ["report", "out"]).exit_code == 0
 
 

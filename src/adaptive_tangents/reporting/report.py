@@ -141,6 +141,11 @@ def _inline(figure: drawing.Drawing) -> Markup:
     return Markup(re.sub("|".join(names), lambda match: f"var(--{names[match[0]]})", text))
 
 
+def _studies(names: Sequence[str]) -> list[str]:
+    """The studies that claims named study.claim belong to."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
 def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("adaptive_tangents", ""),
@@ -155,7 +160,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
         "fixed": fixed,
         "label": drawing.label,
         "notation": _notation,
-        "studies": lambda names: list(dict.fromkeys(name.partition(".")[0] for name in names)),
+        "studies": _studies,
         "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
         "rank": lambda value: number(value) if value is None else f"{value:.1f}",
     }

@@ -305,7 +305,8 @@ def _measured(
     kernels = {"average": total(truth.average), "final": total(truth.final)}
     for method in ("trained", *methods):
         with clock.stage(f"{prefix}.{method}", _WORK["method"] if method != "trained" else 0.0):
-            state, cost = states["end"], dict[str, Tensor]()
+            state: Mapping[str, Tensor] = states["end"]
+            cost: Mapping[str, Tensor] = {}
             if method != "trained":
                 state, cost = _foretold(case, task, seed, method, states, units, shared)
             part = units(f"{prefix}.{method}", partial(_compared, config, task, method, state, cost, truth))
