@@ -6,7 +6,7 @@ from networks import cnn, made, resnet18
 
 contenders = {
     "CNN: adaptive-tangents": lambda: recipes.ours(made(cnn)),
-    "CNN: neural-tangents": lambda: recipes.neural_tangents("CNN", made(cnn)),
+    **recipes.by_implementation("CNN", lambda: made(cnn)),
     "CNN: nngeometry": lambda: recipes.nngeometry(made(cnn)),
     "CNN: asdfghjkl": lambda: recipes.asdl(made(cnn), repeats=3),
     "CNN: torch.func": lambda: recipes.torch_func(made(cnn), repeats=2, warm=1),

@@ -35,7 +35,7 @@ def products() -> dict[str, object]:
 contenders = {
     "MLP: adaptive-tangents": lambda: recipes.ours(made(mlp), repeats=10),
     "MLP: the same matrix products": products,
-    "MLP: neural-tangents": lambda: recipes.neural_tangents("MLP", made(mlp)),
+    **recipes.by_implementation("MLP", lambda: made(mlp)),
     "MLP: nngeometry": lambda: recipes.nngeometry(made(mlp)),
     "MLP: asdfghjkl": lambda: recipes.asdl(made(mlp)),
     "MLP: curvlinops": lambda: recipes.curvlinops(made(mlp)),

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from counting import peak_rate
+
 OUT = Path("runs") / "benchmarks"
 PEERS = {"nngeometry": "nngeometry", "curvlinops-for-pytorch": "curvlinops", "asdfghjkl": "asdl", "xrfm": "xrfm"}
 
@@ -138,10 +140,18 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
+        "processor": processor(),
+        "GFLOP/s in products of 2048": round(peak_rate() / 1e9),
         "torch": metadata.version("torch"),
         "adaptive-tangents": metadata.version("adaptive-tangents"),
     } | {name: metadata.version(name) for name in PEERS if find_spec(PEERS[name])}
+
+
+def processor() -> str:
+    """The processor's kind, and its name where Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    told = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return f"{platform.machine()} {told[1].strip()}" if told else platform.machine()
 
 
 def show(value: Any) -> str:

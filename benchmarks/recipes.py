@@ -4,8 +4,7 @@ A row holds the seconds, the peak memory and a sample of the kernel's entries, b
 Peers are imported where they are used: each contender runs in a process of its own.
 """
 
-import json
-import subprocess
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ Row = dict[str, Any]
 ENTRIES = 512  # of a kernel, drawn once: enough to tell a wrong kernel from a right one
 COLUMNS = (
     "seconds", "× ours", "peak GB", "difference", "GFLOP", "as products s", "× products",
-    "compile s", "implementation", "note",
+    "compile s", "note",
 )  # fmt: skip
-PATIENCE = 900  # seconds, with compilation
 OTHER_PYTHON = Path(".venv-neural-tangents") / "bin" / "python"
 
 
@@ -174,30 +172,30 @@ def curvlinops(network: Network, *, columns: int = 50) -> Row:
     return timed(kernel, repeats=1, warm=0)
 
 
-def neural_tangents(name: str, network: Network) -> Row:
-    """neural-tangents at the same parameters and inputs, in the environment that ``make bench-neural-tangents`` makes."""
+NEURAL_TANGENTS = ("structured", "products", "jacobians")  # its three implementations
+
+
+def neural_tangents(name: str, make: Callable[[], Network], implementation: str) -> Row:
+    """One implementation of neural-tangents at the same parameters and inputs.
+
+    It runs in the environment that ``make bench-neural-tangents`` makes, in place of this process, so that whoever loses
+    patience with this contender ends it, and with nothing else.
+    """
     if not OTHER_PYTHON.exists():
         return {"skipped": "make bench-neural-tangents sets its environment up"}
-    model, x = network
+    model, x = make()
     OUT.mkdir(parents=True, exist_ok=True)
     values = {f"parameter {k}": p.detach().numpy() for k, p in enumerate(model.parameters())}
     chosen = places((len(x) * model(x).shape[1]) ** 2).numpy()
-    np.savez(OUT / f"{name}.npz", x=x.numpy(), places=chosen, **values)
+    path = OUT / f"{name}.npz"
+    np.savez(path, x=x.numpy(), places=chosen, **values)
     script = Path(__file__).parent / "neural_tangents" / "bench_neural_tangents.py"
-    rows, said = [], []
-    for implementation in ("structured", "jacobians"):
-        command = [str(OTHER_PYTHON), str(script), name, implementation, str(OUT / f"{name}.npz")]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            said.append(f"{implementation}: more than {PATIENCE} s")
-            continue
-        if done.returncode:
-            # A process ended by the system has no last words: its memory did not suffice.
-            said.append(f"{implementation}: {(done.stderr.strip().splitlines() or [''])[-1][:40] or done.returncode}")
-        else:
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            said.append(f"{implementation}: {rows[-1]['seconds']:.2g} s")
-    if not rows:
-        return {"failed": ", ".join(said)}
-    return min(rows, key=lambda row: row["seconds"]) | {"implementation": ", ".join(said)}
+    os.execv(OTHER_PYTHON, [str(OTHER_PYTHON), str(script), name, implementation, str(path)])
+
+
+def by_implementation(name: str, make: Callable[[], Network]) -> dict[str, Callable[[], Row]]:
+    """A contender for each of its implementations, each with a patience of its own."""
+    return {
+        f"{name}: neural-tangents, {kind}": lambda kind=kind: neural_tangents(name, make, kind)
+        for kind in NEURAL_TANGENTS
+    }

@@ -175,7 +175,7 @@ def assert_same(one: RunResult, other: RunResult, *, rel: float = 0.0) -> None:
 def explained_in_rounds(rounds: int) -> Iterator[None]:
     """Limit two-sided transforms to a few rounds; otherwise they take most of a small study's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("adaptive_tangents.measures.explain"), "_ROUNDS", rounds)
+        patch.setattr(importlib.import_module("adaptive_tangents.measures.few_directions"), "ROUNDS", rounds)
         yield
 
 

@@ -39,6 +39,7 @@ WINGS = (
     "datasets",
     "runs",
     "reporting",
+    "forecasting",
     "inspection",
     "experiments",
     "commands",
@@ -52,7 +53,7 @@ MOST_FLAT = 12
 ONLY_IN = {
     "sklearn": {"datasets.images"},
     "mlxtend": {"datasets.images"},
-    "matplotlib": {"reporting", "experiments", "inspection.figures"},
+    "matplotlib": {"reporting", "experiments", "inspection.figures", "forecasting"},
     "jinja2": {"reporting.report"},
     "typer": {"cli", "commands"},
     "rich": {"commands"},

@@ -34,6 +34,20 @@ def test_the_page_on_stored_kernels_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert "dense" in capsys.readouterr().out
 
 
+def test_the_recipes_for_many_outputs_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / "scaling.md").read_text()
+    section = page[page.index("## Many outputs") : page.index("## A GPT-2")]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    made: dict[str, torch.Tensor] = {"__name__": "docs"}  # type: ignore[dict-item]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile("\n".join(blocks), "docs/scaling.md", "exec"), made)
+    off, said = map(float, capsys.readouterr().out.split())
+    assert 0 < off < 3 * said
+    assert made["of_a_logit"].shape == made["of_the_loss"].shape == made["K"].shape == (8, 8)
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

@@ -1,6 +1,6 @@
 """neural-tangents on the networks of the other benchmarks, jitted: called by them with parameters and inputs in a file.
 
-    python bench_neural_tangents.py {MLP,CNN} {structured,jacobians} FILE.npz
+    python bench_neural_tangents.py {MLP,CNN} {structured,products,jacobians} FILE.npz
 
 Prints one row as JSON; compilation is timed apart.
 """
@@ -22,6 +22,7 @@ Parameters = list[Any]
 
 IMPLEMENTATIONS = {
     "structured": nt.NtkImplementation.STRUCTURED_DERIVATIVES,
+    "products": nt.NtkImplementation.NTK_VECTOR_PRODUCTS,
     "jacobians": nt.NtkImplementation.JACOBIAN_CONTRACTION,
 }
 

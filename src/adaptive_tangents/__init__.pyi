@@ -3,6 +3,7 @@ from . import capture as capture
 from . import datasets as datasets
 from . import experiments as experiments
 from . import features as features
+from . import forecasting as forecasting
 from . import inspection as inspection
 from . import kernels as kernels
 from . import linalg as linalg
@@ -19,6 +20,8 @@ from .capture import tangent_features as tangent_features
 from .errors import TangentError as TangentError
 from .errors import TangentWarning as TangentWarning
 from .features import TangentFeatures as TangentFeatures
+from .forecasting import Forecast as Forecast
+from .forecasting import forecast as forecast
 from .kernels import kernel_eigen as kernel_eigen
 from .kernels import kernel_regression as kernel_regression
 from .kernels import tangent_kernel as tangent_kernel

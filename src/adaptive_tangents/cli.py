@@ -128,6 +128,9 @@ def inspect(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and nodes, to see it work.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take what an interrupted run into OUT has finished.")
+    ] = False,
 ) -> None:
     """Measure what training did to your network, between two checkpoints or along many."""
     with worded_errors("interrupted; nothing was written"), _extra("inspect"):
@@ -135,7 +138,7 @@ def inspect(
 
         command.inspect(
             model, data, out, start=start, end=end, checkpoints=checkpoints, samples=samples, seed=seed, outputs=outputs,
-            wrt=wrt, nodes=nodes, device=device, quick=quick,
+            wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
         )  # fmt: skip
 
 

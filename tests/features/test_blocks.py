@@ -107,6 +107,36 @@ def test_products_are_those_of_the_features_written_out(kind: str) -> None:
     assert (made.samples, made.outputs) == (N, C)
 
 
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize("budget", [1, 10**8])
+@pytest.mark.parametrize("kind", ["tied table", "moved tied table", "table and layer", "three kinds"])
+def test_gram_matrices_of_every_two_kinds_of_factors_add_up_to_the_kernel(kind: str, budget: int, outputs: str) -> None:
+    layer, table = Outer(draw(N, T, C, O), draw(N, T, I, seed=1)), Flipped(draw(N, 3, C, I), draw(N, 3, O, seed=1))
+    parts: list[Summand] = {
+        "tied table": [lookup(), table], "moved tied table": [lookup(rank=2), table],
+        "table and layer": [layer, lookup(seed=7)], "three kinds": [layer, lookup(seed=7, rank=1), table],
+    }[kind]  # fmt: skip
+    made, phi = Block("b", (O, I), ()).of(parts), sum(written_out(part) for part in parts).reshape(N, C, -1)
+    other = made.map(index=torch.tensor([2, 0]))
+    assert plans.factors_only(made, other)
+    for symmetric, partner, rows in ((True, made, phi), (False, other, phi[[2, 0]])):
+        kernel = kernel_layout.empty_kernel(N, len(rows), C, outputs, made.features())
+        contraction.accumulate(kernel, made, partner, outputs, route="gram", symmetric=symmetric, budget=budget)
+        if symmetric:
+            kernel_layout.mirror(kernel)
+        close(kernel_layout.finish(kernel, N, len(rows), C, outputs), reference.kernel(phi, rows, outputs))
+
+
+def test_a_tied_table_is_contracted_by_gram_matrices_if_it_is_wide() -> None:
+    words, width, t = 3000, 8, 6
+    index = torch.randint(words, (N, t), generator=torch.Generator().manual_seed(0))
+    looked = Lookup(draw(N, t, C, width), index, torch.ones(N, t).double(), draw(N, t, 0), draw(0, words))
+    table = Block("b", (width, words), ()).of([looked, Flipped(draw(N, t, C, words), draw(N, t, width, seed=1))])
+    for outputs in OUTPUTS:
+        step = plans.plan_block(table, table, N, N, C, outputs, symmetric=True, budget=10**9, itemsize=8)
+        assert step.route == "gram"
+
+
 @pytest.mark.parametrize("kind", ["outer", "lookup", "flipped", "tied table", "weighted"])
 def test_samples_of_few_positions_and_of_many_join(kind: str) -> None:
     few, phi = block(kind), features(kind)

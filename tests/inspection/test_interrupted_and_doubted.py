@@ -16,7 +16,7 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.commands import inspect as inspect_command
 from adaptive_tangents.commands.report import PAGES
-from adaptive_tangents.inspection import InspectConfig, page, run
+from adaptive_tangents.inspection import InspectConfig, KeptInFolder, page, run
 from adaptive_tangents.inspection.run import disagreement
 from adaptive_tangents.inspection.tangents import Tangents
 from adaptive_tangents.reporting import report
@@ -60,13 +60,13 @@ STATES, DATA = trained(4)
 NAMED = dict(zip(("a", "b", "c", "d"), STATES, strict=True))
 
 
-def stopped_at(stage: str) -> RunResult:
+def stopped_at(stage: str, kept: KeptInFolder | None = None) -> RunResult:
     def progress(name: str, fraction: float) -> None:
         if name == stage:
             raise KeyboardInterrupt
 
     with explained_in_rounds(1):
-        return run(space["network"](), NAMED, DATA, CONFIG, progress=progress)
+        return run(space["network"](), NAMED, DATA, CONFIG, progress=progress, kept=kept)
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +75,45 @@ def whole() -> RunResult:
         return run(space["network"](), NAMED, DATA, CONFIG)
 
 
-MISSING = {
-    "average": [
-        "the average over the path",
-        "structured transforms",
-        "the exact models",
-        "checkpoint b",
-        "checkpoint c",
-    ],
-    "explain": ["structured transforms", "the exact models", "checkpoint b", "checkpoint c"],
-    "models": ["the exact models", "checkpoint b", "checkpoint c"],
-    "checkpoint b": ["checkpoint b", "checkpoint c"],
-    "checkpoint c": ["checkpoint c"],
-}
+STAGES = ["average", "explain 1", "explain 2", "models", "checkpoint b", "checkpoint c"]
+SAID = ["the average over the path", "structured transforms", "structured transforms", "the exact models"]
+SAID += ["checkpoint b", "checkpoint c"]
+MISSING = {stage: list(dict.fromkeys(SAID[k:])) for k, stage in enumerate(STAGES)}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+    """One run, interrupted at every stage and each time resumed; the last time to its end."""
+    folder, found = tmp_path_factory.mktemp("resumed"), {}
+    for stage in ("start", "end"):
+        with pytest.raises(KeyboardInterrupt):
+            stopped_at(stage, KeptInFolder(folder, resume=True))
+    for k, stage in enumerate([*STAGES, "nothing"]):
+        found[stage] = stopped_at(stage, KeptInFolder(folder, resume=True))
+        names = {path.stem for path in (folder / "stages").iterdir()}
+        assert names == {"choices", "start", "end", *STAGES[:k]}
+    return found
+
+
+def test_a_run_resumed_at_every_stage_finds_what_an_uninterrupted_one_does_to_the_last_bit(
+    interrupted: dict[str, RunResult], whole: RunResult
+) -> None:
+    found = interrupted["nothing"]
+    taken = {"plan", "wall_seconds", "cpu_seconds"}
+    assert {k: v for k, v in found.results.items() if k not in taken} == {
+        k: v for k, v in whole.results.items() if k not in taken
+    }
+    assert found.arrays.keys() == whole.arrays.keys()
+    for name, array in found.arrays.items():
+        assert array.dtype == whole.arrays[name].dtype
+        np.testing.assert_array_equal(array, whole.arrays[name])
 
 
 @pytest.mark.parametrize("stage", MISSING)
 def test_an_interrupted_run_has_the_numbers_of_a_whole_one_as_far_as_it_came(
-    stage: str, whole: RunResult, tmp_path: Path
+    stage: str, interrupted: dict[str, RunResult], whole: RunResult, tmp_path: Path
 ) -> None:
-    found = stopped_at(stage)
+    found = interrupted[stage]
     r, full = found.results, whole.results
     assert r["interrupted"] == MISSING[stage]
     for key in ("alignment", "alignment_centered"):
@@ -102,7 +121,17 @@ def test_an_interrupted_run_has_the_numbers_of_a_whole_one_as_far_as_it_came(
             for name, value in sims.items():
                 assert value == (None if stage == "average" and name == "average" else full[key][goal][name])
     assert r["growth"]["final"] == full["growth"]["final"]
-    assert r["models"] == ({} if stage in ("average", "explain", "models") else full["models"])
+    assert r["models"] == ({} if stage in STAGES[: STAGES.index("models") + 1] else full["models"])
+    blocks = list(full["blocks"])
+    fitted = blocks[: min(len(blocks), max(0, STAGES.index(stage) - STAGES.index("explain 1")))]
+    for key, told in full["explain"].items():
+        assert told["left_out"] == []
+        assert r["explain"][key]["left_out"] == [name for name in blocks if name not in fitted]
+        assert (r["explain"][key]["total"] is None) == (not fitted)
+        for name in fitted:
+            assert r["blocks"][name]["explain"][key] == full["blocks"][name]["explain"][key]
+    if stage == "models":
+        assert r["explain"] == full["explain"]
     points = {point["name"]: point for point in full["trajectory"]}
     assert r["trajectory"] == [points[p["name"]] for p in r["trajectory"]]
     assert {p["name"] for p in r["trajectory"]} == {"a", "b", "c", "d"} - {
@@ -159,7 +188,7 @@ def test_a_run_warns_where_the_end_is_worse_than_the_start(whole: RunResult) -> 
     assert whole.results["performance"]["end"]["accuracy"] > whole.results["performance"]["start"]["accuracy"]
     backwards = dict(reversed(NAMED.items()))
     with pytest.warns(at.TangentWarning, match=r"^inspect: accuracy falls from .* at d to .* at a; check the order"):
-        found = run(space["network"](), backwards, DATA, InspectConfig(samples=24, nodes=1, explain_operations=1))
+        found = run(space["network"](), backwards, DATA, InspectConfig(samples=24, nodes=1))
     assert any("in doubt: accuracy falls from" in limit for limit in found.results["limits"])
 
 
@@ -281,6 +310,7 @@ def test_the_command_writes_what_is_finished_when_interrupted(files: Path, monke
     assert done.exit_code == 130
     told = " ".join(done.output.split())
     assert "interrupted; the report holds what was finished, without the average over the path, structured" in told
+    assert told.endswith("the same command with --resume continues")
     assert (files / "run" / "report.html").exists()
     again = runner.invoke(cli.app, ["report", "run"])
     assert again.exit_code == 0, again.output

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from adaptive_tangents.kernels.schedule import FeatureCache, captures, dealt, keys_of, ordered
+from adaptive_tangents.kernels.schedule import FeatureCache, captures, dealt, in_turn, keys_of, ordered
 from adaptive_tangents.storage.planning import tile_costs
 
 
@@ -84,7 +84,7 @@ def test_every_tile_is_dealt_once_and_no_rank_has_a_tile_more_of_work_than_its_s
     tile, symmetric = 7, m is None
     places = grid(-(-n // tile), None if m is None else -(-m // tile))
     costs = tile_costs(places, tile, n, m or n, symmetric=symmetric)
-    shares = dealt(places, costs, ranks, 4, symmetric=symmetric, capture=0.3)
+    shares = dealt(places, costs, ranks, 4, symmetric=symmetric, capture=0.3).shares
     assert sorted(itertools.chain(*shares)) == sorted(places)
     work = [sum(costs[place] for place in share) for share in shares]
     assert max(abs(one - sum(costs.values()) / ranks) for one in work) <= 1.0
@@ -95,7 +95,7 @@ def test_ranks_share_few_features() -> None:
     places = grid(n)
     costs = dict.fromkeys(places, 1.0)
     for ranks in (2, 8, 32):
-        shares = dealt(places, costs, ranks, n, symmetric=True, capture=1.0)
+        shares = dealt(places, costs, ranks, n, symmetric=True, capture=1.0).shares
         busiest = max(captures(share, n, symmetric=True) for share in shares)
         at_random = random.Random(0).sample(places, len(places))
         dispersed = max(captures(at_random[k::ranks], n, symmetric=True) for k in range(ranks))
@@ -108,3 +108,82 @@ def test_work_is_less_at_the_edges_and_on_the_diagonal() -> None:
     costs = tile_costs(grid(3), 4, 10, 10, symmetric=True)
     assert costs == {(0, 0): 0.6, (0, 1): 1.0, (0, 2): 0.5, (1, 1): 0.6, (1, 2): 0.5, (2, 2): 0.15}
     assert tile_costs([(2, 2)], 4, 10, 10, symmetric=False) == {(2, 2): 0.25}
+
+
+# passing features on
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(8, None), (16, None), (9, 7)])
+def test_each_range_is_captured_by_one_rank_and_no_rank_has_a_capture_more_to_do(
+    rows: int, columns: int | None, ranks: int
+) -> None:
+    places, symmetric = grid(rows, columns), columns is None
+    count = rows + (columns or 0)
+    costs = tile_costs(places, 5, 5 * rows, 5 * (columns or rows), symmetric=symmetric)
+    deal = dealt(places, costs, ranks, count, symmetric=symmetric, capture=4.0, passing=0.4)
+    assert set(deal.owners) == {key for place in places for key in keys_of(place, symmetric=symmetric)}
+    assert deal.captures(count, symmetric=symmetric) == count
+    assert deal.copies == 1
+    work = [
+        sum(costs[place] for place in share) + 4.0 * len(deal.owned(rank)) for rank, share in enumerate(deal.shares)
+    ]
+    assert max(work) - min(work) <= 4.0 + 1e-9
+    needs = [{key for place in share for key in keys_of(place, symmetric=symmetric)} for share in deal.shares]
+    assert sum(key not in needs[rank] for key, rank in deal.owners.items()) <= count / 4
+    apart = dealt(places, costs, ranks, count, symmetric=symmetric, capture=4.0)
+    assert (apart.owners, apart.copies) == ({}, 0)
+    assert apart.captures(count, symmetric=symmetric) > count
+
+
+def test_features_are_passed_only_where_ranks_can_keep_their_own_beside_a_tile() -> None:
+    places = grid(12)
+    costs = dict.fromkeys(places, 1.0)
+    for capacity, passes in ((5, False), (8, True), (12, True)):
+        deal = dealt(places, costs, 2, capacity, symmetric=True, capture=5.0, passing=0.5)
+        assert bool(deal.owners) == passes
+        assert deal.copies == (0 if not passes else 1 if capacity == 12 else deal.copies)
+    assert deal.captures(12, symmetric=True) == 12
+    narrow = dealt(places, costs, 2, 8, symmetric=True, capture=5.0, passing=0.5)
+    assert narrow.captures(8, symmetric=True) == 12
+    assert narrow.copies > 1
+    assert not dealt(places, costs, 1, 12, symmetric=True, capture=5.0, passing=0.5).owners
+
+
+@pytest.mark.parametrize("capacity", [5, 7])
+def test_what_is_kept_is_never_let_go_and_the_rest_is_within_capacity(capacity: int) -> None:
+    kept = [(0, 2), (0, 4), (0, 7)]
+    order = random.Random(0).sample(grid(9), 30)
+    made: list[tuple[int, int]] = []
+    held = FeatureCache(lambda key: made.append(key) or key, order, capacity, symmetric=True, kept=kept)
+    for key in kept:
+        held.one(key)
+    for place in order:
+        held.pair(place)
+        assert len(held._held) <= capacity
+        assert all(key in held for key in kept)
+    assert all(made.count(key) == 1 for key in kept)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_tile_that_another_rank_makes_is_no_use_of_its_features(skipped: bool) -> None:
+    held = FeatureCache(lambda key: key, [(0, 1), (0, 4), (2, 4), (1, 5), (0, 6)], 3, symmetric=True)
+    held.pair((0, 1))
+    if skipped:
+        held.skip((1, 5))
+    held.pair((0, 4))
+    held.pair((2, 4))
+    assert ((0, 0) in held, (0, 1) in held) == (skipped, not skipped)
+
+
+def test_tiles_that_are_not_ready_let_others_pass_and_come_when_waiting_is_given_up() -> None:
+    order, ready = grid(4), {(0, 0), (1, 1), (2, 3)}
+    then = {(2, 3): {(0, 1)}, (0, 2): {(3, 3), (0, 3)}, (0, 3): {(1, 2)}, (1, 2): set(order)}
+    waits = iter([True, True, False])  # after (0, 1): nothing is ready, and (0, 2) comes when waiting is given up
+    seen = []
+    for place in in_turn(order, ready.__contains__, lambda: next(waits)):
+        seen.append(place)
+        ready |= then.get(place, set())
+    assert seen == [(0, 0), (1, 1), (2, 3), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 2), (3, 3)]
+    assert next(waits, None) is None
+    assert list(in_turn(order, lambda place: False, lambda: False)) == order

@@ -23,7 +23,7 @@ WORK: dict[str, tuple[Callable[[Progress], object], str, int]] = {
     "a sketched kernel": (lambda p: at.tangent_kernel(MODEL, X, sketch=SKETCH, progress=p), "samples", 1),
     "sketched features": (lambda p: at.sketch_features(MODEL, X, SKETCH, progress=p), "samples", 1),
     "a path average": (lambda p: at.average_features(MODEL, START, END, X, nodes=5, progress=p), "5 nodes", 5),
-    "an explanation": (lambda p: at.explain(FEATS, MOVED, progress=p), "blocks", 2),
+    "an explanation": (lambda p: at.explain(FEATS, MOVED, progress=p), "blocks", 12),
 }
 
 

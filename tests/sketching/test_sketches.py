@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 from adaptive_tangents.features.summands import Dense, Flipped, Lookup, Outer, Shared, Weighted
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Sides
-from adaptive_tangents.linalg.hadamard import hadamard, paired_rows, pairs, projection_variance
+from adaptive_tangents.linalg.hadamard import JoinedRows, hadamard, paired_rows, pairs, projection_variance
 from reference import jacobian
 
 # ------------------------------------------------------------------------------------------------ projections
@@ -236,9 +236,22 @@ def test_factors_of_few_samples_are_held_at_a_time(monkeypatch: pytest.MonkeyPat
         at.sketching.sketches, "_sketched", lambda s, feats, *rest: sizes.append(feats.n) or apply(s, feats, *rest)
     )
     monkeypatch.setattr(at.sketching.sketches, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(at.sketching.sketches, "_GRADIENTS", 0)
     assert at.sketch_features(model, x, at.Sketch(64)).n == 5
     assert len(sizes) > 1
     assert max(sizes) < 5
+
+
+@pytest.mark.parametrize("most", [10**9, 0])
+@pytest.mark.parametrize("count", [20, 512])
+def test_joined_draws_are_the_draws_side_by_side(count: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptive_tangents.linalg.hadamard._JOINED_BYTES", most)
+    draws = tuple(paired_rows((0, "a", r), (300, 8), count)[0] for r in range(3))
+    x, index = torch.randn(2, 5, 300, dtype=torch.float64), torch.tensor([[3, 299], [3, 0]])
+    assert torch.allclose(JoinedRows(draws).apply(x), torch.cat([rows.apply(x) for rows in draws], -1), atol=1e-10)
+    units = JoinedRows(draws).of_units(index)
+    assert torch.equal(units, torch.cat([rows.of_units(index) for rows in draws], -1))
+    assert torch.allclose(units.double(), JoinedRows(draws).apply(torch.eye(300, dtype=torch.float64)[index]))
 
 
 def test_a_sketch_as_large_as_the_features_is_exact() -> None:

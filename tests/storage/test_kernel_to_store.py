@@ -24,8 +24,9 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.features.transforms import Sides
+from adaptive_tangents.kernels.schedule import Deal
 from adaptive_tangents.runtime.tensor_files import draft_beside, is_draft
-from adaptive_tangents.storage import locks
+from adaptive_tangents.storage import locks, tile_making
 from adaptive_tangents.storage.feature_stream import Stream
 from adaptive_tangents.storage.planning import duration
 from adaptive_tangents.storage.store import KernelStore
@@ -80,7 +81,7 @@ def test_neither_order_nor_room_nor_interruptions_change_a_bit(outputs: str, tmp
         store(cut, **options, resume=True)
         assert files(cut) == expected
         with monkeypatch.context() as patch:
-            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: [list(places)[::-1]])
+            patch.setattr(storing, "_shares", lambda made, some, layout, places, ranks: Deal([list(places)[::-1]]))
             assert files(store(tmp_path / f"back-{other is None}.zarr", **options).path) == expected
         with monkeypatch.context() as patch:
             patch.setattr(storing, "lay_out", narrow(storing.lay_out))
@@ -256,6 +257,15 @@ def test_a_plan_says_what_is_then_done(tmp_path: Path) -> None:
         assert words in text
     assert all(name in text for name in made.blocks)
     assert {block.route for block in plan.contraction.blocks} <= {"gram", "nested", "materialize"}
+
+
+def test_a_plan_for_several_processes_counts_a_capture_of_each_range_where_passing_is_cheaper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seconds, captures in ((0.0, 10), (float("inf"), 18)):
+        monkeypatch.setattr(storing, "passing_seconds", lambda size, seconds=seconds: seconds)
+        plan = at.plan_kernel(network(), data(40), outputs="trace", tile=4, memory_limit=LIMIT, processes=2)
+        assert (plan.ranges, plan.captures) == (10, captures)
 
 
 def test_a_plan_times_more_samples_up_to_a_tile_where_few_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +548,7 @@ def test_a_kernel_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
 def test_a_tile_that_a_dead_process_had_claimed_keeps_the_store_incomplete(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "K.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(storing, "claim_tile", lambda folder, name: name != "1-2")
+        patch.setattr(tile_making, "claim_tile", lambda folder, place: place != (1, 2))
         message = r"^kernel_to_store: 1 of 10 tiles are missing from .*, because a process ended early; make them with"
         with pytest.raises(at.TangentError, match=message):
             store(path)
@@ -622,9 +632,9 @@ def test_a_lock_that_was_taken_over_is_not_beaten_back(tmp_path: Path, monkeypat
 
 
 def test_a_claim_is_given_once(tmp_path: Path) -> None:
-    assert locks.claim_tile(tmp_path, "0-1")
-    assert not locks.claim_tile(tmp_path, "0-1")
-    assert locks.claim_tile(tmp_path, "1-0")
+    assert locks.claim_tile(tmp_path, (0, 1))
+    assert not locks.claim_tile(tmp_path, (0, 1))
+    assert locks.claim_tile(tmp_path, (1, 0))
 
 
 def test_an_interruption_keeps_what_is_made(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.capture.calls import Use
-from adaptive_tangents.capture.derivatives import backward
+from adaptive_tangents.capture.derivatives import Gradients, backward
 from adaptive_tangents.capture.graph import Graph
 from adaptive_tangents.capture.graph_uses import Signature, Term, UseKey, keyed, signatures, terms_of
 from adaptive_tangents.capture.groups import Group
@@ -100,6 +100,13 @@ class Source:
         """Whether features are sums over positions; then gradients of all outputs need not be held at once."""
         return bool(self.uses) and all(use.rule.summed for use in self.uses)
 
+    def narrow(self, choice: Choice) -> list[bool]:
+        """For each edge, whether positions without gradients may be left out there."""
+        if not self.uses:
+            return [False for _ in self.edges]
+        ways = self.layouts(choice).values()
+        return [way == "first" and use.has_positions(self.n) for use, way in zip(self.uses, ways, strict=True)]
+
     @property
     def channels_last(self) -> list[bool]:
         """For each edge, whether the units of a position are adjacent in memory."""
@@ -155,17 +162,19 @@ def next_choice(choice: Choice, source: Source) -> Choice | None:
 def made_from(
     group: Group,
     source: Source,
-    gradients: Mapping[tuple[Any, int], Tensor],
+    gradients: Mapping[tuple[Any, int], Gradients],
     out: Tensor,
     choices: Mapping[str, Choice],
 ) -> Block:
     """A block, made from its source and the gradients (c, ...) at the source's edges."""
     choice = choices.get(group.name, Choice())
-    gradients = {(e.node, e.output_nr): gradients[e.node, e.output_nr].detach() for e in source.edges}
+    there = {(e.node, e.output_nr): gradients[e.node, e.output_nr].values.detach() for e in source.edges}
     if source.uses:
-        found = {id(use): gradients[use.edge.node, use.edge.output_nr] for use in source.uses}
-        return group.called(list(source.uses), found, len(out), list(source.layouts(choice).values()))
-    return block_of(group, source.terms, gradients, out, source.layouts(choice))
+        places = [(use.edge.node, use.edge.output_nr) for use in source.uses]
+        uses = [use.at(gradients[place].live) for use, place in zip(source.uses, places, strict=True)]
+        found = {id(use): there[place] for use, place in zip(uses, places, strict=True)}
+        return group.called(uses, found, len(out), list(source.layouts(choice).values()))
+    return block_of(group, source.terms, there, out, source.layouts(choice))
 
 
 def blocks_from(
@@ -183,32 +192,34 @@ def blocks_from(
     last: dict[tuple[Any, int], bool] = {}
     edges: dict[tuple[Any, int], GradientEdge] = {}
     held: dict[tuple[Any, int], bool] = {}
-    for source in sources.values():
-        summed = source.summed
-        for edge, together in zip(source.edges, source.channels_last, strict=True):
+    narrow: dict[tuple[Any, int], bool] = {}
+    for name, source in sources.items():
+        summed, few = source.summed, source.narrow(choices.get(name, Choice()))
+        for edge, together, some in zip(source.edges, source.channels_last, few, strict=True):
             place = edge.node, edge.output_nr
             edges[place], last[place] = edge, together
+            narrow[place] = narrow.get(place, True) and some
             held[place] = held.get(place, False) or not summed
     found = [group for group in groups if group.name in sources]
     early = [group for group in found if sources[group.name].summed]
     values = {group.name: empty((n, c, *group.matrix), out, dtype) for group in early}
 
     def sum_positions(outputs: slice, gradients: list[Tensor]) -> None:
-        there = dict(zip(edges, gradients, strict=True))
+        there = {place: Gradients(gradient) for place, gradient in zip(edges, gradients, strict=True)}
         for group in early:
             made = made_from(group, sources[group.name], there, out.detach()[:, outputs], choices)
             values[group.name][:, outputs] = made.features()
 
     held_gradients = backward(
-        out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()), seen=sum_positions,
-        operations=graph.operations, batched=batched,
+        out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()),
+        narrow=list(narrow.values()), seen=sum_positions, operations=graph.operations, batched=batched,
     )  # fmt: skip
     kept = {
         place: gradient
         for place, gradient in zip(edges, held_gradients, strict=True)
         if gradient is not None and held[place]
     }
-    sizes = {place: gradient.nbytes for place, gradient in kept.items()}
+    sizes = {place: gradient.values.nbytes for place, gradient in kept.items()}
     blocks = {
         group.name: group.of([Dense(values[group.name])])
         if group.name in values

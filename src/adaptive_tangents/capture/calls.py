@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from adaptive_tangents.capture.layers import LayerRule, rule_for
+from adaptive_tangents.capture.live_positions import at_positions
 from adaptive_tangents.capture.sample_layouts import SampleLayout, layouts
 
 
@@ -28,6 +30,19 @@ class Use:
         ways = layouts(tuple(self.inputs.shape), n)
         before_last = self.inputs.ndim > 2 or not self.inputs.is_floating_point()
         return ways if self.rule.tokens and before_last else tuple(way for way in ways if way != "second")
+
+    def has_positions(self, n: int) -> bool:
+        """Whether input and output are (n, *positions, units), or (n, *positions) of a table."""
+        shape, made = self.inputs.shape, self.edge.node._input_metadata[self.edge.output_nr].shape
+        positions = shape[1:] if self.rule.table else shape[1:-1]
+        return self.rule.tokens and len(positions) > 0 and tuple(made[:-1]) == (n, *positions)
+
+    def at(self, live: Int[Tensor, "n s"] | None) -> "Use":
+        """The same at some positions of each sample; None is all."""
+        if live is None:
+            return self
+        positions = self.inputs.ndim - (1 if self.rule.table else 2)
+        return replace(self, inputs=at_positions(self.inputs, live, positions))
 
 
 def _is_special(tensor: Tensor) -> bool:

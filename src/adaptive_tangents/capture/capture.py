@@ -85,7 +85,8 @@ def tangent_features(
     return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit, whole=True).features(x)
 
 
-PASS_BYTES = 1_000_000_000  # more at once is no faster
+PASS_BYTES = 1_000_000_000  # more at once is no faster, but for networks whose parameters themselves take that much
+_GRADIENTS = 4  # a pass of a large network may take as much as so many gradients: each pass makes and reads some
 
 
 class Capture:
@@ -144,15 +145,15 @@ class Capture:
     def features(self, x: Batch, chunk: int | None = None) -> TangentFeatures:
         """The features of a batch, after a check that they fit into memory; ``chunk`` samples per pass, or as fit."""
         probe, n = self.probe, samples(x)
-        # Joining the passes copies factors once; materialized features are not copied.
-        needed = n * (2 * probe.held_bytes() - probe.whole_bytes)
+        # Joining the passes copies the factors of one block at a time.
+        needed = n * (probe.held_bytes() + probe.largest_bytes)
         if probe.whole:
             remedy = f"take fewer samples, or narrow wrt: {', '.join(probe.whole[:4])} cannot be factored"
         else:
             remedy = "take fewer samples, narrow wrt, or use tangent_kernel, which works tile by tile"
         require_memory(self.call, needed, self.limit, remedy=remedy)
         # A pass must leave memory for what is held beside it: a kernel, or another tile's features.
-        room = min(max(self.limit - needed, 0), self.limit // 4, PASS_BYTES)
+        room = min(max(self.limit - needed, 0), self.limit // 4, max(PASS_BYTES, _GRADIENTS * self.gradient_bytes))
         chunk = max(1, min(n, chunk or room // max(1, probe.pass_bytes)))
 
         def passes() -> list[tuple[Tensor, dict[str, Block]]]:

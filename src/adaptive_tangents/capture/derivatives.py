@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adaptive_tangents.capture.batches import Batch, refilled, samples, take, tensors
 from adaptive_tangents.capture.graph import read_graph
 from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
+from adaptive_tangents.capture.live_positions import LiveGradients
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import (
@@ -37,11 +40,17 @@ _BATCHED = {
     "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
     "Mul", "Permute", "AccumulateGrad", "CopySlices",
 }  # fmt: skip
-
-
 _SURE = 0.01  # of what is allowed
 _SMALL = 64_000_000  # bytes of gradients
 _COPIED = 30_000  # numbers per sample; above this, gathering samples takes longer than a loop over them
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients (c, ...) of every output at an edge; with ``live``, (c, n, s, o) at those positions of each sample."""
+
+    values: Tensor
+    live: Int[Tensor, "n s"] | None = None
 
 
 def backward(
@@ -50,13 +59,15 @@ def backward(
     *,
     channels_last: Sequence[bool],
     held: Sequence[bool],
+    narrow: Sequence[bool],
     seen: Callable[[slice, list[Tensor]], None],
     operations: Collection[str],
     batched: bool = False,
-) -> list[Tensor | None]:
+) -> list[Gradients | None]:
     """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
 
-    With ``channels_last`` the last dimension stays innermost in memory, otherwise all dimensions but the first do.
+    With ``channels_last`` the last dimension stays innermost in memory, otherwise all dimensions but the first do. An
+    edge that is ``narrow``, (n, *positions, o), may come as (c, n, s, o) at the positions where gradients are not zero.
     ``seen`` is called with ranges of outputs and the gradients at all edges, held or not. ``operations`` are the graph's.
     With ``batched``, small gradients come from one batched pass if all operations are torch's own: some of torch's rules for
     batched passes are wrong for some sizes, so what is made of them must be checked.
@@ -69,9 +80,21 @@ def backward(
     elif _BATCHED.issuperset(operations) or (batched and all(operations) and _small(out, edges)):
         found = _all_at_once(out, edges)
     if found is None:
-        return _one_by_one(out, edges, channels_last, held, seen)
+        return _one_by_one(out, edges, channels_last, held, narrow, seen)
     seen(slice(0, out.shape[1]), found)
-    return [*found]
+    return [_narrowed(g) if few and kept else Gradients(g) for g, few, kept in zip(found, narrow, held, strict=True)]
+
+
+def _narrowed(gradients: Tensor) -> Gradients:
+    """Gradients (c, n, *positions, o), at the live positions if these are few."""
+    rows = gradients.movedim(0, -2).flatten(-2)
+    live = LiveGradients(tuple(rows.shape))
+    live.add(rows)
+    if not live.few:
+        return Gradients(gradients)
+    made, index = live.joined()
+    n, t, _ = made[0].shape
+    return Gradients(made[0].reshape(n, t, len(gradients), -1).movedim(-2, 0), index)
 
 
 def _small(out: Tensor, edges: Sequence[GradientEdge]) -> bool:
@@ -106,22 +129,37 @@ def _one_by_one(
     edges: Sequence[GradientEdge],
     channels_last: Sequence[bool],
     held: Sequence[bool],
+    narrow: Sequence[bool],
     seen: Callable[[slice, list[Tensor]], None],
-) -> list[Tensor | None]:
+) -> list[Gradients | None]:
     """Gradients by one pass per output; held ones are written side by side."""
     places = [-2 if last else 1 for last in channels_last]  # the dimension of the outputs
     kept: dict[int, Tensor] = {}
+    live: dict[int, LiveGradients] = {}
     for j in range(out.shape[1]):
         gradients = _of_output(out, edges, j)
         seen(slice(j, j + 1), [gradient[None] for gradient in gradients])
         for k, gradient in enumerate(gradients):
-            if held[k]:
+            if j == 0 and held[k] and narrow[k]:
+                first = LiveGradients(tuple(gradient.shape))
+                first.add(gradient)
+                if first.few:
+                    live[k] = first
+                    continue
+            if k in live:
+                live[k].add(gradient)
+            elif held[k]:
                 if k not in kept:
                     shape = list(gradient.shape)
                     shape.insert(-1 if channels_last[k] else 1, out.shape[1])
                     kept[k] = empty(shape, gradient)
                 kept[k].select(places[k], j).copy_(gradient)
-    return [kept[k].movedim(place, 0) if k in kept else None for k, place in enumerate(places)]
+    found: list[Gradients | None] = [
+        Gradients(kept[k].movedim(place, 0)) if k in kept else None for k, place in enumerate(places)
+    ]
+    for k, some in live.items():
+        found[k] = Gradients(*some.joined())
+    return found
 
 
 def _of_output(out: Tensor, edges: Sequence[GradientEdge], j: int) -> list[Tensor]:

@@ -178,8 +178,11 @@ def _average(
     points, weights = np.polynomial.legendre.leggauss(count)
     limit = limit_for(first.requested, first.probe.device)
     theta0, theta1, buffers0 = first.network.parameters, after.network.parameters, first.network.buffers
+    # All nodes side by side, one node, and a copy of one block; what is materialized is copied as it is added up.
+    probe = first.probe
+    a_sample = probe.held_bytes(count) + probe.held_bytes() + count * probe.largest_bytes + 2 * probe.whole_bytes
     require_memory(
-        call, 2 * samples(x) * (first.probe.held_bytes(count) + first.probe.whole_bytes), limit,
+        call, samples(x) * a_sample, limit,
         remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
     )  # fmt: skip
     collected: dict[str, list[Block]] = {}
@@ -189,7 +192,10 @@ def _average(
         stats = {**buffers0, **{name: buffers0[name] + float(s) * step for name, step in shift.items()}}
         node = first.at(between, stats)
         features = node.features(x)
-        for name, block in features.blocks.items():
+        left = dict(features.blocks)
+        features = replace(features, blocks={})
+        for name in list(left):
+            block = left.pop(name)  # freed once it is weighted
             weighted, kept = block.compact(copies=count).scaled(float(w)), collected.setdefault(name, [])
             if weighted.dense is not None and kept:
                 # Materialized features are added up at once; only factors are kept for every node.
@@ -200,7 +206,7 @@ def _average(
             by_buffers = part if by_buffers is None else by_buffers + part
         if progress is not None:
             progress(f"{count} nodes", done / count)
-    blocks = {name: sum_blocks(parts) for name, parts in collected.items()}
+    blocks = {name: sum_blocks(collected.pop(name)) for name in list(collected)}
     return TangentFeatures(features.n, features.c, blocks, features.parameters, first.requested), by_buffers
 
 

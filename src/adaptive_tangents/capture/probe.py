@@ -57,6 +57,11 @@ class Probe:
         return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
 
     @property
+    def largest_bytes(self) -> int:
+        """Bytes for the features of one sample in the largest block that has factors."""
+        return max((min(self.factors[name], self.dense[name]) for name in self.factors), default=0)
+
+    @property
     def whole_bytes(self) -> int:
         """The part of these bytes that is always materialized."""
         return sum(size for name, size in self.dense.items() if name not in self.factors)

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -22,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.runtime.progress import duration
 
 
 class _Plain(Console):
@@ -50,12 +54,29 @@ ALL = "all"
 """The name that means all studies."""
 
 
+class _ExpectedTimeLeft(ProgressColumn):
+    """The time left where progress is the share of the expected time that has passed."""
+
+    def render(self, task: Task) -> Text:
+        left = left_of(task.elapsed or 0.0, task.completed)
+        return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
+def left_of(elapsed: float, share: float) -> float | None:
+    """Seconds left when a share of the expected time has passed; None before there is an estimate.
+
+    >>> left_of(30.0, 0.25)
+    90.0
+    """
+    return elapsed * (1 - share) / share if share > 0 else None
+
+
 @contextmanager
-def bars() -> Iterator[Callable[[str, str, float], None]]:
-    """One progress bar per name."""
+def bars(*, timed: bool = False) -> Iterator[Callable[[str, str, float], None]]:
+    """One progress bar per name; ``timed`` if progress is the share of the expected time, not of the work."""
     columns = (
         TextColumn("{task.description:<18}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left", markup=False), TimeRemainingColumn(),
+        TextColumn("left", markup=False), _ExpectedTimeLeft() if timed else TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
         tasks: dict[str, TaskID] = {}
@@ -67,16 +88,18 @@ def bars() -> Iterator[Callable[[str, str, float], None]]:
             described = shown(f"{name}: {stage}" if name else stage, console.encoding)
             bar.update(tasks[name], description=described, completed=fraction)
             if (name, stage) not in seen and not console.is_terminal:
-                console.print(f"{fraction:4.0%} {described}")
+                left = left_of(bar.tasks[tasks[name]].elapsed or 0.0, fraction) if timed else None
+                words = "" if left is None else f", about {duration(left)} left"
+                console.print(f"{fraction:4.0%} {described}{words}")
             seen.add((name, stage))
 
         yield update
 
 
 @contextmanager
-def one_bar() -> Iterator[Callable[[str, float], None]]:
+def one_bar(*, timed: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A bar with the time left; without a terminal, one line per stage."""
-    with bars() as update:
+    with bars(timed=timed) as update:
         yield partial(update, "")
 
 

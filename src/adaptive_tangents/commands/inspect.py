@@ -12,7 +12,7 @@ from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import console, errors, one_bar, typed
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.inspection import InspectConfig
+from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.inspection.checkpoint_order import Order, doubted, ordered, swapped
 from adaptive_tangents.runs.results import write_results
@@ -44,6 +44,7 @@ def inspect(
     nodes: int | None,
     device: str,
     quick: bool,
+    resume: bool,
 ) -> None:
     """Measure, write the results and print the findings."""
     check_device("inspect", device)
@@ -74,10 +75,20 @@ def inspect(
         wrt=tuple(wrt) if wrt else None,
         nodes=nodes,
     )
-    with one_bar() as progress, warnings.catch_warnings():
-        warnings.simplefilter("always", TangentWarning)
-        warnings.showwarning = _shown  # type: ignore[assignment]
-        result = run_inspection(network, states, loaded, config.quick() if quick else config, progress=progress)
+    kept = KeptInFolder(out, resume=resume)
+    try:
+        with one_bar(timed=True) as progress, warnings.catch_warnings():
+            warnings.simplefilter("always", TangentWarning)
+            warnings.showwarning = _shown  # type: ignore[assignment]
+            result = run_inspection(
+                network, states, loaded, config.quick() if quick else config,
+                progress=progress, show=_print_plan, kept=kept,
+            )  # fmt: skip
+    except KeyboardInterrupt as error:
+        if not kept.written:
+            raise
+        _say(f"interrupted; finished stages are in {kept}, and the same command with --resume continues")
+        raise typer.Exit(INTERRUPTED) from error
     results = result.results | {"command": typed(), "model": model, "data_file": data.name}
     results["limits"] = [*results["limits"], *map(doubted, doubts)]
     write_results(results, result.arrays, out)
@@ -89,7 +100,10 @@ def inspect(
         )
         raise typer.Exit(INTERRUPTED) from error
     if results["interrupted"]:
-        _say(f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}")
+        _say(
+            f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}; the same command "
+            "with --resume continues"
+        )
         raise typer.Exit(INTERRUPTED)
 
 
@@ -99,6 +113,11 @@ def _print_order(order: Order) -> None:
     for path, place in zip(order.paths, order.places, strict=True):
         line = f"  {path}" + (f"  ({place})" if place else "")
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_plan(plan: Plan) -> None:
+    """What will be done and what it takes, before it starts."""
+    console.print(str(plan), soft_wrap=True, highlight=False)
 
 
 def _shown(message: Warning | str, category: type[Warning], *place: Any, plainly: Any = warnings.showwarning) -> None:

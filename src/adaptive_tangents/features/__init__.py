@@ -15,6 +15,7 @@ from adaptive_tangents.features.transforms import (
     Scaled,
     Sides,
     Transform,
+    Update,
     transform_matrices,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "Sides",
     "TangentFeatures",
     "Transform",
+    "Update",
     "transform_matrices",
 ]

@@ -1,12 +1,14 @@
 """From blocks to kernels, K = ⟨Φ, Φ′⟩, by the route that features.plans expects to be fastest for the block.
 
-- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}); features are never formed;
+- gram: ⟨Φ, Φ′⟩ = Σ_{t,t′} (δ_t·δ′_{t′})(h_t·h′_{t′}); features are never formed; of blocks with factors of several kinds,
+  such as a tied table, every kind with every kind;
 - nested: Σ_t δ_t·(Σ_{t′} (h_t·h′_{t′}) δ′_{t′}), the same sum, inner one first; for several outputs and positions;
 - materialize: Φ of a range of output units at a time, then one matrix product.
 
 Kernels stay in the (batch, N, M) layout of features.kernel_layout until the end.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,14 +19,13 @@ from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.kernel_layout import Outputs, Precision, working_dtype
-from adaptive_tangents.features.plans import KernelPlan, RouteName, common_factors, narrowed
+from adaptive_tangents.features.plans import KernelPlan, RouteName, common_factors, factors_only, gram_bytes, narrowed
 from adaptive_tangents.features.summands import (
-    Dense,
     Factors,
+    Flipped,
     Lookup,
     SampleMap,
-    Shared,
-    Weighted,
+    Summand,
     sum_tensors,
     tensors_of,
 )
@@ -48,15 +49,12 @@ def accumulate(
 ) -> None:
     """Add one block's kernel in place; if symmetric, only the upper triangle (`mirror` fills the rest)."""
     rest_a, rest_b = narrowed(a.without_shared(), b.without_shared())
-    if route != "materialize" and common_factors(a, b) is not None:
-        factors_a, factors_b = rest_a.summands[0], rest_b.summands[0]
-        assert not isinstance(factors_a, Dense | Shared | Weighted)
-        assert not isinstance(factors_b, Dense | Shared | Weighted)
-        walk = _accumulate_gram if route == "gram" else _accumulate_nested
+    if route != "materialize" and factors_only(rest_a, rest_b):
+        walk = _accumulate_nested if route == "nested" and common_factors(a, b) else _accumulate_gram
         # The routes flatten ranges of the inputs over and over; contiguous inputs avoid copies.
-        rows_a = _in_rows(factors_a)
-        rows_b = rows_a if factors_b is factors_a else _in_rows(factors_b)
-        walk(kernel, rows_a, rows_b, outputs, symmetric=symmetric, budget=budget)
+        rows = {id(part): _in_rows(part) for part in (*rest_a.summands, *rest_b.summands)}
+        for left, right in itertools.product(rest_a.summands, rest_b.summands):
+            walk(kernel, rows[id(left)], rows[id(right)], outputs, symmetric=symmetric, budget=budget)
     elif rest_a.summands and rest_b.summands:
         _accumulate_features(kernel, rest_a, rest_b, outputs, symmetric=symmetric, budget=budget)
     if a.shared is not None or b.shared is not None:
@@ -85,15 +83,23 @@ def _panels(total: int, group: int, size: int) -> list[slice]:
 
 def _input_gram(a: Factors, p: slice, b: Factors, q: slice) -> Float[Tensor, "N M"]:
     """h·h′ for all pairs of positions of two ranges of samples."""
-    if isinstance(a, Lookup):
-        assert isinstance(b, Lookup)
+    if isinstance(a, Lookup) and isinstance(b, Lookup):
         return a.map(SampleMap(p)).input_gram(b.map(SampleMap(q)))
-    assert not isinstance(b, Lookup)
-    return a.inputs[p].flatten(0, 1) @ b.inputs[q].flatten(0, 1).mT
+    if isinstance(b, Lookup):
+        return _input_gram(b, q, a, p).mT
+    return _against(a, p, b.inputs[q].flatten(0, 1))
 
 
-def _in_rows(factors: Factors) -> Factors:
+def _against(a: Factors, p: slice, rows: Float[Tensor, "N i"]) -> Float[Tensor, "M N"]:
+    """h·v for all positions of a range of samples and all vectors v."""
+    if isinstance(a, Lookup):
+        return a.map(SampleMap(p)).against(rows.mT).flatten(0, 1)
+    return a.inputs[p].flatten(0, 1) @ rows.mT
+
+
+def _in_rows(factors: Summand) -> Factors:
     """The same factors, with the inputs contiguous in memory position by position."""
+    assert isinstance(factors, Factors)
     return factors if isinstance(factors, Lookup) else replace(factors, inputs=factors.inputs.contiguous())
 
 
@@ -103,12 +109,14 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
     if t * s == 0:
         return
     group, batch = (c, 1) if outputs == "full" else (1, kernel.shape[0])
-    # Working memory of one pair of samples: the Gram matrices of δ and of h, and their product if positions are summed.
-    pair = 2 * batch * (t * group) * (s * group) * kernel.element_size()
+    crossed = isinstance(a, Flipped) != isinstance(b, Flipped)
+    pair = gram_bytes(outputs, t, s, c, kernel.element_size(), crossed=crossed)
     columns = max(1, min(m, budget // pair))
     rows_a, rows_b = _rows(a.backward.flatten(0, 1), outputs), _rows(b.backward.flatten(0, 1), outputs)
     for p in (
-        _panels(n, group, max(1, budget // (pair * columns))) if symmetric else ranges(n, budget // (pair * columns))
+        _panels(n, t * group, max(1, budget // (pair * columns)))
+        if symmetric
+        else ranges(n, budget // (pair * columns))
     ):
         for q in ranges(m, columns):
             if symmetric:
@@ -116,13 +124,30 @@ def _accumulate_gram(kernel: Tensor, a: Factors, b: Factors, outputs: Outputs, *
             width, height = q.stop - q.start, p.stop - p.start
             if width <= 0:
                 continue
+            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
+            if crossed:
+                target += _crossed(a, p, b, q, outputs) if isinstance(b, Flipped) else _crossed(b, q, a, p, outputs).mT
+                continue
             left = rows_a[:, p.start * t * group : p.stop * t * group]
             right = rows_b[:, q.start * s * group : q.stop * s * group]
             signals = product(left, right.mT).reshape(batch, height, t, group, width, s, group)
             signals *= _input_gram(a, p, b, q).reshape(1, height, t, 1, width, s, 1)
             total = signals.sum((2, 5)) if t * s > 1 else signals
-            target = kernel[:, p.start * group : p.stop * group, q.start * group : q.stop * group]
             target += total.reshape(batch, height * group, width * group)
+
+
+def _crossed(a: Factors, p: slice, b: Factors, q: slice, outputs: Outputs) -> Float[Tensor, "batch N M"]:
+    """⟨Σ δhᵀ, Σ gεᵀ⟩ = Σ_{t,s} (δ_t·g_s)(h_t·ε_s), for factors and flipped factors of two ranges of samples."""
+    assert isinstance(b, Flipped)
+    backward, signals = a.backward[p], b.backward[q]
+    (n, t, c, o), (m, s, _, i) = backward.shape, signals.shape
+    outer = (backward.reshape(-1, o) @ b.inputs[q].reshape(-1, o).mT).reshape(n, t, c, m, s).permute(2, 0, 3, 1, 4)
+    inner = _against(a, p, signals.reshape(-1, i)).reshape(n, t, m, s, c).permute(4, 0, 2, 1, 3)
+    if outputs == "full":
+        pairs = outer.reshape(c, n * m, t * s).transpose(0, 1) @ inner.reshape(c, n * m, t * s).permute(1, 2, 0)
+        return pairs.reshape(n, m, c, c).transpose(1, 2).reshape(1, n * c, m * c)
+    summed = (outer * inner).sum((3, 4))
+    return summed.sum(0, keepdim=True) if outputs == "trace" else summed
 
 
 def _accumulate_nested(

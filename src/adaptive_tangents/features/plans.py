@@ -1,5 +1,6 @@
 """Which route each block takes to a kernel, planned before it runs: operations, working memory, expected time."""
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +24,7 @@ RouteName = Literal["gram", "nested", "materialize"]
 WORKING_BYTES = 64_000_000  # more is no faster
 _STEP = 1_000_000  # operations that a large matrix product does in the time that a step of a loop takes to start
 _TILE_BYTES = 8_000_000  # of features of a range of output units; larger ones do not fit into the caches
+_FEW_UNITS = 32  # output units; products with fewer are slower by as much
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,14 @@ class Pair:
     """What the cost of a route depends on: two blocks (o, i) of n and m samples with t and s positions, and their kernel.
 
     ``pairs`` counts the pairs of samples, ``depth`` the pairs of outputs, and ``made`` the multiply-adds that materialize
-    the features. ``kind`` is the kind of factors that both blocks have, or None.
+    the features. ``alike`` says that both blocks have factors of the same single kind. ``crossings`` are the pairs of
+    summands if both have nothing but factors: the positions of each, and the multiply-adds of a pair of positions.
+    ``flipped`` says that some factors have their signals on the input side.
     """
 
-    kind: type[Factors] | None
+    alike: bool
+    flipped: bool
+    crossings: tuple[tuple[int, int, int], ...]
     outputs: Outputs
     n: int
     m: int
@@ -127,10 +133,10 @@ class Gram:
     name: RouteName = "gram"
 
     def applies(self, p: Pair) -> bool:
-        return p.kind is not None
+        return bool(p.crossings)
 
     def operations(self, p: Pair) -> int:
-        return 2 * p.pairs * p.t * p.s * (p.i + p.depth * (p.o + 1))
+        return 2 * p.pairs * sum(t * s * work for t, s, work in p.crossings)
 
     def share(self, p: Pair) -> float:
         """The share of a large product's speed; with one position per sample the route is just two large products."""
@@ -142,7 +148,7 @@ class Gram:
 
     def least_bytes(self, p: Pair) -> int:
         """The least working memory: that of one pair of samples."""
-        return 2 * entries(p.outputs, p.c) * p.t * p.s * p.itemsize
+        return max(gram_bytes(p.outputs, t, s, p.c, p.itemsize, crossed=not p.alike) for t, s, _ in p.crossings)
 
     def most_bytes(self, p: Pair) -> int:
         """The most working memory that is of use."""
@@ -155,7 +161,7 @@ class Nested(Gram):
     name: RouteName = "nested"
 
     def applies(self, p: Pair) -> bool:
-        return p.kind is not None and p.outputs == "full" and p.c > 1 and min(p.t, p.s) > 1
+        return p.alike and p.outputs == "full" and p.c > 1 and min(p.t, p.s) > 1
 
     def operations(self, p: Pair) -> int:
         return 2 * p.pairs * (p.t * p.s * (p.i + p.c * p.o) + p.t * p.depth * p.o)
@@ -179,7 +185,9 @@ class Materialize:
         return 2 * p.made + 2 * p.pairs * p.depth * p.o * p.i
 
     def share(self, p: Pair) -> float:
-        return 0.6
+        # Flipped factors are read whole for every range of output units.
+        units = self.most_bytes(p) // (self.least_bytes(p) * max(p.n, p.m))
+        return 0.6 * min(1, max(1, units) / _FEW_UNITS) if p.flipped else 0.6
 
     def steps(self, p: Pair) -> int:
         return 1
@@ -190,6 +198,14 @@ class Materialize:
 
     def most_bytes(self, p: Pair) -> int:
         return min(self.least_bytes(p) * max(p.n, p.m) * p.o, _TILE_BYTES)
+
+
+def gram_bytes(outputs: Outputs, t: int, s: int, c: int, itemsize: int, *, crossed: bool) -> int:
+    """Working memory of the gram route for a pair of samples: two Gram matrices, their product if positions are summed.
+
+    ``crossed`` factors have their signals on different sides, so both matrices run over outputs, and are rearranged.
+    """
+    return (4 * max(c, entries(outputs, c)) if crossed else 2 * entries(outputs, c)) * t * s * itemsize
 
 
 # Their shares of a large product's speed were measured in the benchmarks.
@@ -205,7 +221,10 @@ def plan_block(
     (o, i), t, s = a.shape, a.positions, b.positions
     pairs, depth = n * (n + 1) // 2 if symmetric else n * m, c * c if outputs == "full" else c
     summed = 0 if kind is Lookup else n * t if symmetric else n * t + m * s
-    pair = Pair(kind, outputs, n, m, t, s, o, i, c, pairs, depth, summed * c * o * i, itemsize)
+    pair = Pair(
+        kind is not None, a.flipped is not None, _crossings(a, b, c, depth), outputs, n, m, t, s, o, i, c, pairs, depth,
+        summed * c * o * i, itemsize,
+    )  # fmt: skip
     routes = [route for route in ROUTES if route.applies(pair)]
     fitting = [route for route in routes if route.least_bytes(pair) <= budget]
     costs = [
@@ -236,6 +255,34 @@ def common_factors(a: Block, b: Block) -> type[Factors] | None:
     own = [{type(part) for part in block.summands} - {Shared} for block in (a, b)]
     kind = next(iter(own[0]), None)
     return kind if own[0] == own[1] == {kind} and kind in (Outer, Lookup, Flipped) else None
+
+
+def factors_only(a: Block, b: Block) -> bool:
+    """Whether both blocks consist of factors, of any kinds (besides a shared summand)."""
+    own = [part for block in (a, b) for part in block.summands if not isinstance(part, Shared)]
+    return all(isinstance(part, Factors) for part in own) and all(factored(block) for block in (a, b))
+
+
+def _crossings(a: Block, b: Block, c: int, depth: int) -> tuple[tuple[int, int, int], ...]:
+    """For every two summands the positions of each, and the multiply-adds of a pair of positions; () if not all factors."""
+    if not factors_only(a, b):
+        return ()
+    (o, i), found = a.shape, []
+    for one, two in itertools.product(factored(a), factored(b)):
+        flipped = isinstance(one, Flipped), isinstance(two, Flipped)
+        sides = (i, o) if all(flipped) else (o, i)
+        if flipped[0] == flipped[1]:
+            work = sides[1] + depth * (sides[0] + 1)
+        else:
+            looked = isinstance(one, Lookup) or isinstance(two, Lookup)
+            work = c * (o + (1 if looked else i)) + depth
+        found.append((one.backward.shape[1], two.backward.shape[1], work))
+    return tuple(found)
+
+
+def factored(block: Block) -> list[Factors]:
+    """The factors that a block is the sum of, beside anything else."""
+    return [part for part in block.summands if isinstance(part, Factors)]
 
 
 def narrowed(a: Block, b: Block) -> tuple[Block, Block]:

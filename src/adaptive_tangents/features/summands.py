@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.features.transforms import LowRank, Scaled, Side
+from adaptive_tangents.features.transforms import LowRank, Scaled, Side, Update
 from adaptive_tangents.linalg.factor_products import over_positions, product, times, weighted_outer
-from adaptive_tangents.linalg.hadamard import Row, SignRows
+from adaptive_tangents.linalg.hadamard import Rows
 
 Index = slice | Int[Tensor, " _k"]
 
@@ -43,7 +43,7 @@ class Outer:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return weighted_outer(weights, self.backward, self.inputs)
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return _paired(left.apply(self.backward), right.apply(self.inputs))
 
@@ -101,7 +101,7 @@ class Lookup:
         out = weighted.mT @ self.coefficients.flatten(0, 1) @ self.directions
         return out.index_add_(1, self.index.flatten(), weighted.mT)
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         inputs = right.of_units(self.index).to(self.weights) + self.coefficients @ right.apply(self.directions)
         return _paired(left.apply(self.backward), inputs * self.weights[..., None])
@@ -110,14 +110,17 @@ class Lookup:
         backward = self.backward if left is None else left.apply(self.backward)
         if right is None:
             return Lookup(backward, self.index, self.weights, self.coefficients, self.directions)
-        if isinstance(right, LowRank):
-            # M h = h + U (g − 1) Uᵀh: the same identity row, and r more directions.
+        if isinstance(right, LowRank | Update):
+            # M h = h + U (g − 1) Uᵀh, or h + U Vᵀh: the same identity row, and r more directions.
             plain = Lookup(self.backward, self.index, torch.ones_like(self.weights), self.coefficients, self.directions)
-            axes = right.directions.to(self.weights.dtype)
-            added = plain.against(axes) * (right.gains - 1).to(self.weights.dtype)
+            if isinstance(right, LowRank):
+                written, read = right.directions, right.directions * (right.gains - 1)
+            else:
+                written, read = right.written, right.read
+            added = plain.against(read.to(self.weights.dtype))
             return Lookup(
                 backward, self.index, self.weights, torch.cat([self.coefficients, added], -1),
-                torch.cat([self.directions, axes.mT]),
+                torch.cat([self.directions, written.to(self.weights.dtype).mT]),
             )  # fmt: skip
         if isinstance(right, Scaled) and self.directions.shape[0] == 0:
             gains = right.gains.to(self.weights.dtype)
@@ -172,7 +175,7 @@ class Flipped:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return Outer(self.backward, self.inputs).combine(weights).mT
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Outer(self.backward, self.inputs).coordinates(right, left)
 
@@ -205,7 +208,7 @@ class Dense:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("nc,ncoi->oi", weights, self.values)
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         n, _, o, i = self.values.shape
         # Written as factors: a position is a unit of the narrower side, and its input is a unit vector.
@@ -246,7 +249,7 @@ class Shared:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return torch.einsum("k,koi->oi", torch.einsum("nc,nck->k", weights, self.coefficients), self.directions)
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return self.coefficients @ Dense(self.directions[None]).coordinates(left, right)[0]
 
@@ -282,7 +285,7 @@ class Weighted:
         """Σ_{k,c} a_{k,c} Φ(x_k)_c."""
         return self.gains * sum_tensors([part.combine(weights) for part in self.parts])
 
-    def coordinates(self, left: SignRows | Row, right: SignRows | Row) -> Float[Tensor, "n c k"]:
+    def coordinates(self, left: Rows, right: Rows) -> Float[Tensor, "n c k"]:
         """s_jᵀΦ(x)_c r_j for pairs of rows (s_j, r_j) of the two sides."""
         return Dense(self.features(slice(None))).coordinates(left, right)
 

@@ -107,6 +107,31 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A side factor kept as identity plus any low rank, M = I + U Vᵀ: it reads along V and writes along U.
+
+    Attributes:
+        written: U, the directions written along (d, k).
+        read: V, the directions read along (d, k).
+    """
+
+    written: Float[Tensor, "d k"]
+    read: Float[Tensor, "d k"]
+
+    def apply(self, rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """M times each row vector of the last dimension.
+
+        Args:
+            rows: row vectors (..., d).
+        """
+        return rows + times(times(rows, self.read.to(rows.dtype)), self.written.to(rows.dtype).mT)
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """M itself."""
+        return self.apply(torch.eye(self.read.shape[0]).to(self.read)).mT
+
+
+@dataclass(frozen=True)
 class Modal:
     """A side factor that acts on the modes of its side, M = M₁ ⊗ M₂ ⊗ ...; a bias column after them stays as it is.
 
@@ -142,7 +167,7 @@ class Modal:
         return whole
 
 
-Side = LowRank | Scaled | Matrix | Modal
+Side = LowRank | Scaled | Matrix | Update | Modal
 
 
 @dataclass(frozen=True)
@@ -228,7 +253,10 @@ def _squared(side: Side | None) -> Side | None:
     return None if side is None else _squared_factor(side)
 
 
-def _squared_factor(side: LowRank | Scaled | Matrix) -> LowRank | Scaled | Matrix:
+def _squared_factor(side: LowRank | Scaled | Matrix | Update) -> LowRank | Scaled | Matrix:
+    if isinstance(side, Update):
+        matrix = side.matrix()
+        return Matrix(matrix.mT @ matrix)
     if isinstance(side, LowRank) and 2 * side.directions.shape[1] > side.directions.shape[0]:
         return Matrix(side.squared().matrix())
     return Matrix(side.values @ side.values) if isinstance(side, Matrix) else side.squared()

@@ -1,4 +1,4 @@
-"""Measures of kernels, blocks and weight changes. Each expensive measure reports what it left out and why."""
+"""Measures of kernels, blocks and weight changes."""
 
 import math
 import warnings
@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.features.plans import WORKING_BYTES, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.measures.alignment import EffectiveRank, alignment, cka, decompose, effective_rank
-from adaptive_tangents.measures.explain import explain, explain_operations
+from adaptive_tangents.measures.explain import explain_operations, explanations
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.solvers.fit import fit
-from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.solvers.results import Fit, KernelFit
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.grouped import LayerScale
 from adaptive_tangents.structures.spectral import Left, Right, TwoSided
@@ -29,6 +30,7 @@ STRUCTURES: dict[str, Structure] = {
 # Strengths of the penalty, relative to the squared largest singular value of the fixed model's coefficients.
 _STRENGTHS = (1.0, 0.1, 0.01)
 _FIT_ROUNDS = 100
+_GROUPS = 6
 
 
 def defined(measure: Callable[..., float], *arguments: Any, **keywords: Any) -> float | None:
@@ -84,11 +86,13 @@ def _decomposed(kernel: Tensor | None, start: Tensor, change: Tensor) -> dict[st
 
 
 def block_numbers(
-    kernels: Mapping[str, Kernels], change: Tensor, target: Tensor | None, matrices: Kernels, start: Kernels
-) -> dict[str, dict[str, Any]]:
+    kernels: Mapping[str, Kernels], change: Tensor, target: Tensor | None, matrices: Kernels, start: Kernels,
+    values: Kernels,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """For every block: share of the trace, growth, alignment, CKA of start and end, size and rank of the weight change.
 
-    ``kernels`` maps a stage to its kernels by block; ``matrices`` are the weight changes, ``start`` the weights.
+    ``kernels`` maps a stage to its kernels by block; ``matrices`` are the weight changes, ``values`` their singular values,
+    and ``start`` the weights.
     """
     traces = {s: {name: float(K.trace()) for name, K in parts.items()} for s, parts in kernels.items()}
     sums = {stage: sum(parts.values()) for stage, parts in traces.items()}
@@ -104,7 +108,7 @@ def block_numbers(
             "cka": defined(cka, of["initial"], of["final"]),
             "change_norm": float(matrix.norm()),
             "change_relative": _ratio(float(matrix.norm()), float(start[name].norm())),
-            "effective_rank": asdict(effective_rank(singular_values(matrix))),
+            "effective_rank": asdict(effective_rank(values[name])),
         }
     return found
 
@@ -128,128 +132,149 @@ def singular_values(matrix: Float[Tensor, "o i"]) -> Float[Tensor, " r"]:
 # How the features moved: R² of structured transforms.
 
 
-@dataclass(frozen=True)
-class Explained:
-    """R² per structure and block, and the blocks each structure leaves out for their cost."""
+def explain_groups(one: TangentFeatures, average: TangentFeatures, n: int) -> list[tuple[list[str], float]]:
+    """The blocks in groups of about equal work, each with its operations, from features of one sample.
 
-    r2: dict[str, dict[str, float | None]]
-    left_out: dict[str, list[str]]
-
-
-def explain_blocks(
-    start: TangentFeatures, average: TangentFeatures, limit: float, tick: Callable[[float], None]
-) -> Explained:
-    """R² of each structure on the cheapest blocks whose operations stay within the limit per structure."""
-    r2: dict[str, dict[str, float | None]] = {}
-    left_out: dict[str, list[str]] = {}
-    for k, (key, structure) in enumerate(STRUCTURES.items()):
-        costs = {
-            name: explain_operations(block, average.blocks[name], structure, start.n)
-            for name, block in start.blocks.items()
-        }
-        affordable, spent = set[str](), 0.0
-        for name in sorted(costs, key=costs.__getitem__):
-            spent += costs[name]
-            if spent <= limit:
-                affordable.add(name)
-        names = [name for name in start.blocks if name in affordable]
-        left_out[key] = [name for name in start.blocks if name not in affordable]
-        r2[key] = _explained(only(start, names), only(average, names), structure) if names else {"total": None}
-        if names and key != "layer_scale":
-            # Fitted on the same blocks, so that the two can be compared.
-            scale = (
-                r2["layer_scale"]
-                if not left_out[key]
-                else _explained(only(start, names), only(average, names), LayerScale())
-            )
-            r2[key]["layer_scale"] = scale["total"]
-        tick((k + 1) / len(STRUCTURES))
-    return Explained(r2, left_out)
+    Every group is a stage of its own, which an interruption does not undo.
+    """
+    works = {
+        name: sum(explain_operations(block, average.blocks[name], structure, n) for structure in STRUCTURES.values())
+        for name, block in one.blocks.items()
+    }
+    groups: list[tuple[list[str], float]] = [([], 0.0)]
+    for name, work in works.items():
+        if groups[-1][0] and groups[-1][1] + work / 2 > sum(works.values()) / _GROUPS:
+            groups.append(([], 0.0))
+        names, before = groups[-1]
+        groups[-1] = ([*names, name], before + work)
+    return groups
 
 
-def nothing_explained() -> Explained:
-    """The form of what was not measured."""
-    return Explained({key: {"total": None} for key in STRUCTURES}, {key: [] for key in STRUCTURES})
-
-
-def _explained(start: TangentFeatures, average: TangentFeatures, structure: Structure) -> dict[str, float | None]:
+def explained(
+    start: TangentFeatures, average: TangentFeatures, names: list[str], tick: Callable[[float], None]
+) -> dict[str, dict[str, list[float]]]:
+    """The squared error and change that every structure leaves of the named blocks, on samples held out."""
     try:
-        found = explain(start, average, structure)
+        found = explanations(
+            only(start, names), only(average, names), STRUCTURES, progress=lambda stage, fraction: tick(fraction)
+        )
     except TangentError:  # too few samples, or features that did not move
-        return {"total": None}
-    return {name: value if math.isfinite(value) else None for name, value in {"total": found.total, **found.r2}.items()}
+        return {}
+    return {key: {name: list(pair) for name, pair in each.squares.items()} for key, each in found.items()}
+
+
+def r2_of(squares: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float | None]]:
+    """R² of every structure, for each block and in "total", from the squares of some blocks."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key in STRUCTURES:
+        pairs = squares.get(key, {})
+        error, change = (math.fsum(pair[k] for pair in pairs.values()) for k in (0, 1))
+        found[key] = {"total": _share(error, change), **{name: _share(*pair) for name, pair in pairs.items()}}
+    return found
+
+
+def _share(error: float, change: float) -> float | None:
+    return 1 - error / change if change > 0 and math.isfinite(error) else None
 
 
 def only(feats: TangentFeatures, names: list[str]) -> TangentFeatures:
     """The features of the named blocks."""
     blocks = {name: feats.blocks[name] for name in names}
     held = {slot.parameter for block in blocks.values() for slot in block.slots}
-    return TangentFeatures(
-        feats.n, feats.c, blocks, {k: v for k, v in feats.parameters.items() if k in held}, feats.limit
-    )
+    parameters = {name: shape for name, shape in feats.parameters.items() if name in held}
+    return TangentFeatures(feats.n, feats.c, blocks, parameters, feats.limit)
 
 
 # The exact adaptive model of the network's own change.
 
 
-def fit_operations(feats: TangentFeatures) -> float:
-    """Operations per round of `fit` with TwoSided: kernel, coefficients, one decomposition per block."""
-    rounds = sum(20.0 * min(b.shape) ** 2 * max(b.shape) for b in feats.blocks.values())
-    return rounds + 2.0 * feats.plan().operations + (feats.n * feats.c) ** 3 / 3
+def fit_operations(one: TangentFeatures, n: int) -> float:
+    """Operations of all rounds of `fit` with TwoSided at all strengths, from features of one sample.
+
+    A round takes a kernel, the coefficients, and one decomposition per block.
+    """
+    pairs = (
+        plan_block(b, b, n, n, one.c, "full", symmetric=True, budget=WORKING_BYTES, itemsize=8)
+        for b in one.blocks.values()
+    )
+    each = sum(20.0 * min(b.shape) ** 2 * max(b.shape) for b in one.blocks.values())
+    return (each + 2.0 * sum(p.operations for p in pairs) + (n * one.c) ** 3 / 3) * _FIT_ROUNDS * len(_STRENGTHS)
+
+
+def model_operations(one: TangentFeatures, n: int, limit: float) -> float:
+    """Operations of `fit_models`: of the fixed model, and of the adaptive ones if they stay within the limit."""
+    adaptive = fit_operations(one, n)
+    coefficients = sum(2.0 * n * max(1, b.positions) * b.outputs * b.shape[0] * b.shape[1] for b in one.blocks.values())
+    values = sum(2.0 * min(b.shape) ** 2 * (max(b.shape) + 5 * min(b.shape)) for b in one.blocks.values())
+    return coefficients + values + (adaptive if adaptive <= limit else 0.0)
 
 
 @dataclass(frozen=True)
 class Models:
-    """Fits of the network's change in the initial features, and why the adaptive fit is missing, if it is."""
+    """Fits of the network's change in the initial features, singular values of their coefficients, and what was left out."""
 
     numbers: dict[str, Any]
-    coefficients: Mapping[str, Kernels]
+    values: Mapping[str, Kernels]
     left_out: str | None
 
 
+def fixed_model(feats: TangentFeatures, kernels: Kernels, change: Tensor) -> tuple[dict[str, Any], Kernels] | None:
+    """Kernel regression of the change with K₀, and its coefficients' singular values; None if constraints contradict.
+
+    ``kernels`` are those of the blocks, summed over outputs, in float64.
+    """
+    whole = total(kernels) if feats.c == 1 else feats.kernel(precision="float64")
+    found = _fitted(whole if feats.c > 1 else whole[:, None, :, None], change, Fixed())
+    if found is None:
+        return None
+    values = {
+        name: singular_values(block.map(dtype=torch.float64).combine(found.dual.to(feats.device)))
+        for name, block in feats.blocks.items()
+    }
+    return _model_numbers(found, total(kernels), change, values), values
+
+
 def fit_models(
-    feats: TangentFeatures, change: Tensor, goal: float | None, limit: float, tick: Callable[[float], None]
-) -> Models:
+    feats: TangentFeatures, kernels: Kernels, change: Tensor, goal: float | None, limit: float, planned: float,
+    tick: Callable[[float], None],
+) -> Models:  # fmt: skip
     """Kernel regression with K₀ and, if affordable, TwoSided at the strength whose alignment is nearest to K̄'s."""
-    wide = feats.to(torch.float64)
-    fixed = _fitted(wide, change, Fixed())
+    fixed = fixed_model(feats, kernels, change)
     if fixed is None:
         return Models({}, {}, "the constraints of two samples contradict each other")
-    numbers = {"fixed": _model_numbers(fixed, wide, change)}
-    coefficients = {"fixed": dict(fixed.coefficients)}
-    cost = fit_operations(wide) * _FIT_ROUNDS * len(_STRENGTHS)
-    tick(0.2)
-    if cost > limit:
-        return Models(numbers, coefficients, f"it may take {cost:.0e} operations, but the limit is {limit:.0e}")
-    top = max(float(singular_values(matrix)[0]) for matrix in fixed.coefficients.values())
-    found: dict[float, Fit] = {}
+    numbers, values = {"fixed": fixed[0]}, {"fixed": fixed[1]}
+    if planned > limit:
+        return Models(numbers, values, f"it may take {planned:.0e} operations, but the limit is {limit:.0e}")
+    top = max(float(each[0]) for each in fixed[1].values())
+    wide = feats.to(torch.float64)
+    described: dict[float, tuple[dict[str, Any], Kernels]] = {}
     for k, share in enumerate(_STRENGTHS):
+        tick((k + 0.2) / (len(_STRENGTHS) + 0.2))
         made = _fitted(wide, change, TwoSided(Quadratic(share * top**2)))
-        if made is not None:
-            found[share] = made
-        tick(0.2 + 0.8 * (k + 1) / len(_STRENGTHS))
-    described = {share: _model_numbers(made, wide, change) for share, made in found.items()}
-    best = min(described, key=lambda share: abs((described[share]["alignment"] or 0) - (goal or 0)))
-    numbers["two_sided"] = described[best] | {"strength": best * top**2, "relative_strength": best}
-    coefficients["two_sided"] = dict(found[best].coefficients)
-    return Models(numbers, coefficients, None)
+        if isinstance(made, Fit):
+            kernel = made.transform(wide).kernel(outputs="trace")
+            ranks = {name: singular_values(B) for name, B in made.coefficients.items()}
+            described[share] = _model_numbers(made, kernel, change, ranks), ranks
+    if described:
+        best = min(described, key=lambda share: abs((described[share][0]["alignment"] or 0) - (goal or 0)))
+        numbers["two_sided"] = described[best][0] | {"strength": best * top**2, "relative_strength": best}
+        values["two_sided"] = described[best][1]
+    return Models(numbers, values, None)
 
 
-def _fitted(feats: TangentFeatures, change: Tensor, structure: Structure) -> Fit | None:
+def _fitted(source: TangentFeatures | Tensor, change: Tensor, structure: Structure) -> Fit | KernelFit | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TangentWarning)  # `converged` already reports a fit that ran out of rounds
         try:
-            return fit(feats, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
+            return fit(source, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
         except TangentError:
             return None
 
 
-def _model_numbers(found: Fit, feats: TangentFeatures, change: Tensor) -> dict[str, Any]:
-    kernel = found.transform(feats).kernel(outputs="trace")
+def _model_numbers(found: Fit | KernelFit, kernel: Tensor, change: Tensor, values: Kernels) -> dict[str, Any]:
     certificates = ("objective", "feasibility", "stationarity", "rounds", "converged", "reason")
-    ranks = {name: asdict(effective_rank(singular_values(B))) for name, B in found.coefficients.items()}
     return {
         "alignment": defined(alignment, kernel, change),
         **{name: getattr(found, name) for name in certificates},
-        "effective_rank": ranks,
+        "effective_rank": {name: asdict(effective_rank(each)) for name, each in values.items()},
     }

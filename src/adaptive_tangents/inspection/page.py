@@ -10,6 +10,7 @@ from adaptive_tangents.inspection import figures
 from adaptive_tangents.reporting.drawing import STAGES, real
 from adaptive_tangents.reporting.pages import Page, fixed, number
 from adaptive_tangents.runs.results import Results
+from adaptive_tangents.runtime.progress import duration
 
 _NOTICEABLE = 0.02
 
@@ -148,11 +149,9 @@ def _explained(results: Results) -> str:
     fitted = total - len(sided["left_out"])
     wide = figures.matrices(results)
     held = sum(name not in sided["left_out"] for name in wide)
-    where = (
-        ""
-        if fitted == total
-        else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: the others cost too much)"
-    )
+    why = "the others did not move, or memory was too small" if "plan" in results else "the others cost too much"
+    why = "the run was interrupted" if results.get("interrupted") else why
+    where = "" if fitted == total else f" (on {fitted} of {total} blocks, {held} of {len(wide)} matrices: {why})"
     beside = sided.get("layer_scale_there")
     return (
         f"A two-sided transform per block explains R² = {fixed(sided['total'])} of the feature change on held-out samples"
@@ -245,6 +244,7 @@ def _context(results: Results) -> dict[str, Any]:
         "negative": [(name, value) for name, value in reversed(ordered) if value < -0.1][:5],
         "applies": {name: _applies(results, name) for name in PAGE.figures},
         "performance": figures.performance_key(results),
+        "planned": duration(sum(results["plan"]["seconds"].values())) if "plan" in results else "",
         "grown": "K_T" if results["growth"]["average"] is None else "K̄",
     }
 

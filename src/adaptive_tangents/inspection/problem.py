@@ -8,19 +8,23 @@ from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
-from adaptive_tangents.inspection.tangents import Tangents, fitting_chunk
+from adaptive_tangents.inspection.tangents import Cost, Tangents, cost_of, fitting_chunk
 from adaptive_tangents.runs.user_files import Data, fit_data
 
 _SAMPLES = 128
+_CHOICES = "choices"
+_SAME = 1e-3  # relative to the largest output: other networks differ by more, other machines by less
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Settings: how many samples, which outputs and parameters, and how much work the costly measures may take.
+    """Settings: how many samples, which outputs and parameters, and how much work the exact adaptive model may take.
 
     ``nodes`` are those of the path average; None doubles them, up to ``max_nodes``, until the identity holds to ``tol``. The
-    limits are in floating-point operations, so that the same call leaves out the same blocks on every machine.
+    limit is in floating-point operations, so that the same call leaves out the same on every machine.
     """
 
     samples: int = _SAMPLES
@@ -30,7 +34,6 @@ class InspectConfig:
     nodes: int | None = None
     max_nodes: int = 8
     tol: float = 0.01
-    explain_operations: float = 2e11
     fit_operations: float = 4e12
 
     def __post_init__(self) -> None:
@@ -41,7 +44,7 @@ class InspectConfig:
 
     def quick(self) -> "InspectConfig":
         """The same inspection with few samples and nodes, to see it work."""
-        return replace(self, samples=min(self.samples, 32), nodes=4, explain_operations=2e9, fit_operations=2e10)
+        return replace(self, samples=min(self.samples, 32), nodes=4)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Problem:
     data: Data
     reduction: Reduction
     tangents: Tangents
+    layout: TangentFeatures  # of one sample
+    cost: Cost
+    seconds: float  # of one sample's features
     outputs: list[Tensor]
     change: Tensor
     target: Tensor | None
@@ -60,34 +66,67 @@ class Problem:
     fresh: list[str]
 
 
-def pose(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data, config: InspectConfig) -> Problem:
-    """Choose samples, outputs, chunks and nodes within the memory. Raises TangentError if the outputs did not change."""
+def pose(
+    model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data, config: InspectConfig, kept: Kept
+) -> Problem:
+    """Choose samples, outputs, chunks and nodes within the memory, or take those that were chosen before.
+
+    Raises TangentError if the outputs did not change, or if they are others than before.
+    """
     data = fit_data(data, model)
     wanted = min(config.samples, data.n)
     order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed)).to(tensors(data.x)[0].device)
-    limits = []
+    before = kept.get(_CHOICES)
+    limits, count = [], wanted if before is None else int(before.numbers["samples"])
     if wanted < data.n:
         limits.append(f"Kernels are of {wanted} of the {data.n:,} samples, drawn with seed {config.seed}.")
-    count = wanted
     while True:
         chosen = data.take(order[:count].sort().values)
         outputs = _outputs(model, states, chosen)
+        if before is not None:
+            outputs = _as_before(outputs, before, kept)
         gained = outputs[-1] - outputs[0]
         reduction = reduce_outputs(config.outputs, gained, chosen.labels, data.classes)
         arranged, x, output = reduction.arrange(model, chosen.x)
         tangents = Tangents(arranged, x, output, reduction.patterns(config.wrt))
         start, end = (reduction.state(state) for state in (*states.values(),)[:: len(states) - 1])
-        nodes = config.nodes or tangents.nodes(start, end, tol=config.tol, most=config.max_nodes)
-        tangents, fitting = fitting_chunk(tangents, tangents.cost(start, nodes), count)
+        known = config.nodes if before is None else int(before.numbers["nodes"])
+        nodes, seconds = tangents.nodes(start, end, known, tol=config.tol, most=config.max_nodes)
+        layout = tangents.layout(start)
+        cost = cost_of(layout, nodes)
+        if before is not None:
+            tangents = replace(tangents, chunk=int(before.numbers["chunk"]), making=cost.making)
+            break
+        tangents, fitting = fitting_chunk(tangents, cost, count)
         if fitting >= count:
             break
-        limits = [
-            f"Memory holds the features of {fitting} samples, so only that many of the {wanted} requested were used."
-        ]
         count = fitting
+    if count < wanted:
+        limits = [
+            f"Memory holds the features of {count} samples, so only that many of the {wanted} requested were used."
+        ]
+    choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk}
+    if before is None:
+        kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))
     fresh = _fresh_norms(model, states[next(iter(states))])
     target, words = targets(reduction, chosen.y, gained.shape[1])
-    return Problem(chosen, reduction, tangents, outputs, reduction.apply(gained), target, words, nodes, limits, fresh)
+    return Problem(
+        chosen, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes, limits,
+        fresh,
+    )  # fmt: skip
+
+
+def _as_before(outputs: list[Tensor], before: Record, kept: Kept) -> list[Tensor]:
+    """The outputs of the run before, to the last bit; raises TangentError if the network computes something else now."""
+    stored = [before.tensors[f"{k}"].to(out.device) for k, out in enumerate(outputs)]
+    size = max(float(out.abs().max()) for out in stored)
+    for now, then in zip(outputs, stored, strict=True):
+        if now.shape != then.shape or now.dtype != then.dtype or float((now - then).abs().max()) > _SAME * size:
+            raise TangentError(
+                f"inspect: the network's outputs are not those of the run that {kept} holds stages of; give the same "
+                "network, run without --resume, or give another folder with --out"
+            )
+    return stored
 
 
 def _fresh_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -1,9 +1,12 @@
 """Features of many samples of a large network: computed in chunks, stored in the smaller form, and joined."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,18 @@ from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.capture.path_average import AverageFeatures, average_features
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.features.blocks import Block, stack_blocks
+from adaptive_tangents.features.blocks import stack_blocks, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
+from adaptive_tangents.runtime.progress import Progress
 
 Tick = Callable[[float], None]
-_PROBED = 16
+_PROBED = 16  # samples of a chunk, if memory allows: each chunk checks and probes the network again
+_CHUNK_BYTES = 2_500_000_000  # of a chunk being made; above _PROBED samples, a larger one saves little
+
+
+def ignored(fraction: float) -> None:
+    """A tick that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Tangents:
     chunk: int = _PROBED
     making: int = 1
 
-    def at(self, state: Mapping[str, Tensor], tick: Tick = lambda fraction: None) -> TangentFeatures:
+    def at(self, state: Mapping[str, Tensor], tick: Tick = ignored) -> TangentFeatures:
         """Features of all samples."""
         parts = []
         for part, done in self._parts():
@@ -55,13 +64,14 @@ class Tangents:
         return together(parts)
 
     def average(
-        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], nodes: int, tick: Tick = lambda fraction: None
+        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], nodes: int, tick: Tick = ignored
     ) -> AverageFeatures:
         """Features averaged over ``nodes`` nodes; the identity's error is of all samples together."""
-        parts = []
+        parts, before = [], 0.0
         for part, done in self._parts():
-            parts.append(self._average(part, start, end, nodes=nodes))
-            tick(done)
+            told = partial(_within, tick, before, done - before)
+            parts.append(self._average(part, start, end, nodes=nodes, progress=told))
+            before = done
         changes = [part.change for part in parts if part.change is not None]
         moved = [part.buffer_change for part in parts if part.buffer_change is not None]
         change = torch.cat(changes)
@@ -72,33 +82,34 @@ class Tangents:
             change=change, buffer_change=torch.cat(moved) if moved else None,
         )  # fmt: skip
 
-    def nodes(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, tol: float, most: int) -> int:
-        """The number of nodes at which the identity holds to ``tol`` on a few samples, at most ``most``."""
+    def nodes(
+        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], nodes: int | None, *, tol: float, most: int
+    ) -> tuple[int, float]:
+        """The nodes, if not given those at which the identity holds to ``tol`` on a few samples; seconds of one sample."""
         few = take(self.x, torch.linspace(0, samples(self.x) - 1, min(8, samples(self.x))).long())
+        marks: list[float] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TangentWarning)
-            return self._average(few, start, end, tol=tol, max_nodes=most).nodes
+            found = self._average(
+                few, start, end, nodes=None if nodes is None else 2, tol=tol, max_nodes=most,
+                progress=lambda stage, fraction: marks.append(time.perf_counter()),
+            )  # fmt: skip
+        steps = [after - before for before, after in pairwise(marks)] or [0.0]
+        return nodes or found.nodes, sorted(steps)[len(steps) // 2] / samples(few)
 
-    def cost(self, state: Mapping[str, Tensor], nodes: int) -> Cost:
-        """The memory per sample, estimated from the features of one sample."""
-        one = tangent_features(
+    def layout(self, state: Mapping[str, Tensor]) -> TangentFeatures:
+        """The features of one sample, whose blocks show what those of many will take."""
+        return tangent_features(
             self.model, take(self.x, slice(0, 1)), params=state, wrt=self.wrt, output_fn=self.output_fn
         )
-        size = torch.finfo(one.dtype).bits // 8
-        kept = sum(min(_entries(b), _dense_entries(b)) for b in one.blocks.values())
-        average = sum(min(nodes * _entries(b), _dense_entries(b)) for b in one.blocks.values())
-        whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialized")
-        factored, summed = one.bytes - whole, size * one.c * one.p
-        making = 2 * (min(nodes * factored, summed + factored) + 2 * whole)
-        return Cost(max(1, making), size * kept, size * average)
 
     def _average(
         self, part: Batch, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, nodes: int | None = None,
-        tol: float = 1e-3, max_nodes: int = 256,
+        tol: float = 1e-3, max_nodes: int = 256, progress: Progress | None = None,
     ) -> AverageFeatures:  # fmt: skip
         return average_features(
             self.model, start, end, part, nodes=nodes, tol=tol, max_nodes=max_nodes, wrt=self.wrt, output_fn=self.output_fn,
-            buffers="path",
+            buffers="path", progress=progress,
         )  # fmt: skip
 
     def _parts(self) -> Iterator[tuple[Batch, float]]:
@@ -111,13 +122,34 @@ class Tangents:
             first = last
 
 
+def _within(tick: Tick, before: float, share: float, stage: str, fraction: float) -> None:
+    tick(before + share * fraction)
+
+
+def cost_of(one: TangentFeatures, nodes: int) -> Cost:
+    """The memory per sample, from the features of one."""
+    size = torch.finfo(one.dtype).bits // 8
+    whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialized")
+    factored, summed = one.bytes - whole, size * one.c * one.p
+    making = 2 * (min(nodes * factored, summed + factored) + 2 * whole)
+    return Cost(max(1, making), collapsed(one).bytes, averaged(one, nodes).bytes)
+
+
+def averaged(one: TangentFeatures, nodes: int) -> TangentFeatures:
+    """Features in the form of an average's over this many nodes, to count what its measures take."""
+    blocks = {name: sum_blocks([block.scaled(1 / nodes)] * nodes) for name, block in one.blocks.items()}
+    return collapsed(replace(one, blocks=blocks))
+
+
 def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents, int]:
     """Set the chunk size to what memory allows, and count how many of the wanted samples fit.
 
     Raises TangentError if fewer than eight fit.
     """
     limit = limit_for(None, next(tangents.model.parameters()).device)
-    chunk = max(1, min(_PROBED, wanted, limit // 3 // cost.making))
+    room = min(limit // 3, max(_CHUNK_BYTES, _PROBED * cost.making))
+    spare = max(limit - wanted * (cost.kept + 2 * cost.kept_average), _PROBED * cost.making)
+    chunk = max(1, min(wanted, room // cost.making, spare // cost.making))
     n = min(wanted, cost.samples(limit, chunk))
     if n < min(8, wanted):
         raise TangentError(
@@ -138,11 +170,3 @@ def together(parts: Sequence[TangentFeatures]) -> TangentFeatures:
     stacks = [dict(part.blocks) for part in parts]
     blocks = {name: stack_blocks([stack.pop(name) for stack in stacks]) for name in first.blocks}
     return TangentFeatures(sum(part.n for part in parts), first.c, blocks, first.parameters, None)
-
-
-def _entries(block: Block) -> int:
-    return block.positions * (block.outputs * block.shape[0] + block.shape[1]) or _dense_entries(block)
-
-
-def _dense_entries(block: Block) -> int:
-    return block.outputs * math.prod(block.shape)

@@ -10,6 +10,7 @@ need not be stored.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from adaptive_tangents.linalg.factor_products import times
 
+_JOINED_BYTES = 64_000_000  # of a matrix of rows that is held as a whole
 _ALONE = 4  # single rows are made up to this multiple of the fast transform's cost for one column; then all at once
 
 
@@ -30,21 +32,58 @@ class SignRows:
 
     def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
         """sᵀx for each row s."""
+        if not self.fast:
+            return times(x, self.matrix(x))
         size, signs = padded(len(self.signs)), self.signs.to(x)
         height, width = _split(size)
         chosen = self.chosen.to(x.device)
-        if len(chosen) <= min(size, _ALONE * (height + width)):
-            return times(x, (hadamard(chosen, torch.arange(len(signs), device=x.device)).to(x) * signs).mT)
         whole = torch.nn.functional.pad(x * signs, (0, size - len(signs))).reshape(-1, height, width)
         left, right = (hadamard(torch.arange(k), torch.arange(k)).to(x) for k in (height, width))
         made: Tensor = (left @ (whole @ right)).reshape(*x.shape[:-1], size)
         return made[..., chosen]
+
+    @property
+    def fast(self) -> bool:
+        """Whether the fast transform, of all rows at once, takes fewer operations than the chosen rows alone."""
+        size = padded(len(self.signs))
+        return len(self.chosen) > min(size, _ALONE * sum(_split(size)))
+
+    def matrix(self, like: Tensor) -> Float[Tensor, "d k"]:
+        """The rows as columns of a matrix, in the dtype and on the device of a tensor."""
+        columns = torch.arange(len(self.signs), device=like.device)
+        return (hadamard(self.chosen.to(like.device), columns).to(like) * self.signs.to(like)).mT
 
     def of_units(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch k"]:
         """sᵀe for unit vectors e."""
         used, place = torch.unique(index, return_inverse=True)
         chosen, signs = self.chosen.to(index.device), self.signs.to(index.device)
         return (hadamard(used, chosen).to(signs) * signs[used, None])[place]
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """The rows of several draws side by side, (r·k): one product for all of them instead of one each."""
+
+    draws: tuple[SignRows, ...]
+
+    def apply(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch rk"]:
+        """sᵀx for each row s."""
+        matrices = self._matrices
+        if matrices is None:
+            return torch.cat([rows.apply(x) for rows in self.draws], -1)
+        return times(x, matrices.to(x))
+
+    def of_units(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch rk"]:
+        """sᵀe for unit vectors e."""
+        return torch.cat([rows.of_units(index) for rows in self.draws], -1)
+
+    @cached_property
+    def _matrices(self) -> Float[Tensor, "d rk"] | None:
+        """The rows as columns of a matrix, unless it is large or a fast transform takes fewer operations."""
+        count = sum(len(rows.chosen) for rows in self.draws)
+        if any(rows.fast for rows in self.draws) or 4 * count * len(self.draws[0].signs) > _JOINED_BYTES:
+            return None
+        return torch.cat([rows.matrix(rows.signs) for rows in self.draws], 1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +99,9 @@ class Row:
     def of_units(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch 1"]:
         """sᵀe for unit vectors e."""
         return self.values.to(index.device)[index][..., None]
+
+
+Rows = SignRows | JoinedRows | Row
 
 
 def paired_rows(key: tuple[int | str, ...], shape: tuple[int, int], count: int) -> tuple[SignRows, SignRows]:

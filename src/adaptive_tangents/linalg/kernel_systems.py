@@ -67,8 +67,9 @@ class DenseKernel(KernelSystem):
 
     def rooted(self, root: Root) -> Solve:
         n, c = root.shape[:2]
-        cube = torch.einsum("kab,kalc->kblc", root, self.matrix.reshape(n, c, n, c))
-        system = torch.einsum("kblc,lcd->kbld", cube, root).reshape(n * c, n * c) / 2
+        # K is symmetric, so the transpose of SᵀK is KS.
+        half = (root.mT @ self.matrix.reshape(n, c, n * c)).reshape(n * c, n * c)
+        system = (root.mT @ half.mT.reshape(n, c, n * c)).reshape(n * c, n * c).div_(2)
         system.diagonal().add_(1)
         return Factorized(torch.linalg.cholesky(system), 0.0).solve
 

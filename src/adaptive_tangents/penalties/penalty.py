@@ -323,17 +323,7 @@ class Induced:
             v: singular values of the coefficients, ≥ 0, any shape.
         """
         parts, flat = self.penalty.parts, _checked(v)
-        logs = minimizers(parts, flat)
-        u = (flat * torch.exp(-total(logs))) ** 2
-        elasticities = []
-        for part, x in zip(parts, logs, strict=True):
-            if part.shares_level:
-                elasticities.append(torch.where(u > 0, part.elasticity(u), 0.0))
-            else:
-                elasticities.append(torch.where(x > 0, part.steepness(x), 0.0))
-        e = total(elasticities)
-        ratio = torch.where(e.isinf(), -1.0, (1 - 2 * e) / (1 + 2 * e))
-        return (2 * torch.exp(-2 * total(logs)) * ratio).reshape(v.shape).to(v.dtype)
+        return bend_at(parts, flat, minimizers(parts, flat)).reshape(v.shape).to(v.dtype)
 
     def minimizer(self, v: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """z(v), the best singular value of the transform.
@@ -410,6 +400,22 @@ def shares(penalties: Sequence[Penalty], v: Float[Tensor, "*s"]) -> tuple[Float[
     logs = iter(minimizers(Composition(penalties).parts, _checked(v)))
     sums = [total([next(logs) for _ in penalty.parts]) for penalty in penalties]
     return tuple(torch.expm1(x).reshape(v.shape).to(v.dtype) for x in sums)
+
+
+def bend_at(
+    parts: Sequence[Penalty], v: Float[Tensor, " m"], logs: Sequence[Float[Tensor, " m"]]
+) -> Float[Tensor, " m"]:
+    """ω̃″(v), where each part's log z_j at v is known."""
+    u = (v * torch.exp(-total(logs))) ** 2
+    elasticities = []
+    for part, x in zip(parts, logs, strict=True):
+        if part.shares_level:
+            elasticities.append(torch.where(u > 0, part.elasticity(u), 0.0))
+        else:
+            elasticities.append(torch.where(x > 0, part.steepness(x), 0.0))
+    e = total(elasticities)
+    ratio = torch.where(e.isinf(), -1.0, (1 - 2 * e) / (1 + 2 * e))
+    return 2 * torch.exp(-2 * total(logs)) * ratio
 
 
 def _checked(v: Tensor) -> Tensor:

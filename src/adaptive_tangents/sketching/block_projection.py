@@ -8,7 +8,7 @@ from adaptive_tangents.features.blocks import Block, Slot
 from adaptive_tangents.features.plans import WORKING_BYTES
 from adaptive_tangents.features.summands import Dense, sum_tensors, tensors_of
 from adaptive_tangents.features.transforms import Joint, Sides, Transform
-from adaptive_tangents.linalg.hadamard import SignRows
+from adaptive_tangents.linalg.hadamard import JoinedRows, SignRows
 from adaptive_tangents.runtime.chunks import ranges
 
 
@@ -16,18 +16,17 @@ def projected(block: Block, repetitions: tuple[tuple[SignRows, SignRows], ...]) 
     """The block of Σ_t (s·δ_t)(r·h_t) for the rows of every repetition: a matrix (repetitions, coordinates)."""
     size = len(repetitions[0][0].chosen)
     shape = (len(repetitions), size)
+    left, right = (JoinedRows(draws) for draws in zip(*repetitions, strict=True))
     made = []
-    for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size)):
-        some = block.map(index=part)
-        # From one (n, c, k) per repetition to (n, c, r, k).
-        rows = [sum_tensors([s.coordinates(left, right) for s in some.summands]) for left, right in repetitions]
-        made.append(torch.stack(rows, 2) / math.sqrt(size * len(repetitions)))
+    for part in ranges(block.samples, WORKING_BYTES // _bytes_per_sample(block, size * len(repetitions))):
+        rows = sum_tensors([s.coordinates(left, right) for s in block.map(index=part).summands])
+        made.append(rows.reshape(*rows.shape[:2], *shape) / math.sqrt(size * len(repetitions)))
     dense = Dense(made[0] if len(made) == 1 else torch.cat(made))
     return Block(block.name, shape, (Slot(block.name, shape, 0, size),), dense=dense)
 
 
 def _bytes_per_sample(block: Block, size: int) -> int:
-    """Working memory for one sample: its projected signals, and their products with the inputs."""
+    """Working memory for one sample and ``size`` rows: its projected signals, and their products with the inputs."""
     factored = block.dense is None and block.weighted is None and block.shared is None
     positions = max(1, block.positions if factored else min(block.shape))
     # With signals on the output side, the width of the input side (a table of words, for example) does not count.

@@ -31,7 +31,10 @@ from adaptive_tangents.sketching.jackknife import SketchedMeasure, jackknifed
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
 
-_CHUNK_BYTES = 256_000_000  # of factors held at a time while a sketch is made: more is no faster
+_CHUNK_BYTES = (
+    256_000_000  # of factors held at a time while a sketch is made; for large networks, of _GRADIENTS gradients
+)
+_GRADIENTS = 4
 _LEAST_SHARE = 0.01  # of an equal share: a block that is small on a few samples may be larger on others
 
 
@@ -361,7 +364,8 @@ def sketch_features(
     capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     net, n = capture.network, samples(x)
     made_from = files.fingerprint([dict(net.parameters), dict(net.buffers), net.selected])
-    chunk = max(1, min(n, min(capture.limit // 8, _CHUNK_BYTES) // capture.bytes_per_sample))
+    held = min(capture.limit // 4, max(_CHUNK_BYTES, _GRADIENTS * capture.gradient_bytes))
+    chunk = max(1, min(n, held // capture.bytes_per_sample))
     made: list[SketchedFeatures] = []
     projections: Projections | None = None
     for part in ranges(n, chunk):

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from adaptive_tangents.solvers.continuation import Continuation, Course
-from adaptive_tangents.solvers.problem import Point, Problem, System, Vector
-from adaptive_tangents.structures.base import Matrices
+from adaptive_tangents.solvers.held_features import Coefficients, Vector
+from adaptive_tangents.solvers.problem import Point, Problem, System
 
 _DEPTH = 10
 _NEWTON_STEPS = 50
+_SETTLED = 1e-7  # a relative move of the outputs, after which only its square is left
 
 
-def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tuple[dict[str, Tensor], Tensor, System]:
+def held_coefficients(problem: Problem, system: System, outputs: Vector) -> tuple[Coefficients, Vector, System]:
     """The β that minimizes ‖M⁻ᵀβ‖² + loss for a held M, its outputs φβ, and the system used.
 
     β = MᵀMφᵀα: one solve for squared error and constraints; Newton's method in α for any other loss.
@@ -42,11 +43,11 @@ def held_coefficients(problem: Problem, system: System, outputs: Tensor) -> tupl
             while length > 1e-4 and value(alpha + length * (aim - alpha), outputs + length * move) > here:
                 length /= 2
             alpha, outputs = alpha + length * (aim - alpha), outputs + length * move
-            if float(move.norm()) <= 1e-13 * float(outputs.norm()) or length <= 1e-4:
+            if float(move.norm()) <= _SETTLED * float(outputs.norm()) or length <= 1e-4:
                 break
-    coefficients = system.square(problem.combine(alpha))
-    coefficients, outputs = problem.restored(system, coefficients, problem.inner(coefficients))
-    return coefficients, outputs, system
+    vector = system.square(problem.combine(alpha))
+    vector, outputs = problem.restored(system, vector, problem.inner(vector))
+    return vector, outputs, system
 
 
 class Alternation(Continuation):
@@ -58,13 +59,13 @@ class Alternation(Continuation):
         super().__init__(problem, course)
         self.problem, self.point, self.system = problem, point, system
         self.memory, self.accelerated = Extrapolation() if extrapolated else None, False
-        self.start: Matrices | None = None  # the coefficients at the start of the round
+        self.start: Coefficients | None = None  # the coefficients at the start of the round
 
     def measure(self) -> tuple[float, float]:
         problem, point = self.problem, self.point
         slope = problem.loss.slope(point.outputs)
         if problem.loss.interpolates:
-            self.alpha = problem.dual(point, problem.reduce(self.system, point.solution.gradient, slope))
+            self.alpha = problem.dual(point, problem.reduce(self.system, point.gradient, slope))
         else:
             self.alpha = -slope / 2
         stationarity = problem.stationarity(point, self.alpha)
@@ -77,7 +78,7 @@ class Alternation(Continuation):
             found = self.memory.better(problem, self.start, before)
         self.accelerated = found is not None
         start = before if found is None else found
-        self.start = start.coefficients
+        self.start = start.vector
         system = problem.system(dict(start.solution.transforms), before.outputs)
         beta, outputs, self.system = held_coefficients(problem, system, before.outputs)
         self.point = problem.point(beta, outputs)
@@ -94,9 +95,9 @@ class Extrapolation:
         self.images: list[Tensor] = []
         self.residuals: list[Tensor] = []
 
-    def better(self, problem: Problem, start: Matrices, point: Point) -> Point | None:
+    def better(self, problem: Problem, start: Coefficients, point: Point) -> Point | None:
         """The extrapolated point if its objective is below the image's, else None."""
-        candidate = self._extrapolate(start, point.coefficients)
+        candidate = self._extrapolate(start, point.vector)
         if candidate is None:
             return None
         found = problem.point(candidate, problem.inner(candidate))
@@ -105,11 +106,9 @@ class Extrapolation:
         self._forget()
         return None
 
-    def _extrapolate(self, start: Matrices, image: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        flat = torch.cat([matrix.flatten() for matrix in image.values()])
-        residual = flat - torch.cat([start[name].flatten() for name in image])
-        self.images = [*self.images, flat][-_DEPTH:]
-        self.residuals = [*self.residuals, residual][-_DEPTH:]
+    def _extrapolate(self, start: Coefficients, image: Coefficients) -> Coefficients | None:
+        self.images = [*self.images, image][-_DEPTH:]
+        self.residuals = [*self.residuals, image - start][-_DEPTH:]
         if len(self.images) < 2:
             return None
         stack = torch.stack(self.residuals)
@@ -120,9 +119,8 @@ class Extrapolation:
         if int(failed) or not math.isfinite(total) or total == 0:  # all residuals are zero
             self._forget()
             return None
-        mixed = torch.einsum("k,kp->p", weights / total, torch.stack(self.images))
-        pieces = torch.split(mixed, [matrix.numel() for matrix in image.values()])
-        return {name: piece.reshape(image[name].shape) for name, piece in zip(image, pieces, strict=True)}
+        mixed: Tensor = weights / total @ torch.stack(self.images)
+        return mixed
 
     def _forget(self) -> None:
         """Keep only the latest round."""

@@ -8,8 +8,9 @@ import scipy
 from torch import Tensor
 
 from adaptive_tangents.solvers.continuation import Course
+from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.losses import Loss, SquaredError
-from adaptive_tangents.solvers.problem import Point, Problem, Tempered, Vector
+from adaptive_tangents.solvers.problem import Point, Problem, Tempered
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 
@@ -21,9 +22,10 @@ def certified(
     problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
 ) -> Fit:
     """The ``Fit`` at a point, with all certificates."""
-    outputs, generators = problem.inner(point.coefficients), problem.combine(alpha)
+    outputs, generators = problem.inner(point.vector), problem.held.layout.split(problem.combine(alpha))
     return Fit(
-        coefficients=point.coefficients, transforms=point.solution.transforms, features=problem.feats,
+        coefficients={name: point.coefficients[name] for name in problem.feats.blocks},
+        transforms=point.solution.transforms, features=problem.feats,
         objective=point.solution.penalty + problem.loss.value(outputs), stationarity=problem.stationarity(point, alpha),
         **certificates(problem, course, outputs, alpha, generators, jitter, converged=converged, reason=reason),
     )  # fmt: skip

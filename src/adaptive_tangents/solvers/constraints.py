@@ -16,7 +16,8 @@ from adaptive_tangents.solvers.losses import Loss, SquaredError
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float32 features separate duplicates by about 1e-14 of it
 _CONFLICT_TOLERANCE = 1e-6
-_LARGE = 1000
+_MEDIUM = 300  # rows; a larger kernel is factorized, once for this alone,
+_LARGE = 1000  # and a still larger one only once, with the ridge that is needed anyway
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
 
 
 def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
-    """The smallest eigenvalue of K; for large K from inverse iteration with K + ρI, to six digits of the sum's."""
+    """The smallest eigenvalue of K, to six digits; for large K to six digits of that of K + ρI. By inverse iteration."""
     size = kernel.matrix.shape[0]
-    if size > _LARGE:
-        with suppress(TangentError):
+    if size > min(_MEDIUM, _LARGE):
+        with suppress(TangentError, scipy.sparse.linalg.ArpackNoConvergence):
+            ridge = ridge if size > _LARGE else 0.0
             factor = kernel.factorized(ridge)
             if factor.jitter == 0:
                 start = np.random.default_rng(0).standard_normal(size)
@@ -51,7 +53,7 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
                 )
                 # The eigenvalue's error is the square of the eigenvector's.
                 largest = scipy.sparse.linalg.eigsh(
-                    inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, return_eigenvectors=False
+                    inverse, k=1, which="LA", v0=start, tol=1e-3, ncv=12, maxiter=300, return_eigenvectors=False
                 )
                 return 1 / float(largest[0]) - ridge
     return float(torch.linalg.eigvalsh(kernel.matrix)[0])

@@ -14,6 +14,8 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import Kernels
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Progress as Watch
+from adaptive_tangents.runtime.progress import silent
 from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.kernel_fit import fit_kernel
 from adaptive_tangents.solvers.losses import Loss, LossName
@@ -38,7 +40,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, watch: Watch | None = None,
 ) -> Fit: ...  # fmt: skip
 @overload
 def fit(
@@ -46,7 +48,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, watch: Watch | None = None,
 ) -> KernelFit: ...  # fmt: skip
 def fit(
     feats: TangentFeatures | Kernels,
@@ -63,6 +65,7 @@ def fit(
     start: Fit | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Fit | KernelFit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
@@ -88,6 +91,7 @@ def fit(
         start: a fit of the same features to start from, such as the previous one on a path; None starts at M = I.
         memory_limit: bytes that may be used; None is the features' own limit, or half of what is free.
         progress: called with the number of rounds so far and the objective.
+        watch: called with the name of a stage, such as "τ = 9", and the fraction of all stages that is done.
 
     Raises:
         TangentError: when shapes do not fit, targets are not finite, labels are out of range, ρ is negative, patterns do not
@@ -105,7 +109,7 @@ def fit(
     check_features_or_kernel("fit", feats)
     structure = as_structure("fit", structure)
     check_choice("fit", "loss", loss, get_args(LossName))
-    course = Course(tol, max_rounds, progress)
+    course = Course(tol, max_rounds, progress, watch or silent)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):
         check_choice("fit", "solver", solver, get_args(Solver))
@@ -175,8 +179,8 @@ def certify(
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
         given = _of_blocks("the coefficients are of", coefficients, feats)
         doubled = feats.to(torch.float64)
-        chosen, rank = _form(feats, form, interpolates=goal.interpolates)
-        problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank)
+        chosen, rank, room = _form(feats, form, interpolates=goal.interpolates)
+        problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank, room)
         matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in given.items()}
         return replace(examined(problem, Course(tol, 1), matrices), features=feats)
 
@@ -196,8 +200,8 @@ def _fit_features(
     doubled = feats.to(torch.float64)
     structure = structure.prepared(doubled)
     within = compressed(doubled, structure)
-    chosen, rank = _form(within.features, form, interpolates=goal.interpolates)
-    problem = Problem(within.features, structure, goal, chosen, rank)
+    chosen, rank, room = _form(within.features, form, interpolates=goal.interpolates)
+    problem = Problem(within.features, structure, goal, chosen, rank, room)
     began = None if start is None else within.down(_of_blocks("start was fitted to", start.coefficients, feats))
     found = searched(problem, course, solver, began)
     coefficients, transforms = within.up(found.coefficients), within.up_transforms(found.transforms)
@@ -217,28 +221,28 @@ def _check_for_kernels(loss: str, offset: Values | None, start: Fit | None) -> N
             )
 
 
-def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None]:
-    """The form of the systems, and how many columns a preconditioner may have; None: the whole kernel, in float32."""
+def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[str, int | None, int]:
+    """The form of the systems; a preconditioner's columns at most (None: the whole kernel, in float32); the bytes left."""
     size, limit = feats.n * feats.c, limit_for(feats.limit, feats.device)
     p = sum(block.shape[0] * block.shape[1] for block in feats.blocks.values())
-    dense, primal = _DENSE_COPIES * 8 * size**2, _DENSE_COPIES * 8 * p * max(p, size)
-    rank = (
-        None
-        if _ROUNDED_COPIES * 4 * size**2 <= limit
-        else max(1, min(size // 2, 2000, limit // (_DENSE_COPIES * 8 * size)))
-    )
+    rounded = _ROUNDED_COPIES * 4 * size**2
+    rank = None if rounded <= limit else max(1, min(size // 2, 2000, limit // (_DENSE_COPIES * 8 * size)))
+    needed = {
+        "dense": _DENSE_COPIES * 8 * size**2,
+        "primal": _DENSE_COPIES * 8 * p * max(p, size),
+        "matrix-free": rounded if rank is None else _DENSE_COPIES * 8 * size * rank,
+    }
     if form == "primal" and interpolates:
         raise TangentError("fit: the primal form needs a ridge; interpolation is solved in the dual")
     if form == "auto":
-        if p < size and not interpolates and primal <= limit:
-            return "primal", rank
-        return ("dense" if dense <= limit else "matrix-free"), rank
-    if form != "matrix-free":
+        primal = p < size and not interpolates and needed["primal"] <= limit
+        form = "primal" if primal else "dense" if needed["dense"] <= limit else "matrix-free"
+    elif form != "matrix-free":
         require_memory(
-            "fit", dense if form == "dense" else primal, limit,
+            "fit", needed[form], limit,
             remedy=f"use form='matrix-free', or fewer samples (the kernel is {size} × {size})",
         )  # fmt: skip
-    return form, rank
+    return form, rank, max(0, limit - needed[form])
 
 
 def _of_blocks(what: str, matrices: Matrices, feats: TangentFeatures) -> dict[str, Tensor]:

@@ -6,14 +6,13 @@ correct it.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector, inner_product, plus
-from adaptive_tangents.structures.base import Matrices
+from adaptive_tangents.solvers.held_features import Coefficients, Vector
+from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
 
 _MOST = 200
 _FORCING = 0.1
@@ -27,46 +26,48 @@ class Direction:
     ``downhill`` is a direction of negative curvature, with its outputs; None if none was met.
     """
 
-    step: dict[str, Tensor]
+    step: Coefficients
     outputs: Vector
     products: int
-    path: tuple[tuple[dict[str, Tensor], Vector], ...] = ()
-    downhill: tuple[dict[str, Tensor], Vector] | None = None
+    path: tuple[tuple[Coefficients, Vector], ...] = ()
+    downhill: tuple[Coefficients, Vector] | None = None
 
 
 def newton_direction(
-    problem: Problem, system: System, point: Point, reduced: Reduced, stationarity: float
+    problem: Problem, system: System, point: Point, reduced: Reduced, stationarity: float, most: int = _MOST
 ) -> Direction:
-    """Minimize the quadratic model at a point as closely as worthwhile; stop at negative curvature."""
-    curvature: Callable[[Matrices], dict[str, Tensor]] | None = point.solution.curvature
+    """Minimize the quadratic model at a point as closely as worthwhile, with at most so many products of the curvature.
+
+    Negative curvature ends it too.
+    """
+    curvature, layout = point.solution.curvature, problem.held.layout
     assert curvature is not None
-    gradient, slope = dict(point.solution.gradient), problem.loss.slope(point.outputs)
-    step = {name: torch.zeros_like(x) for name, x in reduced.step.items()}
-    outputs = torch.zeros_like(reduced.outputs)
+    gradient, slope = point.gradient, problem.loss.slope(point.outputs)
+    step, outputs = torch.zeros_like(reduced.step), torch.zeros_like(reduced.outputs)
     along, along_outputs, size = reduced.step, reduced.outputs, reduced.size
     wanted = min(_FORCING, math.sqrt(stationarity)) ** 2 * size
     here = problem.loss.root(point.outputs)
-    path: list[tuple[dict[str, Tensor], Vector]] = []
-    for count in range(1, _MOST + 1):
+    path: list[tuple[Coefficients, Vector]] = []
+    for count in range(1, min(most, _MOST) + 1):
         with problem.timed("curvature"):
-            bent = curvature(along)
+            bent = layout.join(curvature(layout.split(along)))
         pushed = _loss_curvature(problem, here, along_outputs)
-        bend = inner_product(along, bent) + float(along_outputs @ pushed)
+        bend = float(along @ bent + along_outputs @ pushed)
         if not bend > 0:
             downhill = along, along_outputs
             if path:
                 return Direction(step, outputs, count, tuple(path), downhill)
             return Direction(along, along_outputs, 1, downhill=downhill)
         length = size / bend
-        step, outputs = plus(step, length, along), outputs + length * along_outputs
+        step, outputs = step + length * along, outputs + length * along_outputs
         if count & (count - 1) == 0:
             path.append((step, outputs))
-        gradient, slope = plus(gradient, length, bent), slope + length * pushed
+        gradient, slope = gradient + length * bent, slope + length * pushed
         reduced = problem.reduce(system, gradient, slope)
         if not reduced.size > wanted:
             break
         ratio, size = reduced.size / size, reduced.size
-        along, along_outputs = plus(reduced.step, ratio, along), reduced.outputs + ratio * along_outputs
+        along, along_outputs = reduced.step + ratio * along, reduced.outputs + ratio * along_outputs
     return Direction(step, outputs, count, tuple(path))
 
 
@@ -85,8 +86,8 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
     # Near the optimum, differences of the objective are rounding.
     slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
 
-    def moved(step: Matrices, outputs: Vector, length: float = 1.0) -> Point:
-        return problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+    def moved(step: Coefficients, outputs: Vector, length: float = 1.0) -> Point:
+        return problem.point(point.vector + length * step, point.outputs + length * outputs)
 
     length = 1.0
     while length > 1e-2:
@@ -105,11 +106,11 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
     return (best, 0.0) if best.objective <= point.objective + slack else (point, 0.0)
 
 
-def _furthest(problem: Problem, point: Point, step: Matrices, outputs: Vector) -> Point:
+def _furthest(problem: Problem, point: Point, step: Coefficients, outputs: Vector) -> Point:
     """Go along a step from a point, doubling its length while the objective falls."""
     best, length = point, 1.0
     while length < _FARTHEST:
-        further = problem.point(plus(point.coefficients, length, step), point.outputs + length * outputs)
+        further = problem.point(point.vector + length * step, point.outputs + length * outputs)
         if not further.objective < best.objective:
             break
         best, length = further, 2 * length

@@ -18,29 +18,23 @@ from adaptive_tangents.linalg.conjugate_gradients import Solve
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, KernelSystem, PivotedKernel, RoundedKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
+from adaptive_tangents.solvers.held_features import Coefficients, HeldFeatures, Layout, Vector, held
 from adaptive_tangents.solvers.losses import Loss, SquaredError
 from adaptive_tangents.structures.base import Fixed, Matrices, Solution, Structure
-
-Vector = Float[Tensor, " k"]
-
-
-def inner_product(x: Matrices, y: Matrices) -> float:
-    """⟨X, Y⟩ over all blocks."""
-    return sum(float((x[name] * y[name]).sum()) for name in x)
-
-
-def plus(x: Matrices, step: float, y: Matrices) -> dict[str, Tensor]:
-    """X + step·Y."""
-    return {name: x[name] + step * y[name] for name in x}
 
 
 @dataclass(frozen=True)
 class Point:
-    """Coefficients β, the outputs φβ (nc,), the inner minimum over M at β, and the objective Ω̃(β) + loss."""
+    """Coefficients β, the outputs φβ (nc,), the inner minimum over M at β, and the objective Ω̃(β) + loss.
 
+    ``vector`` is β as one vector, ``gradient`` ∇Ω̃(β); ``coefficients`` are views of it.
+    """
+
+    vector: Coefficients
     coefficients: dict[str, Tensor]
     outputs: Vector
     solution: Solution
+    gradient: Coefficients
     objective: float
 
 
@@ -51,10 +45,10 @@ class Reduced:
     ``step`` is −v; ``outputs`` −φv; ``multipliers`` u; ``gradient`` w₀ + φᵀu; ``size`` ⟨w, v⟩, twice the expected decrease.
     """
 
-    step: dict[str, Tensor]
+    step: Coefficients
     outputs: Vector
     multipliers: Vector
-    gradient: dict[str, Tensor]
+    gradient: Coefficients
     size: float
 
 
@@ -66,14 +60,17 @@ class System:
     kernel: KernelSystem
     root: "Float[Tensor, 'n c c'] | None"
     inverse: Solve
+    layout: Layout
 
     @cached_property
     def _squared(self) -> Mapping[str, Transform]:
         return squared(self.transforms)
 
-    def square(self, x: Matrices) -> dict[str, Tensor]:
-        """MᵀM X."""
-        return transform_matrices(x, self._squared)
+    def square(self, x: Coefficients) -> Coefficients:
+        """MᵀM x."""
+        if not self.transforms:
+            return x
+        return self.layout.join(transform_matrices(self.layout.split(x), self._squared))
 
 
 class Tempered(ABC):
@@ -124,6 +121,7 @@ class Problem(Tempered):
     loss: Loss
     form: str
     rank: int | None
+    room: float = math.inf
     temper: float = 1.0
     constraints: Constraints = field(default_factory=Constraints)
     timings: dict[str, float] = field(default_factory=dict)
@@ -132,27 +130,35 @@ class Problem(Tempered):
     def n(self) -> int:
         return self.feats.n
 
-    @property
-    def zeros(self) -> dict[str, Tensor]:
-        """β = 0."""
-        like = {"dtype": torch.float64, "device": self.feats.device}
-        return {name: torch.zeros(block.shape, **like) for name, block in self.feats.blocks.items()}  # type: ignore[call-overload]
-
-    def inner(self, x: Matrices) -> Vector:
-        """φX as one vector."""
+    @cached_property
+    def held(self) -> HeldFeatures:
+        """The features as the fit multiplies with them."""
         with self.timed("products"):
-            return self.feats.inner(x).flatten()
+            return held(self.feats, self.room)
 
-    def combine(self, a: Vector) -> dict[str, Tensor]:
+    @property
+    def zeros(self) -> Coefficients:
+        """β = 0."""
+        return torch.zeros(sum(self.held.layout.sizes), dtype=torch.float64, device=self.feats.device)
+
+    def inner(self, x: Coefficients) -> Vector:
+        """φx."""
+        with self.timed("products"):
+            return self.held.inner(x)
+
+    def combine(self, a: Vector) -> Coefficients:
         """φᵀa."""
         with self.timed("products"):
-            return self.feats.combine(a.reshape(self.feats.n, self.feats.c))
+            return self.held.combine(a)
 
-    def point(self, coefficients: dict[str, Tensor], outputs: Vector) -> Point:
+    def point(self, vector: Coefficients, outputs: Vector) -> Point:
         """The point at β with outputs φβ."""
+        layout = self.held.layout
+        coefficients = layout.split(vector)
         with self.timed("decompositions"):
             solution = self.solution(coefficients)
-        return Point(coefficients, outputs, solution, solution.penalty + self.loss.value(outputs))
+        gradient = layout.join(solution.gradient)
+        return Point(vector, coefficients, outputs, solution, gradient, solution.penalty + self.loss.value(outputs))
 
     def first_system(self) -> System:
         """The system of K₀, after finding the independent constraints."""
@@ -176,7 +182,7 @@ class Problem(Tempered):
         with self.timed("factorizations"):
             root = self.loss.root(outputs)
             inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
-        return System(transforms, kernel, root, inverse)
+        return System(transforms, kernel, root, inverse, self.held.layout)
 
     def kernel(self, transforms: Mapping[str, Transform]) -> KernelSystem:
         """K_M in the form chosen."""
@@ -189,7 +195,7 @@ class Problem(Tempered):
         products = FeatureProducts(adapted)
         return RoundedKernel(products) if self.rank is None else PivotedKernel(products, self.rank)
 
-    def reduce(self, system: System, gradient: Matrices, slope: Vector) -> Reduced:
+    def reduce(self, system: System, gradient: Coefficients, slope: Vector) -> Reduced:
         """The step for w = w₀ + φᵀη, with w₀ = ``gradient`` and η = ``slope``."""
         pulled = self.inner(system.square(gradient))
         with self.timed("systems"):
@@ -202,30 +208,27 @@ class Problem(Tempered):
                 inside = system.inverse((system.root.mT @ right).flatten()).reshape(n, c, 1)
                 multipliers = slope - (system.root @ inside).flatten()
                 moved = (pulled + system.kernel.apply(multipliers)) / 2
-        whole = plus(gradient, 1.0, self.combine(multipliers))
-        step = {name: -x / 2 for name, x in system.square(whole).items()}
+        whole = gradient + self.combine(multipliers)
+        step = system.square(whole) / -2
         # ⟨w, v⟩ = ⟨D v, v⟩ + ⟨L″φv, φv⟩, both sums of squares.
-        size = -inner_product(whole, step) + float(moved @ (slope - multipliers))
+        size = float(moved @ (slope - multipliers) - whole @ step)
         return Reduced(step, -moved, multipliers, whole, size)
 
-    def restored(
-        self, system: System, coefficients: dict[str, Tensor], outputs: Vector
-    ) -> tuple[dict[str, Tensor], Vector]:
+    def restored(self, system: System, vector: Coefficients, outputs: Vector) -> tuple[Coefficients, Vector]:
         """The nearest coefficients with φβ = r, in the held transform's metric; unchanged without constraints."""
         if not self.loss.interpolates:
-            return coefficients, outputs
+            return vector, outputs
         targets = self.targets
-        outputs = self.inner(coefficients)  # outputs tracked through the steps miss rounding
+        outputs = self.inner(vector)  # outputs tracked through the steps miss rounding
         for _ in range(3):
             missing = targets - outputs
             if float(missing.norm()) <= 1e-12 * float(targets.norm()):
                 break
             with self.timed("systems"):
                 alpha = system.inverse(missing)
-            move = system.square(self.combine(alpha))
-            coefficients = plus(coefficients, 1.0, move)
-            outputs = self.inner(coefficients)
-        return coefficients, outputs
+            vector = vector + system.square(self.combine(alpha))
+            outputs = self.inner(vector)
+        return vector, outputs
 
     @property
     def targets(self) -> Vector:
@@ -239,7 +242,6 @@ class Problem(Tempered):
 
     def stationarity(self, point: Point, alpha: Vector) -> float:
         """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖."""
-        generators = {name: 2 * x for name, x in self.combine(alpha).items()}
-        gap = plus(point.solution.gradient, -1.0, generators)
-        size = inner_product(generators, generators)
-        return math.sqrt(inner_product(gap, gap) / size) if size > 0 else 0.0
+        generators = 2 * self.combine(alpha)
+        size = float(generators.norm())
+        return float((point.gradient - generators).norm()) / size if size > 0 else 0.0

@@ -10,21 +10,19 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from adaptive_tangents.features.transforms import is_identity
+from adaptive_tangents.solvers import costs
 from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
 from adaptive_tangents.solvers.certificates import certified
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
+from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.newton import line_search, newton_direction
-from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System, Vector
+from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Matrices
 
 Solver = Literal["newton", "anderson", "alternation"]
-
-_PATIENCE = 20  # a step may take so many products with the curvature before its system is remade;
-_SIZE_OF_ONE = 100  # with a dense one, one for so many rows if that is more: making it costs rows³, a product rows²
 
 
 def searched(problem: Problem, course: Course, solver: Solver, start: Matrices | None) -> Fit:
@@ -32,7 +30,7 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     system = problem.first_system()
     beta = problem.zeros
     if start is not None:
-        beta = {name: start[name].to(zeros) for name, zeros in beta.items()}
+        beta = problem.held.layout.join(start).to(beta)
     outputs = problem.inner(beta)
     if problem.loss.trivial:
         alpha = torch.zeros_like(outputs)
@@ -50,7 +48,7 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     if solver == "newton" and point.solution.curvature is not None:
         problem.temper = math.inf
         course.record(problem, problem.point(beta, outputs).objective, 0.0 if start is None else math.nan)
-        tempers = stages(problem, beta) if start is None else tempers
+        tempers = stages(problem, point.coefficients) if start is None else tempers
         search = Newton(problem, course, point, system)
     else:
         search = Alternation(problem, course, point, system, extrapolated=solver != "alternation")
@@ -59,10 +57,11 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     return certified(problem, course, search.point, search.alpha, jitter, converged=converged, reason=reason)
 
 
-def examined(problem: Problem, course: Course, coefficients: dict[str, Tensor]) -> Fit:
+def examined(problem: Problem, course: Course, coefficients: Matrices) -> Fit:
     """The fit at given coefficients, with the best transforms for them."""
     problem.first_system()
-    point = problem.point(coefficients, problem.inner(coefficients))
+    vector = problem.held.layout.join(coefficients)
+    point = problem.point(vector, problem.inner(vector))
     search = Newton(problem, course, point, problem.system(point.solution.transforms, point.outputs))
     _, stationarity = search.measure()
     reason = f"coefficients as given, stationarity {stationarity:.1e} (asked: {course.wanted:.1e})"
@@ -81,11 +80,10 @@ class Newton(Continuation):
         super().__init__(problem, course)
         self.problem, self.point, self.system = problem, point, system
         self.products, self.stale, self.moved = 0, True, True
-        rows = problem.n * problem.feats.c if problem.form == "dense" else 0
-        self.patience = max(_PATIENCE, rows // _SIZE_OF_ONE)
+        self.patience, self.patience_of_factor = costs.patience(problem.feats, problem.form, problem.held.cost)
 
     def enter(self) -> None:
-        self.point = self.problem.point(self.point.coefficients, self.point.outputs)
+        self.point = self.problem.point(self.point.vector, self.point.outputs)
 
     def begin(self) -> None:
         # Reuse the previous stage's system; the iteration count of conjugate gradients shows when it is stale.
@@ -99,17 +97,17 @@ class Newton(Continuation):
         if self.still:
             # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on,
             # compute them from the coefficients and the step.
-            point = problem.point(point.coefficients, problem.inner(point.coefficients))
+            point = problem.point(point.vector, problem.inner(point.vector))
         if self.stale:
             self.system = problem.system(point.solution.transforms, point.outputs)
-        elif self.system.root is not None:
+        elif self.system.root is not None and self.products > self.patience_of_factor:
             self.system = problem.inverted(self.system.transforms, self.system.kernel, point.outputs)
-        beta, outputs = problem.restored(self.system, point.coefficients, point.outputs)
-        self.point = point if beta is point.coefficients else problem.point(beta, outputs)
+        beta, outputs = problem.restored(self.system, point.vector, point.outputs)
+        self.point = point if beta is point.vector else problem.point(beta, outputs)
 
     def measure(self) -> tuple[float, float]:
         problem, point = self.problem, self.point
-        self.reduced = problem.reduce(self.system, point.solution.gradient, problem.loss.slope(point.outputs))
+        self.reduced = problem.reduce(self.system, point.gradient, problem.loss.slope(point.outputs))
         self.alpha = problem.dual(point, self.reduced)
         self.stationarity = problem.stationarity(point, self.alpha)
         self.course.record(problem, point.objective, self.stationarity, solved=self.stale, products=self.products)
@@ -118,7 +116,9 @@ class Newton(Continuation):
 
     def step(self) -> float:
         before = self.point
-        direction = newton_direction(self.problem, self.system, before, self.reduced, self.stationarity)
+        # With an old system there is no more to a step than what would remake it.
+        most = [] if self.stale else [math.ceil(2 * self.patience)]
+        direction = newton_direction(self.problem, self.system, before, self.reduced, self.stationarity, *most)
         if self.still:
             direction = replace(direction, outputs=self.problem.inner(direction.step))
         self.point, length = line_search(self.problem, before, direction, self.reduced)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runtime.tensor_files import is_draft
+from adaptive_tangents.kernels.schedule import Key
+from adaptive_tangents.runtime.tensor_files import is_draft, write_bytes
 from adaptive_tangents.storage.locks import is_lock
 from adaptive_tangents.storage.record import RECORD
 
-LOCK, CLAIMS = ".lock", ".claims"  # exist only while a store is written
+LOCK, CLAIMS, FEATURES = ".lock", ".claims", ".features"  # exist only while a store is written
 PART: dict[str, Any] = {"adaptive_tangents": "a part of a kernel store"}  # the attributes of a store's arrays
 _ARRAYS = ("kernel", "blocks")
+_MESSAGES = "adaptive_tangents: messages with the features of a range of samples"
+_LONGEST = 10_000_000  # bytes of an announcement; most have some hundred
 
 
 def check_empty(call: str, path: Path) -> None:
@@ -40,12 +43,32 @@ def clear_drafts(path: Path) -> None:
 
 
 def clear_claims(path: Path) -> None:
-    """Remove the claims on tiles, and their folder if it holds nothing else."""
+    """Remove what processes tell each other, claims on tiles and features they announce, and folders that are then empty."""
     for claim in (path / CLAIMS).glob("*"):
         if re.fullmatch(r"\d+-\d+", claim.name) and claim.is_file() and not claim.stat().st_size:
             claim.unlink(missing_ok=True)
-    with suppress(OSError):
-        (path / CLAIMS).rmdir()
+    for entry in (path / FEATURES).glob("*"):
+        if is_draft(entry) or announced(entry) is not None:
+            entry.unlink(missing_ok=True)
+    for name in (CLAIMS, FEATURES):
+        with suppress(OSError):
+            (path / name).rmdir()
+
+
+def announce(folder: Path, key: Key, messages: list[list[int]]) -> None:
+    """Announce the features of a range of samples: tag, bytes, and place in memory of each message."""
+    write_bytes(folder / f"{key[0]}-{key[1]}", json.dumps({_MESSAGES: messages}).encode())
+
+
+def announced(entry: Path) -> tuple[Key, list[list[int]]] | None:
+    """The range of samples and the messages that a file announces; None if it is no announcement."""
+    name = re.fullmatch(r"([01])-(\d{1,9})", entry.name)
+    with suppress(OSError, ValueError, RecursionError):
+        if name and entry.is_file() and entry.stat().st_size < _LONGEST:
+            found = json.loads(entry.read_bytes())
+            if isinstance(found, dict) and list(found) == [_MESSAGES]:
+                return (int(name[1]), int(name[2])), found[_MESSAGES]
+    return None
 
 
 def _remains(call: str, path: Path) -> Iterator[Path]:

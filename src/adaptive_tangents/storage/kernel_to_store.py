@@ -1,12 +1,10 @@
 """Write a kernel to disk: planned, tile by tile, resumable, by one process or by all that torchrun started."""
 
-import errno
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,25 +15,29 @@ from torch import Tensor, nn
 from adaptive_tangents._version import __version__
 from adaptive_tangents.capture.batches import Batch, take, tensors
 from adaptive_tangents.capture.network import OutputFn, Selection
-from adaptive_tangents.errors import TangentError, raised_as
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
-from adaptive_tangents.kernels.schedule import FeatureCache, Key, Place, captures, dealt
+from adaptive_tangents.kernels.schedule import Deal, Place, dealt, keys_of
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.runtime.tensor_files import fingerprint
-from adaptive_tangents.storage.feature_stream import Sketching, Stream, contracted, stream, summed
-from adaptive_tangents.storage.folders import CLAIMS, LOCK, check_empty, clear_claims
-from adaptive_tangents.storage.locks import claim_tile, writer_lock
-from adaptive_tangents.storage.planning import Layout, StorePlan, lay_out, tile_costs
+from adaptive_tangents.storage.feature_stream import Sketching, Stream, stream
+from adaptive_tangents.storage.folders import FEATURES, LOCK, check_empty, clear_claims
+from adaptive_tangents.storage.locks import writer_lock
+from adaptive_tangents.storage.packing import tensors_within
+from adaptive_tangents.storage.passing import Passing, passing_seconds
+from adaptive_tangents.storage.planning import Layout, Sizes, StorePlan, lay_out, tile_costs
 from adaptive_tangents.storage.processes import Team, team
 from adaptive_tangents.storage.provenance import batch_fingerprint, check_same
-from adaptive_tangents.storage.record import FORMAT, RECORD, read_meta
-from adaptive_tangents.storage.store import KernelStore, create_store, open_kernel
+from adaptive_tangents.storage.record import FORMAT, read_meta
+from adaptive_tangents.storage.store import KernelStore, open_kernel
+from adaptive_tangents.storage.tile_making import check_entries, make_tiles, worded
 
 _TELLING = 0.2  # seconds of capturing that are enough to estimate the rest
+_PASSING = 0.1  # of the cost of a capture, with a margin: an MLP takes 0.06
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
 
 
@@ -108,17 +110,16 @@ def kernel_to_store(
         some = crew.settled(made.some)
         asked = crew.settled(lambda: _identity(call, made, some, tile))
 
-        def begin() -> None:
-            stack.enter_context(_worded(call, path))
+        def begin() -> tuple[Mapping[str, Any], list[Place]]:
+            stack.enter_context(worded(call, path))
             stack.enter_context(writer_lock(call, _folder_for(call, path) / LOCK))
-            _begin(call, path, made, some, asked, resume=resume, progress=progress)
+            return _begin(call, path, made, some, asked, resume=resume, progress=progress)
 
-        crew.settled(begin if crew.leads else lambda: None)
-        store = open_kernel(path)
-        crew.settled(lambda: check_same(call, path, store.meta, asked))
-        if not store.complete:
-            crew.settled(lambda: _fill(call, crew, made, some, store, progress))
-            crew.settled(lambda: _finish(call, store) if crew.leads else None)
+        meta, missing = crew.told(begin)
+        crew.settled(lambda: check_same(call, path, meta, asked))
+        if not meta["complete"]:
+            _fill(call, crew, made, some, KernelStore(path, meta), missing, progress)
+            crew.settled(lambda: _finish(call, open_kernel(path)) if crew.leads else None)
     return open_kernel(path)
 
 
@@ -197,15 +198,21 @@ def _plan(made: Stream, some: TangentFeatures, layout: Layout, processes: int, e
     grid = _grid(made, some, layout)
     costs = tile_costs(grid.places, layout.tile, made.n, made.m, symmetric=symmetric)
     contraction = _tile_plan(made, some, layout)
-    shares = _shares(made, some, layout, grid.places, processes)
-    count = sum(captures(share, layout.cached, symmetric=symmetric) for share in shares)
-    kernels = len(some.blocks) if made.by_block else 1
-    pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(grid.slices, grid.places))
+    deal = _shares(made, some, layout, grid.places, processes)
+    if passing_seconds(layout.tile * sizes.held) > each * layout.tile:
+        deal = replace(deal, owners={})
+    count = deal.captures(layout.cached, symmetric=symmetric)
     return StorePlan(
-        made.outputs, grid.shape, grid.dtype, kernels, layout, len(costs), sizes.ranges(layout.tile), count, processes,
-        contraction, int(contraction.operations * sum(costs.values())), kernels * pairs * sizes.entries * sizes.itemsize,
+        made.outputs, grid.shape, grid.dtype, max(1, len(grid.blocks)), layout, len(costs), sizes.ranges(layout.tile), count,
+        processes, contraction, int(contraction.operations * sum(costs.values())), _disk_bytes(grid, sizes),
         each * count * min(layout.tile, max(made.n, made.m)), contraction.seconds * sum(costs.values()), made.capture.limit,
     )  # fmt: skip
+
+
+def _disk_bytes(store: KernelStore, sizes: Sizes) -> int:
+    """The bytes of a store's tiles before compression."""
+    pairs = sum((r.stop - r.start) * (q.stop - q.start) for r, q in map(store.slices, store.places))
+    return int(max(1, len(store.blocks)) * pairs * sizes.entries * sizes.itemsize)
 
 
 def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPlan:
@@ -221,17 +228,18 @@ def _tile_plan(made: Stream, some: TangentFeatures, layout: Layout) -> KernelPla
     return KernelPlan(steps, tile * tile * sizes.entries * sizes.itemsize, 2 * tile * sizes.held, made.capture.limit)
 
 
-def _shares(
-    made: Stream, some: TangentFeatures, layout: Layout, places: Sequence[Place], processes: int
-) -> list[list[Place]]:
-    """The tiles of every process, in the order it makes them."""
+def _shares(made: Stream, some: TangentFeatures, layout: Layout, places: Sequence[Place], processes: int) -> Deal:
+    """The tiles of every process, in the order it makes them, and who captures what."""
     costs = tile_costs(places, layout.tile, made.n, made.m, symmetric=made.x2 is None)
     # One forward pass and one backward pass per output, through the products with the blocks' weights.
     pass_operations = sum(2 * max(1, b.positions) * b.shape[0] * b.shape[1] for b in some.blocks.values()) * (
         1 + made.c
     )
     capture = layout.tile * pass_operations / max(1, _tile_plan(made, some, layout).operations)
-    return dealt(places, costs, processes, layout.cached, symmetric=made.x2 is None, capture=capture)
+    symmetric = made.x2 is None
+    return dealt(
+        places, costs, processes, layout.cached, symmetric=symmetric, capture=capture, passing=_PASSING * capture
+    )
 
 
 def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
@@ -245,7 +253,7 @@ def _grid(made: Stream, some: TangentFeatures, layout: Layout) -> KernelStore:
 def _identity(call: str, made: Stream, some: TangentFeatures, tile: int | None) -> dict[str, Any]:
     """What the kernel is made from, to store and to compare."""
     net, probe = made.capture.network, made.probed()
-    _check_entries(call, probe)
+    check_entries(call, probe)
     given = {} if _checked_tile(call, tile) is None else {"tile": min(tile or 1, max(made.n, made.m))}
     return given | {
         "version": __version__,
@@ -280,36 +288,35 @@ def _folder_for(call: str, path: Path) -> Path:
 def _begin(
     call: str, path: Path, made: Stream, some: TangentFeatures, asked: Mapping[str, Any],
     *, resume: bool, progress: Progress | None,
-) -> None:  # fmt: skip
-    """Make the store, or check that the existing one is of the same kernel and sound."""
+) -> tuple[Mapping[str, Any], list[Place]]:  # fmt: skip
+    """The record and the missing tiles of a store that can be made, or of an existing one of the same kernel."""
     meta = read_meta(path, call)
     if meta is None:
         layout = lay_out(call, made.sizes(some), made.capture.limit, tile=asked.get("tile"))
-        _check_room(call, path, _plan(made, some, layout, 1, 0.0))
         working = {"pass_samples": layout.pass_samples, "working_bytes": layout.working_bytes}
-        store = create_store(call, path, {**asked, "tile": layout.tile, **working})
-    else:
-        store = KernelStore(path, meta)
-        if not resume:
-            raise TangentError(
-                f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
-                "with resume=True (--resume), give another path, or delete it"
-            )
-        check_same(call, path, store.meta, asked)
-        damaged = store.verify(progress)
-        wanting = bool(damaged or store.missing())
-        if meta["format"] < FORMAT and (wanting or not store.complete):
-            raise TangentError(
-                f"{call}: {path} is of format {meta['format']}, which this version reads and does not continue; make the "
-                "kernel again in another folder"
-            )
-        store.tidy()
-        if store.complete and wanting:
-            store = store.marked(complete=False)
-        store.discard(damaged)
+        store = KernelStore(path, {**asked, "tile": layout.tile, **working, "complete": False})
+        _check_room(call, store, _disk_bytes(store, made.sizes(some)))
+        return store.meta, list(store.places)
+    store = KernelStore(path, meta)
+    if not resume:
+        raise TangentError(
+            f"{call}: there is a kernel store at {path} already, {'' if store.complete else 'in'}complete; continue it "
+            "with resume=True (--resume), give another path, or delete it"
+        )
+    check_same(call, path, store.meta, asked)
+    damaged = store.verify(progress)
+    wanting = bool(damaged or store.missing())
+    if meta["format"] < FORMAT and (wanting or not store.complete):
+        raise TangentError(
+            f"{call}: {path} is of format {meta['format']}, which this version reads and does not continue; make the "
+            "kernel again in another folder"
+        )
+    store.tidy()
+    if store.complete and wanting:
+        store = store.marked(complete=False)
+    store.discard(damaged)
     clear_claims(path)
-    if not store.complete:
-        (path / CLAIMS).mkdir(exist_ok=True)
+    return store.meta, store.missing()
 
 
 def _checked_tile(call: str, tile: int | None) -> int | None:
@@ -318,61 +325,32 @@ def _checked_tile(call: str, tile: int | None) -> int | None:
     return tile
 
 
-def _check_room(call: str, path: Path, plan: StorePlan) -> None:
-    free = shutil.disk_usage(path).free
-    if free < _COMPRESSED * plan.disk_bytes:
-        pairs = plan.shape[0] * plan.shape[1 if len(plan.shape) < 4 else 2]
-        less = format_bytes(plan.disk_bytes * pairs // prod(plan.shape))
+def _check_room(call: str, store: KernelStore, needed: int) -> None:
+    free = shutil.disk_usage(store.path).free
+    if free < _COMPRESSED * needed:
+        less = format_bytes(needed * store.n * store.m // prod(store.shape))
         raise TangentError(
-            f"{call}: the kernel takes up to {format_bytes(plan.disk_bytes)} and the disk of {path} has {format_bytes(free)} "
+            f"{call}: the kernel takes up to {format_bytes(needed)} and the disk of {store.path} has {format_bytes(free)} "
             f"free; free more, give a path elsewhere, or store outputs='trace', which takes up to {less}"
         )
 
 
 def _fill(
-    call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, progress: Progress | None
-) -> None:
-    """Make the missing tiles: this process's own share, then what the others have left."""
+    call: str, crew: Team, made: Stream, some: TangentFeatures, store: KernelStore, missing: Sequence[Place],
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Make the missing tiles by all processes; ``store`` need not be on disk yet."""
     before = Layout(store.tile, 1, store.meta["pass_samples"], store.meta["working_bytes"], 0)
-    layout = lay_out(call, made.sizes(some), made.capture.limit, fixed=before)
-    missing = store.missing()
-    shares = _shares(made, some, layout, missing, crew.size)
-    others = (shares[(crew.rank + k) % crew.size][::-1] for k in range(1, crew.size))
-    order = list(chain(shares[crew.rank], *others))
-
-    def part(key: Key) -> TangentFeatures:
-        return made.part(key[0], store.slices((key[1], key[1]))[key[0]], layout.pass_samples)
-
-    held = FeatureCache(part, order, layout.cached, symmetric=store.symmetric)
-    claims, already = store.path / CLAIMS, len(store.places) - len(missing)
-    with _worded(call, store.path):
-        for place in order:
-            if not claim_tile(claims, f"{place[0]}-{place[1]}"):
-                continue
-            store.write(place, _tile(call, made, store, held, place, layout))
-            if progress is not None and crew.leads:
-                # Claimed tiles count as made.
-                progress("tiles", min(1.0, (already + len(os.listdir(claims))) / len(store.places)))
-
-
-def _tile(
-    call: str, made: Stream, store: KernelStore, held: FeatureCache[TangentFeatures], place: Place, layout: Layout
-) -> Iterator[tuple[str, Tensor]]:
-    """The kernels of one tile: one per block, or their sum."""
-    left, other = held.pair(place)
-    right = None if other is left else other
-    blocks = contracted(left, right, made.outputs, layout.working_bytes)
-    with raised_as(call, "kernel"):
-        for name, kernel in blocks if made.by_block else [("", summed(blocks))]:
-            _check_entries(call, kernel)
-            yield name, kernel
-
-
-def _check_entries(call: str, kernel: Tensor) -> None:
-    if not bool(torch.isfinite(kernel).all()):
-        raise TangentError(
-            f"{call}: the kernel has entries that overflow {kernel.dtype}; use dtype=torch.float64 (--float64)"
-        )
+    layout = crew.settled(lambda: lay_out(call, made.sizes(some), made.capture.limit, fixed=before))
+    layout = replace(layout, cached=crew.least(layout.cached))
+    deal = crew.told(lambda: _shares(made, some, layout, missing, crew.size))
+    with crew.group() if deal.owners else nullcontext() as group:
+        needed = {key for place in deal.shares[crew.rank] for key in keys_of(place, symmetric=store.symmetric)}
+        passing = Passing(
+            group, store.path / FEATURES, crew.rank, deal, device=some.device, known=tensors_within(made.transforms),
+            needed=needed if layout.cached >= len(deal.owners) else (),
+        )  # fmt: skip
+        crew.settled(lambda: make_tiles(call, crew, made, layout, store, deal, passing, progress))
 
 
 def _finish(call: str, store: KernelStore) -> None:
@@ -391,24 +369,3 @@ def _share(limit: int | None, x: Any, processes: int) -> int | None:
     """The memory limit of one process; by default the processes of a machine share what is free."""
     device = next((tensor.device for tensor in tensors(x)), torch.device("cpu"))
     return limit if limit is not None or device.type != "cpu" else max(1, limit_for(None, device) // processes)
-
-
-@contextmanager
-def _worded(call: str, path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into TangentError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise TangentError(
-                f"{call}: there is no room left for {path}; the finished tiles stay: free some room and continue with "
-                "resume=True (--resume)"
-            ) from error
-        raise TangentError(
-            f"{call}: {path} cannot be written ({error}); "
-            + (
-                "give another path"
-                if not os.path.exists(path / RECORD)
-                else "fix that and continue with resume=True (--resume)"
-            )
-        ) from error

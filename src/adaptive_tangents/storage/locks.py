@@ -46,13 +46,22 @@ def is_lock(path: Path) -> bool:
     return path.is_file() and bool(_read(path))
 
 
-def claim_tile(folder: Path, name: str) -> bool:
-    """Whether this process is the first to claim ``name``."""
+def claim_tile(folder: Path, place: tuple[int, int]) -> bool:
+    """Whether this process is the first to claim a tile."""
     try:
-        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(_claim(folder, place), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     return True
+
+
+def is_claimed(folder: Path, place: tuple[int, int]) -> bool:
+    """Whether a process has claimed a tile."""
+    return _claim(folder, place).exists()
+
+
+def _claim(folder: Path, place: tuple[int, int]) -> Path:
+    return folder / f"{place[0]}-{place[1]}"
 
 
 def _acquire(call: str, path: Path) -> None:

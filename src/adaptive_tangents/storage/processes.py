@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -46,6 +46,46 @@ class Team:
         if self.size > 1:
             self._raise_first(problem)
         return result[0]
+
+    def told(self, function: Callable[[], _Result]) -> _Result:
+        """The result of ``function``, which the leading process runs, on all of them; if it raises TangentError, all do."""
+        result = [self.settled(lambda: function() if self.leads else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0)
+        found: Any = result[0]
+        return cast(_Result, found)
+
+    def least(self, number: int) -> int:
+        """The least of a number that each process has."""
+        return min(self._all_sizes(number)) if self.size > 1 else number
+
+    def begun(self, function: Callable[[], None]) -> Callable[[], bool]:
+        """The leading process runs ``function`` at once, while the others go on.
+
+        What is returned waits for the end of it, and says whether it ended without an error.
+        """
+        if self.size == 1:
+            function()
+            return lambda: True
+        word = self._tensor([0])
+        if not self.leads:
+            work = dist.broadcast(word, 0, async_op=True)
+            return lambda: bool(work.wait()) and bool(word.item())
+        try:
+            function()
+            word.fill_(1)
+        finally:
+            dist.broadcast(word, 0)
+        return lambda: True
+
+    @contextmanager
+    def group(self) -> Iterator[Any]:
+        """A group of the same processes, for messages of which some may never be received."""
+        made = dist.new_group(backend="gloo")
+        try:
+            yield made
+        finally:
+            dist.destroy_process_group(made)
 
     def _raise_first(self, problem: str) -> None:
         """Raise the problem of the first process that has one, on all processes."""

@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from inspect import isabstract, signature
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Joint, Sides, Transform
-from adaptive_tangents.penalties.closed_forms import Composition, Penalty, Quadratic, shares
+from adaptive_tangents.penalties.closed_forms import Penalty, Quadratic
 from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.structures.inner import Inner
 
 _AT_A_TIME = 16  # samples whose kernel is computed at once, for its diagonal
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
@@ -244,6 +244,14 @@ class BlockStructure(Structure):
             f"proximal: {type(self).__name__} has no proximal operator; write block_proximal, or use fit"
         )
 
+    def block_solutions(self, matrices: Matrices) -> dict[str, BlockSolution]:
+        """``block_solution`` of every block; structures whose blocks can share work override this.
+
+        Args:
+            matrices: B of each block, in units of its scale.
+        """
+        return {name: self.for_block(name).block_solution(matrix) for name, matrix in matrices.items()}
+
     def for_block(self, name: str) -> "BlockStructure":
         """The structure of one block, for classes in which blocks differ.
 
@@ -259,7 +267,9 @@ class BlockStructure(Structure):
         return replace(self, scales=dict(scales)) if self.scale_invariant else self
 
     def solution(self, coefficients: Matrices) -> Solution:
-        return joined_solution([self._of_block(name, matrix) for name, matrix in coefficients.items()])
+        scales = {name: self._scale(name) for name in coefficients}
+        found = self.block_solutions({name: scaled(s, coefficients[name]) for name, s in scales.items()})
+        return joined_solution([_of_block(name, found[name], s) for name, s in scales.items()])
 
     def dual(self, matrices: Matrices) -> float:
         scales = {name: self._scale(name) for name in matrices}
@@ -270,13 +280,6 @@ class BlockStructure(Structure):
         scales = {name: self._scale(name) for name in coefficients}
         # With C = sB, both terms are those of C and sX, divided by s².
         return {n: self.for_block(n).block_proximal(s * coefficients[n], step) / s for n, s in scales.items()}
-
-    def _of_block(self, name: str, matrix: Tensor) -> Solution:
-        s = self._scale(name)
-        found = self.for_block(name).block_solution(s * matrix)
-        # The chain rule's s² cancels the division by s², so the curvature stays as it is.
-        curvature = None if found.curvature is None else _OfBlock(name, found.curvature)
-        return Solution({name: found.transform}, found.penalty / s**2, {name: found.gradient / s}, curvature)
 
     def _scale(self, name: str) -> float:
         if not self.scale_invariant:
@@ -312,6 +315,18 @@ def joined_solution(parts: list[Solution]) -> Solution:
     )
 
 
+def _of_block(name: str, found: BlockSolution, s: float) -> Solution:
+    """The solution of one block of scale s."""
+    # The chain rule's s² cancels the division by s², so the curvature stays as it is.
+    curvature = None if found.curvature is None else _OfBlock(name, found.curvature)
+    return Solution({name: found.transform}, found.penalty / s**2, {name: scaled(1 / s, found.gradient)}, curvature)
+
+
+def scaled(factor: float, matrix: Tensor) -> Tensor:
+    """The matrix times a factor."""
+    return matrix if factor == 1 else factor * matrix
+
+
 @dataclass(frozen=True)
 class _OfBlock:
     """The curvature of one block, as a map on all blocks."""
@@ -321,45 +336,6 @@ class _OfBlock:
 
     def __call__(self, x: Matrices) -> dict[str, Tensor]:
         return {self.name: self.function(x[self.name])}
-
-
-@dataclass(frozen=True)
-class Inner:
-    """The scalar inner minimum ω̃(v) = min over z_j ≥ 1 of Σ_j ω_j(z_j) + v²/Π z_j² at many v, solved once, on demand."""
-
-    penalties: tuple[Penalty, ...]
-    values: Float[Tensor, "*s"]
-
-    @cached_property
-    def excess(self) -> tuple[Float[Tensor, "*s"], ...]:
-        """The excess z_j − 1 of each penalty."""
-        return shares(self.penalties, self.values)
-
-    @cached_property
-    def gains(self) -> Float[Tensor, "*s"]:
-        """The product z = Π z_j."""
-        return torch.stack([1 + excess for excess in self.excess]).prod(0)
-
-    @property
-    def spent(self) -> float:
-        """Σ ω_j(z_j)."""
-        pairs = zip(self.penalties, self.excess, strict=True)
-        return sum(float(penalty.value(1 + excess).sum()) for penalty, excess in pairs)
-
-    @property
-    def total(self) -> float:
-        """Σ ω̃(v)."""
-        return float(((self.values / self.gains) ** 2).sum()) + self.spent
-
-    @cached_property
-    def slope(self) -> Float[Tensor, "*s"]:
-        """ω̃′(v)/v = 2/z², smooth through zero."""
-        return 2 / self.gains**2
-
-    @cached_property
-    def bend(self) -> Float[Tensor, "*s"]:
-        """ω̃″(v)."""
-        return Composition(self.penalties).induced().second_derivative(self.values)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adaptive_tangents.features.transforms import Entrywise, Scaled, Sides, Transform
 from adaptive_tangents.penalties.closed_forms import Penalty, Quadratic
-from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Inner, shrinkage
+from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Matrices, shrinkage
+from adaptive_tangents.structures.inner import Inner, joint
 
 
 class Grouped(BlockStructure):
@@ -34,8 +35,18 @@ class Grouped(BlockStructure):
         return dict.fromkeys(names, (0 in self.dimensions, 1 in self.dimensions))
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
-        norms = self._norms(matrix)
-        inner = Inner((self.penalty_on_transform,), norms)
+        return self._solved(matrix, Inner((self.penalty_on_transform,), self._norms(matrix)))
+
+    def block_solutions(self, matrices: Matrices) -> dict[str, BlockSolution]:
+        if type(self).block_solution is not Grouped.block_solution:
+            return super().block_solutions(matrices)
+        inner = joint((self.penalty_on_transform,), [self._norms(matrix) for matrix in matrices.values()])
+        found = zip(matrices.items(), inner, strict=True)
+        return {name: self._solved(matrix, part) for (name, matrix), part in found}
+
+    def _solved(self, matrix: Tensor, inner: Inner) -> BlockSolution:
+        """The solution of a block with its norms in the scalar problem."""
+        norms = inner.values
 
         def curvature(x: Tensor) -> Tensor:
             # A group of zeros has no direction.

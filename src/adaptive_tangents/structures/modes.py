@@ -11,7 +11,8 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import LowRank, Modal, Sides
 from adaptive_tangents.penalties.closed_forms import Penalty, Quadratic
-from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Fixed, Inner
+from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Fixed
+from adaptive_tangents.structures.inner import Inner
 from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 _OUT, _IN = "out", "in"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adaptive_tangents.features.transforms import LowRank, Sides
 from adaptive_tangents.penalties.closed_forms import Penalty, Quadratic
-from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Inner
+from adaptive_tangents.structures.base import BlockSolution, BlockStructure, Matrices
+from adaptive_tangents.structures.inner import Inner, joint
 
 _CLOSE = 1e-5  # relative; for closer values the divided difference is less exact than the trapezoid rule
 
@@ -35,7 +36,19 @@ class Spectral(BlockStructure):
 
     def block_solution(self, matrix: Tensor) -> BlockSolution:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-        inner = Inner(tuple(self.sides.values()), values)
+        return self._solved(u, vt, Inner(tuple(self.sides.values()), values))
+
+    def block_solutions(self, matrices: Matrices) -> dict[str, BlockSolution]:
+        if type(self).block_solution is not Spectral.block_solution:
+            return super().block_solutions(matrices)
+        parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices.values()]
+        inner = joint(tuple(self.sides.values()), [values for _, values, _ in parts])
+        found = zip(matrices, parts, inner, strict=True)
+        return {name: self._solved(u, vt, part) for name, (u, _, vt), part in found}
+
+    def _solved(self, u: Tensor, vt: Tensor, inner: Inner) -> BlockSolution:
+        """The solution of a block with these singular vectors, and its values in the scalar problem."""
+        values = inner.values
         factors: dict[str, LowRank] = {}
         for side, excess in zip(self.sides, inner.excess, strict=True):
             moved = excess > torch.finfo(excess.dtype).eps

@@ -301,7 +301,7 @@ def _explanation(
     initial: TangentFeatures, after: TangentFeatures, structure: Structure, ridges: tuple[float, ...]
 ) -> dict[str, Tensor]:
     """R² of a structure, in total and by block, and its sides if it has them."""
-    found = explain(initial, after, structure, strengths=ridges)
+    found = explain(initial, after, structure, strengths=ridges, rank=None)
     part = {f"r2.{name}": torch.tensor(value, dtype=torch.float64) for name, value in found.r2.items()}
     part["r2.total"] = torch.tensor(found.total, dtype=torch.float64)
     for name, transform in (found.transforms or {}).items():

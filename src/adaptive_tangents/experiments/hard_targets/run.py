@@ -145,7 +145,7 @@ def _measurer(
         assert average.change is not None
         structure = TwoSided(Quadratic(config.strength))
         exact = fit(initial, y - outputs(model, start, x), structure=structure, max_rounds=config.max_rounds)
-        explanation = explain(initial, average, TwoSided())
+        explanation = explain(initial, average, TwoSided(), rank=None)
         assert explanation.transforms is not None
         feats = {"initial": initial, "average": average, "final": final, "exact": exact.transform(initial)}
         kernels = {kind: of.kernel(outputs="trace") for kind, of in feats.items()}

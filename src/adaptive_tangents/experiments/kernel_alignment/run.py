@@ -274,7 +274,7 @@ def _explanations(
     }
     found: dict[str, Any] = {}
     for k, (key, structure) in enumerate(structures.items()):
-        explanation = explain(initial, average, structure)
+        explanation = explain(initial, average, structure, rank=None)
         found[key] = {"total": explanation.total, **explanation.r2}
         progress((k + 1) / len(structures))
     return found

@@ -1,0 +1,270 @@
+"""forecast(): from a network and its data to what training will do, by steps that held-out samples choose."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import Batch, samples, take, tensors
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.capture.complex_parameters import as_given
+from adaptive_tangents.capture.groups import Group
+from adaptive_tangents.capture.network import OutputFn, Selection
+from adaptive_tangents.checks import Values, check_choice
+from adaptive_tangents.errors import TangentError, raised_as
+from adaptive_tangents.forecasting.goals import Goal, goal_of
+from adaptive_tangents.forecasting.results import BlockForecast, Candidate, Forecast, block_forecasts
+from adaptive_tangents.forecasting.trust_region import Ground, Step, Walk, outputs_at
+from adaptive_tangents.penalties.closed_forms import Quadratic
+from adaptive_tangents.runtime.progress import Progress, silent
+from adaptive_tangents.solvers.losses import LossName
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Fixed, Structure
+from adaptive_tangents.structures.mixed import as_structure
+from adaptive_tangents.structures.spectral import TwoSided
+
+CALL = "forecast"
+STRENGTHS = (1.0,)
+RELATIVE_RIDGE = 3.0
+MOST_STEPS = 8
+MEASURED = 200
+_PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
+
+
+def forecast(
+    model: nn.Module,
+    x: Batch,
+    y: Values,
+    *,
+    structure: Structure | Mapping[str, Structure] | None = None,
+    loss: LossName = "squared",
+    ridge: float | None = None,
+    strength: float | Sequence[float] | None = None,
+    steps: int | None = None,
+    validation: float = 0.2,
+    wrt: Selection | None = None,
+    output_fn: OutputFn | None = None,
+    seed: int = 0,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> Forecast:
+    r"""What training will do to a network, before it is trained: θ_{k+1} = θ_k + sβ_k, without a gradient step.
+
+    β_k is the exact adaptive fit of the features at θ_k to what is left of the target; s is found by the training loss. A
+    step is taken if the loss falls by at least a quarter of what its fit predicts; if not, the ridge is four times as
+    strong. Held-out samples choose the structure and the number of steps.
+
+    Args:
+        model: the network before training, in evaluation mode; it is left as it was.
+        x: training inputs, samples first: a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
+        y: targets, (n, c), or (n,) where c = 1; for cross-entropy integer labels (n,), 0 or 1 where c = 1.
+        structure: which transforms the fits may use; a mapping gives structures by patterns of block names. None chooses
+            between ``Fixed`` and ``TwoSided`` of each ``strength``.
+        loss: "squared" or "cross-entropy" (logistic where c = 1): what training will minimize.
+        ridge: κ > 0, the first step's ridge over the mean eigenvalue of its kernel; None is 3.
+        strength: λ of ``TwoSided(Quadratic(λ), scale_invariant=True)``, in units of the mean square of what is left of the
+            target at θ₀; one or several to choose from. None is 1.
+        steps: the most steps; None is 8.
+        validation: the share of samples that are held out to choose; with 0, all steps are taken, and there must be
+            nothing else to choose.
+        wrt: the parameters that will be trained: a name pattern, a parameter, or several; None is all that require a
+            gradient.
+        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        seed: of the choice of held-out samples.
+        memory_limit: bytes that may be used; None is half of what is free.
+        progress: called with the stage and the fraction of the work that is done.
+
+    Raises:
+        TangentError: as ``tangent_features`` and ``fit`` do; when an option is out of range, or when nothing is held out and
+            there is something to choose.
+
+    Source: LeJeune & Alemohammad, CPAL 2024, §3, for each fit; the steps are this library's, theory in the docs.
+
+    >>> import torch, adaptive_tangents as at
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> x = torch.randn(40, 3)
+    >>> told = at.forecast(model, x, x[:, :1] * x[:, 1:2], steps=2)
+    >>> sorted(told.params) == sorted(model.state_dict())
+    True
+    """
+    check_choice(CALL, "loss", loss, get_args(LossName))
+    kappa = RELATIVE_RIDGE if ridge is None else _positive("ridge", ridge)
+    most = MOST_STEPS if steps is None else _steps(steps)
+    if not _is_number(validation) or not 0 <= validation < 1:
+        raise TangentError(f"{CALL}: validation is a share of the samples, from 0 to below 1, got {validation!r}")
+    with raised_as(CALL, "fit"):
+        given = None if structure is None else as_structure("fit", structure)
+    if given is not None and strength is not None:
+        raise TangentError(f"{CALL}: strength is of the structures that are chosen among; leave it out, or structure")
+    listed = STRENGTHS if strength is None else tuple(strength) if isinstance(strength, Sequence) else (strength,)
+    strengths = sorted({_positive("strength", value) for value in listed}, reverse=True)
+    if not strengths:
+        raise TangentError(f"{CALL}: strength is a positive number, or several, got none")
+    capture = Capture(CALL, model, x, None, wrt, output_fn, memory_limit)
+    start = dict(capture.network.parameters)
+    before = outputs_at(capture, start, x)
+    goal = goal_of(CALL, y, before, loss)
+    ground, kept = _divided(capture, x, goal, validation, seed)
+    if ground.held is None and given is None and (strength is None or len(strengths) > 1):
+        raise TangentError(
+            f"{CALL}: with validation = 0 nothing is held out to choose a structure by; give structure= or validation > 0"
+        )
+    size = float((goal.taken(kept).missing(before[kept]) ** 2).mean())
+    if given is not None:
+        structures: list[Structure] = [given]
+    elif ground.held is None:
+        structures = [_two_sided(strengths[0], size)]
+    else:
+        structures = [Fixed(), *(_two_sided(value, size) for value in strengths)]
+    told = progress or silent
+    walks: list[_Walked] = []
+    with raised_as(CALL, "fit"):
+        for k, each in enumerate(structures):
+            walks.append(_walked(Walk(ground, each, kappa, start), most, told, k, len(structures)))
+    told("done", 1.0)
+    return _forecast(model, capture, ground, walks, x, kept, loss, kappa, validation, seed)
+
+
+def _two_sided(strength: float, size: float) -> Structure:
+    # For targets that the network fits already, any penalty will do.
+    return TwoSided(Quadratic(strength * size or strength), scale_invariant=True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: object) -> float:
+    if not _is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]
+        raise TangentError(f"{CALL}: {name} is a positive, finite number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _steps(steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise TangentError(f"{CALL}: steps is a positive whole number, got {steps!r}")
+    return steps
+
+
+def _divided(capture: Capture, x: Batch, goal: Goal, validation: float, seed: int) -> tuple[Ground, Tensor]:
+    """The samples to fit and those held out, and which are fitted."""
+    n, device = samples(x), tensors(x)[0].device
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    count = min(max(1, round(validation * n)), n) if validation else 0
+    held, kept = order[:count].sort().values, order[count:].sort().values
+    if not len(kept):
+        raise TangentError(
+            f"{CALL}: of n = {n} samples, validation = {validation:g} leaves none to fit; give more samples, or a "
+            "smaller share"
+        )
+    if not count:
+        return Ground(capture, x, goal, None, None), kept
+    return Ground(capture, take(x, kept), goal.taken(kept), take(x, held), goal.taken(held)), kept
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """The steps of one structure, of which the first ``chosen`` have the least held-out loss, and where these lead."""
+
+    structure: Structure
+    steps: tuple[Step, ...]
+    fits: tuple[Fit, ...]
+    chosen: int
+    end: Mapping[str, Tensor]
+    held: Tensor | None
+    initial: Tensor | None
+    reason: str
+
+
+def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walked:
+    """All steps until the held-out loss has stopped falling."""
+    initial = held = walk.ground.held_losses(walk.parameters)
+    end, steps, fits, best = walk.parameters, list[Step](), list[Fit](), 0
+    least = math.inf if initial is None else float(initial.mean())
+    for found in walk.steps(most):
+        steps.append(found.step)
+        fits.append(found.fit)
+        told(f"{walk.structure}", (place + len(steps) / most) / of)
+        if initial is None or found.step.held_out < least:
+            best, least, end, held = len(steps), found.step.held_out, found.parameters, found.held_losses
+        elif len(steps) - best >= _PATIENCE:
+            walk.reason = f"the held-out loss has not fallen for {_PATIENCE} steps"
+            break
+    return _Walked(walk.structure, tuple(steps), tuple(fits[:best]), best, end, held, initial, walk.reason)
+
+
+def _chosen(walks: Sequence[_Walked]) -> int:
+    """The walk with the least held-out loss; a later one, which adapts more, where it is within a standard error."""
+    if len(walks) == 1:
+        return 0
+    held = [walk.held for walk in walks]
+    means = [float(losses.mean()) for losses in held if losses is not None]
+    best = min(range(len(means)), key=means.__getitem__)
+    for k in range(len(walks) - 1, best, -1):
+        one, other = held[k], held[best]
+        assert one is not None
+        assert other is not None
+        gap = one - other
+        error = float(gap.std(correction=1)) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+        if float(gap.mean()) <= error:
+            return k
+    return best
+
+
+def _forecast(
+    model: nn.Module, capture: Capture, ground: Ground, walks: Sequence[_Walked], x: Batch, kept: Tensor, loss: LossName,
+    kappa: float, validation: float, seed: int,
+) -> Forecast:  # fmt: skip
+    walk = walks[_chosen(walks)]
+    start = dict(capture.network.parameters)
+    few = torch.linspace(0, samples(x) - 1, min(MEASURED, samples(x))).round().long().to(tensors(x)[0].device)
+    return Forecast(
+        model=model,
+        start=_state(model, start),
+        params=_state(model, walk.end),
+        steps=walk.steps[: walk.chosen],
+        fits=walk.fits,
+        structure=walk.structure,
+        loss=loss,
+        ridge=kappa,
+        validation=validation,
+        seed=seed,
+        initial_loss=ground.goal.loss(ground.outputs(start)),
+        initial_held_out=math.nan if walk.initial is None else float(walk.initial.mean()),
+        candidates=tuple(_candidate(each) for each in walks),
+        reason=walk.reason,
+        passes=dict(ground.passes),
+        wrt=capture.network.selected,
+        output_fn=capture.network.output_fn,
+        memory_limit=capture.requested,
+        x=take(x, few),
+        blocks=_blocks(capture, walk.end),
+    )
+
+
+def _candidate(walk: _Walked) -> Candidate:
+    held = math.nan if walk.held is None else float(walk.held.mean())
+    return Candidate(walk.structure, walk.steps, walk.chosen, held, walk.reason)
+
+
+def _blocks(capture: Capture, end: Mapping[str, Tensor]) -> dict[str, BlockForecast]:
+    """What changes in each block."""
+    start = capture.network.parameters
+    before, after = ({group.name: _matrix(group, state) for group in capture.groups} for state in (start, end))
+    return block_forecasts(before, after)
+
+
+def _matrix(group: Group, state: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([slot.place(state[slot.parameter], group.matrix[0]) for slot in group.slots], 1)
+
+
+def _state(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state dict with these parameters, under every name that a shared one has."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    held = {key: value.detach().clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    changed = {key: parameters[names[key]].clone() for key in held if key in names}
+    return held | as_given(model, changed)

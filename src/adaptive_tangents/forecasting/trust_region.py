@@ -1,0 +1,234 @@
+"""Steps θ_{k+1} = θ_k + sβ_k within a trust region: the ridge follows how well each fit predicts the true loss."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adaptive_tangents.capture.batches import Batch, samples, take
+from adaptive_tangents.capture.capture import Capture
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.forecasting.goals import Goal
+from adaptive_tangents.measures.alignment import effective_rank
+from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.structures.base import Matrices, Structure
+
+ACCEPTED = 0.25  # the share of the predicted fall of the loss that a step must reach
+_TRUSTED = 0.75  # and from which the next ridge is weaker
+_WEAKER, _STRONGER = 1 / 3, 4.0
+_MOST_TRIES = 8
+_LENGTHS = (1.0, 0.7, 0.5, 0.25, 0.125)
+_AT_A_TIME, _PASS = 16, 1024  # samples whose kernel, or whose outputs, are computed at once
+_FIRST = torch.tensor([0])  # a fit keeps the features of one sample, so that it stays small
+_LEAST = 1e-12  # relative fall of the loss that is no rounding
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step θ_{k+1} = θ_k + sβ_k.
+
+    Attributes:
+        loss: the mean training loss after it.
+        held_out: the mean loss of the held-out samples after it; NaN without any.
+        length: s.
+        ridge: ρ of its fit.
+        relative_ridge: κ, the ridge over the mean eigenvalue of the kernel at θ_k (for cross-entropy, over its product with
+            half the mean curvature of the loss).
+        agreement: the fall of the loss over what the fit predicts for s = 1.
+        rank: the effective rank (participation) of β, a mean over the blocks that are matrices, weighted by ‖B‖².
+        tries: how many ridges were tried.
+        converged: whether its fit did.
+        seconds: that it took.
+    """
+
+    loss: float
+    held_out: float
+    length: float
+    ridge: float
+    relative_ridge: float
+    agreement: float
+    rank: float
+    tries: int
+    converged: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A network with the samples to fit and those held out; it counts the passes over samples in ``passes``."""
+
+    capture: Capture
+    x: Batch
+    goal: Goal
+    held_x: Batch | None
+    held: Goal | None
+    passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
+
+    @property
+    def rounding(self) -> float:
+        """What is no more than rounding, relative to outputs."""
+        return 30 * torch.finfo(self.capture.probe.least).eps
+
+    def outputs(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "n c"]:
+        """The outputs f of the samples to fit."""
+        self.passes["forward"] += 1
+        return outputs_at(self.capture, parameters, self.x)
+
+    def finite_outputs(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "n c"] | None:
+        """The same, or None where one is not finite, as far from θ₀."""
+        try:
+            return self.outputs(parameters)
+        except TangentError:
+            return None
+
+    def held_losses(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " m"] | None:
+        """The loss of each held-out sample."""
+        if self.held is None or self.held_x is None:
+            return None
+        return self.held.losses(outputs_at(self.capture, parameters, self.held_x))
+
+    def features(self, parameters: Mapping[str, Tensor]) -> TangentFeatures:
+        """φ of the samples to fit."""
+        made = self.capture.at(parameters).features(self.x)
+        self.passes["forward"] += 1
+        self.passes["backward"] += made.c
+        return made
+
+
+def outputs_at(capture: Capture, parameters: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:
+    """f(x; θ) in float64, some samples at a time."""
+    there = capture.at(parameters)
+    parts = [there.outputs(take(x, part), {}) for part in ranges(samples(x), _PASS)]
+    return torch.cat(parts).double()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step, the fit it took, and where it led."""
+
+    step: Step
+    fit: Fit
+    parameters: Mapping[str, Tensor]
+    held_losses: Tensor | None
+
+
+@dataclass
+class Walk:
+    """Steps from θ₀, one after the other; ``reason`` says why there are no more."""
+
+    ground: Ground
+    structure: Structure
+    relative_ridge: float
+    parameters: Mapping[str, Tensor]
+    reason: str = ""
+
+    def steps(self, most: int) -> Iterator[Taken]:
+        """At most ``most`` steps that each lower the training loss."""
+        here = self.parameters
+        outputs = self.ground.outputs(here)
+        for _ in range(most):
+            taken = self._step(here, outputs)
+            if taken is None:
+                return
+            found, outputs = taken
+            here = found.parameters
+            yield found
+        self.reason = self.reason or f"all {most} steps were taken"
+
+    def _step(self, here: Mapping[str, Tensor], outputs: Tensor) -> tuple[Taken, Tensor] | None:
+        """The next step, and the outputs after it; None where no ridge lowers the loss enough."""
+        began, ground = time.perf_counter(), self.ground
+        loss = ground.goal.loss(outputs)
+        if float(ground.goal.missing(outputs).norm()) <= ground.rounding * float(outputs.norm()):
+            self.reason = "the network fits its targets: nothing is left to learn"
+            return None
+        feats = ground.features(here)
+        mean = mean_eigenvalue(feats)
+        if mean == 0:
+            self.reason = "the tangent features of all samples are zero: no gradient moves the network"
+            return None
+        kappa = self.relative_ridge
+        for tries in range(1, _MOST_TRIES + 1):
+            found = _quietly(lambda: ground.goal.fitted(feats, outputs, self.structure, kappa, mean))  # noqa: B023
+            predicted = loss - ground.goal.loss(outputs + found.predict(feats))
+            length, after, (there, beyond) = self._searched(here, feats, found.coefficients, loss, predicted)
+            fall = loss - after
+            agreement = fall / predicted if predicted > 0 else 0.0
+            if beyond is not None and agreement >= ACCEPTED and fall > _LEAST * loss:
+                self.relative_ridge = kappa * (_WEAKER if agreement >= _TRUSTED else 1.0)
+                held = ground.held_losses(there)
+                step = Step(
+                    after, math.nan if held is None else float(held.mean()), length, found.ridge, kappa, agreement,
+                    _rank(found.coefficients), tries, found.converged, time.perf_counter() - began,
+                )  # fmt: skip
+                return Taken(step, replace(found, features=feats[_FIRST.to(feats.device)]), there, held), beyond
+            kappa *= _STRONGER
+        self.reason = (
+            f"the trust region shrank to nothing: {_MOST_TRIES} ridges, up to {kappa / _STRONGER:.1e} times the kernel's "
+            f"mean eigenvalue, gave no step that lowers the loss by {ACCEPTED:g} of what its fit predicts"
+        )
+        return None
+
+    def _searched(
+        self, here: Mapping[str, Tensor], feats: TangentFeatures, coefficients: Matrices, loss: float, predicted: float
+    ) -> tuple[float, float, tuple[dict[str, Tensor], Tensor | None]]:
+        """The length with the least training loss, shorter as long as it falls; that loss; where it leads.
+
+        The whole length is taken at once if the loss falls nearly as predicted.
+        """
+        seen: dict[int, tuple[float, tuple[dict[str, Tensor], Tensor | None]]] = {}
+
+        def at(k: int) -> float:
+            if k not in seen:
+                there = moved(here, feats, coefficients, _LENGTHS[k])
+                outputs = self.ground.finite_outputs(there)
+                seen[k] = (math.inf if outputs is None else self.ground.goal.loss(outputs)), (there, outputs)
+            return seen[k][0]
+
+        best = 0
+        if loss - at(0) < _TRUSTED * predicted:
+            k = 1
+            while k < len(_LENGTHS) and (at(k) < at(best) or at(best) >= loss):
+                best, k = k, k + 1
+        return _LENGTHS[best], at(best), seen[best][1]
+
+
+def moved(
+    parameters: Mapping[str, Tensor], feats: TangentFeatures, coefficients: Matrices, length: float
+) -> dict[str, Tensor]:
+    """θ + sβ."""
+    there = dict(parameters)
+    for name, block in feats.blocks.items():
+        for parameter, change in block.split(coefficients[name]).items():
+            there[parameter] = (parameters[parameter].double() + length * change).to(parameters[parameter].dtype)
+    return there
+
+
+def mean_eigenvalue(feats: TangentFeatures) -> float:
+    """The mean eigenvalue of the kernel, trace K/(nc)."""
+    traces = [feats[part].kernel(outputs="trace").diagonal() for part in ranges(feats.n, _AT_A_TIME)]
+    return float(torch.cat(traces).double().sum()) / (feats.n * feats.c)
+
+
+def _rank(coefficients: Matrices) -> float:
+    """The effective rank, a mean over blocks that are matrices."""
+    weights = {name: float((B.double() ** 2).sum()) for name, B in coefficients.items()}
+    matrices = {name for name, B in coefficients.items() if min(B.shape) > 1} or set(coefficients)
+    total = sum(weights[name] for name in matrices)
+    if total == 0:
+        return 0.0
+    return sum(weights[name] * effective_rank(coefficients[name]).participation for name in matrices) / total
+
+
+def _quietly(made: Callable[[], Fit]) -> Fit:
+    """A fit without its warning: the true loss decides whether it is followed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TangentWarning)
+        return made()

@@ -1,0 +1,217 @@
+"""What an inspection tells: the numbers and arrays of the report, from what was measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptive_tangents.capture.batches import tensors
+from adaptive_tangents.inspection import measures
+from adaptive_tangents.inspection.kept import Record
+from adaptive_tangents.inspection.measures import defined, spectrum
+from adaptive_tangents.inspection.outputs import PREFIX, Reduction
+from adaptive_tangents.inspection.problem import Problem
+from adaptive_tangents.measures.alignment import alignment, cka
+from adaptive_tangents.runs.record import flatten
+from adaptive_tangents.runs.user_files import Data
+
+_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured at the start, along the path and at the end: kernels by stage and block, their sums, and fits.
+
+    After an interruption, what was not finished is missing: kernels of a stage, the path's identity, fits. ``values`` are the
+    singular values of the weight changes.
+    """
+
+    kernels: dict[str, dict[str, Tensor]]
+    wholes: dict[str, Tensor]
+    identity: dict[str, float | None]
+    explained: dict[str, dict[str, float | None]]
+    models: Record
+    changes: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> dict[str, Any]:
+    """The numbers of the page."""
+    reduction, wholes = problem.reduction, measured.wholes
+    blocks = _block_numbers(problem, measured)
+    growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal().clamp_min(1e-300)
+    scale = measured.explained["layer_scale"]["total"]
+    found = {
+        "network": _network(model, blocks),
+        "data": _described(data, problem),
+        "outputs": {
+            "kind": reduction.kind,
+            "names": list(reduction.names),
+            "sentence": reduction.sentence,
+            "share": reduction.share,
+            "labels": problem.target_words,
+            "weights": _weights(reduction, data.classes),
+        },
+        "performance": {k: performance_of(problem.outputs[i], problem.data) for k, i in (("start", 0), ("end", -1))},
+        **measures.kernel_numbers(wholes, problem.change, problem.target),
+        "path": measured.identity,
+        "blocks": {_plain(name, reduction): numbers for name, numbers in blocks.items()},
+        "explain": {
+            key: {
+                "total": r2["total"],
+                "layer_scale_there": None if key == "layer_scale" or r2["total"] is None else scale,
+                "left_out": [_plain(name, reduction) for name in blocks if name not in r2],
+            }
+            for key, r2 in measured.explained.items()
+        },
+        "models": {
+            key: {k: v for k, v in numbers.items() if k != "effective_rank"}
+            for key, numbers in measured.models.numbers["models"].items()
+        },
+        "sample_growth": {"median": float(growth.median()), "largest": float(growth.max()), "smallest": float(growth.min())},
+        "limits": problem.limits + _left_out(measured.models, problem),
+    }  # fmt: skip
+    metrics = flatten({k: found[k] for k in ("growth", "alignment", "alignment_centered", "cka", "path")})
+    return found | {"metrics": metrics}
+
+
+def _block_numbers(problem: Problem, measured: Measured) -> dict[str, dict[str, Any]]:
+    """Every block's numbers, its shape, and the results of transforms and models."""
+    blocks = measures.block_numbers(
+        measured.kernels, problem.change, problem.target, measured.changes, measured.weights, measured.values
+    )
+    for name, numbers in blocks.items():
+        numbers["shape"] = list(measured.changes[name].shape)
+        numbers["explain"] = {key: r2.get(name) for key, r2 in measured.explained.items()}
+        numbers["model_rank"] = {k: m["effective_rank"][name] for k, m in measured.models.numbers["models"].items()}
+    return blocks
+
+
+def _plain(name: str, reduction: Reduction) -> str:
+    """A block's or parameter's name in the user's own model."""
+    return name.removeprefix(PREFIX) if reduction.kind == "margin" else name
+
+
+def _network(model: nn.Module, blocks: Mapping[str, Any]) -> dict[str, Any]:
+    count = sum(p.numel() for p in model.parameters())
+    measured = sum(int(np.prod(numbers["shape"])) for numbers in blocks.values())
+    return {"class": type(model).__name__, "parameters": count, "measured": measured, "blocks": len(blocks)}
+
+
+def _described(data: Data, problem: Problem) -> dict[str, Any]:
+    x = tensors(problem.data.x)[0]
+    return {
+        "samples": problem.data.n,
+        "of": data.n,
+        "shape": list(x.shape[1:]),
+        "images": _image_like(problem.data) is not None,
+        "classes": None if data.classes is None else list(data.classes),
+        "labels": None if data.y is None else "classes" if data.labels is not None else "real targets",
+    }
+
+
+def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str, float] | None:
+    """The first direction's weight on each output."""
+    if reduction.kind != "main":
+        return None
+    first = reduction.weights[:, 0].tolist()
+    named = (
+        classes if classes is not None and len(classes) == len(first) else [f"output {j}" for j in range(len(first))]
+    )
+    return dict(zip(named, first, strict=True))
+
+
+def performance_of(outputs: Tensor, data: Data) -> dict[str, float] | None:
+    """Accuracy for labels, or mean squared error for real targets, on the measured samples."""
+    if data.y is None:
+        return None
+    if data.labels is not None and (outputs.shape[1] > 1 or len(torch.unique(data.labels)) == 2):
+        return {"accuracy": float((_predicted(outputs, data.labels) == data.labels).double().mean())}
+    y = (data.y[:, None] if data.y.ndim == 1 else data.y).to(outputs)
+    return {"mse": float(((outputs - y) ** 2).mean())} if y.shape == outputs.shape else None
+
+
+def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
+    kinds = torch.unique(labels)
+    return outputs.argmax(1) if outputs.shape[1] > 1 else kinds[(outputs[:, 0] > 0).long().clamp_max(len(kinds) - 1)]
+
+
+def checkpoint(
+    name: str, kernel: Tensor, wholes: Mapping[str, Tensor], problem: Problem, performance: dict[str, float] | None
+) -> dict[str, Any]:
+    """A point of the trajectory: a checkpoint's kernel beside those of start and end."""
+    target = problem.target
+    return {
+        "name": name,
+        "growth": float(kernel.trace() / wholes["initial"].trace()),
+        "alignment": defined(alignment, kernel, problem.change),
+        "alignment_centered": defined(alignment, kernel, problem.change, centered=True),
+        "alignment_labels": None if target is None else defined(alignment, kernel, target),
+        "alignment_labels_centered": None if target is None else defined(alignment, kernel, target, centered=True),
+        "cka_start": defined(cka, kernel, wholes["initial"]),
+        "cka_end": defined(cka, kernel, wholes["final"]),
+        "performance": performance,
+    }
+
+
+def _left_out(models: Record, problem: Problem) -> list[str]:
+    """Sentences on the start, and on what the exact models did not cover."""
+    words = []
+    if problem.fresh:
+        words.append(
+            f"At the start {len(problem.fresh)} norms (first: {problem.fresh[0]}) have the running statistics 0 and 1 of a "
+            "new network, so the initial kernel is that of an uncalibrated network. To see the growth due to training, save "
+            "the start after a few batches in training mode, without optimizer steps."
+        )
+    if models.numbers["left_out"]:
+        words.append(f"The exact adaptive model was not fitted: {models.numbers['left_out']}.")
+    if not models.numbers["models"].get("two_sided", {"converged": True})["converged"]:
+        words.append("The exact adaptive model did not converge within the round limit; its ranks are provisional.")
+    return words
+
+
+def _image_like(data: Data) -> Tensor | None:
+    """The first input that looks like gray or color images, (n, 1 or 3, h, w) or (n, h, w), if any."""
+    for x in tensors(data.x):
+        if x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) >= 4:
+            return x
+        if x.is_floating_point() and x.ndim == 3 and min(x.shape[1:]) >= 8 and x.shape[1] == x.shape[2]:
+            return x[:, None]
+    return None
+
+
+def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
+    """What the figures draw."""
+    data, reduction, kernels, wholes = problem.data, problem.reduction, measured.kernels, measured.wholes
+    arrays: dict[str, Tensor] = {f"kernel.{stage}": kernel.float() for stage, kernel in wholes.items()}
+    arrays |= {f"spectrum.{stage}": spectrum(kernel) for stage, kernel in wholes.items()}
+    arrays |= {f"diagonal.{s}.{_plain(k, reduction)}": K.diagonal() for s in kernels for k, K in kernels[s].items()}
+    arrays |= {f"singular_values.change.{_plain(k, reduction)}": values for k, values in measured.values.items()}
+    for name, values in measured.models.tensors.items():
+        key, _, block = name.partition(".")
+        arrays[f"singular_values.{key}.{_plain(block, reduction)}"] = values
+    arrays |= {"change": problem.change, "outputs.start": problem.outputs[0], "outputs.end": problem.outputs[-1]}
+    if problem.target is not None:
+        arrays["target"] = problem.target
+    if data.y is not None:
+        arrays["y"] = data.y
+    if data.labels is not None and (problem.outputs[0].shape[1] > 1 or len(torch.unique(data.labels)) == 2):
+        arrays["predicted"] = _predicted(problem.outputs[-1], data.labels)
+    images = _image_like(data)
+    if images is not None:
+        growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal()
+        order = growth.argsort(descending=True)
+        shown = torch.unique(torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]]))
+        arrays["images"], arrays["images.index"] = _pixels(images, shown), shown
+    return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
+
+
+def _pixels(images: Tensor, shown: Tensor) -> Tensor:
+    """The chosen images as bytes (k, h, w, channels); each channel is scaled by its range over all samples."""
+    low, high = (f(images.float(), dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    scaled = (images[shown].float() - low) / (high - low).clamp_min(1e-12)
+    return (255 * scaled).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,64 @@
+"""What the parts of a fit cost, in multiply-adds of a large product: all choices of ``fit`` between routes compare these.
+
+Costs follow from shapes alone, so the same problem is always solved by the same steps.
+"""
+
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.summands import factors_of
+from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.linalg.factor_products import pixels_innermost
+
+_ENTRY = 3.0  # an entry of a matrix that multiplies one vector: it is read from memory
+_FACTORED = 1.5  # a multiply-add in the small products of factors
+_CALL = 50_000.0  # what starts an operation, however small
+_PRODUCT_CALLS = 20  # operations of φx and φᵀa of one block of factors
+_STEP_CALLS = 30  # operations of the curvature and the transform of one block
+_FACTORIZED = 2.0  # a multiply-add of a Cholesky factor
+_ROUNDED = 0.5  # of the work, in single precision
+_INSIDE = 6  # products of the inner conjugate gradients, where no system is factorized in float64
+_WORTH = 0.3  # a system is remade if that costs less than this share of a step's products: later steps gain as well
+_LEAST = 3  # products that a step with a new system takes
+
+
+def dense_product(block: Block) -> float:
+    """φx and φᵀa of one block, held as columns of a matrix."""
+    return 2 * _ENTRY * block.samples * block.outputs * block.shape[0] * block.shape[1]
+
+
+def factored_product(block: Block) -> float:
+    """φx and φᵀa of one block, from its summands."""
+    (o, i), n, c = block.shape, block.samples, block.outputs
+    total = _PRODUCT_CALLS * _CALL
+    for part in block.summands:
+        parts = factors_of(part)
+        total += 0.0 if parts else 2 * _ENTRY * n * c * o * i
+        for factors in parts:
+            t = factors.backward.shape[1]
+            total += 2 * _FACTORED * n * t * o * (i + c)
+            total += n * _CALL if pixels_innermost(factors.backward) else 0.0
+    return total
+
+
+def patience(feats: TangentFeatures, form: str, products: float) -> tuple[float, float]:
+    """How many products with the curvature a step may take before its kernel is remade, and before it is factorized again.
+
+    ``products`` is the cost of φx and φᵀa.
+    """
+    size, shapes = feats.n * feats.c, [block.shape for block in feats.blocks.values()]
+    p = sum(o * i for o, i in shapes)
+    step = products + sum(2 * o * i * (o + i) for o, i in shapes) + _STEP_CALLS * _CALL * len(shapes)
+    kernel = sum(part.effort for part in feats.plan().blocks) / 2
+    kernel += sum(
+        block.samples * block.positions * (block.outputs * block.shape[0] ** 2 + block.shape[1] ** 2)
+        for block in feats.blocks.values()
+    )
+    factor = _FACTORIZED * size**3 / 6
+    if form == "primal":
+        kernel, factor = 0.0, size * p**2 / 2 + _FACTORIZED * p**3 / 6
+        step += _ENTRY * (2 * size * p + p**2)
+    elif form == "dense":
+        step += 2 * _ENTRY * size**2
+    else:
+        kernel, factor = _ROUNDED * kernel, _ROUNDED * factor
+        step += _INSIDE * (products + _ROUNDED * _ENTRY * size**2)
+    return max(_LEAST, _WORTH * (kernel + factor) / step), max(_LEAST, factor / step)
