@@ -19,6 +19,7 @@ from adaptive_tangents.capture.batches import check_batch, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.derivatives import disproved
 from adaptive_tangents.capture.graph import GraphForm, same_form
+from adaptive_tangents.capture.network import Network
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense
 from cases import CASES as SMALL
@@ -565,16 +566,20 @@ def test_a_small_batch_whose_features_are_refuted_is_captured_after_a_probe(monk
 
 def test_a_small_batch_takes_three_passes_forward_and_two_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double(), normal(6, 4)
-    forwards, backwards, grad = list[int](), list[bool](), torch.autograd.grad
+    forwards, backwards, run, grad = list[int](), list[bool](), Network.run, torch.autograd.grad
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def forward(network: Network, given: Tensor) -> Tensor:
+        forwards.append(len(given))
+        return run(network, given)
+
+    def backward(*arguments: Any, **options: Any) -> Any:
         backwards.append(bool(options.get("is_grads_batched")))
         return grad(*arguments, **options)
 
-    model.register_forward_pre_hook(lambda module, given: forwards.append(len(given[0])))
-    monkeypatch.setattr(torch.autograd, "grad", counted)
+    monkeypatch.setattr(Network, "run", forward)
+    monkeypatch.setattr(torch.autograd, "grad", backward)
     feats = at.tangent_features(model, x)
-    assert backwards == [True, False]
+    assert (forwards, backwards) == ([1, 6, 1], [True, False])
     np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
 
 

@@ -55,3 +55,26 @@ def test_rounding_of_a_part_in_single_precision_is_no_influence_among_samples() 
     torch.manual_seed(0)
     model = in_single_precision(lambda h: h * (1 + 3e-7 * (len(h) > 1)))
     assert at.tangent_features(model, torch.randn(3, 3).double()).n == 3
+
+
+@pytest.mark.parametrize(("n", "place"), [(5, -1), (9, 4)], ids=["the last of few", "one in the middle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_influence_on_a_single_sample_of_a_small_batch_is_refused(n: int, place: int, dtype: torch.dtype) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        place_now = min(place, len(x) - 1) % len(x)
+        return m.fc(x).tanh() + (torch.arange(len(x)) == place_now)[:, None] * (len(x) > 1) * 1e-3 * x[:1, :2]
+
+    torch.manual_seed(0)
+    model = Forward(run, fc=nn.Linear(4, 2)).to(dtype)
+    with pytest.raises(at.TangentError, match="influence each other"):
+        at.tangent_features(model, torch.randn(n, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("width", [8, 400], ids=["float64 decides", "float32 decides"])
+def test_a_gradient_that_is_wrong_by_a_tenth_is_told_of_small_batches(width: int) -> None:
+    torch.manual_seed(0)
+    model = Forward(
+        lambda m, x: m.b((m.a(x) + 0.1 * m.a(x).detach()).tanh()), a=nn.Linear(300, width), b=nn.Linear(width, 2)
+    ).float()  # fmt: skip
+    with pytest.warns(at.TangentWarning, match=r"do not change with a\.weight"):
+        at.tangent_features(model, torch.randn(3, 300))

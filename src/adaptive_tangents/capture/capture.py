@@ -40,6 +40,7 @@ from adaptive_tangents.capture.recording import bytes_kept
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
+from adaptive_tangents.features.summands import tensors_of
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import keep_freed, limit_for, require_memory
@@ -259,13 +260,13 @@ class Capture:
         blocks = {group.name: found.blocks[group.name].compact() for group in self.groups}
         self._check_features(blocks)
         tolerance = self._tolerance(probe.least)
-        if self._gap(out[0], first, out) <= tolerance and follows(self.network, x, blocks, found.seen, tolerance):
-            if len(out) > PROBED:
-                index = spread_over(len(out), PROBED).flip(0).to(out.device)
-                self._check_part(self.outputs(take(x, index), {}), index, probe, out)
-        else:
+        index = spread_over(len(out), PROBED).flip(0) if len(out) > PROBED else torch.tensor([len(out) - 1])
+        alone = self._gap(out[0], first, out) <= tolerance
+        if not alone or not follows(self.network, x, blocks, found.seen, index, tolerance):
             self._alone(take(x, slice(0, 1)))
             self._check_interaction(x, out, first, probe.least)
+            if len(index) > 1:
+                self._check_part(self.outputs(take(x, index.to(out.device)), {}), index, probe, out)
         self._made.append((x, (out, blocks)))
         self._sound.append((len(out), found.seen.graph.operations))
         return probe
@@ -347,6 +348,11 @@ class Capture:
         return out, {group.name: made[group.name] for group in self.groups}
 
     def _check_features(self, blocks: Mapping[str, Block]) -> None:
+        held = [
+            t for block in blocks.values() for part in block.summands for t in tensors_of(part) if t.is_floating_point()
+        ]
+        if bool(torch.isfinite(torch.stack([norm.double() for norm in torch._foreach_norm(held)])).all()):
+            return
         for block in blocks.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)

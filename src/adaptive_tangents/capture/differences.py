@@ -230,42 +230,47 @@ def _difference(sides: list[Tensor], step: float) -> float:
     return (forward - back) / (2 * step)
 
 
-def follows(net: Network, x: Batch, blocks: Mapping[str, Block], seen: Forward, tolerance: float) -> bool:
-    """During a loan, whether the last sample by itself, at moved parameters, has the outputs that its features say.
+def follows(
+    net: Network, x: Batch, blocks: Mapping[str, Block], seen: Forward, index: Tensor, tolerance: float
+) -> bool:
+    """During a loan, whether some samples, at parameters moved a step, have the outputs that their features say.
 
-    Then its features are derivatives, and no other sample has had an influence on its outputs of more than ``tolerance``.
-    Otherwise it remains open whether they are; `verify` judges.
+    The first of ``index`` is evaluated by itself, and all of them together. If they have, features are derivatives, and the
+    rest of the batch has had no influence of more than ``tolerance``. Otherwise this remains open; `verify` judges.
     """
     dtype = max((net.parameters[name].dtype for name in net.selected), key=lambda dtype: torch.finfo(dtype).eps)
     if dtype not in _STEPS:
         return False
-    along, out, last = _sides(net, blocks), seen.out.detach(), slice(len(seen.out) - 1, None)
+    along, out = _sides(net, blocks), seen.out.detach()
+    index = index.to(out.device)
+    taken = SampleMap(index)
     slopes = [
-        sum_tensors([part.map(SampleMap(last)).coordinates(Row(rows), Row(columns)) for part in blocks[name].summands])
+        sum_tensors([part.map(taken).coordinates(Row(rows), Row(columns)) for part in blocks[name].summands])
         for name, (rows, columns) in along.items()
     ]
-    least = float(mixed(torch.cat(slopes)[..., 0].double()).norm())
-    slope, there, one = sum_tensors(slopes)[0, :, 0].double(), out[-1].double(), take(x, last)
-    near = tolerance * float(out.abs().max())
+    least = float(mixed(torch.stack([slope[0, :, 0] for slope in slopes]).double()).norm())
+    slope, there = sum_tensors(slopes)[..., 0].double(), out[index].double()
+    some, near = take(x, index), tolerance * float(out.abs().max())
+    one = take(some, slice(0, 1))
 
     def agree(change: Tensor, rest: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a change of the outputs, over the step, is the slope, and no ``rest`` of the outputs is left."""
-        size = max(least, abs(float(mixed(change[None]))))
-        off = abs(float(mixed((change - slope)[None])))
-        return off <= _ALLOWED[dtype] * size and float(rest.abs().max()) <= near
-
-    def outputs(net: Network, x: Batch, step: float) -> Tensor:
-        return replace(net, parameters=_moved_by(net, blocks, along, step))(x, {})[0].double()
+        """Whether a change of the first one's outputs, over the step, is the slope, and no ``rest`` of outputs is left."""
+        off, size = mixed((change - slope[0])[None]), mixed(change[None])
+        judged = abs(float(off)) <= _ALLOWED[dtype] * max(least, abs(float(size)))
+        return judged and float(rest.abs().max()) <= near
 
     with torch.no_grad():
         small = sum(value.numel() for value in net.parameters.values()) <= _WIDE
         # A part in float32 makes short steps uncertain, and kinks long ones.
         kinks = not _KINKS.isdisjoint(seen.graph.operations)
         if dtype == torch.float64 or not (small or kinks):
-            step = _STEPS[dtype][0 if dtype == torch.float64 else 1]
-            change = outputs(net, one, step) - there
-            if agree(change / step, change - step * slope, dtype):
-                return True
+            step, steps = _STEPS[dtype][0 if dtype == torch.float64 else 1], _steps(net, blocks, along)
+            change = _moved_by(net, steps, step)(one, {})[0].double() - there[0]
+            if agree(change / step, change - step * slope[0], dtype):
+                if len(index) == 1:
+                    return True
+                rest = _moved_by(net, steps, -step)(some, {}).double() - there + step * slope
+                return float(rest.abs().max()) <= near
         if dtype == torch.float64:
             return False
         with suppress(Exception):  # some tensor of the model has its dtype written in
@@ -274,11 +279,14 @@ def follows(net: Network, x: Batch, blocks: Mapping[str, Block], seen: Forward, 
                 parameters={name: _wider(value) for name, value in net.parameters.items()},
                 buffers={name: _wider(b) for name, b in net.buffers.items()},
             )
-            given = cast(one, torch.float64)
+            steps = _steps(wide, blocks, along)
             for step in (_SHORT, _LONG) if kinks else (_LONG, _SHORT):
-                ahead, behind = outputs(wide, given, step), outputs(wide, given, -step)
-                allowed = torch.float64 if small else torch.float32
-                if agree((ahead - behind) / (2 * step), (ahead + behind) / 2 - there, allowed):
+                ahead = _moved_by(wide, steps, step)(cast(one, torch.float64), {})[0].double()
+                behind = _moved_by(wide, steps, -step)(cast(some, torch.float64), {}).double()
+                rest = torch.cat(
+                    [((ahead + behind[0]) / 2 - there[0])[None], behind[1:] - there[1:] + step * slope[1:]]
+                )
+                if agree((ahead - behind[0]) / (2 * step), rest, torch.float64 if small else torch.float32):
                     return True
     return False
 
@@ -299,15 +307,19 @@ def _sides(net: Network, blocks: Mapping[str, Block]) -> dict[str, tuple[Tensor,
     return found
 
 
-def _moved_by(
-    net: Network, blocks: Mapping[str, Block], along: Mapping[str, tuple[Tensor, Tensor]], step: float
-) -> dict[str, Tensor]:
-    """The parameters a step along the directions."""
-    moved = dict(net.parameters)
+def _steps(net: Network, blocks: Mapping[str, Block], along: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The directions as tensors of the parameters' shapes."""
+    steps = {}
     for name, (rows, columns) in along.items():
         for slot in blocks[name].slots:
-            value = net.parameters[slot.parameter]
-            matrix, here = slot.place(value, len(rows)), columns[slot.column : slot.column + slot.width]
-            made = torch.addr(matrix, rows.to(value), here.to(value), alpha=step)
-            moved[slot.parameter] = (made.mT if slot.transposed else made).reshape(slot.shape)
-    return moved
+            like = net.parameters[slot.parameter]
+            made = torch.outer(rows.to(like), columns[slot.column : slot.column + slot.width].to(like))
+            steps[slot.parameter] = (made.mT if slot.transposed else made).reshape(slot.shape)
+    return steps
+
+
+def _moved_by(net: Network, steps: Mapping[str, Tensor], step: float) -> Network:
+    """The network a step along some directions."""
+    values = [net.parameters[name] for name in steps]
+    moved = torch._foreach_add(values, list(steps.values()), alpha=step)
+    return replace(net, parameters={**net.parameters, **dict(zip(steps, moved, strict=True))})

@@ -1,6 +1,7 @@
 """Tangent kernels in memory, made from pairs of tiles of samples: features of all samples are never held at once."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, overload
 
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def tangent_kernel(
     room = max(1, (limit - kernel_bytes - capture.gradient_bytes) // 4)
     tile = tile or max(1, min(max(n, m), room // capture.bytes_per_sample))
     if tile >= max(n, m):
-        left, right = capture.features(x), None if x2 is None else capture.features(x2)
+        left, right = replace(capture.features(x), limit=limit), None if x2 is None else capture.features(x2)
         with raised_as(call, "kernel"):
             found = left.kernel(right, outputs=outputs, by_block=by_block, precision=precision)  # type: ignore[call-overload]
         if progress is not None:

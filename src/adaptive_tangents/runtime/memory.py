@@ -119,15 +119,23 @@ def parse_bytes(call: str, text: str) -> int:
 
 def _group_bytes(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
     """The least room in this process's control groups: those of a container, of a Slurm job and of its steps."""
-    left = []
-    for line in own.read_text().splitlines() if own.exists() else ():
+    text = own.read_text() if own.exists() else ""
+    left = [room for group, names in _groups(text, groups) if (room := _room(group, *names)) is not None]
+    return min(left, default=None)
+
+
+@cache
+def _groups(text: str, groups: Path) -> list[tuple[Path, tuple[str, str, str]]]:
+    """The folders of a process's control groups, with the names of their files."""
+    found = []
+    for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             mount = groups / controllers  # version 2 has one tree, version 1 one for each controller
             folder = mount / path.lstrip("/")
             inside = [folder, *(parent for parent in folder.parents if parent.is_relative_to(mount))]
-            left += [room for group in inside if (room := _room(group, *_GROUP_FILES[controllers])) is not None]
-    return min(left, default=None)
+            found += [(group, _GROUP_FILES[controllers]) for group in inside]
+    return found
 
 
 def _room(group: Path, limit: str, used: str, cached: str) -> int | None:
