@@ -72,7 +72,9 @@ def page() -> str:
                 study, _, key = name_of.partition(".")
                 other = runs.get(study, {"claims": {}})["claims"].get(key)
                 if other:
-                    verdict += f". Beside it, what the coefficients foretell ({study}): {other['claim']}: {other['evidence']}"
+                    verdict += (
+                        f". Beside it, what the coefficients foretell ({study}): {other['claim']}: {other['evidence']}"
+                    )
             cells = (claim["claim"], claim["refuted_by"], claim["published"] or "–", claim["evidence"], verdict)
             text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         text.append("")

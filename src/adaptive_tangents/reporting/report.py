@@ -3,7 +3,7 @@
 import base64
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[[Any], Any]] = {
         "number": number,
         "given": given,
         "fixed": fixed,
@@ -164,6 +164,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
         "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
         "rank": lambda value: number(value) if value is None else f"{value:.1f}",
     }
+    environment.filters |= filters
     inlined = {name: _inline(figure) for name, figure in drawings.items()}
     context = {**results, "figures": inlined, "findings": summary_table(results, page), **page.context(results)}
     return environment.get_template(page.template).render(context)
