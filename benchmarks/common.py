@@ -26,11 +26,16 @@ PEERS = {"nngeometry": "nngeometry", "curvlinops-for-pytorch": "curvlinops", "as
 
 
 def contend(
-    script: str, contenders: Mapping[str, Callable[[], dict[str, Any]]], title: str, columns: Sequence[str]
+    script: str,
+    contenders: Mapping[str, Callable[[], dict[str, Any]]],
+    title: str,
+    columns: Sequence[str],
+    summary: Callable[[dict[str, dict[str, Any]]], dict[str, dict[str, Any]]] = lambda rows: {},
 ) -> None:
     """Run every contender, or the one named by --only; print the table and write it as JSON.
 
     Contenders are named "network: contender", the first of each network being the one that others are compared with.
+    ``summary`` makes last rows of the others.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--only", choices=contenders, help="run this one here and print its row as JSON")
@@ -58,6 +63,7 @@ def contend(
         else:
             rows[name] = {"failed": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     compare(rows)
+    rows |= summary(rows)
     console = Console(width=160)
     cells = table_of(columns, rows)
     console.print(drawn(title, cells))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adaptive_tangents as at
 from adaptive_tangents.features import contraction, kernel_layout, plans
@@ -88,19 +88,26 @@ def by_block(feats: at.TangentFeatures, rate: float) -> list[Row]:
 
 
 def torch_func(network: Network, *, repeats: int = 1, warm: int = 0) -> Row:
-    """PyTorch's tutorial on neural tangent kernels: ``vmap(jacrev)``, then one product a parameter."""
-    model, x = network
+    """PyTorch's tutorial on neural tangent kernels, ``vmap(jacrev)``."""
+    return timed(by_torch_func(*network), repeats=repeats, warm=warm)
+
+
+def by_torch_func(
+    model: nn.Module, x: Tensor, output_fn: Callable[[Any], Tensor] | None = None
+) -> Callable[[], Tensor]:
+    """The tutorial's kernel: features of every sample by ``vmap(jacrev)``, then one product a parameter."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def single(params: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return torch.func.functional_call(model, params, (sample[None],))[0]
+        out = torch.func.functional_call(model, params, (sample[None],))
+        return (out if output_fn is None else output_fn(out))[0]
 
     def kernel() -> Tensor:
         jacobian = torch.func.vmap(torch.func.jacrev(single), (None, 0))(params, x)
         flat = [j.flatten(2) for j in jacobian.values()]
         return torch.stack([torch.einsum("Naf,Mbf->NMab", j, j) for j in flat]).sum(0).transpose(1, 2)
 
-    return timed(kernel, repeats=repeats, warm=warm)
+    return kernel
 
 
 def nngeometry(network: Network, *, repeats: int = 3) -> Row:

@@ -119,7 +119,9 @@ def test_without_adaptation_two_sided_foretells_what_fixed_does() -> None:
 def test_the_loss_never_rises_and_is_that_of_the_network_at_its_parameters(loss: Any) -> None:
     model = network(outputs=3 if loss == "cross-entropy" else 1)
     labels = (Y[:, 0] > 0).long() + (Y[:, 0] > 1).long()
-    told = at.forecast(model, X, Y if loss == "squared" else labels, loss=loss, validation=0, steps=5, strength=1.0)
+    y = Y if loss == "squared" else labels
+    told = at.forecast(model, X, y, loss=loss, validation=0, steps=4, strength=1.0, ridge=0.05)
+    assert min(step.length for step in told.steps) < 1
     course = [told.initial_loss, *(step.loss for step in told.steps)]
     assert all(after < before for before, after in pairwise(course))
     assert all(step.agreement >= 0.25 for step in told.steps)
@@ -258,7 +260,7 @@ def test_a_length_at_which_outputs_are_not_finite_is_passed_over() -> None:
     told = at.forecast(
         model, X, torch.ones(30, 1, dtype=torch.float64), structure=at.Fixed(), ridge=1e-3, validation=0, steps=1
     )
-    assert told.steps[0].length == 0.1
+    assert told.steps[0].length == 0.5
 
 
 def test_no_ridge_is_weaker_than_the_fit_before_has_earned() -> None:

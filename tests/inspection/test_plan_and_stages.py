@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptive_tangents as at
-from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan, run
+from adaptive_tangents.inspection import InspectConfig, Kept, KeptInFolder, Plan, run
 from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.plan import Pace, Stage, planned
 from adaptive_tangents.inspection.problem import pose
@@ -58,7 +58,8 @@ def samples_taken(n: int, count: int) -> int:
     return sum(TAKEN)
 
 
-def test_features_are_made_once_at_every_state_and_once_on_the_path() -> None:
+def test_features_are_made_once_at_every_state_and_once_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptive_tangents.inspection.measures.explained", lambda *_: {})  # of features, to save time
     few, many = samples_taken(60, 3), samples_taken(160, 3)
     outputs, ends, states_, nodes = 3, 2, 3, 2
     # What does not grow with the samples are probes; the path's identity takes the outputs at both ends again.
@@ -89,19 +90,13 @@ def test_the_plan_names_every_stage_before_the_first_one_starts() -> None:
 
 
 def test_the_plan_counts_the_bytes_of_the_features_that_are_made() -> None:
-    problem = pose(network(), states(), data(), LIGHT, at_nothing())
-    plan = planned(problem, ["s0", "s1"], LIGHT, at_nothing())
+    problem = pose(network(), states(), data(), LIGHT, Kept())
+    plan = planned(problem, ["s0", "s1"], LIGHT, Kept())
     start, end = states().values()
     feats, average = problem.tangents.at(start), problem.tangents.average(start, end, 2)
     assert plan.feature_bytes == feats.bytes
     assert plan.average_bytes == average.bytes
     assert plan.bytes >= feats.bytes + average.bytes
-
-
-def at_nothing() -> Any:
-    from adaptive_tangents.inspection import Kept
-
-    return Kept()
 
 
 def test_features_of_an_average_are_counted_in_the_form_that_they_will_have() -> None:

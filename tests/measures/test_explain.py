@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import theory_reference as reference
-from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.summands import Dense, Outer
 from adaptive_tangents.features.transforms import Matrix, Sides
 

@@ -4,10 +4,11 @@ import copy
 import functools
 import random
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from operator import is_
+from itertools import chain
+from operator import is_, methodcaller
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -31,12 +32,15 @@ _FOREIGN_PACKAGES = frozenset(
         "threading", "tokenizers", "wandb", "weakref",
     }
 )  # fmt: skip
+_PLAIN = (dict, OrderedDict)
 _CALLABLES = (FunctionType, functools.partial, functools._lru_cache_wrapper)
 _SHARED = (FunctionType, functools._lru_cache_wrapper, weakref.ref)  # by Python's deep copy
 _CONTAINERS = (dict, list, tuple, set, deque, nn.Module)
 _MOST = 50_000  # containers; a model that reaches more than this holds a data set or a trainer
 _LONG = 20_000  # entries; a longer list is put back, but what its entries hold is not
 _SMALL = 1 << 24  # bytes of an array that is copied
+
+_slots_of: "weakref.WeakKeyDictionary[type, tuple[str, ...]]" = weakref.WeakKeyDictionary()
 
 _Made = TypeVar("_Made")
 Put = Callable[[Any], None]
@@ -59,9 +63,29 @@ class Belongings:
     tensors: list[Tensor] = field(default_factory=list)
     derived: list[Tensor] = field(default_factory=list)
 
+    @functools.cached_property
+    def _entries(self) -> tuple[list[dict[Any, Any]], list[int], list[Any], list[Any]]:
+        """All dictionaries, their lengths, and all their keys and values."""
+        return (
+            [held for held, _, _ in self.dicts],
+            [len(keys) for _, keys, _ in self.dicts],
+            [key for _, keys, _ in self.dicts for key in keys],
+            [value for _, _, values in self.dicts for value in values],
+        )
+
+    def _changed(self) -> Iterable[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]]:
+        """The dictionaries, unless all are as they were: they are compared in one go, as this is done for every pass."""
+        dicts, lengths, keys, values = self._entries
+        same = (
+            list(map(len, dicts)) == lengths
+            and all(map(is_, chain.from_iterable(dicts), keys))
+            and all(map(is_, chain.from_iterable(map(methodcaller("values"), dicts)), values))
+        )
+        return () if same else self.dicts
+
     def restore(self) -> None:
         """Put every entry of every container back; entries are compared by identity."""
-        for held, keys, values in self.dicts:
+        for held, keys, values in self._changed():
             if not held and not keys:
                 continue
             if len(held) == len(keys) and all(map(is_, held.values(), values)) and tuple(held) == keys:
@@ -198,12 +222,16 @@ def _noted(stack: list[Any], own: set[int], *, closures: bool) -> Belongings:
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
             continue
         seen.add(id(value))
-        stack.extend(_kept(value, found, own))
+        stack += [held for held in _kept(value, found, own) if type(held) not in _ATOMS and id(held) not in seen]
     return found
 
 
 def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
     """Note a value as it is, and return what it holds."""
+    if type(value) in _PLAIN:  # most of what a model holds
+        keys, values = tuple(value), tuple(value.values())
+        found.dicts.append((value, keys, values))
+        return values if len(values) < _LONG else ()
     if isinstance(value, Tensor):
         if value.requires_grad and not value.is_leaf:
             found.derived.append(value)
@@ -259,7 +287,7 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
         if _is_foreign(value):
             return ()
         entries = {k: v for k, v in vars(value).items() if not k.startswith("__")}
-        found.others.append(functools.partial(_restore_class, value, entries))
+        found.others.append(functools.partial(_restore_class, value, entries, tuple(vars(value).values())))
         return [held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)]
     foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
     if isinstance(value, (CellType, *_FOREIGN)) or foreign:
@@ -270,7 +298,7 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
         return (value.func, value.args, value.keywords)
     if isinstance(value, functools._lru_cache_wrapper):
         return (value.__wrapped__,)
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+    slots = [name for name in _all_slots(type(value)) if hasattr(value, name)]
     held = [getattr(value, name) for name in slots]
     for name, there in zip(slots, held, strict=True):
         found.others.append(functools.partial(_set_slot, value, name, there))
@@ -288,7 +316,10 @@ def _set_default(function: FunctionType, k: int, value: Any) -> None:
     function.__defaults__ = (*values[:k], value, *values[k + 1 :])
 
 
-def _restore_class(kind: type, entries: dict[str, Any]) -> None:
+def _restore_class(kind: type, entries: dict[str, Any], whole: tuple[Any, ...]) -> None:
+    held = vars(kind)
+    if len(held) == len(whole) and all(map(is_, held.values(), whole)):
+        return
     for name in [name for name in vars(kind) if name not in entries and not name.startswith("__")]:
         delattr(kind, name)
     for name, held in entries.items():
@@ -300,6 +331,13 @@ def _slots(kind: type) -> Iterable[str]:
     slots = kind.__dict__.get("__slots__", ()) if kind.__module__ not in ("builtins", "typing") else ()
     names = (slots,) if isinstance(slots, str) else tuple(slots)
     return (name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _all_slots(kind: type) -> tuple[str, ...]:
+    names = _slots_of.get(kind)
+    if names is None:
+        names = _slots_of[kind] = tuple(name for base in kind.__mro__ for name in _slots(base))
+    return names
 
 
 def _contents(cell: CellType) -> Any:

@@ -184,6 +184,8 @@ def blocks_from(
     choices: Mapping[str, Choice],
     graph: Graph,
     dtype: torch.dtype,
+    *,
+    batched: bool = False,
 ) -> tuple[dict[str, Block], dict[tuple[Any, int], int]]:
     """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of each held gradient."""
     n, c = out.shape
@@ -210,7 +212,7 @@ def blocks_from(
 
     held_gradients = backward(
         out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()),
-        narrow=list(narrow.values()), seen=sum_positions, operations=graph.operations,
+        narrow=list(narrow.values()), seen=sum_positions, operations=graph.operations, batched=batched,
     )  # fmt: skip
     kept = {
         place: gradient

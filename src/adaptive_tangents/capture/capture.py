@@ -10,7 +10,7 @@ other block is materialized, sample by sample. Nothing is skipped.
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import copy as copy_of
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,19 +19,27 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, check_batch, samples, take, tensors
 from adaptive_tangents.capture.block_sources import Choice
 from adaptive_tangents.capture.derivatives import materialize, mixed, projections, spreads, tolerance
-from adaptive_tangents.capture.differences import verify
+from adaptive_tangents.capture.differences import check_state, follows, verify
 from adaptive_tangents.capture.failures import worded
-from adaptive_tangents.capture.graph import GraphForm, form_of, same_form
+from adaptive_tangents.capture.graph import form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.held_nodes import free_graphs
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
+from adaptive_tangents.capture.probe import (
+    LEAST_PROBED,
+    PROBE_SHARE,
+    PROBED,
+    Probe,
+    at_once,
+    factor_bytes,
+    spread_over,
+)
 from adaptive_tangents.capture.recording import bytes_kept
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
-from adaptive_tangents.features.summands import Flipped, Lookup, Outer
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import keep_freed, limit_for, require_memory
@@ -73,73 +81,26 @@ def tangent_features(
     >>> feats.kernel(outputs="trace").shape
     torch.Size([10, 10])
     """
-    return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit).features(x)
+    return Capture("tangent_features", model, x, params, wrt, output_fn, memory_limit, whole=True).features(x)
 
 
-# Samples of the probe, spread over a batch. A prime, since network dimensions that are a multiple of it, and could be taken
-# for the samples, are rare.
-_PROBED = 7
-_LEAST_PROBED = 3  # if there is no memory for more
-_PROBE_SHARE = 12  # a probe's memory per sample over what autograd keeps of the sample; twice what convolutions take
 PASS_BYTES = 1_000_000_000  # more at once is no faster, but for networks whose parameters themselves take that much
 _GRADIENTS = 4  # a pass of a large network may take as much as so many gradients: each pass makes and reads some
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a few samples of a batch show: outputs, bytes per sample, and where the features of each block come from.
-
-    ``factors`` and ``dense`` are the bytes per sample of each block's factors and of its materialized features;
-    ``pass_bytes`` is what a pass needs besides. ``index`` and ``out`` are the samples and their outputs,
-    ``least`` is the coarsest dtype on the way to them, float32 or ``dtype``. ``whole`` names the parameters whose features
-    are made sample by sample. ``form`` describes the operations, ``projections`` has one number per sample of each block's
-    features, and ``spreads`` the squared scales of their rounding errors.
-    """
-
-    c: int
-    dtype: torch.dtype
-    least: torch.dtype
-    device: torch.device
-    factors: Mapping[str, int]
-    dense: Mapping[str, int]
-    pass_bytes: int
-    whole: tuple[str, ...]
-    choices: Mapping[str, Choice]
-    refuted: frozenset[str]
-    index: Tensor
-    out: Tensor
-    form: GraphForm | None
-    projections: Mapping[str, Tensor]
-    spreads: Mapping[str, Tensor]
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return len(self.dense)
-
-    def held_bytes(self, copies: int = 1) -> int:
-        """Bytes for the features of one sample; positions of ``copies`` passes are held side by side if that is less."""
-        return sum(min(copies * self.factors.get(name, size), size) for name, size in self.dense.items())
-
-    @property
-    def largest_bytes(self) -> int:
-        """Bytes for the features of one sample in the largest block that has factors."""
-        return max((min(self.factors[name], self.dense[name]) for name in self.factors), default=0)
-
-    @property
-    def whole_bytes(self) -> int:
-        """The part of these bytes that is always materialized."""
-        return sum(size for name, size in self.dense.items() if name not in self.factors)
-
-
 class Capture:
-    """A network that is checked and probed on a few samples once, and then gives features on request."""
+    """A network that is checked and probed on a few samples once, and then gives features on request.
+
+    With ``whole``, features of a small batch are made at once, and kept until they are asked for.
+    """
 
     def __init__(
         self, call: str, model: Any, x: Any, params: Mapping[str, Tensor] | None, wrt: Selection | None,
-        output_fn: OutputFn | None, limit: int | None,
+        output_fn: OutputFn | None, limit: int | None, *, whole: bool = False,
     ) -> None:  # fmt: skip
-        self.call, self.requested, self.verify = call, limit, True
+        self.call, self.requested, self.verify, self._whole = call, limit, True, whole
+        self._made: list[tuple[Batch, tuple[Tensor, dict[str, Block]]]] = []
+        self._sound: list[tuple[int, tuple[str, ...]]] = []
         self.network: Network
 
         def probed() -> Probe:
@@ -198,7 +159,9 @@ class Capture:
             with worded(self.network, self._users(x), x):
                 return [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
 
-        made = room_for(self.call, passes)
+        there = [made for batch, made in self._made if batch is x and chunk == n]
+        self._made = [(batch, made) for batch, made in self._made if batch is not x]
+        made = there or room_for(self.call, passes)
         out = torch.cat([found for found, _ in made])
         self._check_same(x, out)
         blocks = {name: stack_blocks([parts.pop(name) for _, parts in made]) for name in list(made[0][1])}
@@ -210,8 +173,12 @@ class Capture:
         other = copy_of(self)
         buffers = self.network.buffers if buffers is None else buffers
         other.network = replace(self.network, parameters=parameters, buffers=buffers)
-        other.verify = False
+        other.verify, other._made = False, []
         return other
+
+    def forget(self) -> None:
+        """Let go of features that were made at once, where only the probe is of use."""
+        self._made = []
 
     def _own_probe(self, x: Batch) -> Probe | None:
         """The probe that was made from this very batch, if there is one."""
@@ -233,48 +200,93 @@ class Capture:
         return out
 
     def _probe(self, x: Batch) -> Probe:
-        n = samples(x)
-        one, saved = take(x, slice(0, 1)), 0
+        n, one, saved, small = samples(x), take(x, slice(0, 1)), 0, False
         with suppress(TangentError):  # errors of the output are reported for the batch below
-            first, saved = self._alone(one)
-        probed = min(_PROBED, max(_LEAST_PROBED, self.limit // (_PROBE_SHARE * max(1, saved))))
+            first, saved, small = self._alone(one, n)
+        if small:
+            probe = self._at_once(x, first, saved)
+            if probe is not None:
+                return probe
+            with suppress(TangentError):
+                first, saved, _ = self._alone(one)
+        probed = min(PROBED, max(LEAST_PROBED, self.limit // (PROBE_SHARE * max(1, saved))))
         index, some = torch.arange(n), x
         if n > probed:
-            # Out of order between first and last, so that a model that sorts its batch changes the order.
-            spread = torch.linspace(0, n - 1, probed).long()
-            index = torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
+            index = spread_over(n, probed)
             some = take(x, index.to(tensors(x)[0].device))
         found = self._pass(some, self._search)
         out, blocks = found.seen.out.detach(), found.blocks
         if not bool(torch.isfinite(out).all()):
             self.outputs(x, {})  # names the sample by its place in the batch
         if not saved:
-            first, saved = self._alone(one)
+            first, saved, _ = self._alone(one)
         graph = found.seen.graph
-        least = graph.dtype if graph.dtype == torch.float32 else out.dtype
-        self._check_interaction(some, out, first, least)
+        probe = self._told(found, saved, index)
+        self._check_interaction(some, out, first, probe.least)
+        return replace(probe, form=form_of(graph), projections=projections(blocks), spreads=spreads(blocks))
+
+    def _told(self, found: Found, saved: int, index: Tensor) -> Probe:
+        """What features of a combination of the outputs, or of all of them, tell."""
+        out, blocks, graph = found.seen.out.detach(), found.blocks, found.seen.graph
+        c = out.shape[1]
         # A block without a source here gets no choice: in a batch of another size a wrong source could seem to fit.
         choices = {name: source.settled(found.choices.get(name, Choice())) for name, source in found.sources.items()}
-        c = out.shape[1]
         made = [group for group in self.groups if group.name not in blocks]
         sizes = {group.name: c * group.matrix[0] * group.matrix[1] * out.element_size() for group in self.groups}
-        factors = {name: _factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}
         return Probe(
-            c, out.dtype, least, out.device, factors, sizes,
-            c * found.gradient_bytes // len(out) + saved,
+            c, out.dtype, graph.dtype if graph.dtype == torch.float32 else out.dtype, out.device,
+            {name: factor_bytes(block, c) for name, block in blocks.items() if block.dense is None}, sizes,
+            c * found.gradient_bytes // found.target.numel() + saved,
             tuple(slot.parameter for group in made for slot in group.slots), choices, found.given_up, index, out,
-            form_of(graph), projections(blocks), spreads(blocks),
         )  # fmt: skip
 
-    def _alone(self, x: Batch) -> tuple[Tensor, int]:
-        """The output of one sample by itself, and the bytes that autograd keeps of its forward pass."""
+    def _at_once(self, x: Batch, first: Tensor, saved: int) -> Probe | None:
+        """Make, check and keep all features of a small batch; None if the first source of some block is not right."""
+
+        def steps(seen: Forward) -> tuple[Found, bool]:
+            found = assemble(seen, seen.out, self.groups, {}, batched=True)
+            wrong = len(found.blocks) < len(self.groups) or bool(refuted(found))
+            self.network.check_returned()
+            return found, wrong
+
+        found, wrong = self._pass(x, steps)
+        if wrong:
+            return None
+        out = found.seen.out.detach()
+        if not bool(torch.isfinite(out).all()):
+            self.outputs(x, {})
+        probe = self._told(found, saved, torch.arange(len(out)))
+        blocks = {group.name: found.blocks[group.name].compact() for group in self.groups}
+        self._check_features(blocks)
+        tolerance = self._tolerance(probe.least)
+        if self._gap(out[0], first, out) <= tolerance and follows(self.network, x, blocks, found.seen, tolerance):
+            if len(out) > PROBED:
+                index = spread_over(len(out), PROBED).flip(0).to(out.device)
+                self._check_part(self.outputs(take(x, index), {}), index, probe, out)
+        else:
+            self._alone(take(x, slice(0, 1)))
+            self._check_interaction(x, out, first, probe.least)
+        self._made.append((x, (out, blocks)))
+        self._sound.append((len(out), found.seen.graph.operations))
+        return probe
+
+    def _alone(self, x: Batch, n: int = 0) -> tuple[Tensor, int, bool]:
+        """The output of one sample by itself, the bytes that autograd keeps of its forward pass, and whether n are small.
+
+        Of a small batch, the gradient is judged with its features.
+        """
         own = {p.untyped_storage().data_ptr() for p in self.network.parameters.values() if p.layout == torch.strided}
 
-        def run() -> tuple[Tensor, int]:
+        def run() -> tuple[Tensor, int, bool]:
             leaves = self.network.leaves()
             out, saved = bytes_kept(lambda: self.network(x, leaves), own)
-            verify(self.network, x, out, leaves)
-            return out.detach()[0], saved
+            numbers = sum(leaf.numel() for leaf in leaves.values())
+            small = n > 0 and self._whole and saved > 0 and at_once(n, out.shape[1], saved, self.limit, numbers)
+            if small:
+                check_state(self.network, out)
+            else:
+                verify(self.network, x, out, leaves)
+            return out.detach()[0], saved, small
 
         with torch.enable_grad():
             return self.network.lend(run)
@@ -297,9 +309,12 @@ class Capture:
     def _check_same(self, x: Batch, out: Tensor) -> None:
         """Raise TangentError if the probed samples have other outputs in the whole batch than in the probe."""
         probe = self._own_probe(x)
-        if probe is None or not self.verify or len(out) == len(probe.index):
-            return
-        gap = self._gap(out[probe.index.to(out.device)], probe.out, out)
+        if probe is not None and self.verify and len(out) != len(probe.index):
+            self._check_part(probe.out, probe.index.to(out.device), probe, out)
+
+    def _check_part(self, part: Tensor, index: Tensor, probe: Probe, out: Tensor) -> None:
+        """Raise TangentError if some samples have other outputs in the whole batch than in a part of it."""
+        gap = self._gap(out[index], part, out)
         if gap > self._tolerance(probe.least):
             raise TangentError(
                 f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
@@ -328,10 +343,13 @@ class Capture:
             values = net.lend(lambda: materialize(net, names, x, chunk=fit))
             dtype = common_dtype(net.parameters[name] for name in net.selected)
             made |= {group.name: group.materialized(values).map(dtype=dtype) for group in rest}
-        for block in made.values():
+        self._check_features(made)
+        return out, {group.name: made[group.name] for group in self.groups}
+
+    def _check_features(self, blocks: Mapping[str, Block]) -> None:
+        for block in blocks.values():
             parts = [tensor for part in block.summands for tensor in vars(part).values()]
             check_finite(self.call, f"the tangent feature in block {block.name!r}", parts)
-        return out, {group.name: made[group.name] for group in self.groups}
 
     def _search(self, seen: Forward) -> Found:
         """Features of a random combination of the outputs; a refuted block tries its next choice until none is left."""
@@ -348,7 +366,9 @@ class Capture:
         unseen = self.verify and (own is None or samples(x) > len(own.index))
 
         def steps(seen: Forward) -> tuple[Tensor, dict[str, Block]]:
-            found = assemble(seen, seen.out, groups, choices)
+            # Batched gradients were right for as many samples and the same operations, so they are at other parameters.
+            sound = not self.verify and (len(seen.out), seen.graph.operations) in self._sound
+            found = assemble(seen, seen.out, groups, choices, batched=sound)
             found = replace(found, blocks={name: block.compact() for name, block in found.blocks.items()})
             sure = found.sources.keys() if not unseen else _confirmed(own, found) if own is not None else frozenset()
             unsure = {name for name, source in found.sources.items() if source.unsure}
@@ -395,13 +415,3 @@ def _confirmed(probe: Probe, found: Found) -> frozenset[str]:
         if bool(gap <= allowed * probe.spreads[name].sqrt()):
             confirmed.append(name)
     return frozenset(confirmed)
-
-
-def _factor_bytes(block: Block, c: int) -> int:
-    """Bytes that one sample's factors take with c outputs; ``block`` has one output."""
-    total = 0
-    for part in block.summands:
-        if isinstance(part, Outer | Lookup | Flipped):
-            total += c * part.backward[0].nbytes
-            total += sum(t[0].nbytes for name, t in vars(part).items() if name not in ("backward", "directions"))
-    return total

@@ -1,10 +1,12 @@
 """Gradients of every output: at edges of the autograd graph, of random combinations as a check, or sample by sample."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -38,6 +40,8 @@ _BATCHED = {
     "Addmm", "Mm", "T", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Relu", "Tanh", "Sigmoid", "Add", "Sub",
     "Mul", "Permute", "AccumulateGrad", "CopySlices",
 }  # fmt: skip
+_SMALL = 64_000_000  # bytes of gradients
+_COPIED = 30_000  # numbers per sample; above this, gathering samples takes longer than a loop over them
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,6 @@ class Gradients:
     live: Int[Tensor, "n s"] | None = None
 
 
-_COPIED = 30_000  # numbers per sample; above this, gathering samples takes longer than a loop over them
-
-
 def backward(
     out: Tensor,
     edges: Sequence[GradientEdge],
@@ -59,20 +60,23 @@ def backward(
     held: Sequence[bool],
     narrow: Sequence[bool],
     seen: Callable[[slice, list[Tensor]], None],
-    operations: Iterable[str],
+    operations: Collection[str],
+    batched: bool = False,
 ) -> list[Gradients | None]:
     """Gradients (c, ...) of every output, summed over samples that do not interact, at each edge that is ``held``.
 
     With ``channels_last`` the last dimension stays innermost in memory, otherwise all dimensions but the first do. An
     edge that is ``narrow``, (n, *positions, o), may come as (c, n, s, o) at the positions where gradients are not zero.
     ``seen`` is called with ranges of outputs and the gradients at all edges, held or not. ``operations`` are the graph's.
+    With ``batched``, small gradients come from one batched pass if all operations are torch's own: some of torch's rules for
+    batched passes are wrong for some sizes, so what is made of them must be checked.
     """
     if not edges:
         return []
     found: list[Tensor] | None = None
     if out.shape[1] == 1:
         found = [gradient[None] for gradient in _of_output(out, edges, 0)]
-    elif _BATCHED.issuperset(operations):
+    elif _BATCHED.issuperset(operations) or (batched and all(operations) and _small(out, edges)):
         found = _all_at_once(out, edges)
     if found is None:
         return _one_by_one(out, edges, channels_last, held, narrow, seen)
@@ -92,16 +96,30 @@ def _narrowed(gradients: Tensor) -> Gradients:
     return Gradients(made[0].reshape(n, t, len(gradients), -1).movedim(-2, 0), index)
 
 
+def _small(out: Tensor, edges: Sequence[GradientEdge]) -> bool:
+    numbers = sum(math.prod(_edge_shape(edge)) for edge in edges)
+    return numbers * out.shape[1] * out.element_size() <= _SMALL
+
+
 def _all_at_once(out: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor] | None:
-    """Gradients by one batched pass, or None if some operation has no batched pass or some edge gets no gradient."""
+    """Gradients by one batched pass, or None if some operation has no batched pass."""
     n, c = out.shape
     selectors = torch.eye(c, dtype=out.dtype, device=out.device)[:, None, :].expand(c, n, c)
-    with suppress(RuntimeError):
-        found = torch.autograd.grad(
-            out, edges, selectors, retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=False
-        )
-        if all(gradient is not None for gradient in found):
-            return list(found)
+    functorch: Any = torch._C._functorch
+    loops = functorch._is_vmap_fallback_enabled()
+    try:
+        functorch._set_vmap_fallback_enabled(False)  # vmap's own loop is no faster, and warns
+        with suppress(RuntimeError):
+            found = torch.autograd.grad(
+                out, edges, selectors, retain_graph=True, is_grads_batched=True, allow_unused=True,
+                materialize_grads=False,
+            )  # fmt: skip
+            return [
+                out.new_zeros((c, *_edge_shape(edge))) if gradient is None else gradient
+                for gradient, edge in zip(found, edges, strict=True)
+            ]
+    finally:
+        functorch._set_vmap_fallback_enabled(loops)
     return None
 
 

@@ -13,19 +13,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.batches import Batch, cast, cast_tensor
+from adaptive_tangents.capture.batches import Batch, cast, cast_tensor, take
 from adaptive_tangents.capture.derivatives import mixed, saved_copies, signs
 from adaptive_tangents.capture.graph import Graph, read_graph
 from adaptive_tangents.capture.held_nodes import held_nodes
 from adaptive_tangents.capture.network import Network
+from adaptive_tangents.capture.passes import Forward
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentWarning
+from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.summands import SampleMap, sum_tensors
+from adaptive_tangents.linalg.hadamard import Row
 
 _WIDE = 100_000  # parameters; above this, float64 is for what float32 makes suspect
 _STEPS: Mapping[torch.dtype, tuple[float, ...]] = {
     torch.float64: (1e-6, 1e-7, 1e-5),
     torch.float32: (1e-3, 3e-4, 3e-3),
 }
+_SHORT, _LONG = 1e-6, 3e-3
+_KINKS = {
+    "Abs", "Clamp", "ClampMax", "ClampMin", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "MaxPool2DWithIndices",
+    "PreluKernel", "Relu", "Threshold",
+}  # fmt: skip
 _NEARBY = 0.03
 _BEYOND = 5  # times the differences of several steps from each other, to be judged by them
 _ALLOWED: Mapping[torch.dtype, float] = {torch.float64: 1e-4, torch.float32: 3e-2}
@@ -51,14 +60,21 @@ def verify(net: Network, x: Batch, out: Tensor, leaves: Mapping[str, Tensor]) ->
     Raises TangentError if the model wrote to its parameters or used what an earlier call left behind. Warns if autograd's
     gradient is not the derivative.
     """
-    net.check_unwritten(thoroughly=True)
-    if not out.requires_grad or not bool(torch.isfinite(out).all()):
+    if not check_state(net, out):
         return
-    if net.holds_derived:
-        net.check_fresh(_graph_of(out).parents)
     found = _gradients(net, x, out, leaves)
     net.check_returned()
     _check_derivative(net, x, found, least=lambda: _graph_of(out).dtype)
+
+
+def check_state(net: Network, out: Tensor) -> bool:
+    """Raise TangentError if the model wrote to parameters or used what an earlier call left; whether ``out`` is of use."""
+    net.check_unwritten(thoroughly=True)
+    if not out.requires_grad or not bool(torch.isfinite(out).all()):
+        return False
+    if net.holds_derived:
+        net.check_fresh(_graph_of(out).parents)
+    return True
 
 
 def _graph_of(out: Tensor) -> Graph:
@@ -146,7 +162,10 @@ def _direction(value: Tensor, gradient: Tensor | None, still: int | None) -> _Di
 
 def _size(value: Tensor) -> float:
     """The size of a parameter's entries, or of those that it would have in training."""
-    norm = float(torch.linalg.vector_norm(value))
+    return _entry_size(value, float(torch.linalg.vector_norm(value)))
+
+
+def _entry_size(value: Tensor, norm: float) -> float:
     columns = value.numel() // (value.shape[0] if value.ndim else 1)
     return norm / math.sqrt(value.numel()) if norm else 1 / math.sqrt(columns)
 
@@ -209,3 +228,86 @@ def _moved(values: Mapping[str, Tensor], along: Mapping[str, _Direction], step: 
 def _difference(sides: list[Tensor], step: float) -> float:
     forward, back = (float(mixed(out.detach()).sum(dtype=torch.float64)) for out in sides)
     return (forward - back) / (2 * step)
+
+
+def follows(net: Network, x: Batch, blocks: Mapping[str, Block], seen: Forward, tolerance: float) -> bool:
+    """During a loan, whether the last sample by itself, at moved parameters, has the outputs that its features say.
+
+    Then its features are derivatives, and no other sample has had an influence on its outputs of more than ``tolerance``.
+    Otherwise it remains open whether they are; `verify` judges.
+    """
+    dtype = max((net.parameters[name].dtype for name in net.selected), key=lambda dtype: torch.finfo(dtype).eps)
+    if dtype not in _STEPS:
+        return False
+    along, out, last = _sides(net, blocks), seen.out.detach(), slice(len(seen.out) - 1, None)
+    slopes = [
+        sum_tensors([part.map(SampleMap(last)).coordinates(Row(rows), Row(columns)) for part in blocks[name].summands])
+        for name, (rows, columns) in along.items()
+    ]
+    least = float(mixed(torch.cat(slopes)[..., 0].double()).norm())
+    slope, there, one = sum_tensors(slopes)[0, :, 0].double(), out[-1].double(), take(x, last)
+    near = tolerance * float(out.abs().max())
+
+    def agree(change: Tensor, rest: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a change of the outputs, over the step, is the slope, and no ``rest`` of the outputs is left."""
+        size = max(least, abs(float(mixed(change[None]))))
+        off = abs(float(mixed((change - slope)[None])))
+        return off <= _ALLOWED[dtype] * size and float(rest.abs().max()) <= near
+
+    def outputs(net: Network, x: Batch, step: float) -> Tensor:
+        return replace(net, parameters=_moved_by(net, blocks, along, step))(x, {})[0].double()
+
+    with torch.no_grad():
+        small = sum(value.numel() for value in net.parameters.values()) <= _WIDE
+        # A part in float32 makes short steps uncertain, and kinks long ones.
+        kinks = not _KINKS.isdisjoint(seen.graph.operations)
+        if dtype == torch.float64 or not (small or kinks):
+            step = _STEPS[dtype][0 if dtype == torch.float64 else 1]
+            change = outputs(net, one, step) - there
+            if agree(change / step, change - step * slope, dtype):
+                return True
+        if dtype == torch.float64:
+            return False
+        with suppress(Exception):  # some tensor of the model has its dtype written in
+            wide = replace(
+                net,
+                parameters={name: _wider(value) for name, value in net.parameters.items()},
+                buffers={name: _wider(b) for name, b in net.buffers.items()},
+            )
+            given = cast(one, torch.float64)
+            for step in (_SHORT, _LONG) if kinks else (_LONG, _SHORT):
+                ahead, behind = outputs(wide, given, step), outputs(wide, given, -step)
+                allowed = torch.float64 if small else torch.float32
+                if agree((ahead - behind) / (2 * step), (ahead + behind) / 2 - there, allowed):
+                    return True
+    return False
+
+
+def _sides(net: Network, blocks: Mapping[str, Block]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each block a direction: signs of rows, and signs of columns by the size of their parameter's entries."""
+    still, found = _padding(net), {}
+    values = [net.parameters[name] for name in net.selected]
+    norms = torch.stack(torch._foreach_norm(values)).tolist()
+    sizes = {name: _entry_size(value, norm) for name, value, norm in zip(net.selected, values, norms, strict=True)}
+    for name, block in blocks.items():
+        rows, columns = signs(block.shape[0], 0).double(), signs(block.shape[1], 1).double()
+        for slot in block.slots:
+            columns[slot.column : slot.column + slot.width] *= sizes[slot.parameter]
+            if slot.parameter in still:
+                (columns if slot.transposed else rows)[still[slot.parameter]] = 0
+        found[name] = rows, columns
+    return found
+
+
+def _moved_by(
+    net: Network, blocks: Mapping[str, Block], along: Mapping[str, tuple[Tensor, Tensor]], step: float
+) -> dict[str, Tensor]:
+    """The parameters a step along the directions."""
+    moved = dict(net.parameters)
+    for name, (rows, columns) in along.items():
+        for slot in blocks[name].slots:
+            value = net.parameters[slot.parameter]
+            matrix, here = slot.place(value, len(rows)), columns[slot.column : slot.column + slot.width]
+            made = torch.addr(matrix, rows.to(value), here.to(value), alpha=step)
+            moved[slot.parameter] = (made.mT if slot.transposed else made).reshape(slot.shape)
+    return moved

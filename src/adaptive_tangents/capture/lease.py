@@ -145,14 +145,20 @@ class Loan:
         for tensor in self._own:
             tensor._backward_hooks = None  # a hook on a gradient is no part of the function
             tensor.grad = None
-        for path, module in self.model.named_modules():
-            self._overrides += _overrides(module)
+        modules = list(self.model.named_modules())
+        kinds = {kind for _, module in modules for kind in type(module).__mro__}
+        once = {
+            kind: frozenset(name for name, value in vars(kind).items() if isinstance(value, cached_property))
+            for kind in kinds
+        }
+        for path, module in modules:
+            self._overrides += _overrides(module, frozenset().union(*(once[kind] for kind in type(module).__mro__)))
             if not isinstance(module, torch.jit.ScriptModule):
                 self._slots += [
                     (module._parameters, key, p, f"{path}.{key}" if path else key)
                     for key, p in module._parameters.items()
                 ]
-        for kind in {kind for module in self.model.modules() for kind in type(module).__mro__}:
+        for kind in kinds:
             self._overrides += _unmemoized(kind)
 
     def end(self) -> None:
@@ -279,17 +285,15 @@ def _set_version(tensor: Tensor, version: int) -> None:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _overrides(module: nn.Module) -> list[_Step]:
-    """Steps that hide what a module keeps for training or from earlier calls: backward hooks, cached values."""
+def _overrides(module: nn.Module, once: frozenset[str]) -> list[_Step]:
+    """Steps that hide what a module keeps for training or from earlier calls: backward hooks, values computed ``once``."""
     held = vars(module)
     steps: list[_Step] = [
         partial(held.__setitem__, name, OrderedDict())
         for name in ("_backward_hooks", "_backward_pre_hooks")
         if held.get(name)
     ]
-    steps += [
-        partial(held.pop, name, None) for name in held if isinstance(getattr(type(module), name, None), cached_property)
-    ]
+    steps += [partial(held.pop, name, None) for name in once & held.keys()]
     cached = {name: value for name, value in held.items() if isinstance(value, _lru_cache_wrapper)}
     return steps + [partial(held.__setitem__, name, value.__wrapped__) for name, value in cached.items()]
 

@@ -92,14 +92,20 @@ class Found:
         return replace(self, blocks=blocks, sources=sources)
 
 
-def assemble(seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice]) -> Found:
-    """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source."""
+def assemble(
+    seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice], *, batched: bool = False
+) -> Found:
+    """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source.
+
+    With ``batched``, gradients of all outputs may come from one batched pass, so the features must be checked.
+    """
     calls = defaultdict[int, list[Use]](list)
     for use in seen.uses:
         calls[id(use.module)].append(use)
     made = ((g.name, source_of(g, calls, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
     sources = {name: source for name, source in made if source is not None}
-    blocks, held = blocks_from(groups, sources, target, choices, seen.graph, common_dtype(seen.leaves.values()))
+    dtype = common_dtype(seen.leaves.values())
+    blocks, held = blocks_from(groups, sources, target, choices, seen.graph, dtype, batched=batched)
     return Found(seen, target, blocks, sources, choices, held, frozenset(blocks))
 
 

@@ -113,7 +113,7 @@ def average_features(
         raise TangentError(f"{call}: nodes is a positive number, got {max_nodes if nodes is None else nodes}")
     if buffers not in ("same", "path"):
         raise TangentError(f"{call}: buffers is 'same' or 'path', got {buffers!r}")
-    first = Capture(call, model, x, start, wrt, output_fn, memory_limit)
+    first = Capture(call, model, x, start, wrt, output_fn, memory_limit, whole=True)
     with LOCK:
         theta1, buffers1 = overlay(call, model, end)
     names = first.network.selected
@@ -124,6 +124,7 @@ def average_features(
             "widen wrt, or give both ends the same values there"
         )
     shift = _moved_buffers(call, first.network.buffers, buffers1, refuse=buffers == "same")
+    first.forget()
     after = first.at(theta1, {**first.network.buffers, **{k: buffers1[k] for k in shift}})
     change = (after.outputs(x, {}) - first.outputs(x, {})).double()
     scale = float(change.norm())
@@ -134,7 +135,12 @@ def average_features(
     delta = torch.cat([(theta1[name] - first.network.parameters[name]).flatten() for name in names])
     count, errors = nodes or min(4, max_nodes), list[float]()
     while True:
-        made, moved_by = _average(call, first, after, shift, x, count, progress)
+
+        def averaged(count: int = count) -> tuple[TangentFeatures, Tensor | None]:
+            return _average(call, first, after, shift, x, count, progress)
+
+        # One loan for all nodes, unless the user's own function runs in between.
+        made, moved_by = first.network.lend(averaged) if progress is None else averaged()
         rest = change - made.matvec(delta).double()
         error = float((rest if moved_by is None else rest - moved_by).norm()) / scale
         errors.append(error)

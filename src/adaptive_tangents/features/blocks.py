@@ -6,7 +6,7 @@ A block is a sum of summands (features.summands), at most one of each kind.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -201,6 +201,12 @@ class Block:
             index: a slice of samples or a vector of their indices; None is all of them.
             dtype: the dtype to convert to; None keeps it.
         """
+        if index is None and all(
+            tensor.dtype == dtype or not tensor.is_floating_point()
+            for part in self.summands
+            for tensor in tensors_of(part)
+        ):
+            return self
         function = SampleMap(index, dtype)
         return self.of([part.map(function) for part in self.summands])
 
@@ -210,6 +216,8 @@ class Block:
         Args:
             parts: the summands, of any kinds; those of the same kind are joined.
         """
+        if len(parts) == 1:
+            return replace(self, **{**_NO_SUMMANDS, _KINDS[type(parts[0])]: parts[0]})
         weighted = [part for part in parts if isinstance(part, Weighted)]
         if any(not torch.equal(part.gains, weighted[0].gains) for part in weighted):
             # Factors under different gains can only be joined once they are materialized.
@@ -261,6 +269,12 @@ class Block:
         """
         columns = [slot.place(parameters[slot.parameter], self.shape[0]) for slot in self.slots]
         return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+
+
+_KINDS: Mapping[type[Summand], str] = {
+    Outer: "outer", Dense: "dense", Shared: "shared", Lookup: "lookup", Flipped: "flipped", Weighted: "weighted",
+}  # fmt: skip
+_NO_SUMMANDS: Mapping[str, Any] = dict.fromkeys(_KINDS.values())
 
 
 def sum_blocks(blocks: list[Block]) -> Block:

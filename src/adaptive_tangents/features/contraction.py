@@ -10,7 +10,7 @@ Kernels stay in the (batch, N, M) layout of features.kernel_layout until the end
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -237,3 +237,17 @@ def contract_blocks(
         accumulate(piece, left, right, outputs, route=step.route, symmetric=symmetric, budget=step.working_bytes)
         if piece is not target:
             target += piece
+
+
+def contracted_at_once(
+    a: Mapping[str, Block], b: Mapping[str, Block] | None, outputs: Outputs, precision: Precision
+) -> Float[Tensor, "batch N M"]:
+    """The kernel of all blocks together, as one product of all features; without b, of a with itself."""
+    left = _rows(_side_by_side(list(a.values()), precision), outputs)
+    right = left if b is None else _rows(_side_by_side([b[name] for name in a], precision), outputs)
+    return left @ right.mT
+
+
+def _side_by_side(blocks: Sequence[Block], precision: Precision) -> Float[Tensor, "n c p"]:
+    dtype = working_dtype(tensors_of(blocks[0].summands[0])[0].dtype, precision)
+    return torch.cat([block.map(dtype=dtype).features().flatten(2) for block in blocks], 2)

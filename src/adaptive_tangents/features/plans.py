@@ -22,6 +22,7 @@ from adaptive_tangents.runtime.memory import format_bytes
 
 RouteName = Literal["gram", "nested", "materialize"]
 WORKING_BYTES = 64_000_000  # more is no faster
+_STEP = 1_000_000  # operations that a large matrix product does in the time that a step of a loop takes to start
 _TILE_BYTES = 8_000_000  # of features of a range of output units; larger ones do not fit into the caches
 _FEW_UNITS = 32  # output units; products with fewer are slower by as much
 
@@ -30,7 +31,7 @@ _FEW_UNITS = 32  # output units; products with fewer are slower by as much
 class BlockPlan:
     """How one block will be contracted: its route, floating-point operations, and bytes of working memory.
 
-    ``share`` is the fraction of a large matrix product's speed that the route is expected to reach.
+    ``share`` is the fraction of a large matrix product's speed that the route is expected to reach, in loops of ``steps``.
     """
 
     name: str
@@ -42,16 +43,17 @@ class BlockPlan:
     dtype: torch.dtype
     device: torch.device
     share: float
+    steps: int = 0
 
     @property
     def effort(self) -> float:
-        """Operations that a large matrix product would do in the same time."""
-        return self.operations / self.share
+        """By what routes are compared: operations of a large matrix product in the same time, and those of a loop's steps."""
+        return self.operations / self.share + _STEP * self.steps
 
     @property
     def seconds(self) -> float:
         """Expected seconds."""
-        return self.effort / matmul_speed(self.dtype, self.device)
+        return self.operations / self.share / matmul_speed(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ class Gram:
         """The share of a large product's speed; with one position per sample the route is just two large products."""
         return 0.8 if p.t == p.s == 1 and min(p.o, p.i) > 1 else 0.4
 
+    def steps(self, p: Pair) -> int:
+        """Steps of the route's outermost loop."""
+        return 1
+
     def least_bytes(self, p: Pair) -> int:
         """The least working memory: that of one pair of samples."""
         return max(gram_bytes(p.outputs, t, s, p.c, p.itemsize, crossed=not p.alike) for t, s, _ in p.crossings)
@@ -160,6 +166,9 @@ class Nested(Gram):
     def operations(self, p: Pair) -> int:
         return 2 * p.pairs * (p.t * p.s * (p.i + p.c * p.o) + p.t * p.depth * p.o)
 
+    def steps(self, p: Pair) -> int:
+        return p.n
+
     def least_bytes(self, p: Pair) -> int:
         return (p.t * p.s + 2 * p.t * p.c * p.o + p.t * p.depth) * p.itemsize
 
@@ -179,6 +188,9 @@ class Materialize:
         # Flipped factors are read whole for every range of output units.
         units = self.most_bytes(p) // (self.least_bytes(p) * max(p.n, p.m))
         return 0.6 * min(1, max(1, units) / _FEW_UNITS) if p.flipped else 0.6
+
+    def steps(self, p: Pair) -> int:
+        return 1
 
     def least_bytes(self, p: Pair) -> int:
         """The least working memory: one output unit of one sample, on both sides."""
@@ -219,7 +231,7 @@ def plan_block(
         BlockPlan(
             a.name, a.shape, t, route.name, route.operations(pair),
             max(min(budget, route.most_bytes(pair)), route.least_bytes(pair)),
-            working_dtype(like.dtype), like.device, route.share(pair),
+            working_dtype(like.dtype), like.device, route.share(pair), route.steps(pair),
         )
         for route in fitting or [min(routes, key=lambda route: route.least_bytes(pair))]
     ]  # fmt: skip

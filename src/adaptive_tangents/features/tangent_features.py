@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.features.contraction import contract_blocks
+from adaptive_tangents.features.contraction import contract_blocks, contracted_at_once
 from adaptive_tangents.features.kernel_layout import (
     Outputs,
     Precision,
@@ -28,6 +28,9 @@ from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.summands import Index, Shared, sum_tensors, tensors_of
 from adaptive_tangents.features.transforms import Entrywise, Joint, Sides, Transform
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+
+_FEW = 20_000_000  # operations, some of which take less time than the planning of a block
+_LITTLE = 16_000_000  # bytes of features
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,14 @@ class TangentFeatures:
             rounded = [None if feats is None else feats.to(torch.bfloat16) for feats in (self, other)]
             assert rounded[0] is not None
             return rounded[0].kernel(rounded[1], outputs=outputs, by_block=by_block)  # type: ignore[call-overload, no-any-return]
+        alike = kernel_dtype(self.dtype, precision) == working_dtype(self.dtype, precision)
+        if not by_block and alike and self._is_small(other, outputs):
+            self._check_other(other)
+            kernel = contracted_at_once(self.blocks, None if other is None else other.blocks, outputs, precision)
+            check_overflow(kernel, self.c if outputs == "full" else 1)
+            if other is None:
+                mirror(kernel)
+            return finish(kernel, self.n, self.n if other is None else other.n, self.c, outputs)
         plan = self._plan(other, outputs, kernels=len(self.blocks) if by_block else 1, precision=precision)
         remedy = "use outputs='trace' or 'diagonal', tangent_kernel, or fewer samples"
         require_memory("kernel", plan.kernel_bytes, plan.limit, remedy=remedy)
@@ -284,12 +295,22 @@ class TangentFeatures:
         finished = {name: finish(kernel, *size, outputs) for name, kernel in kernels.items()}
         return finished if by_block else next(iter(finished.values()))
 
-    def _plan(
-        self, other: "TangentFeatures | None", outputs: Outputs, *, kernels: int, precision: Precision = "float32"
-    ) -> KernelPlan:
+    def _is_small(self, other: "TangentFeatures | None", outputs: Outputs) -> bool:
+        """Whether one product of all features is faster than choosing a route for every block."""
+        m = self.n if other is None else other.n
+        held = (self.n + m) * self.c * self.p * working_dtype(self.dtype).itemsize
+        operations = 2 * self.n * m * self.p * (self.c**2 if outputs == "full" else self.c)
+        return operations <= _FEW and held <= _LITTLE and (self.limit is None or 2 * held <= self.limit)
+
+    def _check_other(self, other: "TangentFeatures | None") -> None:
         if other is not None:
             self.check_origin("kernel", other)
             self._check_partner(other)
+
+    def _plan(
+        self, other: "TangentFeatures | None", outputs: Outputs, *, kernels: int, precision: Precision = "float32"
+    ) -> KernelPlan:
+        self._check_other(other)
         partner = self if other is None else other
         itemsize = working_dtype(self.dtype, precision).itemsize
         result = kernel_dtype(self.dtype, precision).itemsize

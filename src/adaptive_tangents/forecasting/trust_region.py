@@ -24,7 +24,7 @@ ACCEPTED = 0.25  # the share of the predicted fall of the loss that a step must 
 _TRUSTED = 0.75  # and from which the next ridge is weaker
 _WEAKER, _STRONGER = 1 / 3, 4.0
 _MOST_TRIES = 8
-_SHORTEST = 0.1  # length of a step
+_SHORTEST, _HALF = 0.1, 0.5  # lengths of a step: the least, and the one tried if outputs at 1 are not finite
 _NEAR = 1e-4  # length at which the loss is linear
 _AT_A_TIME, _PASS = 16, 1024  # samples whose kernel, or whose outputs, are computed at once
 _FIRST = torch.tensor([0])  # a fit keeps the features of one sample, so that it stays small
@@ -193,7 +193,7 @@ class Walk:
         after = tried[0][1]
         if loss - after < _TRUSTED * (loss - goal.loss(before + predicted)):
             bend = after - loss - slope
-            least = -slope / (2 * bend) if math.isfinite(bend) and bend > 0 else _SHORTEST
+            least = -slope / (2 * bend) if math.isfinite(bend) and bend > 0 else _HALF
             if least < 1:
                 tried.append(self._at(here, feats, found, max(_SHORTEST, least)))
         return min(tried, key=lambda each: each[1])

@@ -107,7 +107,7 @@ def tangent_kernel(
         return sketched_kernel(model, x, x2, sketch, outputs, params, wrt, output_fn, memory_limit, progress)
     if tile is not None and tile < 1:
         raise TangentError(f"{call}: tile is a positive number of samples, got {tile}")
-    capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
+    capture = Capture(call, model, x, params, wrt, output_fn, memory_limit, whole=tile is None)
     if x2 is not None:
         capture.check_more(x2)
     n, m = samples(x), samples(x if x2 is None else x2)

@@ -216,10 +216,10 @@ def explain_operations(block: Block, after: Block, structure: Structure, n: int)
 def _checked_ranks(rank: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if rank is None:
         return None
-    ranks = tuple(sorted({rank} if isinstance(rank, int) else set(rank)))
+    ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,)
     if not ranks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ranks):
         raise TangentError(f"explain: rank must be a positive integer, several, or None for full rank, got {rank!r}")
-    return ranks
+    return tuple(sorted(set(ranks)))
 
 
 def _moderate(start: TangentFeatures, end: TangentFeatures) -> tuple[TangentFeatures, TangentFeatures]:

@@ -14,7 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.measures.terms import Term, inner, joined, moment, positions_of, rows_of, terms_of, values
+from adaptive_tangents.measures.terms import (
+    Term,
+    inner,
+    joined,
+    moment,
+    positions_of,
+    rows_of,
+    stacked,
+    terms_of,
+    values,
+)
 from adaptive_tangents.runtime.chunks import ranges
 
 WIDE = 64  # units; a wider side is narrowed to this many, and more explain no more of the networks measured
@@ -31,7 +41,7 @@ FIRST, NEXT, LAST, ROUNDS = (
     30,
 )  # rounds at the first rank, at each other, for the one chosen, and at full rank
 _CLOSE, _CLOSER, _EXACT = 1e-3, 1e-4, 1e-12  # relative changes that end an alternation, one at full rank, a side alone
-_ALONE = 4  # times more rounds, of a side alone
+_ALONE = 10  # times more rounds, of a side alone
 SIDES = ("left", "right")
 
 
@@ -323,10 +333,10 @@ def _small(terms: list[Term]) -> list[Term]:
 
 
 def _together(core: list[tuple[list[Term], list[Term]]]) -> list[tuple[list[Term], list[Term]]]:
-    """Parts that are multiplied out, as one part."""
-    if len(core) < 2 or any(len(part) > 1 or part[0].left is not None for pair in core for part in pair):
+    """The parts as one, where they have the same terms: fewer and larger products."""
+    if len({tuple(len(part) for part in pair) for pair in core}) != 1:
         return core
-    a, b = ([Term(None, torch.cat([values(pair[k][0]) for pair in core]))] for k in (0, 1))
+    a, b = ([stacked(same) for same in zip(*(pair[k] for pair in core), strict=True)] for k in (0, 1))
     return [(a, b)]
 
 
@@ -348,16 +358,28 @@ def _solve(
     # In the whitened coordinates the features are L⁻¹S and what they should become is L⁻¹Xᵀ.
     both = torch.linalg.solve_triangular(lower, torch.cat([cross.mT.expand_as(square), square], -1), upper=False)
     all_wanted, all_held = both.split(units, -1)
+    seen = [scale]
     for _ in range(times):
-        missing, before = all_wanted - scale[:, None, None] * all_held, scale
+        missing = all_wanted - scale[:, None, None] * all_held
         written = torch.linalg.eigh(missing.mT @ missing)[1][:, :, -rank:]
         wanted, held = all_wanted @ written, all_held @ written
         rest, room = mixed - (wanted * held).sum((1, 2)), size - (held * held).sum((1, 2))
-        scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), before)
-        if bool(((scale - before).abs() <= _EXACT * scale.abs()).all()):
+        scale = torch.where(room > 1e-12 * size, rest / room.clamp_min(torch.finfo(room.dtype).tiny), scale)
+        seen.append(scale)
+        if bool(((scale - seen[-2]).abs() <= _EXACT * scale.abs()).all()):
             break
+        if len(seen) > 2 and len(seen) % 3 == 0 and len(seen) <= times:
+            scale = _extrapolated(*seen[-3:])
+            seen.append(scale)
     read = torch.linalg.solve_triangular(lower.mT, wanted - scale[:, None, None] * held, upper=True)
     return Side(scale[:, None, None] * eye + written @ read.mT, scale)
+
+
+def _extrapolated(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """Where a sequence that converges linearly ends (Aitken), or its last member if it does not."""
+    steps, bend = (second - first, third - second), third - 2 * second + first
+    converging = (steps[1].abs() < steps[0].abs()) & (bend.abs() > 1e-12 * third.abs())
+    return torch.where(converging, first - steps[0] ** 2 / torch.where(converging, bend, 1.0), third)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ class Rows:
 
     part: Lookup
 
+    def listed(self) -> Float[Tensor, "n 1 t d"]:
+        """The factors themselves."""
+        return self.against(torch.eye(self.part.directions.shape[1]).to(self.part.weights))
+
     def against(self, columns: Float[Tensor, "d k"]) -> Float[Tensor, "n 1 t k"]:
         """hᵀX for each of the factors h."""
         return self.part.against(columns)[:, None]
@@ -66,11 +70,9 @@ class Term:
         """The same, multiplied out."""
         if self.left is None:
             return self
-        assert isinstance(self.left, Tensor)
-        if self.right is None:
-            return Term(None, self.left.mT.contiguous())
-        assert isinstance(self.right, Tensor)
-        return Term(None, self.left.mT @ self.right)
+        left, right = (units.listed() if isinstance(units, Rows) else units for units in (self.left, self.right))
+        assert left is not None
+        return Term(None, left.mT.contiguous() if right is None else left.mT @ right)
 
 
 def _onto(units: Units, columns: Tensor | None) -> Units:
@@ -89,8 +91,8 @@ def terms_of(block: Block) -> list[Term]:
     for part in block.summands:
         small = isinstance(part, Outer | Flipped) and part.backward.shape[1] * (c * o + i) < c * o * i
         if isinstance(part, Lookup):
-            right = part.against(torch.eye(i).to(part.weights))[:, None] if i <= _LISTED else Rows(part)
-            found.append(Term(_by_output(part.backward), right))
+            rows = Rows(part)
+            found.append(Term(_by_output(part.backward), rows.listed() if i <= _LISTED else rows))
         elif small and isinstance(part, Outer):
             found.append(Term(_by_output(part.backward), part.inputs[:, None]))
         elif small and isinstance(part, Flipped):
@@ -102,6 +104,22 @@ def terms_of(block: Block) -> list[Term]:
 
 def _by_output(backward: Float[Tensor, "n t c o"]) -> Float[Tensor, "n c t o"]:
     return backward.transpose(1, 2).contiguous()
+
+
+def stacked(terms: Sequence[Term]) -> Term:
+    """Terms of different samples as one; their factors are the same on every sample, or run over samples."""
+    first = terms[0]
+    if len(terms) == 1:
+        return first
+    if len({(type(term.left), type(term.right)) for term in terms}) > 1 or isinstance(first.right, Rows):
+        return Term(None, torch.cat([values(term) for term in terms]))
+    left, right = ([term.left for term in terms], [term.right for term in terms])
+    return Term(_stacked(left), _stacked(right))
+
+
+def _stacked(units: Sequence[Units]) -> Units:
+    parts = [part for part in units if isinstance(part, Tensor)]
+    return torch.cat(parts) if parts else None
 
 
 def positions_of(term: Term) -> int:
@@ -125,7 +143,8 @@ def joined(terms: Sequence[Term]) -> Term:
 def values(term: Term) -> Float[Tensor, "n c o i"]:
     """A term multiplied out."""
     made = term.dense().right
-    assert isinstance(made, Tensor)
+    made = made.listed() if isinstance(made, Rows) else made
+    assert made is not None
     return made
 
 
@@ -171,7 +190,7 @@ def _gram(a: Units, b: Units) -> Float[Tensor, "n c t s"] | None:
 
 def _outer(left: Units, gram: Float[Tensor, "n c t s"] | None, right: Units) -> Float[Tensor, "o p"]:
     """Σ l_t g_ts r_sᵀ over samples, outputs and positions."""
-    assert not isinstance(right, Rows)
+    right = right.listed() if isinstance(right, Rows) else right
     if gram is None:
         assert right is not None
         inside = right

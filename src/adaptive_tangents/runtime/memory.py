@@ -133,8 +133,9 @@ def _group_bytes(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) 
 def _room(group: Path, limit: str, used: str, cached: str) -> int | None:
     """Bytes that a group still allows; its cached files count as free, since the system would drop them."""
     try:
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int((group / limit).read_text()) - int((group / used).read_text()) + int(stat.get(cached, 0))
+        most = int((group / limit).read_text())  # first: without a limit there is nothing else to read
+        files = re.search(rf"^{cached} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        return most - int((group / used).read_text()) + (int(files[1]) if files else 0)
     except (OSError, ValueError):
         return None
 

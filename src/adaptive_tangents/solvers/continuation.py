@@ -12,6 +12,7 @@ from typing import Any
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.linalg.conjugate_gradients import Progress
+from adaptive_tangents.runtime import progress as runtime
 from adaptive_tangents.solvers.problem import Tempered
 from adaptive_tangents.solvers.results import Round
 from adaptive_tangents.structures.base import Matrices
@@ -31,6 +32,7 @@ class Course:
     tol: float
     max_rounds: int
     progress: Progress | None = None
+    watch: runtime.Progress = runtime.silent
     history: list[Round] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
@@ -57,27 +59,36 @@ class Continuation(ABC):
     def __init__(self, problem: Tempered, course: Course) -> None:
         self._problem, self.course = problem, course
         self.gained, self.still = math.inf, 0  # the last step's relative decrease; steps in a row without any
+        self.share = (0.0, 1.0)  # of all the work, where the stage starts and ends
 
     def follow(self, tempers: list[float]) -> tuple[bool, str]:
         """Run all stages; returns whether the optimum at τ = 1 was reached, and why the search stopped."""
-        for temper in tempers:
+        for done, temper in enumerate(tempers):
             self._problem.temper = temper
             self.enter()
+            self.share = (done / len(tempers), (done + 1) / len(tempers))
             converged, reason = self.descend(last=temper == 1.0)
             if reason:
                 break
         if self._problem.temper != 1.0:  # out of rounds before τ = 1
             self._problem.temper = 1.0
             self.enter()
+        self.course.watch(f"τ = {self._problem.temper:g}", 1.0)
         return converged, reason
 
     def descend(self, *, last: bool) -> tuple[bool, str]:
         """Run a stage to its optimum, or near it; the reason is empty if the next stage should go on."""
         self.gained, self.still = math.inf, 0
         self.begin()
+        (start, end), first, least = self.share, 0.0, math.inf
+        aim = self.course.wanted if last else _LOOSE
         while True:
             self.refresh()
             change, stationarity = self.measure()
+            # Stationarity falls by a similar factor in every step.
+            first, least = max(first, stationarity), min(least, stationarity)
+            within = math.log(first / max(least, aim)) / math.log(first / aim) if first > max(least, aim) else 0.0
+            self.course.watch(f"τ = {self._problem.temper:g}", start + within * (end - start))
             stopped = self._stopped(change, stationarity, last=last)
             if stopped is not None:
                 return stopped

@@ -14,6 +14,8 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import Kernels
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Progress as Watch
+from adaptive_tangents.runtime.progress import silent
 from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.kernel_fit import fit_kernel
 from adaptive_tangents.solvers.losses import Loss, LossName
@@ -38,7 +40,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, watch: Watch | None = None,
 ) -> Fit: ...  # fmt: skip
 @overload
 def fit(
@@ -46,7 +48,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, watch: Watch | None = None,
 ) -> KernelFit: ...  # fmt: skip
 def fit(
     feats: TangentFeatures | Kernels,
@@ -63,6 +65,7 @@ def fit(
     start: Fit | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Fit | KernelFit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
@@ -88,6 +91,7 @@ def fit(
         start: a fit of the same features to start from, such as the previous one on a path; None starts at M = I.
         memory_limit: bytes that may be used; None is the features' own limit, or half of what is free.
         progress: called with the number of rounds so far and the objective.
+        watch: called with the name of a stage, such as "τ = 9", and the fraction of all stages that is done.
 
     Raises:
         TangentError: when shapes do not fit, targets are not finite, labels are out of range, ρ is negative, patterns do not
@@ -105,7 +109,7 @@ def fit(
     check_features_or_kernel("fit", feats)
     structure = as_structure("fit", structure)
     check_choice("fit", "loss", loss, get_args(LossName))
-    course = Course(tol, max_rounds, progress)
+    course = Course(tol, max_rounds, progress, watch or silent)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):
         check_choice("fit", "solver", solver, get_args(Solver))
