@@ -73,7 +73,7 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
         )
     assert done.exit_code == 0, done.output
     results = json.loads((here / "out" / "results.json").read_text("utf-8"))
-    assert results["experiment"] == "forecast"
+    assert results["experiment"] == "foretold"
     assert results["forecast"]["loss"] == "cross-entropy"
     assert len(results["forecast"]["steps"]) <= 2
     happened = results["happened"]

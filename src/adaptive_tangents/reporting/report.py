@@ -155,13 +155,18 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
         "fixed": fixed,
         "label": drawing.label,
         "notation": _notation,
-        "studies": lambda names: list(dict.fromkeys(name.partition(".")[0] for name in names)),
+        "studies": _studies,
         "percent": lambda value: number(value) if value is None else f"{100 * value:.1f} %",
         "rank": lambda value: number(value) if value is None else f"{value:.1f}",
     }
     inlined = {name: _inline(figure) for name, figure in drawings.items()}
     context = {**results, "figures": inlined, "findings": summary_table(results, page), **page.context(results)}
     return environment.get_template(page.template).render(context)
+
+
+def _studies(names: list[str]) -> list[str]:
+    """The studies of claims named STUDY.CLAIM."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _notation(text: str) -> Markup:
