@@ -10,7 +10,7 @@ from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import one_bar, typed
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.inspection.foretold import LOSSES, NAME, RESULT, run_forecast
+from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.user_files import check_runs, fit_data, load_checkpoint, load_data, load_model
@@ -40,7 +40,7 @@ def forecast(
         raise TangentError(f"{NAME}: --samples must be at least 4, got {samples}")
     if weights is not None and end is not None and weights.resolve() == end.resolve():
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
-    check_folder(NAME, out, PAGES[RESULT]().figures)
+    check_folder(NAME, out, PAGES[KIND]().figures)
     loaded = load_data(data, NAME)
     network = load_model(model, NAME).to(device)
     check_runs(network, fit_data(loaded, network, NAME), data, NAME)

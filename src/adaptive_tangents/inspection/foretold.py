@@ -23,7 +23,8 @@ from adaptive_tangents.runs.user_files import Data, fit_data
 from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "forecast"
-RESULT = "foretold"  # the study of forecasts has the name of the command
+# Of its results; the experiment that judges forecasts is called forecast, too.
+KIND = "foretold"
 LOSSES = ("auto", "squared", "cross-entropy")
 _CHEAP = 1.0  # operations: no models are fitted to what happened
 _PART = 0.6  # of the work is the forecast
@@ -65,7 +66,7 @@ def run_forecast(
         raise TangentError(f"{NAME}: no change is foretold: {told.reason}")
     left = (1 - _PART) / (1 if end is None else 2)
     found = run(model, {"start": start, NAME: told.params}, data, config, progress=part(_PART, left))
-    results = {**found.results, "experiment": RESULT, "forecast": _numbers(told), "happened": None}
+    results = {**found.results, "experiment": KIND, "forecast": _numbers(told), "happened": None}
     arrays = dict(found.arrays)
     if end is not None:
         cheap = replace(config, fit_operations=_CHEAP)

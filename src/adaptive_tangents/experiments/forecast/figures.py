@@ -61,7 +61,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
 def draw_course(results: Results, arrays: Arrays) -> Figure:
     """Agreement with the averaged kernel against cost: the network's own way, and every forecast."""
     cases = main_cases(results)
-    columns = min(3, len(cases))
+    columns = 2 if len(cases) in (2, 4) else min(3, len(cases))
     rows = -(-len(cases) // columns)
     figure, panels = grid(rows, columns, 2.9 * rows + 0.3, sharey=True)
     for axes, case in zip(panels.flat, cases.values(), strict=False):
@@ -152,7 +152,7 @@ def draw_directions(results: Results, arrays: Arrays) -> Figure:
 
 def draw_varied(results: Results, arrays: Arrays) -> Figure:
     """Agreement for other targets, ways of training and widths."""
-    cases = {k: c for k, c in results["cases"].items() if c["kind"] == "mlp"} or dict(results["cases"])
+    cases = results["cases"]
     figure, ((axes,),) = grid(1, 1, 1.2 + 0.26 * len(cases))
     for place, case in enumerate(cases.values()):
         for method, words, look in (

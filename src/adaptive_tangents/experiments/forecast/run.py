@@ -144,6 +144,10 @@ class ForecastConfig:
                     mlp, key=f"mlp-{optimizer}{rate:g}", words=words, training=way, varied="training", foretold=mlp.key
                 )
             )
+        for case in found[2:4] if self.ways else ():
+            way, words = Training("sgd", 0.02, self.epochs, 50), f"{case.words}, SGD, rate 0.02"
+            key = f"{case.key}-sgd0.02"
+            found.append(replace(case, key=key, words=words, training=way, varied="training", foretold=case.key))
         for width in self.widths:
             found.append(
                 replace(mlp, key=f"mlp-width{width}", words=f"MLP, sign, width {width}", width=width, varied="width")
@@ -305,8 +309,8 @@ def _measured(
     kernels = {"average": total(truth.average), "final": total(truth.final)}
     for method in ("trained", *methods):
         with clock.stage(f"{prefix}.{method}", _WORK["method"] if method != "trained" else 0.0):
-            state: Mapping[str, Tensor] = states["end"]
-            cost: Mapping[str, Tensor] = {}
+            state: State = states["end"]
+            cost: dict[str, Tensor] = {}
             if method != "trained":
                 state, cost = _foretold(case, task, seed, method, states, units, shared)
             part = units(f"{prefix}.{method}", partial(_compared, config, task, method, state, cost, truth))
