@@ -170,11 +170,6 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
     return environment.get_template(page.template).render(context)
 
 
-def _studies(names: list[str]) -> list[str]:
-    """The studies of claims named STUDY.CLAIM."""
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
 def _notation(text: str) -> Markup:
     """Typeset mathematical symbols: K_y with a subscript, a bar over K, K(x, x) in italics."""
     html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', str(escape(text))).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
