@@ -8,7 +8,7 @@ STUDIES = (
         NAME,
         "Can what training does to a network’s tangent features be foretold before it is trained?",
         place=10,
-        minutes=20.0,
+        minutes=60.0,
         package=__name__,
     ),
 )
