@@ -4,7 +4,7 @@
     python benchmarks/on_gpu.py --device cpu --matching "Linear|GPT" --without-times   # to see it work
 
 Conformity: on every network of the tests' registry that runs on the device as it is, float64 kernels of every kind, tiles
-of them, a path average, a sketch and a fit equal those made on the CPU to 1e-9 (less precise dtypes: the case's own
+of them, a sketch and a fit equal those made on the CPU to 1e-9 (less precise dtypes: the case's own
 tolerance). Times: seconds of full kernels, least of three, and the most memory of the device. Writes
 runs/benchmarks/on_gpu.json; ends with 1 if a network differs.
 """

@@ -208,6 +208,13 @@ def test_a_dependency_used_in_one_function_is_imported_there(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_what_runs_as_a_program_changes_the_filters_of_warnings(path: Path) -> None:
+    # They belong to the process: where threads silence warnings at a time, they may stay silent.
+    if path.relative_to(PACKAGE).parts[0] not in ("commands", "reporting"):
+        assert not re.search(r"catch_warnings|simplefilter|filterwarnings", path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_source_file_is_too_long(path: Path) -> None:
     lines = len(path.read_text("utf-8").splitlines())
     assert lines <= LONGEST, f"{name_of(path)} has {lines} lines, more than {LONGEST}; find the cut in it"

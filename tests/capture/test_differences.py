@@ -39,6 +39,22 @@ def test_a_detached_value_is_told_beside_units_on_a_kink(dtype: torch.dtype) -> 
         at.tangent_features(model, x)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["none of its gradient", "half of its gradient"])
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wrong_gradient_of_a_hundredth_of_the_outputs_is_told_in_any_precision(
+    dtype: torch.dtype, n: int, kept: float
+) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        side = m.c(x)
+        return m.b(m.a(x).tanh()) + 0.01 * (side.detach() + kept * (side - side.detach()))
+
+    torch.manual_seed(0)
+    model = Forward(run, a=nn.Linear(6, 8), b=nn.Linear(8, 3), c=nn.Linear(6, 3)).to(dtype)
+    with pytest.warns(at.TangentWarning, match=r"do not change with c\.weight, c\.bias as autograd's gradient says"):
+        at.tangent_features(model, torch.randn(n, 6).to(dtype))
+
+
 def in_single_precision(run: Any) -> nn.Module:
     """A network in float64, a part of which is computed in float32, as in most language models."""
     return Forward(lambda m, x: m.b(run(m.a(x)).float().tanh().double()), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()

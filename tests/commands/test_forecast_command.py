@@ -88,7 +88,8 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     assert "What training did" not in page
     assert "Beside what happened" in re.sub(r"<[^>]+>", "", page)
     told = re.sub(r"\s+", " ", done.output)
-    assert "Training will change most:" in told
+    assert "Training will change most, by share of the squared change:" in told
+    assert "All that follows treats the foretold end as the end of training" in told
     assert "Beside what happened: the foretold K̄ has CKA" in told
     with plain_figures("foretold"):
         assert runner.invoke(cli.app, ["report", "out"]).exit_code == 0
@@ -104,7 +105,7 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
         (["--steps", "0"], "forecast: steps is a positive whole number, got 0"),
         (["--weights", "end.pt", "--end", "end.pt"], "forecast: --weights and --end are the same file, end.pt"),
         (["--model", "nets.py:absent"], "forecast: nets.py has no 'absent'"),
-        (["--end", "data.npz"], "forecast:"),
+        (["--end", "data.npz"], "forecast: data.npz cannot be read"),
         (["--wrt", "absent"], "forecast: wrt 'absent' matches no parameter"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

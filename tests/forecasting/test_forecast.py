@@ -263,6 +263,18 @@ def test_a_length_at_which_outputs_are_not_finite_is_passed_over() -> None:
     assert told.steps[0].length == 0.5
 
 
+def test_a_step_after_which_held_out_outputs_are_not_finite_is_not_chosen() -> None:
+    held = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6]
+    x = torch.zeros(30, 1, dtype=torch.float64).index_fill(0, held, 1.0)
+    model = Function(
+        lambda m, x: torch.where((m.w > 0.6) & (x > 0), torch.inf, m.w + 0 * x), w=torch.zeros(1, dtype=torch.float64)
+    )
+    told = at.forecast(model, x, torch.ones(30, 1, dtype=torch.float64), structure=at.Fixed(), ridge=1e-3, steps=1)
+    assert told.candidates[0].steps[0].held_out == math.inf
+    assert told.steps == ()
+    assert told.reason.startswith("no step lowers the held-out loss")
+
+
 def test_no_ridge_is_weaker_than_the_fit_before_has_earned() -> None:
     told = at.forecast(network(), X, Y, structure=at.Fixed(), validation=0, steps=8)
     for before, after in pairwise(told.steps):

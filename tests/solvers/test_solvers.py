@@ -729,7 +729,8 @@ def test_smallest_eigenvalue_of_a_large_kernel_is_that_of_a_decomposition(
     case = problem(3, c=2)
     kernel = case.rows @ case.rows.mT
     expected = float(torch.linalg.eigvalsh(kernel)[0])
-    monkeypatch.setattr(constraints, "_LARGE", 0)
+    for size in ("_MEDIUM", "_LARGE"):
+        monkeypatch.setattr(constraints, size, 0)
     calls: list[float] = []
     made = systems.factorize
     monkeypatch.setattr(systems, "factorize", lambda matrix, shift: calls.append(shift) or made(matrix, shift))

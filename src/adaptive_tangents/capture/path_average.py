@@ -106,7 +106,23 @@ def average_features(
     >>> av.error <= 1e-3
     True
     """
-    call = "average_features"
+    found, doubt = unwarned(
+        model, start, end, x, tol=tol, nodes=nodes, max_nodes=max_nodes, wrt=wrt, output_fn=output_fn,
+        memory_limit=memory_limit, buffers=buffers, progress=progress,
+    )  # fmt: skip
+    if doubt:
+        warnings.warn(doubt, TangentWarning, stacklevel=2)
+    return found
+
+
+def unwarned(
+    model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], x: Batch, *,
+    tol: float = 1e-3, nodes: int | None = None, max_nodes: int = 256, wrt: Selection | None = None,
+    output_fn: OutputFn | None = None, memory_limit: int | None = None, buffers: Buffers = "same",
+    progress: Progress | None = None,
+) -> tuple[AverageFeatures, str]:  # fmt: skip
+    """``average_features``, with its warning as words, for callers that expect it; empty if the identity holds."""
+    call, doubt = "average_features", ""
     if not tol > 0:
         raise TangentError(f"{call}: tol is a positive number, got {tol}")
     if (nodes is not None and nodes < 1) or max_nodes < 1:
@@ -153,16 +169,14 @@ def average_features(
             "and more nodes do not change that: along the path, the outputs do not change as the features say; look for "
             "detached values, straight-through estimators or jumps in the model"
         )
-        warnings.warn(
-            f"{call}: the path identity holds to {error:.2e} at {count} nodes, not to tol = {tol:g}"
-            + (f", {remedy}" if stays else "; raise max_nodes or tol"),
-            TangentWarning,
-            stacklevel=2,
+        doubt = f"{call}: the path identity holds to {error:.2e} at {count} nodes, not to tol = {tol:g}" + (
+            f", {remedy}" if stays else "; raise max_nodes or tol"
         )
-    return AverageFeatures(
+    found = AverageFeatures(
         made.n, made.c, made.blocks, made.parameters, made.limit,
         error=error, nodes=count, change=change, buffer_change=moved_by,
     )  # fmt: skip
+    return found, doubt
 
 
 def _average(

@@ -10,8 +10,8 @@ from adaptive_tangents.commands.console import console
 from adaptive_tangents.experiments.overview_page import counts
 from adaptive_tangents.experiments.pages import PAGES as STUDY_PAGES
 from adaptive_tangents.inspection.foretold import KIND
+from adaptive_tangents.inspection.foretold_page import AS_IF, foretold
 from adaptive_tangents.inspection.foretold_page import PAGE as FORECAST_PAGE
-from adaptive_tangents.inspection.foretold_page import foretold
 from adaptive_tangents.inspection.page import PAGE as INSPECT_PAGE
 from adaptive_tangents.inspection.page import findings
 from adaptive_tangents.reporting.report import Finding, build_report, page_of, summary_table
@@ -22,7 +22,7 @@ PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE, KIND: lambda: FORECAST_P
 # What a run of no study tells.
 _TOLD: dict[str, Callable[[Results], list[str]]] = {
     "inspect": findings,
-    KIND: lambda results: [*foretold(results), *findings(results)],
+    KIND: lambda results: [*foretold(results), AS_IF, *findings(results)],
 }
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from adaptive_tangents.checks import as_tensor, check_finite, check_real
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
-from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.fit import unwarned
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 
@@ -61,7 +61,9 @@ class Amounts(Goal):
         self, feats: TangentFeatures, outputs: Tensor, structure: Structure, relative: float, mean: float
     ) -> Fit:
         left = self.y - outputs
-        return fit(feats, left, structure=structure, ridge=relative * mean, tol=_TOL, max_rounds=_ROUNDS)
+        found = unwarned(feats, left, structure=structure, ridge=relative * mean, tol=_TOL, max_rounds=_ROUNDS)
+        assert isinstance(found, Fit)
+        return found
 
     def taken(self, index: Tensor) -> "Amounts":
         return Amounts(self.y[index])
@@ -95,10 +97,12 @@ class Labels(Goal):
     ) -> Fit:
         # (1/ρ)·CE curves as squared error (1/ρ′)‖·‖² does for ρ′ = 2ρ/(p(1 − p)).
         ridge = relative * mean * self.curvature(outputs) / 2
-        return fit(
+        found = unwarned(
             feats, self.labels, structure=structure, loss="cross-entropy", offset=outputs, ridge=ridge, tol=_TOL,
             max_rounds=_ROUNDS,
         )  # fmt: skip
+        assert isinstance(found, Fit)
+        return found
 
     def taken(self, index: Tensor) -> "Labels":
         return Labels(self.labels[index])

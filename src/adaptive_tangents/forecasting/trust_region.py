@@ -2,8 +2,7 @@
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.forecasting.goals import Goal
 from adaptive_tangents.measures.alignment import effective_rank
@@ -90,10 +89,13 @@ class Ground:
             return None
 
     def held_losses(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " m"] | None:
-        """The loss of each held-out sample."""
+        """The loss of each held-out sample; infinite where an output is not finite, as far from θ₀."""
         if self.held is None or self.held_x is None:
             return None
-        return self.held.losses(outputs_at(self.capture, parameters, self.held_x))
+        try:
+            return self.held.losses(outputs_at(self.capture, parameters, self.held_x))
+        except TangentError:
+            return torch.full((samples(self.held_x),), math.inf, dtype=torch.float64)
 
     def features(self, parameters: Mapping[str, Tensor]) -> TangentFeatures:
         """φ of the samples to fit."""
@@ -157,7 +159,7 @@ class Walk:
             return None
         kappa = self.relative_ridge
         for tries in range(1, _MOST_TRIES + 1):
-            found = _quietly(lambda: ground.goal.fitted(feats, outputs, self.structure, kappa, mean))  # noqa: B023
+            found = ground.goal.fitted(feats, outputs, self.structure, kappa, mean)
             change = found.predict(feats)
             predicted = loss - ground.goal.loss(outputs + change)
             length, after, there, beyond = self._searched(here, feats, found, outputs, change)
@@ -231,10 +233,3 @@ def _rank(coefficients: Matrices) -> float:
     if total == 0:
         return 0.0
     return sum(weights[name] * effective_rank(coefficients[name]).participation for name in matrices) / total
-
-
-def _quietly(made: Callable[[], Fit]) -> Fit:
-    """A fit without its warning: the true loss decides whether it is followed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TangentWarning)
-        return made()

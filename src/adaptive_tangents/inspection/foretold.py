@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -137,11 +138,10 @@ def _growth(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _order(one: Any, other: Any) -> float | None:
-    """Spearman's rank correlation."""
-    ranks = [np.argsort(np.argsort(np.asarray(values))).astype(float) for values in (one, other)]
-    if min(rank.std() for rank in ranks) == 0:
+    """Spearman's rank correlation; None if one side is constant."""
+    if min(np.ptp(one), np.ptp(other)) == 0:
         return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return float(scipy.stats.spearmanr(one, other).statistic)
 
 
 def _numbers(told: Forecast) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from adaptive_tangents.inspection.page import PAGE as INSPECTED
 from adaptive_tangents.reporting.pages import fixed, number
 from adaptive_tangents.runs.results import Results
 
+AS_IF = "All that follows treats the foretold end as the end of training: what it says of the kernel is foretold."
+
 
 def foretold(results: Results) -> list[str]:
     """The findings of the forecast, most important first."""
@@ -15,14 +17,15 @@ def foretold(results: Results) -> list[str]:
     blocks = made["blocks"]
     most = sorted(blocks, key=lambda name: -blocks[name]["share"])[:3]
     told = "; ".join(
-        f"{name} {100 * b['share']:.0f} % (effective rank {b['rank']:.1f} of {min(b['shape'])})"
+        f"{name}, {100 * b['share']:.0f} % (effective rank {b['rank']:.1f} of {min(b['shape'])})"
         for name, b in ((name, blocks[name]) for name in most)
     )
+    fits = "one exact fit" if len(made["steps"]) == 1 else f"{len(made['steps'])} exact fits"
     sentences = [
-        f"In {len(made['steps'])} exact fits, at the cost of {made['epochs']:.0f} epochs, the loss falls from "
+        f"In {fits}, at the cost of {made['epochs']:.0f} epochs, the loss falls from "
         f"{number(made['initial_loss'])} to {number(last['loss'])}, held out from {number(made['initial_held_out'])} to "
         f"{number(last['held_out'])}.",
-        f"Training will change most: {told}.",
+        f"Training will change most, by share of the squared change: {told}.",
     ]
     return [*sentences, *happened(results)]
 

@@ -1,7 +1,6 @@
 """Measures of kernels, blocks and weight changes."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.plans import WORKING_BYTES, plan_block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.measures.alignment import EffectiveRank, alignment, cka, decompose, effective_rank
 from adaptive_tangents.measures.explain import explain_operations, explanations
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.fit import unwarned
 from adaptive_tangents.solvers.results import Fit, KernelFit
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.grouped import LayerScale
@@ -263,12 +262,10 @@ def fit_models(
 
 
 def _fitted(source: TangentFeatures | Tensor, change: Tensor, structure: Structure) -> Fit | KernelFit | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TangentWarning)  # `converged` already reports a fit that ran out of rounds
-        try:
-            return fit(source, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
-        except TangentError:
-            return None
+    try:
+        return unwarned(source, change.double(), structure=structure, max_rounds=_FIT_ROUNDS)
+    except TangentError:
+        return None
 
 
 def _model_numbers(found: Fit | KernelFit, kernel: Tensor, change: Tensor, values: Kernels) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.capture.network import OutputFn
-from adaptive_tangents.capture.path_average import AverageFeatures, average_features
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.capture.path_average import AverageFeatures, unwarned
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import stack_blocks, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
@@ -88,12 +87,10 @@ class Tangents:
         """The nodes, if not given those at which the identity holds to ``tol`` on a few samples; seconds of one sample."""
         few = take(self.x, torch.linspace(0, samples(self.x) - 1, min(8, samples(self.x))).long())
         marks: list[float] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TangentWarning)
-            found = self._average(
-                few, start, end, nodes=None if nodes is None else 2, tol=tol, max_nodes=most,
-                progress=lambda stage, fraction: marks.append(time.perf_counter()),
-            )  # fmt: skip
+        found = self._average(
+            few, start, end, nodes=None if nodes is None else 2, tol=tol, max_nodes=most,
+            progress=lambda stage, fraction: marks.append(time.perf_counter()),
+        )  # fmt: skip
         steps = [after - before for before, after in pairwise(marks)] or [0.0]
         return nodes or found.nodes, sorted(steps)[len(steps) // 2] / samples(few)
 
@@ -107,10 +104,12 @@ class Tangents:
         self, part: Batch, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, nodes: int | None = None,
         tol: float = 1e-3, max_nodes: int = 256, progress: Progress | None = None,
     ) -> AverageFeatures:  # fmt: skip
-        return average_features(
+        # The identity's error is told with the findings, so it needs no warning.
+        found, _ = unwarned(
             self.model, start, end, part, nodes=nodes, tol=tol, max_nodes=max_nodes, wrt=self.wrt, output_fn=self.output_fn,
             buffers="path", progress=progress,
         )  # fmt: skip
+        return found
 
     def _parts(self) -> Iterator[tuple[Batch, float]]:
         """The batch in chunks; they shrink if less memory is free than planned."""

@@ -148,9 +148,8 @@ class Fits:
             one = {side: each[best : best + 1] for side, each in batch.items()}
             found.append((float(errors.min()), k, self.strengths[best], one))
             by_rank[most if k is None else k] = r_squared(float(reporting.errors(one)), reporting.change)
-            near = slice(
-                max(0, best - 1), min(len(self.strengths), best + 2)
-            )  # the best ridge moves little with the rank
+            # The best ridge moves little with the rank.
+            near = slice(max(0, best - 1), min(len(self.strengths), best + 2))
             tick(0.5 + 0.4 * count / len(tried))
         _, k, strength, chosen = min(found, key=lambda candidate: candidate[0])
         if k is not None:

@@ -34,12 +34,7 @@ _ENTRIES = 3_000_000  # of one tensor; the memory of larger ones is new at each 
 _KEPT = 30_000_000  # entries of terms that are kept; more are made again for each sum
 _TABLE = 2048  # entries of a matrix whose fourth moments are formed
 _CALL = 2e7  # operations that take as long as the calls for one product of moments
-FIRST, NEXT, LAST, ROUNDS = (
-    3,
-    1,
-    10,
-    30,
-)  # rounds at the first rank, at each other, for the one chosen, and at full rank
+FIRST, NEXT, LAST, ROUNDS = 3, 1, 10, 30  # rounds: at the first rank, each other, the one chosen, and full rank
 _CLOSE, _CLOSER, _EXACT = 1e-3, 1e-4, 1e-12  # relative changes that end an alternation, one at full rank, a side alone
 _ALONE = 10  # times more rounds, of a side alone
 SIDES = ("left", "right")

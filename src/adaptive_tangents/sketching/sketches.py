@@ -31,10 +31,8 @@ from adaptive_tangents.sketching.jackknife import SketchedMeasure, jackknifed
 Shapes = Mapping[str, tuple[int, int]]
 Projections = Mapping[str, tuple[tuple[SignRows, SignRows], ...]]
 
-_CHUNK_BYTES = (
-    256_000_000  # of factors held at a time while a sketch is made; for large networks, of _GRADIENTS gradients
-)
-_GRADIENTS = 4
+_CHUNK_BYTES = 256_000_000  # of factors held at a time while a sketch is made: more is no faster,
+_GRADIENTS = 4  # but for large networks, of which as much is held as so many gradients take
 _LEAST_SHARE = 0.01  # of an equal share: a block that is small on a few samples may be larger on others
 
 

@@ -41,7 +41,7 @@ def examined(kernel: DenseKernel, loss: Loss, *, samples: int) -> Constraints:
 def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
     """The smallest eigenvalue of K, to six digits; for large K to six digits of that of K + ρI. By inverse iteration."""
     size = kernel.matrix.shape[0]
-    if size > min(_MEDIUM, _LARGE):
+    if size > _MEDIUM:
         with suppress(TangentError, scipy.sparse.linalg.ArpackNoConvergence):
             ridge = ridge if size > _LARGE else 0.0
             factor = kernel.factorized(ridge)

@@ -106,6 +106,23 @@ def fit(
     >>> found.converged
     True
     """
+    found = unwarned(
+        feats, r, structure=structure, loss=loss, offset=offset, ridge=ridge, tol=tol, max_rounds=max_rounds, solver=solver,
+        form=form, start=start, memory_limit=memory_limit, progress=progress, watch=watch,
+    )  # fmt: skip
+    if not found.converged:
+        warnings.warn(f"fit did not converge: {found.reason}", TangentWarning, stacklevel=2)
+    return found
+
+
+def unwarned(
+    feats: TangentFeatures | Kernels, r: Values, *,
+    structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
+    offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
+    solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
+    progress: Progress | None = None, watch: Watch | None = None,
+) -> Fit | KernelFit:  # fmt: skip
+    """``fit`` for callers that read ``converged``: warnings cannot be silenced without changing them for all threads."""
     check_features_or_kernel("fit", feats)
     structure = as_structure("fit", structure)
     check_choice("fit", "loss", loss, get_args(LossName))
@@ -123,8 +140,6 @@ def fit(
             feats, r, course, structure=structure, ridge=ridge, solver=solver, form=form, memory_limit=memory_limit
         )
     check_results("fit", found.objective, found.stationarity)
-    if not found.converged:
-        warnings.warn(f"fit did not converge: {found.reason}", TangentWarning, stacklevel=2)
     return found
 
 

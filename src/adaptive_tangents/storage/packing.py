@@ -1,4 +1,8 @@
-"""Features as messages between processes, and back: the same numbers in the same layout of memory."""
+"""Features as messages between processes, and back: the same numbers in the same layout of memory.
+
+Descriptions are pickled, as torch.distributed does with objects: processes of one group run each other's code anyway. No file
+is read this way.
+"""
 
 import io
 import pickle
@@ -54,7 +58,7 @@ def packed(feats: TangentFeatures, known: Sequence[Tensor] = ()) -> tuple[list[T
 
 
 def unpacked(messages: Sequence[Tensor], device: torch.device, known: Sequence[Tensor] = ()) -> TangentFeatures:
-    """The features of messages that `packed` made and that lie in memory from `room_for_message`."""
+    """The features of messages that `packed` made and that lie in memory from `message_room`."""
     structure, table = pickle.loads(messages[0].numpy().tobytes())
     memory = [message if device.type == "cpu" else _moved(message, device) for message in messages[1:]]
     tensors: list[Tensor] = []

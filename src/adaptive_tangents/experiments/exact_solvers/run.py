@@ -8,7 +8,6 @@ Source: LeJeune & Alemohammad, CPAL 2024, §3 (the alternation; solutions are ap
 """
 
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from adaptive_tangents.capture.capture import tangent_features
 from adaptive_tangents.datasets.images import load_digits, normalize_digits
-from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.exact_solvers import NAME
 from adaptive_tangents.experiments.exact_solvers.claims import claims
 from adaptive_tangents.experiments.study import Asked
@@ -31,7 +30,7 @@ from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.runs.record import Clock, RunResult, flatten, heading, settings
 from adaptive_tangents.runs.units import Units
 from adaptive_tangents.runtime.progress import Progress, silent
-from adaptive_tangents.solvers.fit import fit
+from adaptive_tangents.solvers.fit import unwarned
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.solvers.search import Solver
 from adaptive_tangents.structures.base import Fixed, Structure
@@ -150,13 +149,13 @@ def _fitted(
     solver: Solver,
     advance: Callable[[float], None],
 ) -> Fit:
-    with warnings.catch_warnings():
-        # A solver that gives up is a result too: the results store its reason.
-        warnings.simplefilter("ignore", TangentWarning)
-        return fit(
-            feats, r, structure=structure, tol=config.tol, max_rounds=config.max_rounds, solver=solver,
-            progress=lambda steps, objective: advance(steps / config.max_rounds),
-        )  # fmt: skip
+    # A solver that gives up is a result too: the results store its reason.
+    found = unwarned(
+        feats, r, structure=structure, tol=config.tol, max_rounds=config.max_rounds, solver=solver,
+        progress=lambda steps, objective: advance(steps / config.max_rounds),
+    )  # fmt: skip
+    assert isinstance(found, Fit)
+    return found
 
 
 def _course(found: Fit) -> dict[str, np.ndarray]:
