@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -106,6 +106,12 @@ def fit(
     >>> found.converged
     True
     """
+    check_features_or_kernel("fit", feats)
+    structure = as_structure("fit", structure)
+    check_choice("fit", "loss", loss, get_args(LossName))
+    if isinstance(feats, TangentFeatures):
+        check_choice("fit", "solver", solver, get_args(Solver))
+        check_choice("fit", "form", form, get_args(Form))
     found = unwarned(
         feats, r, structure=structure, loss=loss, offset=offset, ridge=ridge, tol=tol, max_rounds=max_rounds, solver=solver,
         form=form, start=start, memory_limit=memory_limit, progress=progress, watch=watch,
@@ -116,21 +122,19 @@ def fit(
 
 
 def unwarned(
-    feats: TangentFeatures | Kernels, r: Values, *,
-    structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
+    feats: TangentFeatures | Kernels, r: Any, *,
+    structure: Structure = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
     progress: Progress | None = None, watch: Watch | None = None,
 ) -> Fit | KernelFit:  # fmt: skip
-    """``fit`` for callers that read ``converged``: warnings cannot be silenced without changing them for all threads."""
-    check_features_or_kernel("fit", feats)
-    structure = as_structure("fit", structure)
-    check_choice("fit", "loss", loss, get_args(LossName))
+    """``fit`` for callers that read ``converged``, after checks of options.
+
+    Warnings cannot be silenced without changing them for all threads.
+    """
     course = Course(tol, max_rounds, progress, watch or silent)
     found: Fit | KernelFit
     if isinstance(feats, TangentFeatures):
-        check_choice("fit", "solver", solver, get_args(Solver))
-        check_choice("fit", "form", form, get_args(Form))
         feats = feats if memory_limit is None else replace(feats, limit=memory_limit)
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
         found = _fit_features(feats, goal, course, structure=structure, solver=solver, form=form, start=start)
