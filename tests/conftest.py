@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import os
+import runpy
 import sys
 import threading
 import types
@@ -17,6 +18,10 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+# Here and in processes that tests start, torchvision must be importable (see the file in that folder).
+_operators = str(Path(__file__).parent / "torchvision_operators")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_operators, os.environ.get("PYTHONPATH"))))
+runpy.run_path(f"{_operators}/sitecustomize.py")
 # The package may already be imported without checks: pytest does so for a warning filter in pyproject.toml that names one
 # of its classes. Drop that copy, so that the tests import the checked one.
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:

