@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptive_tangents.inspection import InspectConfig, Plan, run
-from adaptive_tangents.runs.user_files import Data
+from adaptive_tangents.loading import Data
 from common import best_of, contend
 from networks import made, resnet18
 

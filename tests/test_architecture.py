@@ -37,6 +37,7 @@ WINGS = (
     "solvers",
     "nn",
     "datasets",
+    "loading",
     "runs",
     "reporting",
     "forecasting",

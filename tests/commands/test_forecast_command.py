@@ -15,7 +15,7 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.inspection import InspectConfig, foretold
 from adaptive_tangents.inspection.foretold import beside, goal_of, run_forecast
-from adaptive_tangents.runs.user_files import Data
+from adaptive_tangents.loading import Data
 from study_cases import plain_figures
 
 runner = CliRunner()

@@ -23,11 +23,11 @@ from adaptive_tangents.inspection import figures as inspection_figures
 from adaptive_tangents.inspection import page as inspection_report
 from adaptive_tangents.inspection.measures import singular_values
 from adaptive_tangents.inspection.tangents import Cost, Tangents, collapsed, fitting_chunk
+from adaptive_tangents.loading import Data
 from adaptive_tangents.measures.explain import explain_operations
 from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
-from adaptive_tangents.runs.user_files import Data
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
 runner = CliRunner()

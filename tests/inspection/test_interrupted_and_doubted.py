@@ -19,10 +19,10 @@ from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, page, run
 from adaptive_tangents.inspection.run import disagreement
 from adaptive_tangents.inspection.tangents import Tangents
+from adaptive_tangents.loading import Data
 from adaptive_tangents.reporting import report
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
-from adaptive_tangents.runs.user_files import Data
 from study_cases import explained_in_rounds, plain_figures
 
 NETWORK = """

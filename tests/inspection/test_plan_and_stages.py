@@ -17,8 +17,8 @@ from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.plan import Pace, Stage, planned
 from adaptive_tangents.inspection.problem import pose
 from adaptive_tangents.inspection.tangents import averaged, collapsed
+from adaptive_tangents.loading import Data
 from adaptive_tangents.runs.record import RunResult
-from adaptive_tangents.runs.user_files import Data
 from adaptive_tangents.runtime.tensor_files import write_tensors
 
 State = dict[str, Tensor]

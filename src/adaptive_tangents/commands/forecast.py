@@ -12,8 +12,8 @@ from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
 from adaptive_tangents.inspection.problem import InspectConfig
+from adaptive_tangents.loading import check_runs, fit_data, load_checkpoint, load_data, load_model
 from adaptive_tangents.runs.results import write_results
-from adaptive_tangents.runs.user_files import check_runs, fit_data, load_checkpoint, load_data, load_model
 
 
 def forecast(

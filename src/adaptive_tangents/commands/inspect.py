@@ -14,9 +14,7 @@ from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection import run as run_inspection
-from adaptive_tangents.inspection.checkpoint_order import Order, doubted, ordered, swapped
-from adaptive_tangents.runs.results import write_results
-from adaptive_tangents.runs.user_files import (
+from adaptive_tangents.loading import (
     check_runs,
     find_checkpoints,
     fit_data,
@@ -24,6 +22,8 @@ from adaptive_tangents.runs.user_files import (
     load_data,
     load_model,
 )
+from adaptive_tangents.loading.checkpoint_order import Order, doubted, ordered, swapped
+from adaptive_tangents.runs.results import write_results
 
 INTERRUPTED = 130
 """What the command ends with after Ctrl-C."""

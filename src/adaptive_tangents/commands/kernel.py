@@ -11,8 +11,7 @@ import torch
 from adaptive_tangents.commands.checks import check_device
 from adaptive_tangents.commands.console import console, one_bar
 from adaptive_tangents.features.kernel_layout import check_outputs
-from adaptive_tangents.inspection.outputs import pick
-from adaptive_tangents.runs.user_files import check_runs, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.loading import check_runs, fit_data, load_checkpoint, load_data, load_model, pick
 from adaptive_tangents.runtime.memory import parse_bytes
 from adaptive_tangents.sketching import Sketch
 from adaptive_tangents.storage import kernel_to_store, plan_kernel

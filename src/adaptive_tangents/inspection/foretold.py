@@ -15,12 +15,12 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.forecasting.results import Forecast
 from adaptive_tangents.inspection.measures import defined
-from adaptive_tangents.inspection.outputs import network_outputs, pick
+from adaptive_tangents.inspection.outputs import network_outputs
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.inspection.run import run
+from adaptive_tangents.loading import Data, fit_data, pick
 from adaptive_tangents.measures.alignment import cka
 from adaptive_tangents.runs.record import RunResult
-from adaptive_tangents.runs.user_files import Data, fit_data
 from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "forecast"

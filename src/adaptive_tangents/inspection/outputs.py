@@ -8,7 +8,6 @@ leak into the kernel. They do leak with a margin, whose sign depends on each sam
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,31 +19,10 @@ from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading.outputs import pick
 
 PREFIX = "network."
 _CHUNK = 100
-
-
-def pick(out: Any, call: str = "inspect") -> Tensor:
-    """The output tensor (n, c): what the network returns, its `logits`, or the first of several outputs."""
-    if isinstance(out, Mapping) and "logits" in out:
-        out = out["logits"]
-    elif not isinstance(out, Tensor) and hasattr(out, "logits"):
-        out = out.logits
-    elif isinstance(out, tuple | list) and out:
-        out = out[0]
-    if not isinstance(out, Tensor):
-        raise TangentError(
-            f"{call}: the network returned {type(out).__name__}; write a factory whose network returns a tensor (n, c), or "
-            "something with .logits"
-        )
-    rows: Tensor = out[:, None] if out.ndim == 1 else out
-    if rows.ndim != 2:
-        raise TangentError(
-            f"{call}: the network's output has shape {tuple(out.shape)}, expected (n, c), one row per sample; write a "
-            "factory whose network returns that, e.g. the output at one position"
-        )
-    return rows
 
 
 def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> Float[Tensor, "n c"]:

@@ -12,7 +12,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
 from adaptive_tangents.inspection.tangents import Cost, Tangents, cost_of, fitting_chunk
-from adaptive_tangents.runs.user_files import Data, fit_data
+from adaptive_tangents.loading import Data, fit_data
 
 _SAMPLES = 128
 _CHOICES = "choices"

@@ -18,7 +18,6 @@ from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
-from adaptive_tangents.inspection.checkpoint_order import doubted
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
 from adaptive_tangents.inspection.plan import Pace, Plan, planned
@@ -26,9 +25,10 @@ from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
 from adaptive_tangents.inspection.tangents import averaged as averaged_form
 from adaptive_tangents.inspection.told import Measured, arrays_of, checkpoint, performance_of, told
+from adaptive_tangents.loading import Data
+from adaptive_tangents.loading.checkpoint_order import doubted
 from adaptive_tangents.measures.alignment import alignment
 from adaptive_tangents.runs.record import RunResult, versions
-from adaptive_tangents.runs.user_files import Data
 from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.provenance import batch_fingerprint

@@ -14,9 +14,9 @@ from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.measures import defined, spectrum
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import Problem
+from adaptive_tangents.loading import Data
 from adaptive_tangents.measures.alignment import alignment, cka
 from adaptive_tangents.runs.record import flatten
-from adaptive_tangents.runs.user_files import Data
 
 _SHOWN = 24
 

@@ -1,6 +1,6 @@
 """What a run keeps: results and arrays in a folder, parts as checkpoints, and the seconds of each stage.
 
-This wing also runs several studies in parallel, summarizes many, and loads a user's model, checkpoints and data from files.
+This wing also runs several studies in parallel, and summarizes many.
 """
 
 from adaptive_tangents.runs.parallel import side_by_side

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import adaptive_tangents as at
-from adaptive_tangents.inspection.checkpoint_order import ordered, swapped
+from adaptive_tangents.loading.checkpoint_order import ordered, swapped
 
 WEIGHTS = {"weight": torch.ones(2, 2)}
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adaptive_tangents as at
-from adaptive_tangents.runs import user_files as loading
+from adaptive_tangents import loading
 
 FACTORIES = """
 import torch

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adaptive_tangents as at
+from adaptive_tangents import loading
 from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.datasets.images import load_digits, load_images
 from adaptive_tangents.reporting.report import build_report
-from adaptive_tangents.runs import user_files
 from adaptive_tangents.runs.results import load_results, write_results
 from adaptive_tangents.runs.units import StoredUnits
 from adaptive_tangents.runtime import array_files
@@ -83,12 +83,12 @@ def made_store(path: Path) -> None:
 
 
 def checkpoint(path: Path) -> object:
-    return user_files.load_checkpoint(path, network())
+    return loading.load_checkpoint(path, network())
 
 
 KINDS = {
-    "an npz file": Kind(lambda p: np.savez(p, x=np.ones((4, 6)), y=np.arange(4)), user_files.load_data),
-    "a packed npz file": Kind(lambda p: np.savez_compressed(p, x=np.ones((4, 6))), user_files.load_data),
+    "an npz file": Kind(lambda p: np.savez(p, x=np.ones((4, 6)), y=np.arange(4)), loading.load_data),
+    "a packed npz file": Kind(lambda p: np.savez_compressed(p, x=np.ones((4, 6))), loading.load_data),
     "a checkpoint .pt": Kind(lambda p: torch.save(network().state_dict(), p), checkpoint),
     "an old checkpoint .pt": Kind(
         lambda p: torch.save(network().state_dict(), p, _use_new_zipfile_serialization=False), checkpoint
@@ -300,7 +300,7 @@ def test_npz_files_and_checkpoints_unpack_to_a_bounded_size(
     packed: bytes, tmp_path: Path, at_most: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(array_files, "UNPACKED", 20_000_000)
-    for name, read in (("a.npz", user_files.load_data), ("a.pt", checkpoint)):
+    for name, read in (("a.npz", loading.load_data), ("a.pt", checkpoint)):
         (tmp_path / name).write_bytes(packed)
         with pytest.raises(
             at.TangentError, match=r"a\.(npz|pt) unpacks to 50 MB, and at most 20 MB are read from a packed file"
@@ -376,13 +376,13 @@ def test_members_that_are_no_arrays_of_numbers_are_refused(what: str, tmp_path: 
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr(name, content)
     with pytest.raises(at.TangentError, match=r"^inspect: .*a\.npz.*; ") as refused:
-        user_files.load_data(tmp_path / "a.npz")
+        loading.load_data(tmp_path / "a.npz")
     assert "\n" not in str(refused.value)
 
 
 def test_class_names_in_bytes_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones((2, 3)), classes=np.array([b"cat", b"d\xf6g"]))
-    assert user_files.load_data(tmp_path / "a.npz").classes == ("cat", "d\\xf6g")
+    assert loading.load_data(tmp_path / "a.npz").classes == ("cat", "d\\xf6g")
 
 
 TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
@@ -407,10 +407,10 @@ def test_tensors_of_other_kinds_are_refused(what: str, tmp_path: Path) -> None:
 def test_a_factory_that_ends_the_process_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text("import sys\ndef make(): sys.exit()\n")
     with pytest.raises(at.TangentError, match=r"raised SystemExit: no reason given; it is called without arguments"):
-        user_files.load_model(f"{tmp_path}/f.py:make")
+        loading.load_model(f"{tmp_path}/f.py:make")
     (tmp_path / "f.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(at.TangentError, match=r"importing .*f\.py failed with SystemExit: 0; run"):
-        user_files.load_model(f"{tmp_path}/f.py:make")
+        loading.load_model(f"{tmp_path}/f.py:make")
 
 
 # records edited by hand

@@ -1,0 +1,109 @@
+"""The user's network, made by a factory, and a first run of it."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from adaptive_tangents.capture.batches import arguments, take, tensors
+from adaptive_tangents.capture.lease import Loan, on_loan
+from adaptive_tangents.capture.recording import recorded_if_needed
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading.data import Data
+from adaptive_tangents.loading.words import INSPECT, listed_names, told
+
+
+def load_model(spec: str, call: str = INSPECT) -> nn.Module:
+    """The network made by a factory, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
+
+    Raises TangentError if the module cannot be imported or lacks the function, or if that returns no `nn.Module`.
+
+    >>> load_model("torch.nn:Identity")
+    Identity()
+    """
+    source, separator, name = spec.rpartition(":")
+    if not separator or not source or not name:
+        raise TangentError(
+            f"{call}: --model is package.module:factory or path/to/file.py:factory, got {spec!r}; name the function that "
+            "makes the network after a colon"
+        )
+    module = _module(source, call)
+    factory = getattr(module, name, None)
+    if factory is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TangentError(
+            f"{call}: {source} has no {name!r}; it holds {listed_names(public) or 'no functions'}; name one that makes "
+            "the network"
+        )
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TangentError(
+            f"{call}: {spec} is a {type(factory).__name__}, not a function; name a function without arguments that "
+            "returns the network"
+        )
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:
+        raise TangentError(
+            f"{call}: {spec} raised {told(error)}; it is called without arguments; write a function that fills them in"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise TangentError(f"{call}: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
+    return model.eval()
+
+
+def _module(source: str, call: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if not source.endswith(".py"):
+            return importlib.import_module(source)
+        path = Path(source).resolve()
+        if not os.path.isfile(path):
+            raise TangentError(f"{call}: there is no file {source}; --model is path/to/file.py:factory")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.path.insert(0, str(path.parent))  # the script's neighbors must be importable, as when it runs
+        found.loader.exec_module(module)
+        return module
+    except TangentError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TangentError(
+            f"{call}: importing {source} failed with {told(error)}; run {call} where it can be imported, "
+            "or give path/to/file.py:factory"
+        ) from error
+
+
+def check_runs(model: nn.Module, data: Data, path: Path, call: str = INSPECT) -> None:
+    """Run the network on two samples. Raises TangentError if that fails, with their shapes and the network's message."""
+    x = take(data.x, slice(0, 2))
+    keywords = arguments(model, x)[1]
+
+    def run(recorded: bool) -> None:
+        given, named = arguments(model, take(x, None))
+        model(*given, **named)
+
+    def runs(loan: Loan) -> None:
+        with torch.no_grad():
+            recorded_if_needed(run)
+
+    try:
+        on_loan(model, runs)
+    except TangentError:
+        raise
+    except Exception as error:
+        shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
+        named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
+        raise TangentError(
+            f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
+            f"({told(error)}); save them in the shape that it was trained on, with "
+            "channels first, (1, 28, 28) for gray images, or write a factory whose network takes these"
+        ) from error
