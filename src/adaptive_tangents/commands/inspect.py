@@ -13,7 +13,7 @@ from adaptive_tangents.commands.console import console, errors, one_bar, typed
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
-from adaptive_tangents.inspection import run as run_inspection
+from adaptive_tangents.inspection.api import inspect_states as run_inspection
 from adaptive_tangents.loading import (
     check_runs,
     find_checkpoints,
@@ -22,8 +22,8 @@ from adaptive_tangents.loading import (
     load_data,
     load_model,
 )
-from adaptive_tangents.loading.checkpoint_order import Order, doubted, ordered, swapped
-from adaptive_tangents.runs.results import write_results
+from adaptive_tangents.loading.checkpoint_order import Order, ordered, swapped
+from adaptive_tangents.runs.own_files import BLOCKS_FILE
 
 INTERRUPTED = 130
 """What the command ends with after Ctrl-C."""
@@ -50,7 +50,7 @@ def inspect(
     check_device("inspect", device)
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
         raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
-    check_folder("inspect", out, PAGES["inspect"]().figures)
+    check_folder("inspect", out, PAGES["inspect"]().figures, (BLOCKS_FILE,))
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     loaded = load_data(data)
@@ -80,8 +80,9 @@ def inspect(
         with one_bar(timed=True) as progress, warnings.catch_warnings():
             warnings.simplefilter("always", TangentWarning)
             warnings.showwarning = _shown  # type: ignore[assignment]
-            result = run_inspection(
-                network, states, loaded, config.quick() if quick else config,
+            found = run_inspection(
+                network, states, loaded, config.quick() if quick else config, doubts=doubts,
+                said={"command": typed(), "model": model, "data_file": data.name},
                 progress=progress, show=_print_plan, kept=kept,
             )  # fmt: skip
     except KeyboardInterrupt as error:
@@ -89,9 +90,7 @@ def inspect(
             raise
         _say(f"interrupted; finished stages are in {kept}, and the same command with --resume continues")
         raise typer.Exit(INTERRUPTED) from error
-    results = result.results | {"command": typed(), "model": model, "data_file": data.name}
-    results["limits"] = [*results["limits"], *map(doubted, doubts)]
-    write_results(results, result.arrays, out)
+    found.write(out)
     try:
         finish(out)
     except KeyboardInterrupt as error:
@@ -99,10 +98,10 @@ def inspect(
             f"interrupted while the report was drawn; the results are there: adaptive-tangents report {out} draws them"
         )
         raise typer.Exit(INTERRUPTED) from error
-    if results["interrupted"]:
+    if found.results["interrupted"]:
         _say(
-            f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}; the same command "
-            "with --resume continues"
+            f"interrupted; the report holds what was finished, without {listed(found.results['interrupted'])}; the same "
+            "command with --resume continues"
         )
         raise typer.Exit(INTERRUPTED)
 

@@ -88,19 +88,21 @@ def block_numbers(
     kernels: Mapping[str, Kernels], change: Tensor, target: Tensor | None, matrices: Kernels, start: Kernels,
     values: Kernels,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """For every block: share of the trace, growth, alignment, CKA of start and end, size and rank of the weight change.
+    """For every block: shares of trace and change, growth, alignment, CKA of start and end, size and rank of Δθ.
 
     ``kernels`` maps a stage to its kernels by block; ``matrices`` are the weight changes, ``values`` their singular values,
     and ``start`` the weights.
     """
     traces = {s: {name: float(K.trace()) for name, K in parts.items()} for s, parts in kernels.items()}
     sums = {stage: sum(parts.values()) for stage, parts in traces.items()}
+    moved = change_shares(kernels["initial"], kernels["final"])
     found = {}
     for name, matrix in matrices.items():
         of = {stage: kernels[stage][name] if stage in kernels else None for stage in STAGES}
         own = {stage: traces[stage][name] if stage in traces else None for stage in STAGES}
         found[name] = {
             "trace_share": {stage: _ratio(own[stage], sums.get(stage, 0.0)) for stage in STAGES},
+            "change_share": moved[name],
             "growth": {stage: _ratio(own[stage], traces["initial"][name]) for stage in ("average", "final")},
             "alignment": {stage: defined(alignment, K, change) for stage, K in of.items()},
             "alignment_labels": {s: defined(alignment, K, target) for s, K in of.items()} if target is not None else {},
@@ -110,6 +112,14 @@ def block_numbers(
             "effective_rank": asdict(effective_rank(values[name])),
         }
     return found
+
+
+def change_shares(start: Kernels, end: Kernels) -> dict[str, float | None]:
+    """Every block's share of K_T − K_0, ⟨ΔK_b, ΔK⟩/‖ΔK‖² with ΔK = Σ_b ΔK_b: they add to one, and one may be negative."""
+    changes = {name: end[name].double() - kernel.double() for name, kernel in start.items()}
+    whole = total(changes)
+    square = float(whole.square().sum())
+    return {name: _ratio(float((change * whole).sum()), square) for name, change in changes.items()}
 
 
 def _ratio(a: float | None, b: float) -> float | None:
