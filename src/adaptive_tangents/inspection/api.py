@@ -20,7 +20,7 @@ from adaptive_tangents.loading import Data, check_runs, fit_data
 from adaptive_tangents.loading.checkpoint_order import doubted
 from adaptive_tangents.runtime.progress import Progress, silent
 
-State = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
 """Parameters and buffers of a network: a state dict, a module that holds them, or the path of a checkpoint."""
 
 
