@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
-from adaptive_tangents.inspection import page, results
+from adaptive_tangents.inspection import page
 from adaptive_tangents.inspection.evaluation import in_evaluation
 from adaptive_tangents.inspection.given import data_of, opened, state_of
 from adaptive_tangents.inspection.run import sample_fingerprint
@@ -51,8 +52,8 @@ def network() -> nn.Sequential:
 def later(state: dict[str, Tensor], step: float) -> dict[str, Tensor]:
     """A state further along: weights moved, running statistics as they were."""
     generator = torch.Generator().manual_seed(5)
-    moved = {k: v + step * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v for k, v in state.items()}  # fmt: skip
-    return moved | {k: v for k, v in state.items() if "running" in k}
+    noise = {k: torch.randn(v.shape, generator=generator) for k, v in state.items()}
+    return {k: v if "running" in k or not v.is_floating_point() else v + step * noise[k] for k, v in state.items()}
 
 
 def states() -> list[dict[str, Tensor]]:
@@ -212,7 +213,7 @@ def test_the_table_of_blocks_holds_the_numbers_of_the_results(found: at.inspecti
     assert [float(row["growth_end"]) for row in read] == blocks.column("growth_end")
     assert blocks.csv().startswith(BLOCKS_HEAD)
     assert blocks[2:].names == ["1.bias", "4"]
-    with pytest.raises(KeyError, match="no row '9'; the rows are 0, 1.weight, 1.bias, 4"):
+    with pytest.raises(KeyError, match=r"no row '9'; the rows are 0, 1\.weight, 1\.bias, 4"):
         blocks["9"]
     with pytest.raises(at.TangentError, match="no column 'size'; the columns are block, rows"):
         blocks.column("size")
@@ -262,7 +263,7 @@ def test_it_shows_itself_in_three_lines_and_in_notebooks(found: at.inspection.In
     assert lines[0] == "Inspection of Sequential, start → end: 4 blocks on 16 samples"
     assert found.headline in lines[1]
     html = found._repr_html_()
-    for part in ("data:image/png;base64,", *(results.escape(s) for s in found.findings), "<th title="):
+    for part in ("data:image/png;base64,", *(escape(s) for s in found.findings), "<th title="):
         assert part in html
 
 
@@ -291,7 +292,7 @@ def test_a_file_of_the_users_is_not_replaced(found: at.inspection.Inspection, tm
         found.write(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["blocks.csv"]
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(at.TangentError, match="save: .*file is not a folder"):
+    with pytest.raises(at.TangentError, match=r"save: .*file is not a folder"):
         found.save(tmp_path / "file")
 
 
@@ -326,12 +327,12 @@ def test_states_and_samples_in_every_form_mean_the_same() -> None:
     [
         (lambda m, s, d: at.inspect(m, s[0], s[2]), "inspect: no data; give the samples to measure on"),
         (lambda m, s, d: state_of(3, m, "start"), "inspect: start is a int; give a state dict, a module"),
-        (lambda m, s, d: at.inspect(m, {"0.weight": s[0]["0.weight"]}, s[2], d), "start does not fit the model: missing 0.bias"),
+        (lambda m, s, d: at.inspect(m, {"0.weight": d[0]}, s[2], d), "start does not fit the model: missing 0.bias"),
         (lambda m, s, d: at.inspect(m, s[0], s[2] | {"9.w": d[0]}, d), "end does not fit the model: unexpected 9.w"),
         (lambda m, s, d: at.inspect(m, s[0], s[2] | {"0.bias": d[0]}, d), "of another shape 0.bias"),
         (lambda m, s, d: at.inspect(m, s[0], s[2], (d[0], d[1][:3])), r"different numbers of samples, \[3, 16\]"),
         (lambda m, s, d: at.inspect(m, s[0], s[2], d, samples=3), "must be at least 4, got 3"),
-        (lambda m, s, d: at.inspect(m, s[0], s[2], torch.ones(8, 7)), "the network cannot take the samples of data in memory"),
+        (lambda m, s, d: at.inspect(m, s[0], s[2], torch.ones(8, 7)), "cannot take the samples of data in memory"),
         (lambda m, s, d: at.inspect(m, s[0], s[2], d, checkpoints={"end": s[1]}), "named 'start' or 'end'"),
     ],
 )  # fmt: skip

@@ -42,13 +42,15 @@ def write_with_table(results: Results, arrays: Arrays, table: Rows, directory: P
     write_bytes(directory / BLOCKS_FILE, table.csv().encode("utf-8", "backslashreplace"))
 
 
-def saved(call: str, directory: Path, kind: str, page: "Page", write: Callable[[Path], object]) -> Path:
+def saved(
+    call: str, directory: Path, kind: str, page: "Page", write: Callable[[Path], object], tables: Iterable[str] = ()
+) -> Path:
     """Write results and their page; nothing is written if a file in the way is not the library's own."""
     with needed(call):
         from adaptive_tangents.reporting.report import build_report
     if os.path.lexists(directory) and not os.path.isdir(directory):
         raise TangentError(f"{call}: {directory} is not a folder; give the path of a folder")
-    check_ours(call, directory, page.figures, (BLOCKS_FILE,))
+    check_ours(call, directory, page.figures, tables)
     write(directory)
     return build_report(directory, {kind: lambda: page})
 
