@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
-from adaptive_tangents.inspection import page
+from adaptive_tangents.inspection import measures, page
 from adaptive_tangents.inspection.evaluation import in_evaluation
 from adaptive_tangents.inspection.given import data_of, opened, state_of
 from adaptive_tangents.inspection.run import sample_fingerprint
@@ -76,6 +76,7 @@ def quick() -> Iterator[None]:
     }
     plain = plain_figures("inspect", but="kernels")
     with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1), of_few_pixels(), plain:
+        patch.setattr(measures, "fit_operations", lambda *_: 1e30)  # no exact models
         patch.setattr(page, "PAGE", replace(page.PAGE, figures=empty))
         yield
 

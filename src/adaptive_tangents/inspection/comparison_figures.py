@@ -29,8 +29,9 @@ _SIDES = ("a", "b")
 def draw_kernels(results: Results, arrays: Arrays) -> Figure:
     """The kernels of both at the start, averaged and at the end, centered, with samples sorted alike."""
     stages = [s for s in _STAGES if all(f"{side}.kernel.{s}" in arrays for side in _SIDES)]
+    height = 0.9 + 2 * 8.4 / len(stages)
     figure, rows = grid(
-        2, len(stages), 2.05 + 5.6 / len(stages), left=0.13, wspace=0.06, hspace=0.1, top=0.9, bottom=0.06
+        2, len(stages), height, left=0.13, wspace=0.05, hspace=0.06, top=1 - 0.4 / height, bottom=0.3 / height
     )
     for row, side, name in zip(rows, _SIDES, results["names"], strict=True):
         order = arrays[f"{side}.order"].astype(int)

@@ -26,12 +26,11 @@ def _numbers(results: Results) -> dict[str, tuple[float | None, float | None]]:
 def _size(results: Results) -> str:
     """How much the kernels changed, where, and whether the functions end alike."""
     a, b = results["names"]
-    key, size = ("kernel_moved", "‖K_T − K_0‖/n") if results["same_samples"] else ("kernel_change", "‖K_T − K_0‖/‖K_0‖")
-    one, two = _numbers(results)[key]
+    one, two = _numbers(results)["kernel_moved" if results["same_samples"] else "kernel_change"]
     if not one or not two:
         lead = f"{a} and {b} cannot be compared by how much the kernel changed, because one was zero or did not change"
     else:
-        lead = f"{b} changed the kernel {times(two / one)} as {a} ({size} {number(two)} and {number(one)})"
+        lead = f"{b} changed the kernel {times(two / one)} as {a}"
     where = results["where"]
     if where["correlation"] is not None:
         r = where["correlation"]
