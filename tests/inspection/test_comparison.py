@@ -1,5 +1,6 @@
 """`at.compare`: numbers against public functions, symmetry, what cannot be compared, and the command end to end."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_kernels_and_functions_are_compared_as_public_functions_do(seeds: Compar
     same = float((outputs[0].argmax(1) == outputs[1].argmax(1)).double().mean())
     assert functions["same_prediction"] == pytest.approx(same)
     numbers = {row["number"]: (row["a"], row["b"]) for row in seeds.results["numbers"]}
-    for k in (0, 1):
+    for k, gained in enumerate((a, b)):
+        assert numbers["function_moved"][k] == pytest.approx(float(gained.norm()) / 14**0.5, rel=1e-5)
         assert numbers["kernel_change"][k] == pytest.approx(float((K[k] - before).norm() / before.norm()), rel=1e-4)
         assert numbers["kernel_moved"][k] == pytest.approx(float((K[k] - before).norm() / 14), rel=1e-4)
 
@@ -131,8 +133,8 @@ def test_an_inspection_is_the_same_as_itself(full: Inspection) -> None:
     assert found.results["where"]["correlation"] == pytest.approx(1)
     assert set(found.table().column("difference")) <= {0.0, None}
     assert found.findings[0] == (
-        "again changed the kernel as much as one, in the same layers (correlation 1.00); both learned nearly the same change "
-        "of the function (cosine 1.00)."
+        "again changed the kernel as much as one, in the same layers (correlation 1.00 over 3); both changed the function in "
+        "nearly the same direction (cosine 1.00)."
     )
 
 
@@ -190,6 +192,22 @@ def test_an_inspection_of_an_earlier_version_has_no_mark_of_its_samples(full: In
     assert found.results["where"]["correlation"] is None
 
 
+def test_samples_held_out_are_compared_apart(full: Inspection, other: Inspection) -> None:
+    pair = []
+    for each, accuracy in ((full, 0.5), (other, 0.75)):
+        side = {"performance": {"start": {"accuracy": 0.25}, "end": {"accuracy": accuracy}}, "growth": {"final": 2.0},
+                "alignment_centered": {"change": {"initial": 0.1, "final": 0.4}}}  # fmt: skip
+        pair.append(Inspection({**each.results, "held_out": {"trained": side, "held_out": side}}, each.arrays))
+    found = at.compare(*pair)
+    table = found.table()
+    assert table["accuracy at the end, on samples held out"]["difference"] == 0.25
+    assert table["centered sim of K_T with the network’s change, on samples held out"]["A"] == 0.4
+    assert any(
+        "Accuracy at the end: A 1.00, B 1.00; accuracy at the end, on samples held out: A 0.500, B 0.750" in s
+        for s in found.findings
+    )
+
+
 def test_an_adapter_stands_at_the_layer_that_it_adapts(full: Inspection, lora: Inspection) -> None:
     found = at.compare(full, lora, names=("full", "LoRA"))
     assert found.blocks.names == ["0", "2", "4"]
@@ -233,7 +251,9 @@ def test_kernels_along_different_directions_of_outputs_are_told_apart(full: Insp
     cosine = abs(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
     assert found.results["outputs"] == {"same": False, "direction": pytest.approx(cosine)}
     assert "are of different directions in output space" in found.findings[-1]
-    assert at.compare(one, one).results["outputs"]["same"]
+    weights = {name: -value for name, value in one.results["outputs"]["weights"].items()}
+    turned = Inspection({**one.results, "outputs": one.results["outputs"] | {"weights": weights}}, one.arrays)
+    assert at.compare(one, turned).results["outputs"]["same"], "a direction has no sign"
     assert at.compare(one, full).findings[-1].startswith("The kernels are of other outputs in the two")
 
 
@@ -296,6 +316,20 @@ def test_names_that_cannot_head_a_table_are_refused(names: tuple[str, ...], full
         at.TangentError, match="compare: names are two different words, other than number and difference"
     ):
         at.compare(full, full, names=names)
+
+
+def test_the_guide_to_inspections_in_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    with torch.random.fork_rng(devices=[]):
+        exec(
+            compile("\n".join(blocks).replace("range(300)", "range(60)"), "docs/inspect.md", "exec"),
+            {"__name__": "docs"},
+        )
+    printed = capsys.readouterr().out
+    assert printed.startswith("Inspection of Sequential, start → end: 3 blocks on 64 samples\n")
+    assert "slow changed the kernel" in printed
 
 
 # the command

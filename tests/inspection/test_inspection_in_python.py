@@ -84,7 +84,7 @@ def quick() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def found(quick: None) -> at.inspection.Inspection:
     first, half, last = states()
-    return at.inspect(network(), first, last, samples(), checkpoints={"half": half})
+    return at.inspect(network(), first, last, samples(), checkpoints={"half": half}, wrt="*")
 
 
 @pytest.fixture

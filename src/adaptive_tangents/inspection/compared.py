@@ -12,11 +12,11 @@ from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.places import by_layer, by_place
 from adaptive_tangents.inspection.results import STAGES, Inspection
 from adaptive_tangents.measures.alignment import cka
-from adaptive_tangents.runs.record import flatten, versions
+from adaptive_tangents.runs.record import versions
+from adaptive_tangents.runs.results import Results
 
 NAME = "compare"
 SIDES = ("a", "b")
-_HELD_OUT = 12  # numbers at most
 _SAME_DIRECTION = 0.99
 
 Array = NDArray[Any]
@@ -245,10 +245,12 @@ def _scalars(each: Inspection) -> dict[str, tuple[str, float | None]]:
     start = each.kernels["start"].astype(float)
     size = float(np.linalg.norm(start))
     moved = float(np.linalg.norm(_moved(each)))
+    gained = each.arrays["outputs.end"].astype(float) - each.arrays["outputs.start"].astype(float)
     found: dict[str, tuple[str, float | None]] = {
         "growth": ("trace of K_T over that of K_0", results["growth"]["final"]),
         "kernel_moved": ("‖K_T − K_0‖/n, n samples", moved / len(start)),
         "kernel_change": ("‖K_T − K_0‖/‖K_0‖", moved / size if size > 0 else None),
+        "function_moved": ("‖f_T − f_0‖/√n", float(np.linalg.norm(gained) / math.sqrt(len(gained)))),
         "cka": ("CKA of K_0 and K_T", results["cka"]["final"]),
     }
     for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
@@ -272,10 +274,27 @@ def _scalars(each: Inspection) -> dict[str, tuple[str, float | None]]:
     for when, words in (("start", "at the start"), ("end", "at the end")):
         for kind, value in (results["performance"][when] or {}).items():
             found[f"{kind}_{when}"] = (f"{kind} {words}, on the samples measured", value)
-    held = flatten(results.get("held_out") or {})
-    for key in list(held)[:_HELD_OUT]:
-        found[f"held_out.{key}"] = (f"held out: {key.replace('.', ' ').replace('_', ' ')}", held[key])
+    found |= _held_out(results)
     found["parameters"] = ("parameters measured", float(results["network"]["measured"]))
+    return found
+
+
+def _held_out(results: Results) -> dict[str, tuple[str, float | None]]:
+    """The numbers on samples that training did not see, if there are some."""
+    held = (results.get("held_out") or {}).get("held_out")
+    if held is None:
+        return {}
+    found: dict[str, tuple[str, float | None]] = {}
+    for when, words in (("end", "at the end"), ("start", "at the start")):
+        for kind, value in (held["performance"][when] or {}).items():
+            found[f"held_out.{kind}_{when}"] = (f"{kind} {words}, on samples held out", value)
+    found["held_out.growth"] = ("trace of K_T over that of K_0, on samples held out", held["growth"]["final"])
+    for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
+        sims = held["alignment_centered"].get(goal, {})
+        found[f"held_out.alignment_{goal}"] = (
+            f"centered sim of K_T with {words}, on samples held out",
+            sims.get("final"),
+        )
     return found
 
 

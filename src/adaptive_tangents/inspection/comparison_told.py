@@ -9,6 +9,7 @@ from adaptive_tangents.runs.results import Results
 
 _NOTICEABLE = 0.02
 _SAME = 0.999
+_ROUNDING = 1e-6
 _MUCH = 0.1  # of the change, from which a layer is named
 _PARTS = ((1 / 2, "half"), (1 / 3, "a third"), (1 / 4, "a quarter"), (1 / 5, "a fifth"), (1 / 10, "a tenth"))
 
@@ -35,7 +36,7 @@ def _size(results: Results) -> str:
     if where["correlation"] is not None:
         r = where["correlation"]
         place = "the same" if r > 0.8 else "partly the same" if r > 0.4 else "other"
-        lead += f", in {place} {where['of']} (correlation {fixed(r)})"
+        lead += f", in {place} {where['of']} (correlation {fixed(r)} over {where['count']})"
     functions = results["functions"]
     if functions is not None and functions["cosine"] is not None:
         lead += f"; {_ends(functions['cosine'])} (cosine {fixed(functions['cosine'])})"
@@ -59,29 +60,27 @@ def times(ratio: float) -> str:
 
 
 def _ends(cosine: float) -> str:
-    if cosine >= 0.95:
-        return "both learned nearly the same change of the function"
-    return (
-        "they learned similar changes of the function"
-        if cosine >= 0.7
-        else "they learned different changes of the function"
+    how = (
+        "nearly the same direction" if cosine >= 0.95 else "similar directions" if cosine >= 0.7 else "other directions"
     )
+    return f"both changed the function in {how}" if cosine >= 0.7 else f"they changed the function in {how}"
 
 
 def _function(results: Results) -> str:
     found = results["functions"]
     if found is None:
         return ""
+    a, b = results["names"]
     parts = []
     if found["start_distance"] is not None:
-        same = found["start_distance"] < 1e-6
-        parts.append("They start at the same function" if same else "They start at different functions")
-    if found["distance"] is not None:
         parts.append(
-            f"at the end the outputs differ by {number(found['distance'])} of the size of the change f_T − f_0"
+            f"they start at {'the same function' if found['start_distance'] < _ROUNDING else 'different functions'}"
         )
+    one, two = _numbers(results)["function_moved"]
+    if one and two:
+        parts.append(f"the outputs of {b} moved {times(two / one)} as those of {a}")
     if found["same_prediction"] is not None:
-        parts.append(f"{_percent(found['same_prediction'])} of the samples get the same prediction")
+        parts.append(f"at the end {_percent(found['same_prediction'])} of the samples get the same prediction")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "." if text else ""
 
@@ -115,8 +114,8 @@ def _layers(results: Results) -> str:
         held = [(row[f"change_share_{side}"], row["layer"]) for row in rows if row[f"change_share_{side}"] is not None]
         most = sorted((pair for pair in held if pair[0] >= _MUCH), reverse=True)[:3]
         if len(held) > 1 and most:
-            parts.append(f"{name} in {listed([f'{layer} ({_percent(share)})' for share, layer in most])}")
-    return f"Most of K_T − K_0 is of {'; of '.join(parts)}." if parts else ""
+            parts.append(f"in {listed([f'{layer} ({_percent(share)})' for share, layer in most])} for {name}")
+    return f"Most of the kernel’s change K_T − K_0 is {'; '.join(parts)}." if parts else ""
 
 
 def _turn(results: Results) -> str:
@@ -147,11 +146,11 @@ def _turned(turns: Sequence[float], names: Sequence[str]) -> str:
 def _performance(results: Results) -> str:
     parts = []
     for row in results["numbers"]:
-        if row["number"].partition("_")[0] in ("accuracy", "mse") and row["number"].endswith("_end"):
-            parts.append(f"{row['words'].partition(',')[0]} {_each(results, row)}")
-        elif row["number"].startswith("held_out."):
-            parts.append(f"{row['words']} {_each(results, row)}")
-    text = "; ".join(parts[:6])
+        kind, _, when = row["number"].removeprefix("held_out.").rpartition("_")
+        if kind in ("accuracy", "mse", "loss") and when == "end":
+            held = ", on samples held out" if row["number"].startswith("held_out.") else ""
+            parts.append(f"{row['words'].partition(',')[0]}{held}: {_each(results, row)}")
+    text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 

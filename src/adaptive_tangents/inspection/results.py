@@ -90,8 +90,8 @@ class Inspection:
 
     @property
     def headline(self) -> str:
-        """The sentence at the top of the page."""
-        return str(_told("headline").headline(self.results))
+        """The first finding."""
+        return self.findings[0]
 
     @property
     def blocks(self) -> Rows:
@@ -162,7 +162,7 @@ class Inspection:
         heavy = sorted(self.blocks, key=lambda row: -abs(row["change_share"] or 0.0))[:_SHOWN]
         table = Rows(BLOCK_COLUMNS, tuple(heavy), _PRINTED).html()
         note = f"<p>The {len(heavy)} of {len(self.blocks)} blocks with the largest part of K_T − K_0.</p>"
-        return shown(self._title(), lambda: self.headline, lambda: self.findings, note + table, self.strip)
+        return shown(self._title(), lambda: self.headline, lambda: self.findings[1:], note + table, self.strip)
 
     def strip(self) -> str:
         """The kernels side by side, as an image for HTML."""
