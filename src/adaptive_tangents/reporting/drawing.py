@@ -54,7 +54,8 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
 
 def styled(draw: Draw, results: Results, arrays: Arrays) -> Figure:
     """A figure in the style of the pages, to show or to save."""
-    with mpl.rc_context(_style()):
+    style: dict[Any, Any] = _style()
+    with mpl.rc_context(style):
         return draw(results, arrays)
 
 
