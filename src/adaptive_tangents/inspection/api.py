@@ -69,6 +69,7 @@ def inspect(
         TangentError: when model, states and data do not fit together, or nothing changed; TangentWarning when the network got
             worse, or names of files speak against their order.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     >>> start = {name: value.clone() for name, value in model.state_dict().items()}
     >>> x = torch.randn(12, 3)

@@ -174,6 +174,7 @@ def compare(a: Inspected, b: Inspected, *, names: Sequence[str] = ("A", "B")) ->
     Raises:
         TangentError: when a folder holds no inspection, or the names are not two different ones.
 
+    >>> import torch
     >>> from adaptive_tangents.inspection.api import inspect
     >>> model = torch.nn.Linear(3, 1)
     >>> start = {name: value.clone() for name, value in model.state_dict().items()}
