@@ -1,8 +1,10 @@
 """What the errors of this wing share: a file that must be there, an error of another program, names in a list."""
 
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,3 +41,15 @@ def listed_names(names: Iterable[str], most: int = 6) -> str:
 def continuous(value: Tensor) -> bool:
     """Whether a tensor holds real or complex numbers."""
     return value.is_floating_point() or value.is_complex()
+
+
+def library(name: str, call: str, what: str) -> Any:
+    """An optional library. Raises TangentError with what to install if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name:
+            raise
+        raise TangentError(
+            f"{call}: {what} needs {name}, which is not installed; pip install 'adaptive-tangents[integrations]' installs it"
+        ) from error
