@@ -17,7 +17,7 @@ Params = Mapping[str, Any]
 NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile put before every name
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # the same, anywhere in a name
-_MANY, _NEAREST = 6, 3
+_MANY, _NEAREST, _COMPARED, _ALIKE = 6, 3, 20, 0.6
 
 
 def unwrapped(content: object) -> tuple[dict[str, Tensor], str | None] | None:
@@ -134,7 +134,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         found |= {".".join(parts[:k]) + "." for k in range(1, len(parts))}
-    return sorted(found, key=len)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
 def _count(names: Mapping[str, str], known: Collection[str]) -> int:
@@ -174,14 +174,18 @@ def _nearest(
 ) -> str:
     """A few pairs of a name that is left over and the missing one most like it, with their shapes."""
     pairs = []
-    for name in unknown[:50]:
-        close = difflib.get_close_matches(name, missing, 3, 0.6)
-        close.sort(key=lambda other: state[name].shape != wanted[other].shape)
-        pairs += [(name, other) for other in close[:1]]
-    alike = sorted(pairs, key=lambda pair: state[pair[0]].shape != wanted[pair[1]].shape)
+    for name in unknown[:_COMPARED]:
+        scores = {
+            other: difflib.SequenceMatcher(None, name, other).ratio() + 0.5 * (state[name].shape == wanted[other].shape)
+            for other in missing[: 10 * _COMPARED]
+        }
+        nearest = max(scores, key=lambda other: scores[other], default="")
+        if scores.get(nearest, 0.0) > _ALIKE:
+            pairs.append((scores[nearest], name, nearest))
+    pairs.sort(key=lambda pair: -pair[0])
     return ", ".join(
         f"{shown_names([name])} {tuple(state[name].shape)} for {other} {tuple(wanted[other].shape)}"
-        for name, other in alike[:_NEAREST]
+        for _, name, other in pairs[:_NEAREST]
     )
 
 

@@ -7,13 +7,13 @@ import torch
 
 from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
 from adaptive_tangents.commands.console import errors, one_bar, typed
-from adaptive_tangents.commands.opening import data_of
+from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
 from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.problem import InspectConfig
-from adaptive_tangents.loading import as_state, check_runs, fit_data, open_series
+from adaptive_tangents.loading import as_state, check_runs, fit_data
 from adaptive_tangents.runs.results import write_results
 
 
@@ -45,7 +45,7 @@ def forecast(
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
     check_folder(NAME, out, PAGES[KIND]().figures)
     check_exists(NAME, data)
-    series = open_series(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
+    series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
     network, states = series.model, list(series.states.values())
     after = states.pop() if end is not None else None
     start = states[0] if states else as_state(network, network, NAME)

@@ -9,12 +9,12 @@ import typer
 from adaptive_tangents.checks import listed
 from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
 from adaptive_tangents.commands.console import console, errors, one_bar, typed
-from adaptive_tangents.commands.opening import data_of
+from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection import run as run_inspection
-from adaptive_tangents.loading import check_runs, fit_data, open_series
+from adaptive_tangents.loading import check_runs, fit_data
 from adaptive_tangents.loading.checkpoint_order import Order, doubted
 from adaptive_tangents.loading.checkpoints import is_series
 from adaptive_tangents.runs.results import write_results
@@ -52,7 +52,7 @@ def inspect(
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     check_exists("inspect", data)
-    series = open_series(
+    series = opened(
         "inspect", model=model, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, device=device
     )
     if series.order is not None:

@@ -10,9 +10,9 @@ import torch
 
 from adaptive_tangents.commands.checks import check_device, check_exists
 from adaptive_tangents.commands.console import console, one_bar
-from adaptive_tangents.commands.opening import data_of
+from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.features.kernel_layout import check_outputs
-from adaptive_tangents.loading import check_runs, fit_data, open_series, pick
+from adaptive_tangents.loading import check_runs, fit_data, pick
 from adaptive_tangents.runtime.memory import parse_bytes
 from adaptive_tangents.sketching import Sketch
 from adaptive_tangents.storage import kernel_to_store, plan_kernel
@@ -47,7 +47,7 @@ def kernel(
     limit = None if memory_limit is None else parse_bytes("kernel", memory_limit)
     for file in (data,) if data2 is None else (data, data2):
         check_exists("kernel", file)
-    series = open_series("kernel", model=model, start=weights, base=base, merged=merged, device=device)
+    series = opened("kernel", model=model, start=weights, base=base, merged=merged, device=device)
     network = series.model
     for state in series.states.values():
         network.load_state_dict(state)

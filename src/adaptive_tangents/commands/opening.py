@@ -1,10 +1,19 @@
-"""Data for a network and its checkpoints."""
+"""Networks, checkpoints and data, opened for a command."""
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
-from adaptive_tangents.loading import Data, Series, load_data
+from adaptive_tangents.loading import Data, Series, load_data, open_series
+
+
+def opened(call: str, **options: Any) -> Series:
+    """The network and its checkpoints, without the warnings of libraries on what is none of the user's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        return open_series(call, **options)
 
 
 def data_of(call: str, path: Path, series: Series, **options: Any) -> Data:

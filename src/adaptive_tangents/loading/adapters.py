@@ -20,7 +20,7 @@ from adaptive_tangents.loading.hugging_face import (
     read_json,
     state_of,
 )
-from adaptive_tangents.loading.words import library, listed_names, told
+from adaptive_tangents.loading.words import listed_names, optional, told
 
 ADAPTER = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -93,7 +93,7 @@ def wrapped(model: nn.Module, folder: Path, call: str) -> nn.Module:
 
     Raises TangentError if peft cannot make them.
     """
-    peft = library("peft", call, f"{folder}, an adapter,")
+    peft = optional("peft", f"{folder}, an adapter,", call)
     with quiet():
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
@@ -125,7 +125,7 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
 
     Tensors of the base are the network's own, not copies.
     """
-    peft = library("peft", call, f"{source}, an adapter,")
+    peft = optional("peft", f"{source}, an adapter,", call)
     network = inner(adapted)
     before = {name: value.detach().clone() for name, value in network.named_parameters() if value.requires_grad}
     with torch.no_grad():

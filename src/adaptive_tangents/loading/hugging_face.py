@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.checkpoints import fit_state, read_state, weights_in
-from adaptive_tangents.loading.words import library, listed_names, told
+from adaptive_tangents.loading.words import listed_names, optional, told
 
 CONFIG = "config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -69,7 +69,7 @@ def network_of(folder: Path, call: str, *, task: str | None = None, labels: int 
         raise TangentError(
             f"{call}: the weights of {folder} are quantized, and have no derivatives; give the folder before quantization"
         )
-    transformers = library("transformers", call, f"{folder}, a folder of Hugging Face transformers,")
+    transformers = optional("transformers", f"{folder}, a folder of Hugging Face transformers,", call)
     kind = getattr(transformers, name, None) if name is not None else None
     if name is not None and kind is None and task is None:
         own = "auto_map" in found
@@ -180,8 +180,8 @@ def is_causal(model: nn.Module) -> bool:
 class Tokenizer:
     """The tokenizer of a model's folder, made when it is first called.
 
-    It takes texts to the tensors that the model's ``forward`` has arguments for, padded to the longest and cut at the model's
-    maximum. Raises TangentError if no folder has one.
+    It takes texts, or pairs of texts, to the tensors that the model's ``forward`` has arguments for, padded to the longest
+    and cut at the model's maximum. Raises TangentError if no folder has one.
     """
 
     folders: tuple[Path, ...]
@@ -189,15 +189,17 @@ class Tokenizer:
     call: str
     _made: list[Any] = field(default_factory=list, repr=False, compare=False)
 
-    def __call__(self, texts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, texts: Sequence[str], seconds: Sequence[str] | None = None, max_length: int | None = None
+    ) -> dict[str, Tensor]:
         if not self._made:
             self._made.append(self._make())
         made = self._made[0]
         with quiet():
             try:
                 given = made(
-                    list(texts), padding="longest", truncation=True, max_length=max_length or self.longest(made),
-                    return_tensors="pt",
+                    *(list(each) for each in (texts, seconds) if each is not None), padding="longest", truncation=True,
+                    max_length=min(max_length or _LONGEST, self.longest(made)), return_tensors="pt",
                 )  # fmt: skip
             except Exception as error:
                 raise TangentError(
@@ -224,7 +226,7 @@ class Tokenizer:
                 f"there with tokenizer.save_pretrained({str(self.folders[0])!r}), or give tokens as an .npz file, by "
                 "argument name (input_ids, attention_mask)"
             )
-        transformers = library("transformers", self.call, f"the tokenizer of {folder}")
+        transformers = optional("transformers", f"the tokenizer of {folder}", self.call)
         with quiet():
             try:
                 made = transformers.AutoTokenizer.from_pretrained(

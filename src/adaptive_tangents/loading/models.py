@@ -19,7 +19,7 @@ from adaptive_tangents.capture.lease import Loan, on_loan
 from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.data import Data
-from adaptive_tangents.loading.words import INSPECT, library, listed_names, told
+from adaptive_tangents.loading.words import INSPECT, listed_names, optional, told
 
 _TIMM = "timm:"
 
@@ -78,7 +78,7 @@ def _timm(spec: str, call: str) -> nn.Module:
             f"{call}: --model {spec!r} asks timm for weights ({', '.join(loads)}), and nothing is downloaded; give the "
             "weights as a checkpoint"
         )
-    timm = library("timm", call, f"--model {spec}")
+    timm = optional("timm", f"--model {spec}", call)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise TangentError(

@@ -21,6 +21,18 @@ def check_file(path: Path, what: str, remedy: str, call: str) -> None:
         raise TangentError(f"{call}: there is no {what} {path}; {remedy}")
 
 
+def optional(package: str, what: str, call: str, instead: str = "") -> Any:
+    """A package that only some inputs need, imported. Raises TangentError that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise TangentError(
+            f"{call}: {what} takes {package.partition('.')[0]}; pip install 'adaptive-tangents[integrations]'{instead}"
+        ) from error
+
+
 def text_of(name: str | bytes) -> str:
     """A name as text; bytes that are none are shown as escapes."""
     return name.decode(errors="backslashreplace") if isinstance(name, bytes) else name
@@ -41,15 +53,3 @@ def listed_names(names: Iterable[str], most: int = 6) -> str:
 def continuous(value: Tensor) -> bool:
     """Whether a tensor holds real or complex numbers."""
     return value.is_floating_point() or value.is_complex()
-
-
-def library(name: str, call: str, what: str) -> Any:
-    """An optional library. Raises TangentError with what to install if it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != name:
-            raise
-        raise TangentError(
-            f"{call}: {what} needs {name}, which is not installed; pip install 'adaptive-tangents[integrations]' installs it"
-        ) from error
