@@ -57,7 +57,7 @@ def forecast(
         samples=InspectConfig.samples if samples is None else samples,
         seed=seed,
         outputs=outputs,
-        wrt=tuple(wrt) if wrt else None,
+        wrt=series.selected(wrt),
     )
     if quick:
         config, steps = config.quick(), 2 if steps is None else steps

@@ -65,7 +65,7 @@ def inspect(
         samples=InspectConfig.samples if samples is None else samples,
         seed=seed,
         outputs=outputs,
-        wrt=tuple(wrt) if wrt else None,
+        wrt=series.selected(wrt),
         nodes=nodes,
     )
     kept = KeptInFolder(out, resume=resume)

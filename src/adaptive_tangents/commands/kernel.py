@@ -59,7 +59,7 @@ def kernel(
     x, x2 = batches[0], None if data2 is None else batches[1]
     arguments: dict[str, Any] = {
         "x2": x2, "output_fn": partial(pick, call="kernel"),
-        "outputs": outputs, "wrt": tuple(wrt) if wrt else None, "by_block": by_block, "tile": tile,
+        "outputs": outputs, "wrt": series.selected(wrt), "by_block": by_block, "tile": tile,
         "memory_limit": limit, "dtype": torch.float64 if float64 else None,
         "sketch": None if sketch is None else Sketch(sketch, seed=seed),
     }  # fmt: skip

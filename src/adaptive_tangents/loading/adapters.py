@@ -107,6 +107,13 @@ def wrapped(model: nn.Module, folder: Path, call: str) -> nn.Module:
     return made.eval()
 
 
+def drop_replaced(adapted: nn.Module) -> None:
+    """Take out the base's copies of modules that the adapter brings itself; nothing uses them."""
+    for module in list(adapted.modules()):
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            module.original_module = nn.Identity()
+
+
 def inner(adapted: nn.Module) -> nn.Module:
     """The network in peft's, whose names lack peft's prefix; peft's own where it adds to the inputs."""
     base = getattr(adapted, "base_model", None)
@@ -125,8 +132,9 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
 
     Tensors of the base are the network's own, not copies.
     """
-    peft = optional("peft", f"{source}, an adapter,", call)
+    peft = optional("peft", source, call)
     network = inner(adapted)
+    tensors = {name: value.detach().clone() for name, value in tensors.items()}  # they may be the network's own
     before = {name: value.detach().clone() for name, value in network.named_parameters() if value.requires_grad}
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -134,14 +142,14 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
                 value.fill_(torch.nan)  # shows what the source does not set
     try:
         with quiet():
-            left = peft.set_peft_model_state_dict(adapted, dict(tensors))
+            left = peft.set_peft_model_state_dict(adapted, tensors)
         state = {
             name: value.detach().clone() if name in before else value.detach()
             for name, value in network.state_dict().items()
         }
     except Exception as error:
         raise TangentError(
-            f"{call}: the adapter {source} does not fit ({told(error)}); give adapters of one configuration, or --merged to "
+            f"{call}: {source} does not fit ({told(error)}); give adapters of one configuration, or --merged to "
             "compare the weights that they make"
         ) from error
     finally:
@@ -154,7 +162,7 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
         parts = [f"not finite or missing {listed_names(unset)}"] if unset else []
         parts += [f"unexpected {listed_names(left.unexpected_keys)}"] if left.unexpected_keys else []
         raise TangentError(
-            f"{call}: the adapter {source} does not fit: {'; '.join(parts)}; give adapters of one configuration, or --merged "
+            f"{call}: {source} does not fit: {'; '.join(parts)}; give adapters of one configuration, or --merged "
             "to compare the weights that they make"
         )
     return state
@@ -177,7 +185,7 @@ def merged_state(model: nn.Module, folder: Path, call: str) -> dict[str, Tensor]
     within = inner(adapted)
     if within is adapted:
         raise TangentError(f"{call}: the adapter {folder} adds to the inputs and cannot be merged; leave out --merged")
-    state = adapter_state(adapted, adapter_tensors(folder, call), str(folder), call)
+    state = adapter_state(adapted, adapter_tensors(folder, call), f"the adapter {folder}", call)
     within.load_state_dict(state, strict=False)
     with quiet():
         try:

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class Series:
     doubts: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
     source: str = ""
+
+    def selected(self, wrt: Sequence[str] | None) -> tuple[str, ...] | None:
+        """Name patterns as they are; of a network with an adapter the parameters whose long or short name matches."""
+        if not wrt or not self.names:
+            return tuple(wrt) if wrt else None
+        every = [name for name, _ in self.model.named_parameters()]
+        found: list[str] = []
+        for pattern in wrt:
+            matching = [n for n in every if fnmatchcase(n, pattern) or fnmatchcase(self.names.get(n, n), pattern)]
+            found += matching or [pattern]
+        return tuple(dict.fromkeys(found))
 
 
 def open_series(
@@ -157,7 +169,7 @@ def as_state(thing: Point, model: nn.Module, call: str) -> State:
     if isinstance(thing, Mapping):
         found = unwrapped(thing)
         if found is not None and adapters.is_adapted(model) and _is_part(found[0], model):
-            return adapters.adapter_state(model, found[0], "the state dict", call)
+            return adapters.adapter_state(model, found[0], "the adapter's state dict", call)
         return fit_state(thing, model, "the state dict", call)
     path = _checked(Path(thing), call)
     if is_adapter(path):
@@ -166,13 +178,13 @@ def as_state(thing: Point, model: nn.Module, call: str) -> State:
                 f"{call}: {path} is an adapter, and the {type(model).__name__} has none; give the network that peft made, or "
                 "no model at all"
             )
-        return adapters.adapter_state(model, adapter_tensors(path, call), str(path), call)
+        return adapters.adapter_state(model, adapter_tensors(path, call), f"the adapter {path}", call)
     return state_of(path, model, call) if os.path.isdir(path) else load_checkpoint(path, model, call)
 
 
 def _is_part(state: Mapping[str, Tensor], model: nn.Module) -> bool:
     """Whether a state holds an adapter alone, as peft saves it."""
-    return len(state) < sum(1 for _ in model.parameters()) and any(".lora_" in name for name in state)
+    return len(state) <= sum(parameter.requires_grad for parameter in model.parameters())
 
 
 def _named(point: Any, call: str, what: str) -> Any:
@@ -283,9 +295,10 @@ def _adapted(
     adapted = network
     if not adapters.is_adapted(network):
         adapted = adapters.wrapped(network if own else copy.deepcopy(network), last, call)
+        adapters.drop_replaced(adapted)
         adapted.to(next(network.parameters()).device)
     states = {
-        title: adapters.adapter_state(adapted, adapter_tensors(point, call), str(point), call)
+        title: adapters.adapter_state(adapted, adapter_tensors(point, call), f"the adapter {point}", call)
         for title, point in paths.items()
     }
     if not others:
