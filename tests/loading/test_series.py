@@ -238,9 +238,9 @@ def test_a_network_that_peft_made_takes_adapters_and_is_left_as_it_was(place: Pa
     series = opened(model=model, start=place / "lora" / "checkpoint-0", end=place / "lora" / "checkpoint-4")
     fresh = opened(start=place / "lora" / "checkpoint-0", end=place / "lora" / "checkpoint-4")
     for title in series.states:
-        assert series.states[title].keys() == fresh.states[title].keys()
-        assert all(torch.equal(value, fresh.states[title][name]) for name, value in series.states[title].items())
+        assert all(torch.equal(value, series.states[title][name]) for name, value in fresh.states[title].items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("original" not in name for name in series.selected(["*classifier*"]) or ())
     own = library("peft").get_peft_model_state_dict(model)
     state = loading.as_state(own, model, "inspect")
     assert all(
@@ -254,8 +254,58 @@ def test_a_base_given_as_a_model_is_wrapped_and_left_as_it_was(place: Path) -> N
     series = opened(model=model, start=place / "lora" / "checkpoint-0", end=place / "lora" / "checkpoint-4")
     assert list(model.state_dict()) == names
     fresh = opened(start=place / "lora" / "checkpoint-0", end=place / "lora" / "checkpoint-4")
+    assert all("original_module" not in name for name in fresh.states["checkpoint-4"])
     end = [each.states["checkpoint-4"] for each in (series, fresh)]
     assert all(torch.equal(value, end[1][name]) for name, value in end[0].items())
+
+
+KINDS: dict[str, Any] = {
+    "LoRA on the embeddings": lambda peft: peft.LoraConfig(r=2, target_modules=["query", "word_embeddings"]),
+    "LoRA with biases": lambda peft: peft.LoraConfig(r=2, target_modules=["query"], bias="all"),
+    "PiSSA": lambda peft: peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa"),
+    "DoRA": lambda peft: peft.LoraConfig(r=2, target_modules=["query"], use_dora=True),
+    "IA3": lambda peft: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_starts_as_the_base_and_ends_as_trained(place: Path, tmp_path: Path, kind: str) -> None:
+    peft = library("peft")
+    config = KINDS[kind](peft)
+    config.task_type = peft.TaskType.SEQ_CLS
+    adapted = peft.get_peft_model(bert(1), config).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "end")
+    for merged in (False, True):
+        series = opened(start=place / "base", end=tmp_path / "end", merged=merged)
+        found = [outputs(series.model, state, data(place).x) for state in series.states.values()]
+        for network, out in zip((from_transformers(place / "base"), adapted), found, strict=True):
+            torch.testing.assert_close(out, outputs(network, None, data(place).x), rtol=1e-5, atol=2e-6)
+
+
+def test_prompts_are_measured_in_peft_s_own_network(place: Path, tmp_path: Path) -> None:
+    peft = library("peft")
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    adapted = peft.get_peft_model(bert(1), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
+    adapted.save_pretrained(tmp_path)
+    series = opened(start=tmp_path)
+    tokens = {k: v for k, v in series.tokenizer(list(TEXTS)).items()} if series.tokenizer else {}
+    feats = at.tangent_features(series.model, tokens, params=series.states[tmp_path.name], output_fn=loading.pick)
+    assert "prompt_encoder.default.embedding" in feats.blocks
+    refused("adds to the inputs and cannot be merged; leave out --merged", start=tmp_path, merged=True)
+
+
+def test_networks_in_memory_are_start_and_end() -> None:
+    start, end = (torch.nn.Linear(2, 1) for _ in range(2))
+    series = opened(start=start, end=end)
+    assert series.model is end
+    assert torch.equal(series.states["start"]["weight"], start.weight)
+    refused("nothing says what network the weights are of; give --model", start=dict(start.state_dict()))
 
 
 def altered(source: Path, to: Path, change: Any, file: str = "config.json") -> Path:
@@ -320,6 +370,23 @@ def test_a_start_without_the_new_head_is_refused_with_what_to_save(place: Path, 
         r"head \(classifier\) was made when training began.*trainer.save_model\('checkpoint-0'\).*the first checkpoint",
         start=tmp_path / "pretrained", end=place / "run" / "checkpoint-4",
     )  # fmt: skip
+
+
+def test_a_base_with_another_head_is_refused_by_what_it_lacks(place: Path, tmp_path: Path) -> None:
+    library("transformers").BertForMaskedLM(bert_config()).save_pretrained(tmp_path / "mlm")
+    refused(
+        r"the new head \(bert.pooler, classifier\) was made", start=tmp_path / "mlm", end=place / "run" / "checkpoint-4"
+    )
+    refused(
+        "mlm does not fit the model: missing bert.pooler.*; give the base that the adapter was trained on, with these",
+        start=place / "lora" / "checkpoint-4", base=tmp_path / "mlm",
+    )  # fmt: skip
+    given = {"model": lora(bert(1)), "start": place / "lora" / "checkpoint-4"}
+    refused("the model has an adapter already, so nothing is merged; give the base as the model", **given, merged=True)
+    with pytest.raises(
+        at.TangentError, match="checkpoint-4 is an adapter, and the BertForSequenceClassification has none"
+    ):
+        loading.as_state(place / "lora" / "checkpoint-4", bert(1), "inspect")
 
 
 def test_pickled_objects_in_a_folder_are_never_loaded(place: Path, tmp_path: Path) -> None:

@@ -151,18 +151,18 @@ def misfit(
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
-    if max(len(missing), len(unknown)) <= _MANY:
+    if min(len(missing), len(unknown)) <= _MANY:
         parts = [
             f"{what} {shown_names(names)}"
             for what, names in ((words, unknown), ("missing", missing), ("of another shape:", wrong))
             if names
         ]
     else:
-        parts = [f"{len(unknown)} of its {len(state)} names are not in the network"] if unknown else []
-        parts += [f"{len(missing)} of the network's {len(wanted)} are missing"] if missing else []
+        parts = [
+            f"{len(unknown)} of its {len(state)} names are not in the network",
+            f"{len(missing)} of the network's {len(wanted)} are missing",
+        ]
         parts += [f"of another shape: {shown_names(wrong, _NEAREST)}"] if wrong else []
-        if not (missing and unknown):
-            parts.append(f"such as {shown_names([*missing, *unknown], _NEAREST)}")
     near = _nearest(state, wanted, missing, unknown)
     if near:
         parts.append(f"the nearest are {near}")

@@ -1,6 +1,5 @@
 """What users bring: networks, checkpoints and data, from files or Python. No pickle is loaded, nothing downloaded."""
 
-from adaptive_tangents.capture.state_names import NESTED, WRAPPERS
 from adaptive_tangents.loading.checkpoints import find_checkpoints, load_checkpoint
 from adaptive_tangents.loading.data import Data, fit_data, load_data
 from adaptive_tangents.loading.models import check_runs, load_model
@@ -8,8 +7,6 @@ from adaptive_tangents.loading.outputs import pick
 from adaptive_tangents.loading.series import Series, as_state, open_series
 
 __all__ = [
-    "NESTED",
-    "WRAPPERS",
     "Data",
     "Series",
     "as_state",

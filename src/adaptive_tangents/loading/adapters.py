@@ -26,7 +26,8 @@ ADAPTER = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _INNER = "base_model.model."
-_FIRST_SIDES = ("lora_A", "lora_embedding_A")  # drawn at random when training begins; the other sides are zero then
+_DRAWN, _ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  # the sides of LoRA before training
+_REPEATED = (".modules_to_save.", ".original_module.", "prompt_embeddings")  # what peft saves, or sets, a second time
 
 
 def is_adapter(folder: Path) -> bool:
@@ -158,9 +159,10 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
                 if name in before:
                     value.copy_(before[name])
     unset = [name for name in before if not bool(torch.isfinite(state[name]).all())]
-    if unset or left.unexpected_keys:
+    over = [name for name in left.unexpected_keys if not any(part in name for part in _REPEATED)]
+    if unset or over:
         parts = [f"not finite or missing {listed_names(unset)}"] if unset else []
-        parts += [f"unexpected {listed_names(left.unexpected_keys)}"] if left.unexpected_keys else []
+        parts += [f"unexpected {listed_names(over)}"] if over else []
         raise TangentError(
             f"{call}: {source} does not fit: {'; '.join(parts)}; give adapters of one configuration, or --merged "
             "to compare the weights that they make"
@@ -169,10 +171,18 @@ def adapter_state(adapted: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def first_state(adapted: nn.Module, end: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter before training: its first values, but those that were drawn at random as at the end."""
+    """The adapter before training: its first values, but the sides that were drawn at random as at the end.
+
+    If an adapter does not begin with a side of zeros (PiSSA, OLoRA), its first values follow from the base, and stand.
+    """
     network = inner(adapted)
-    trained = {name for name, value in network.named_parameters() if value.requires_grad}
-    drawn = {name for name in trained if any(side in name.split(".") for side in _FIRST_SIDES)}
+    trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+
+    def of(name: str, sides: Iterable[str]) -> bool:
+        return any(side in name.split(".") for side in sides)
+
+    begun = any(bool(value.any()) for name, value in trained.items() if of(name, _ZERO))
+    drawn = set() if begun else {name for name in trained if of(name, _DRAWN)}
     return {
         name: end[name] if name in drawn else value.detach().clone() if name in trained else value.detach()
         for name, value in network.state_dict().items()

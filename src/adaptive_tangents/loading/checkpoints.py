@@ -6,9 +6,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -173,8 +172,17 @@ def fit_state(
         missing, unexpected = [name for name in missing if name not in may_miss], []
     problems = misfit(state, wanted, missing, unexpected, "unexpected")
     if problems:
-        head = without_head(missing, wanted)
-        advice = head or "give the factory that made this checkpoint"
+        advice = "give the factory that made this checkpoint"
+        heads = new_heads(missing, wanted)
+        if may_miss is not None:
+            advice = "give the base that the adapter was trained on, with these tensors"
+        elif heads and not any(name in state and state[name].shape != value.shape for name, value in wanted.items()):
+            problems = f"missing {listed_names(missing)}"
+            advice = (
+                f"it is the base model, and the new head ({listed_names(heads)}) was made when training began, so the "
+                "network before the first step is not stored; save it before training, trainer.save_model('checkpoint-0'), "
+                "or give the first checkpoint of the run as the start"
+            )
         raise TangentError(f"{call}: {source} does not fit the model: {problems}; {advice}")
     state = {name: state.get(name, value).to(value.device, value.dtype) for name, value in wanted.items()}
     bad = [name for name, value in state.items() if continuous(value) and not bool(torch.isfinite(value).all())]
@@ -185,19 +193,19 @@ def fit_state(
     return state
 
 
-def without_head(missing: Iterable[str], wanted: Mapping[str, Any]) -> str | None:
-    """What to do about a base model without the head that training added; None if more than a head is missing."""
-    tops = {name.partition(".")[0] for name in missing}
-    sizes = {top: sum(value.numel() for name, value in wanted.items() if name.partition(".")[0] == top) for top in tops}
-    if not tops or len(tops) == len({name.partition(".")[0] for name in wanted}):
-        return None
-    if 2 * sum(sizes.values()) > sum(value.numel() for value in wanted.values()):
-        return None
-    return (
-        f"it is the base model, and the new head ({listed_names(sorted(tops))}) was made when training began, so the network "
-        "before the first step is not stored; save it before training, trainer.save_model('checkpoint-0'), or give the "
-        "first checkpoint of the run as the start"
-    )
+def new_heads(missing: Sequence[str], wanted: Mapping[str, Tensor]) -> list[str]:
+    """The modules that a state lacks as a whole, if these are all that it lacks, and the smaller part of the network."""
+    kept = {name for name in wanted if continuous(wanted[name])} - set(missing)
+    heads: set[str] = set()
+    for name in missing:
+        parts = name.split(".")
+        tops = [".".join(parts[:k]) for k in range(1, len(parts))]
+        whole = next((top for top in tops if not any(other.startswith(f"{top}.") for other in kept)), None)
+        if whole is None:
+            return []
+        heads.add(whole)
+    share = sum(wanted[name].numel() for name in missing) / max(1, sum(value.numel() for value in wanted.values()))
+    return sorted(heads) if share <= 0.5 else []
 
 
 def _read(path: Path, device: torch.device, call: str) -> object:

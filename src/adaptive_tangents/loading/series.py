@@ -73,7 +73,7 @@ class Series:
         """Name patterns as they are; of a network with an adapter the parameters whose long or short name matches."""
         if not wrt or not self.names:
             return tuple(wrt) if wrt else None
-        every = [name for name, _ in self.model.named_parameters()]
+        every = [name for name, _ in self.model.named_parameters() if ".original_module." not in name]
         found: list[str] = []
         for pattern in wrt:
             matching = [n for n in every if fnmatchcase(n, pattern) or fnmatchcase(self.names.get(n, n), pattern)]
@@ -137,6 +137,8 @@ def open_series(
         raise TangentError(
             f"{call}: a base is for adapters, and none of the checkpoints is one (a folder with {ADAPTER}); leave out --base"
         )
+    if model is None:
+        model = next((point for point in reversed(points.values()) if isinstance(point, nn.Module)), None)
     network, source = _network(model, folders, based, device, call)
     more: dict[str, Any] = {}
     if any(map(is_adapter, folders)):
@@ -263,9 +265,13 @@ def _network(
         return network, f"{type(network).__name__} of {found} with the adapter {adapted[-1]}"
     telling = [folder for folder in folders if is_network(folder)]
     if not telling:
-        held = listed_names(map(str, folders)) or "a state dict"
+        held = (
+            f"{listed_names(map(str, folders))} {'do' if len(folders) > 1 else 'does'} not say"
+            if folders
+            else "nothing says"
+        )
         raise TangentError(
-            f"{call}: {held} {'do' if len(folders) > 1 else 'does'} not say what network the weights are of; give --model "
+            f"{call}: {held} what network the weights are of; give --model "
             "package.module:factory, path/to/file.py:factory or timm:NAME, or folders with config.json, as save_pretrained "
             "writes them"
         )
@@ -307,6 +313,8 @@ def _adapted(
     doubt = (
         f"the start {others[0]} is the base without an adapter, so the adapter is taken as it is before training, with "
         "B = 0, and with the A of the end, since the first A is not stored; save the adapter before training to have both"
+        if any("lora_" in name for name in states[list(paths)[-1]])
+        else f"the start {others[0]} is the base without an adapter, so the adapter is taken as peft makes it"
     )
     return adapters.inner(adapted), start | states, (doubt,)
 
