@@ -294,8 +294,9 @@ def test_prompts_are_measured_in_peft_s_own_network(place: Path, tmp_path: Path)
     adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
     adapted.save_pretrained(tmp_path)
     series = opened(start=tmp_path)
-    tokens = {k: v for k, v in series.tokenizer(list(TEXTS)).items()} if series.tokenizer else {}
-    feats = at.tangent_features(series.model, tokens, params=series.states[tmp_path.name], output_fn=loading.pick)
+    feats = at.tangent_features(
+        series.model, data(place).x, params=series.states[tmp_path.name], output_fn=loading.pick
+    )
     assert "prompt_encoder.default.embedding" in feats.blocks
     refused("adds to the inputs and cannot be merged; leave out --merged", start=tmp_path, merged=True)
 

@@ -154,7 +154,7 @@ def misfit(
     if min(len(missing), len(unknown)) <= _MANY:
         parts = [
             f"{what} {shown_names(names)}"
-            for what, names in ((words, unknown), ("missing", missing), ("of another shape:", wrong))
+            for what, names in (("missing", missing), (words, unknown), ("of another shape:", wrong))
             if names
         ]
     else:
