@@ -44,7 +44,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
         panels.append((r"$K_{\mathrm{label}}$", "the labels", _outer(arrays["target"]), ""))
     figure, (row,) = grid(1, len(panels), 2.05 + 3.1 / len(panels), left=0.09, wspace=0.08, top=0.82, bottom=0.14)
     for axes, (title, words, kernel, stage) in zip(row, panels, strict=True):
-        ordered = _centered(kernel)[np.ix_(order, order)]
+        ordered = centered(kernel)[np.ix_(order, order)]
         limit = limit_of(ordered)
         axes.imshow(ordered, cmap=DIVERGING, vmin=-limit, vmax=limit, rasterized=True)
         axes.set_title(title, fontsize=13, pad=17)
@@ -316,7 +316,8 @@ def shown_blocks(results: Results) -> list[str]:
     return [name for name in names if name in heavy]
 
 
-def _centered(kernel: NDArray[Any]) -> NDArray[Any]:
+def centered(kernel: NDArray[Any]) -> NDArray[Any]:
+    """The kernel of centered features, HKH."""
     rows: NDArray[Any] = kernel - kernel.mean(0)
     centered: NDArray[Any] = rows - rows.mean(1, keepdims=True)
     return centered

@@ -1,5 +1,7 @@
 """What all pages share: their building blocks, and how numbers are formatted."""
 
+import csv
+import io
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -8,7 +10,7 @@ from typing import Any
 
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import Draw
-from adaptive_tangents.runs.results import Results
+from adaptive_tangents.runs.results import Arrays, Results
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -18,7 +20,7 @@ class Page:
     """What an experiment's page needs: a template, figures with their arrays, and extra context for the template.
 
     ``applies`` says which figures a run has, ``headline`` which metrics of each target begin its summary, and ``labels``
-    how metrics are named. The template is a path within the package.
+    how metrics are named. ``drawn`` is further context that needs the arrays. The template is a path within the package.
     """
 
     template: str
@@ -28,6 +30,47 @@ class Page:
     applies: Callable[[Results, str], bool] = lambda results, figure: True
     headline: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    drawn: Callable[[Results, Arrays], dict[str, Any]] = lambda results, arrays: {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number of the first screen, with what it was before and a note; ``wordy`` if the value is words."""
+
+    title: str
+    value: str
+    before: str = ""
+    note: str = ""
+    wordy: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell as it is shown, the value that it is sorted and downloaded by, and a bar's length, from 0 to 1."""
+
+    text: str
+    value: float | int | str | None
+    bar: float | None = None
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """A table to sort and to download as ``name``.csv; ``columns`` are the downloaded names of its headings."""
+
+    name: str
+    head: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    note: str = ""
+
+    @property
+    def csv(self) -> str:
+        """Its values as comma-separated text."""
+        held = io.StringIO()
+        writer = csv.writer(held, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([["" if cell.value is None else cell.value for cell in row] for row in self.rows])
+        return held.getvalue().encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -128,6 +171,17 @@ def given(value: Any) -> str:
     return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
         "-", "−" if isinstance(value, float | int) else "-"
     )
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, with a decimal if it is below a tenth.
+
+    >>> percent(0.724), percent(0.0461), percent(None)
+    ('72 %', '4.6 %', '—')
+    """
+    if value is None or not math.isfinite(value):
+        return given(None)
+    return f"{100 * value:.{0 if abs(value) >= 0.0995 or value == 0 else 1}f} %".replace("-", "−")
 
 
 def fixed(value: float | None) -> str:
