@@ -19,7 +19,11 @@ _MANY = 0.4  # of all directions
 
 def first_sentence(results: Results) -> str:
     """One sentence in words: where the change is, how the kernel grew and turned, and how many directions changed."""
-    parts = [_where_words(results), f"the kernel {grown(results['growth']['final'])}{_turned(results)}", _directions(results)]
+    parts = [
+        _where_words(results),
+        f"the kernel {grown(results['growth']['final'])}{_turned(results)}",
+        _directions(results),
+    ]
     sentence = "; ".join(part for part in parts if part)
     return sentence[0].upper() + sentence[1:] + "."
 
@@ -114,9 +118,11 @@ def _directions(results: Results) -> str:
     held = int(np.floor(np.median([row["rank_90"] for row in rows]) + 0.5))
     if float(np.median([row["rank_90"] / row["rank_most"] for row in rows])) > _MANY:
         return "the change of the weights is spread over many directions"
-    subject = "one direction" if held == 1 else f"{held} directions"
+    most = int(np.median([row["rank_most"] for row in rows]))
     typical = " a layer" if len(rows) > 1 else ""
-    return f"{subject}{typical} {'holds' if held == 1 else 'hold'} 90 % of the change of the weights"
+    return (
+        f"{held} of {most:,} directions{typical} {'holds' if held == 1 else 'hold'} 90 % of the change of the weights"
+    )
 
 
 def start_words(results: Results) -> str:
@@ -128,21 +134,27 @@ def start_words(results: Results) -> str:
     new = [(row["name"], row["kind"], False) for row in layer_rows_of(results) if row.get("start") == NEW]
     if new:
         head = phrase(new)
-        told.append(f"{head[0].upper()}{head[1:]} is new: its weights start as freshly drawn ones, not as trained ones.")
+        told.append(
+            f"{head[0].upper()}{head[1:]} is new: its weights start as freshly drawn ones, not as trained ones."
+        )
     elif from_scratch(matrices):
         told.append("Most weights start as freshly drawn ones: the network was trained from scratch.")
     firsts = sum(start == NO_KERNEL for name, start in starts.items() if "lora_A" in name)
     if firsts:
         told.append(
-            f"The adapters start at zero (lora_B = 0), so {firsts} of their first factors (lora_A) have no kernel at the start."
+            f"The adapters start at zero (lora_B = 0), so {firsts} of their first factors (lora_A) have no kernel at the "
+            "start."
         )
     zero = [name for name, start in starts.items() if start == ZERO and "lora_" not in name]
     if zero:
         told.append(f"{_few(zero)} start{'s' if len(zero) == 1 else ''} with weights of zero.")
     nothing = [name for name, start in starts.items() if start == NO_KERNEL and "lora_A" not in name]
+    if nothing:
+        also = "also " if firsts else ""
+        subject = _few(nothing) if len(nothing) <= 2 else f"{len(nothing)} {'more ' if firsts else ''}blocks"
+        told.append(f"{subject} {also}{'has' if len(nothing) == 1 else 'have'} nearly no kernel at the start.")
     if nothing or firsts:
-        blocks_told = f" Nearly no kernel at the start {'has' if len(nothing) == 1 else 'have'} {_few(nothing)}." if nothing else ""
-        told.append(f"No growth is told as a ratio to nearly nothing.{blocks_told}")
+        told.append("Where a kernel starts from nearly nothing, its growth is not told as a ratio.")
     return " ".join(told)
 
 
@@ -157,7 +169,9 @@ def tiles(results: Results) -> list[Tile]:
     found = where(results)
     growth = results["growth"]["final"]
     average = results["growth"]["average"]
-    size = "no kernel at the start" if growth is None else f"{percent(growth)}" if growth < 0.95 else f"{times(growth)}×"
+    size = (
+        "no kernel at the start" if growth is None else f"{percent(growth)}" if growth < 0.95 else f"{times(growth)}×"
+    )
     beside = "" if average is None or growth is None else f"; on average along the way {number(average)}×"
     place = Tile("Where", "all over the network", note="no few layers hold most of the change", wordy=True)
     if found is not None:

@@ -21,7 +21,7 @@ def layer_rows(
     change: Tensor,
     target: Tensor | None,
     values: Kernels,
-    squares: Mapping[str, Mapping[str, Sequence[float]]],
+    squares: Mapping[str, Mapping[str, list[float]]],
     plain: Mapping[str, str],
     outputs: int,
 ) -> list[dict[str, Any]]:
@@ -43,14 +43,18 @@ def layer_rows(
     starts = {name: _starts(blocks, [name]) for name in blocks}
     rows = []
     for layer in layers:
-        others = [start for name in blocks if name not in layer.blocks and "lora_" not in name for start in starts[name]]
+        others = [
+            start for name in blocks if name not in layer.blocks and "lora_" not in name for start in starts[name]
+        ]
         row = _row(layer, blocks, kernels, change, target, len(layers))
         row["blocks"] = [plain[name] for name in layer.blocks]
         own = [start for name in layer.blocks for start in starts[name]]
         row["start"] = "new" if new_head(layer.kind, own, others) else _start(layer, blocks, row, len(layers))
         joined = torch.cat([values[name].double() for name in layer.blocks])
         row["rank_90"], row["rank_most"] = rank_of(joined), sum(min(blocks[name]["shape"]) for name in layer.blocks)
-        kept = {key: {name: pair for name, pair in pairs.items() if name in layer.blocks} for key, pairs in squares.items()}
+        kept = {
+            key: {name: pair for name, pair in pairs.items() if name in layer.blocks} for key, pairs in squares.items()
+        }
         row["explain"] = {key: found["total"] for key, found in measures.r2_of(kept).items()}
         rows.append(row)
     return rows

@@ -44,7 +44,8 @@ def _growth(results: Results) -> str:
         return sentence + "."
     heavy = max(rows, key=lambda row: real(row["trace_share"]["final"]))
     first, last = (heavy["trace_share"][stage] for stage in ("initial", "final"))
-    return f"{sentence}. The largest part of K_T is {heavy['name']}, with {percent(last)} of the trace ({percent(first)} at the start)."
+    sentence += f". The largest part of K_T is {heavy['name']}, with {percent(last)} of the trace"
+    return f"{sentence} ({percent(first)} at the start)."
 
 
 def _times(growth: float | None) -> str:
@@ -79,9 +80,7 @@ def _turn(results: Results) -> str:
 
 def _verb(sims: Mapping[str, float | None]) -> str:
     turn = real(sims["final"]) - real(sims["initial"])
-    return (
-        "turned toward" if turn > NOTICEABLE else "turned away from" if turn < -NOTICEABLE else "did not turn toward"
-    )
+    return "turned toward" if turn > NOTICEABLE else "turned away from" if turn < -NOTICEABLE else "did not turn toward"
 
 
 def _along(results: Results) -> str:
@@ -216,6 +215,7 @@ def _context(results: Results) -> dict[str, Any]:
     first, *rest = findings(results)
     return {
         "verdict": first,
+        "started": start_words(results),
         "told": rest,
         "tiles_shown": tiles(results),
         "layer_table": layer_table(results),

@@ -62,12 +62,12 @@ def _told(results: Results, arrays: Arrays, k: int) -> tuple[str, str, str, bool
     """Label, prediction before and after, and whether the last is right; or target and outputs."""
     outputs = [arrays.get("outputs.start"), arrays.get("outputs.end")]
     if results["data"]["labels"] == "classes" and "predicted" in arrays:
-        label, guess = int(arrays["y"][k]), int(arrays["predicted"][k])
+        true, guess = int(arrays["y"][k]), int(arrays["predicted"][k])
         first = arrays.get("predicted.start")
         if first is None and outputs[0] is not None and outputs[0].shape[1] > 1:
             first = outputs[0].argmax(1)
         before = "" if first is None else class_name(results, int(first[k]))
-        return class_name(results, label), before, class_name(results, guess), guess == label
+        return class_name(results, true), before, class_name(results, guess), guess == true
     label = ""
     if "y" in arrays:
         y = arrays["y"].reshape(len(arrays["y"]), -1)

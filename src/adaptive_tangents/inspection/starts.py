@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adaptive_tangents.features.blocks import Block
@@ -38,7 +37,7 @@ def start_of(block: Block, weights: Tensor, numbers: Mapping[str, Any], blocks: 
 def without_kernel(share: Mapping[str, float | None], parts: int) -> bool:
     """Whether a part's kernel is nearly nothing at the start, and is no longer at the end.
 
-    It is if it starts below a fiftieth of the mean part, and its share of the trace is more than 20 times as large at the end.
+    It is if it starts below a fiftieth of the mean part, and its share of the trace is more than 20 times that at the end.
     """
     first, last = share["initial"], share["final"]
     return first is not None and last is not None and first < 0.02 / parts and last > 20 * first
@@ -78,7 +77,9 @@ def new_head(kind: str, starts: Sequence[str | None], others: Sequence[str | Non
         starts: how its matrices start.
         others: how those of all other layers start, adapters left out.
     """
-    return kind == "head" and bool(starts) and all(start in (NEW, ZERO) for start in starts) and not from_scratch(others)
+    return (
+        kind == "head" and bool(starts) and all(start in (NEW, ZERO) for start in starts) and not from_scratch(others)
+    )
 
 
 def from_scratch(starts: Sequence[str | None]) -> bool:
@@ -88,4 +89,3 @@ def from_scratch(starts: Sequence[str | None]) -> bool:
     True
     """
     return bool(starts) and 2 * sum(start == NEW for start in starts) > len(starts)
-

@@ -26,8 +26,8 @@ def layer_table(results: Results) -> DataTable:
         ("share of K_0", "trace_share_start", lambda row: _share(row["trace_share"]["initial"])),
         ("share of K_T", "trace_share_end", lambda row: _share(row["trace_share"]["final"])),
         ("growth", "growth", lambda row: _growth(grew(row, len(rows)))),
-        (f"centered sim with {words}, start", "alignment_start", lambda row: _fixed(row[aligned]["initial"])),
-        ("end", "alignment_end", lambda row: _fixed(row[aligned]["final"])),
+        (f"alignment with {words}, start", "alignment_start", lambda row: _fixed(row[aligned]["initial"])),
+        ("alignment, end", "alignment_end", lambda row: _fixed(row[aligned]["final"])),
         ("CKA", "cka_start_end", lambda row: _fixed(row["cka"])),
         ("directions for 90 %", "rank_90", lambda row: _rank(row["rank_90"], row["rank_most"])),
         ("R²", "two_sided_r2", lambda row: _fixed(row["explain"].get("two_sided"))),
@@ -75,8 +75,8 @@ def _table(name: str, columns: Sequence[Column], rows: Sequence[Row], note: str)
     """The table without the columns that have no value at all."""
     cells = [[make(row) for row in rows] for _, _, make in columns]
     held = [k for k in range(len(columns)) if any(cell.value not in (None, "") for cell in cells[k])]
-    heads, names = ([columns[k][part] for k in held] for part in (0, 1))
-    return DataTable(name, tuple(heads), tuple(names), [tuple(cells[k][r] for k in held) for r in range(len(rows))], note)
+    rows_of = [tuple(cells[k][r] for k in held) for r in range(len(rows))]
+    return DataTable(name, tuple(columns[k][0] for k in held), tuple(columns[k][1] for k in held), rows_of, note)
 
 
 def _share(value: float | None, *, bar: bool = False) -> Cell:

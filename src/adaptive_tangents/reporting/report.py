@@ -146,9 +146,7 @@ def _studies(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
-def _render(
-    page: Page, results: Results, drawings: Mapping[str, drawing.Drawing], drawn: Mapping[str, Any]
-) -> str:
+def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing], drawn: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("adaptive_tangents", ""),
         autoescape=True,
@@ -168,7 +166,13 @@ def _render(
     }
     environment.filters |= filters
     inlined = {name: _inline(figure) for name, figure in drawings.items()}
-    context = {**results, "figures": inlined, "findings": summary_table(results, page), **page.context(results), **drawn}
+    context = {
+        **results,
+        "figures": inlined,
+        "findings": summary_table(results, page),
+        **page.context(results),
+        **drawn,
+    }
     return environment.get_template(page.template).render(context)
 
 
