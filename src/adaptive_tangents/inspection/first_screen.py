@@ -8,7 +8,8 @@ import numpy as np
 from adaptive_tangents.inspection.layers import layers_of, phrase
 from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch, without_kernel
 from adaptive_tangents.reporting.drawing import real
-from adaptive_tangents.reporting.pages import Tile, fixed, number, percent
+from adaptive_tangents.reporting.frame import Tile
+from adaptive_tangents.reporting.pages import fixed, number, percent
 from adaptive_tangents.runs.results import Results
 
 NOTICEABLE = 0.02

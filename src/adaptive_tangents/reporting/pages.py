@@ -1,15 +1,14 @@
 """What all pages share: their building blocks, and how numbers are formatted."""
 
-import csv
-import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import Draw
+from adaptive_tangents.reporting.frame import legend_of, study_tiles
 from adaptive_tangents.runs.results import Arrays, Results
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -31,46 +30,6 @@ class Page:
     headline: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     drawn: Callable[[Results, Arrays], dict[str, Any]] = lambda results, arrays: {}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A number of the first screen, with what it was before and a note; ``wordy`` if the value is words."""
-
-    title: str
-    value: str
-    before: str = ""
-    note: str = ""
-    wordy: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell as it is shown, the value that it is sorted and downloaded by, and a bar's length, from 0 to 1."""
-
-    text: str
-    value: float | int | str | None
-    bar: float | None = None
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """A table to sort and to download as ``name``.csv; ``columns`` are the downloaded names of its headings."""
-
-    name: str
-    head: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    note: str = ""
-
-    @property
-    def csv(self) -> str:
-        """Its values as comma-separated text."""
-        held = io.StringIO()
-        writer = csv.writer(held, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([["" if cell.value is None else cell.value for cell in row] for row in self.rows])
-        return held.getvalue().encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -122,10 +81,21 @@ def told(
         return {
             "story": found,
             "sections": sections,
+            "tiles_shown": study_tiles(results),
+            "signs": legend_of([found.lead, found.verdict, *(text for s in found.sections for text in _texts(s))]),
+            "signs_first": bool(legend_of([found.verdict])),
             "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
         }
 
     return Page("reporting/templates/study.html.j2", figures, arrays, context)
+
+
+def _texts(section: Section) -> Iterator[str]:
+    for part in section.parts:
+        if isinstance(part, Table):
+            yield from (*part.head, part.note, *(row[0] for row in part.rows))
+        else:
+            yield part.caption if isinstance(part, Shown) else part
 
 
 def claims_context(results: Results, verdict: str) -> dict[str, Any]:
@@ -136,6 +106,7 @@ def claims_context(results: Results, verdict: str) -> dict[str, Any]:
         verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold. These do not: {'; '.join(failed)}."
     return {
         "verdict": verdict,
+        "tiles_shown": study_tiles(results),
         "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
     }
 
