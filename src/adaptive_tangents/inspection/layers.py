@@ -23,6 +23,7 @@ _NOUNS = {
 }
 _STAGED = ("stages", "stage", "layers", "levels", "features")  # whose children may hold layers of their own
 _LEAVES = ("weight", "bias")
+_MUCH = 0.25  # of a network's blocks
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def layers_of(names: Sequence[str], *, last: str | None = None) -> list[Layer]:
     """
     plain = plain_names(names)
     paths = {name: _without_leaf(plain[name]) for name in names}
-    skipped = _wrappers(paths.values())
+    skipped = _wrappers(paths.values()) | _inside(list(paths.values()))
     places = {name: _place(path, skipped) for name, path in paths.items()}
     stacks = {place.tower for place in places.values() if place.kind == "layer"}
     above = {stack[:k] for stack in stacks for k in range(1, len(stack) + 1)}
@@ -184,7 +185,7 @@ def _wrappers(paths: Iterable[Path]) -> set[Path]:
     stacks: dict[Path, dict[str, set[Path]]] = {}
     for path in paths:
         outer = next((k for k, part in enumerate(path) if part.isdigit()), None)
-        if outer is None or (outer and path[outer - 1] in _NOUNS):
+        if outer is None or (outer and path[outer - 1] in _NOUNS) or "".join(path[outer + 1 : outer + 2]).isdigit():
             continue
         inner = stacks.setdefault(path[:outer], {}).setdefault(path[outer], set())
         for k in range(outer + 1, len(path)):
@@ -196,6 +197,15 @@ def _wrappers(paths: Iterable[Path]) -> set[Path]:
         for container, children in stacks.items()
         if sum(bool(inner) for inner in children.values()) == 1 and max(map(len, children.values())) > 1
     }
+
+
+def _inside(paths: Sequence[Path]) -> set[Path]:
+    """Numbered containers within a small part of the network, as a branch's convolutions: they count no layers."""
+    containers = {path[:k] for path in paths for k in range(2, len(path)) if path[k].isdigit()}
+    named = {
+        each for each in containers if each[-1] not in _NOUNS and not re.search(r"(layer|block)(s|_groups)$", each[-1])
+    }
+    return {each for each in named if sum(path[: len(each) - 1] == each[:-1] for path in paths) < _MUCH * len(paths)}
 
 
 def _other(path: Path, place: _Place, above: set[Path]) -> _Place:
