@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.reporting.drawing import (
     COLORS,
     DASHES,
@@ -92,7 +93,7 @@ def draw_blocks(results: Results, arrays: Arrays) -> Figure:
         for stage, (color, marker) in looks.items():
             size = 16 if marker == "D" else 26
             axes.scatter(values[stage], places, s=size, color=color, marker=marker, label=STAGES[stage], zorder=3, lw=0)
-    growth = np.array([real(blocks[name]["growth"]["final"]) for name in names])
+    growth = np.array([real(grew(blocks[name], len(blocks))) for name in names])
     row[1].hlines(places, 1, growth, color=tint(COLORS[1], 0.5), lw=2.5)
     row[1].scatter(growth, places, s=26, color=COLORS[1], lw=0, zorder=3)
     row[1].axvline(1, color=MUTED, lw=0.8)

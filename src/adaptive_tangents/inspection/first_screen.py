@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_tangents.inspection.layers import layers_of, phrase
-from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch, without_kernel
+from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch
 from adaptive_tangents.reporting.drawing import real
 from adaptive_tangents.reporting.frame import Tile
 from adaptive_tangents.reporting.pages import fixed, number, percent
@@ -197,11 +197,6 @@ def _performance(results: Results) -> Tile:
     shown = percent if kind == "accuracy" else number
     title = {"accuracy": "Accuracy", "mse": "Mean squared error"}.get(kind, kind)
     return Tile(title, shown(last[kind]), before=shown(first[kind]), note=samples)
-
-
-def grew(row: Mapping[str, Any], parts: int) -> float | None:
-    """How a part's kernel grew; None if it started from nearly nothing, so that no ratio means anything."""
-    return None if without_kernel(row["trace_share"], parts) else row["growth"]["final"]
 
 
 def _rolled_up(results: Results) -> list[Mapping[str, Any]]:

@@ -10,13 +10,13 @@ from adaptive_tangents.inspection import figures
 from adaptive_tangents.inspection.first_screen import (
     NOTICEABLE,
     first_sentence,
-    grew,
     layer_rows_of,
     start_words,
     telling,
     tiles,
 )
 from adaptive_tangents.inspection.samples import moved
+from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.inspection.strip import strip
 from adaptive_tangents.inspection.tables import block_table, layer_table
 from adaptive_tangents.reporting.drawing import STAGES, real

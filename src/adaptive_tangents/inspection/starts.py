@@ -43,6 +43,12 @@ def without_kernel(share: Mapping[str, float | None], parts: int) -> bool:
     return first is not None and last is not None and first < 0.02 / parts and last > 20 * first
 
 
+def grew(row: Mapping[str, Any], parts: int) -> float | None:
+    """How many times a part's kernel grew; None if it started from nearly nothing, so that no ratio means anything."""
+    growth: float | None = row["growth"]["final"]
+    return None if without_kernel(row["trace_share"], parts) else growth
+
+
 def looks_new(matrix: Tensor, bias: Tensor | None) -> bool:
     """Whether weights (o, i) and a bias (o,) look as if drawn for a new layer, and not trained.
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptive_tangents.inspection.first_screen import goal_of, grew, layer_rows_of
-from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO
+from adaptive_tangents.inspection.first_screen import goal_of, layer_rows_of
+from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, grew
 from adaptive_tangents.reporting.frame import Cell, DataTable
 from adaptive_tangents.reporting.pages import fixed, number, percent
 from adaptive_tangents.runs.results import Results

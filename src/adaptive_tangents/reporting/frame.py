@@ -85,7 +85,7 @@ def study_tiles(results: Results) -> list[Tile]:
     claims: Mapping[str, Mapping[str, Any]] = results["claims"]
     counts = Counter(claim["verdict"] for claim in claims.values())
     others = [f"{counts[verdict]} {words}" for verdict, words in (
-        ("holds in part", "in part"), ("does not hold", "not")) if counts[verdict]]  # fmt: skip
+        ("holds in part", "hold in part"), ("does not hold", "do not hold")) if counts[verdict]]  # fmt: skip
     tiles = [Tile("Claims that hold", f"{counts['holds']} of {len(claims)}", note=", ".join(others))]
     data = results.get("data") or {}
     if data.get("name"):
