@@ -250,6 +250,7 @@ def _measure(problem: Problem, config: InspectConfig, stages: _Stages) -> Measur
         measures.r2_of(squares),
         Record({"models": {}, "left_out": None}) if fits is None else fits,
         changes, layout.split(before), {name: singular_values(m) for name, m in changes.items()},
+        squares,
     )  # fmt: skip
 
 
