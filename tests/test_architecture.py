@@ -54,7 +54,7 @@ MOST_FLAT = 12
 ONLY_IN = {
     "sklearn": {"datasets.images"},
     "mlxtend": {"datasets.images"},
-    "matplotlib": {"reporting", "experiments", "inspection.figures", "forecasting"},
+    "matplotlib": {"reporting", "experiments", "inspection", "forecasting"},
     "jinja2": {"reporting.report"},
     "typer": {"cli", "commands"},
     "rich": {"commands"},

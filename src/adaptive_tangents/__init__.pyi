@@ -22,6 +22,8 @@ from .errors import TangentWarning as TangentWarning
 from .features import TangentFeatures as TangentFeatures
 from .forecasting import Forecast as Forecast
 from .forecasting import forecast as forecast
+from .inspection import compare as compare
+from .inspection import inspect as inspect
 from .kernels import kernel_eigen as kernel_eigen
 from .kernels import kernel_regression as kernel_regression
 from .kernels import tangent_kernel as tangent_kernel

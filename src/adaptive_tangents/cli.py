@@ -1,4 +1,4 @@
-"""The command line: ``adaptive-tangents reproduce``, ``inspect``, ``forecast``, ``kernel``, ``report``, and their options.
+"""The command line, ``adaptive-tangents``: ``reproduce``, ``inspect``, ``compare``, ``forecast``, ``kernel``, ``report``.
 
 This module holds only options and help. The work is in ``commands``, which is imported when a command runs, so that help,
 completion and the version respond at once.
@@ -160,6 +160,22 @@ def inspect(
             model, data, out, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, samples=samples,
             seed=seed, outputs=outputs, wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
         )  # fmt: skip
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that inspect wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="DIR", help="Another.")],
+    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/compare"),
+    names: Annotated[
+        str | None, typer.Option(help="What the two are called, e.g. full,LoRA (default: the folders' names).")
+    ] = None,
+) -> None:
+    """Set two inspections side by side: full fine-tuning and LoRA, two seeds, two learning rates."""
+    with worded_errors("interrupted; nothing was written"), _extra("compare"):
+        from adaptive_tangents.commands import compare as command
+
+        command.compare(first, second, out, names=names)
 
 
 @app.command()

@@ -13,11 +13,11 @@ from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
-from adaptive_tangents.inspection import run as run_inspection
+from adaptive_tangents.inspection.api import inspect_states as run_inspection
 from adaptive_tangents.loading import check_runs, fit_data
-from adaptive_tangents.loading.checkpoint_order import Order, doubted
+from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
-from adaptive_tangents.runs.results import write_results
+from adaptive_tangents.runs.own_files import BLOCKS_FILE
 
 INTERRUPTED = 130
 """What the command ends with after Ctrl-C."""
@@ -48,7 +48,7 @@ def inspect(
         checkpoints, start = str(start), None
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
         raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
-    check_folder("inspect", out, PAGES["inspect"]().figures)
+    check_folder("inspect", out, PAGES["inspect"]().figures, (BLOCKS_FILE,))
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     check_exists("inspect", data)
@@ -73,8 +73,9 @@ def inspect(
         with one_bar(timed=True) as progress, warnings.catch_warnings():
             warnings.simplefilter("always", TangentWarning)
             warnings.showwarning = _shown  # type: ignore[assignment]
-            result = run_inspection(
-                series.model, series.states, loaded, config.quick() if quick else config,
+            found = run_inspection(
+                series.model, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
+                said={"command": typed(), "model": series.source, "data_file": data.name},
                 progress=progress, show=_print_plan, kept=kept, names=series.names,
             )  # fmt: skip
     except KeyboardInterrupt as error:
@@ -82,9 +83,7 @@ def inspect(
             raise
         _say(f"interrupted; finished stages are in {kept}, and the same command with --resume continues")
         raise typer.Exit(INTERRUPTED) from error
-    results = result.results | {"command": typed(), "model": series.source, "data_file": data.name}
-    results["limits"] = [*results["limits"], *map(doubted, series.doubts)]
-    write_results(results, result.arrays, out)
+    found.write(out)
     try:
         finish(out)
     except KeyboardInterrupt as error:
@@ -92,10 +91,10 @@ def inspect(
             f"interrupted while the report was drawn; the results are there: adaptive-tangents report {out} draws them"
         )
         raise typer.Exit(INTERRUPTED) from error
-    if results["interrupted"]:
+    if found.results["interrupted"]:
         _say(
-            f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}; the same command "
-            "with --resume continues"
+            f"interrupted; the report holds what was finished, without {listed(found.results['interrupted'])}; the same "
+            "command with --resume continues"
         )
         raise typer.Exit(INTERRUPTED)
 

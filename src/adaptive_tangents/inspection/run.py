@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive_tangents.capture.batches import Batch, mapped
 from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.path_average import AverageFeatures
 from adaptive_tangents.checks import listed
@@ -124,7 +125,9 @@ def run(
     config = InspectConfig() if config is None else config
     if len(states) < 2:
         raise TangentError(f"inspect: at least two checkpoints are needed, start and end; got {len(states)}")
-    model, kept = model.eval(), Kept() if kept is None else kept
+    kept = Kept() if kept is None else kept
+    if any(module.training for module in model.modules()):
+        model.eval()
     pace, cpu = Pace(progress), time.process_time()
     kept.claim(_origin(model, states, data, config))
     with pace.stage("outputs"):
@@ -142,6 +145,8 @@ def run(
     trajectory = _trajectory(problem, states, measured.wholes, performances, stages)
     if stages.missing:
         problem.limits.insert(0, f"The run was interrupted, so these are missing: {listed(_said(stages.missing))}.")
+    numbers = told(model, data, problem, measured)
+    numbers["data"]["fingerprint"] = sample_fingerprint(problem.data.x)
     results = {
         "experiment": NAME,
         "config": asdict(config),
@@ -149,7 +154,7 @@ def run(
         "versions": versions(),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
-        **told(model, data, problem, measured),
+        **numbers,
         "trajectory": trajectory,
         "interrupted": _said(stages.missing),
         "plan": {"passes": plan.passes, "bytes": plan.bytes, "seconds": {s.name: s.seconds for s in plan.stages}},
@@ -169,6 +174,11 @@ def _origin(
         "samples": fingerprint({"x": batch_fingerprint(data.x), "y": data.y, "classes": data.classes}),
         **{f"checkpoint {name}": fingerprint(state) for name, state in states.items()},
     }
+
+
+def sample_fingerprint(x: Batch) -> str:
+    """The hash of the samples measured, the same for networks of other precisions and on other devices."""
+    return batch_fingerprint(mapped(x, lambda value: value.float() if value.is_floating_point() else value))
 
 
 def _said(stages: Sequence[str]) -> list[str]:

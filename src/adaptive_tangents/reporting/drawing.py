@@ -52,6 +52,12 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
     return Drawing(png=raster.getvalue(), svg=re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", vector.getvalue()))
 
 
+def styled(draw: Draw, results: Results, arrays: Arrays) -> Figure:
+    """A figure in the style of the pages, to show or to save."""
+    with mpl.rc_context(_style()):
+        return draw(results, arrays)
+
+
 def grid(
     rows: int, columns: int, height: float, *, sharex: Any = False, sharey: Any = False, **space: float
 ) -> tuple[Figure, NDArray[Any]]:
