@@ -109,10 +109,14 @@ class History:
         if cost.training <= 0:
             return f"{many}, {each}"
         allowed = "" if self.budget is None else f", of {100 * self.budget:.3g} % allowed"
-        said = f"{many}, {each}: {100 * cost.share:.2g} % of {duration(cost.training)} of training{allowed}"
+        said = f"{many}, {each}: {_percent(cost.share)} of {duration(cost.training)} of training{allowed}"
         if self.budget is not None and cost.share > self.budget:
             said += "; the first and the last record are taken whatever they cost"
         return said
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _cells(record: Record) -> Iterable[str]:

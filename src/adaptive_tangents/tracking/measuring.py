@@ -82,7 +82,7 @@ class Question:
                 f"summed over {weights.shape[1]} random directions of the {c} outputs, an unbiased estimate of the sum over "
                 "all"
             )
-        return "of the one output" if c == 1 else f"summed over all {c} outputs"
+        return "exact, of the one output" if c == 1 else f"exact, summed over all {c} outputs"
 
     def _along(self, weights: Tensor | None) -> OutputFn:
         if weights is None:

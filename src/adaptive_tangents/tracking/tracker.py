@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-_FEWEST, _MOST = 16, 128  # samples, where the tracker chooses
+_FEWEST, MOST_SAMPLES = 16, 128  # where the tracker chooses
 _SECONDS = 0.25  # of a record, at most, where it chooses more than the fewest samples
 
 
@@ -209,14 +209,14 @@ class Tracker:
         if self._index is not None:
             return self._look(self._x), None
         fixed = self._budget.share is None or self._samples is not None
-        size = min(self._n, (self._samples or _MOST) if fixed else _FEWEST)
+        size = min(self._n, (self._samples or MOST_SAMPLES) if fixed else _FEWEST)
         while True:
             before = self._budget.clock()
             index = self._drawn(size)
             seen = self._look(take(self._x, index))
             seconds = self._budget.clock() - before
             room = int(size * _SECONDS / max(seconds, 1e-9))
-            larger = min(self._n, _MOST, _FEWEST * 2 ** max(0, int(math.log2(max(1, room // _FEWEST)))))
+            larger = min(self._n, MOST_SAMPLES, _FEWEST * 2 ** max(0, int(math.log2(max(1, room // _FEWEST)))))
             if fixed or larger <= size:
                 break
             size = larger
@@ -276,6 +276,11 @@ class Tracker:
         return tuple(self._records)
 
     @property
+    def step(self) -> int:
+        """The step of the last call."""
+        return self._step
+
+    @property
     def cost(self) -> Cost:
         """Seconds of all records, and of training from the first record to the last call."""
         return Cost(self._budget.seconds, self._budget.training, len(self._records))
@@ -322,7 +327,7 @@ class Tracker:
             return "nothing was recorded yet"
         n, c = len(self._index), self._first_outputs.shape[1]
         of = "" if n == self._n else f" of {self._n}"
-        return f"K of {n}{of} samples in evaluation mode, {self._question.told(c)}, exact for each pair of samples"
+        return f"K of {n}{of} samples in evaluation mode, {self._question.told(c)}"
 
     # to go on later
 
@@ -399,6 +404,7 @@ class Tracker:
         self._records, self._index, self._x, self._y = list(history.records), index, x, y
         self._first_outputs = outputs
         self._start, self._last = tensors_under(state, "start/"), tensors_under(state, "last/")
+        self._budget.tick()
 
     def _check_same(
         self, call: str, what: str, numbers: Mapping[str, Any], x: Batch, y: Tensor | None, fits: bool
