@@ -72,7 +72,8 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
     if len({path[0] for path in paths.values()}) == 1:
         opened |= {path[:1] for path in paths.values() if len(path) > 1}
     homes = {name: path[: ends[name]] if ends[name] else _beside(path, opened) for name, path in paths.items()}
-    return {name: ".".join(path) for name, path in _shortened(homes).items()}
+    found = {name: ".".join(path) for name, path in _shortened(homes).items()}
+    return {name: f"{ALL}_" if home == ALL else home for name, home in found.items()}
 
 
 def _numbered(paths: Sequence[_Path]) -> dict[_Path, set[str]]:
@@ -102,5 +103,5 @@ def _beside(path: _Path, opened: set[_Path]) -> _Path:
 def _shortened(homes: Mapping[str, _Path]) -> dict[str, _Path]:
     """Groups by the ends of their names, where these are different."""
     short = {home: home[-2:] if home[-1].isdigit() else home[-1:] for home in homes.values()}
-    clear = len(set(short.values())) == len(short) and (ALL,) not in short.values()
+    clear = len(set(short.values())) == len(short)
     return {name: short[home] if clear else home for name, home in homes.items()}

@@ -130,6 +130,8 @@ def target_columns(y: Tensor | None, c: int) -> Float[Tensor, "n c"] | None:
         columns = columns[:, None] if columns.ndim == 1 else columns
     elif c == 1 and y.numel() == len(y) and len(torch.unique(y)) <= 2:
         columns = torch.where(_upper(y.reshape(-1)), 1.0, -1.0).double()[:, None]
+    elif c > 1 and y.ndim == 1 and 0 <= int(y.min()) <= int(y.max()) < c:
+        columns = functional.one_hot(y.long(), c).double()
     else:
         columns = class_columns("Tracker", y, c)
     if columns.ndim != 2 or columns.shape[1] != c:
