@@ -30,7 +30,9 @@ def run(
 
     def see(self: Question, model: nn.Module, x: torch.Tensor) -> Seen:
         clock.now += record * len(x)
-        return Seen(torch.zeros(len(x), 1, dtype=torch.float64), {"all": torch.eye(2, dtype=torch.float64)}, ("weight",))
+        return Seen(
+            torch.zeros(len(x), 1, dtype=torch.float64), {"all": torch.eye(2, dtype=torch.float64)}, ("weight",)
+        )
 
     monkeypatch.setattr(Question, "see", see)
     numbers = {"all": at.tracking.KernelNumbers(trace=1.0)}

@@ -334,7 +334,7 @@ def test_the_kernel_of_many_outputs_is_estimated_along_random_directions_without
     assert whole is not None
     assert whole.whole is not None
     traces = []
-    for seed in range(60):
+    for seed in range(24):
         tracker = at.Tracker(model, x, y, samples=N, seed=seed)
         record = tracker.record()
         assert record is not None
@@ -343,8 +343,8 @@ def test_the_kernel_of_many_outputs_is_estimated_along_random_directions_without
     assert "8 random directions of the 40 outputs, an unbiased estimate" in tracker.summary()
     spread = np.std(traces) / len(traces) ** 0.5
     assert abs(np.mean(traces) - whole.whole.trace) < 4 * spread
-    assert spread < 0.05 * whole.whole.trace
-    again = at.Tracker(model, x, y, seed=59, samples=N).record()
+    assert spread < 0.08 * whole.whole.trace
+    again = at.Tracker(model, x, y, seed=23, samples=N).record()
     assert again is not None
     assert again.whole == record.whole
 
@@ -562,8 +562,8 @@ def test_what_a_tracker_cannot_take_is_an_error_that_says_what_to_give(change: d
     ("options", "y", "message"),
     [
         ({}, torch.arange(N) % 4, r"Tracker: targets are class numbers from 0 to 3 and there are 3 outputs"),
-        ({}, torch.zeros(N, 2), r"Tracker: y of shape \(24, 2\) does not fit 3 output\(s\); give class numbers \(n,\), or real"),
-        ({}, torch.linspace(0, 1, N), r"Tracker: y of shape \(24,\) does not fit 3 output\(s\)"),
+        ({}, torch.zeros(N, 2), r"Tracker: y has 2 target\(s\) for each sample and the model 3 output\(s\); give class"),
+        ({}, torch.linspace(0, 1, N), r"Tracker: y has 1 target\(s\) for each sample and the model 3 output\(s\)"),
         ({"groups": {"a": "nothing*"}}, None, r"Tracker.record: groups\['a'\]: 'nothing\*' matches no block; the blocks are 0"),
         ({"groups": {"a": "0", "b": "*"}}, None, r"Tracker.record: block '0' is in the groups 'a' and 'b'; narrow"),
         ({"wrt": "nothing"}, None, r"Tracker.record: wrt 'nothing' matches no parameter"),
@@ -584,7 +584,9 @@ def test_a_value_that_is_no_number_and_a_picture_of_nothing_are_errors() -> None
         tracker.plot()
     assert "no records yet" in tracker.summary()
     assert repr(tracker) == "<Tracker of Sequential: nothing was measured yet>"
-    with pytest.raises(at.TangentError, match=r"Tracker.record: rate is a number, got Tensor; give one, e.g. loss.item\(\)"):
+    with pytest.raises(
+        at.TangentError, match=r"Tracker.record: rate is a number, got Tensor; give one, e.g. loss.item\(\)"
+    ):
         tracker.record(rate=torch.zeros(2))
     with pytest.raises(at.TangentError, match=r"Tracker: log is a writer with add_scalar, or a function .*, got int"):
         check_log("Tracker", 3)
@@ -603,7 +605,9 @@ def test_a_curve_of_other_samples_or_no_curve_at_all_is_refused(tmp_path: Path) 
     with pytest.raises(at.TangentError, match=r"Tracker.load: this tracker has 1 records; load into a new one"):
         tracker.load(path)
     for other in ((x + 1, y), (x, (y + 1) % 3), (x[:9], y[:9]), (x, None)):
-        with pytest.raises(at.TangentError, match=r"load_state_dict: the state was recorded on other samples or labels"):
+        with pytest.raises(
+            at.TangentError, match=r"load_state_dict: the state was recorded on other samples or labels"
+        ):
             at.Tracker(model, *other).load_state_dict(state)
     fresh = at.Tracker(model, x, y)
     for wrong in ({}, {"numbers": {}}, {"numbers": {**state["numbers"], "format": 9}, "tensors": {}}):
@@ -618,7 +622,9 @@ def test_a_curve_of_other_samples_or_no_curve_at_all_is_refused(tmp_path: Path) 
     assert fresh.records == ()
     (tmp_path / "text").write_text("no tracker")
     for read, call in ((fresh.load, "Tracker.load"), (at.tracking.load_history, "load_history")):
-        with pytest.raises(at.TangentError, match=rf"{call}: .*text cannot be read \(.*give a file that Tracker.save wrote"):
+        with pytest.raises(
+            at.TangentError, match=rf"{call}: .*text cannot be read \(.*give a file that Tracker.save wrote"
+        ):
             read(tmp_path / "text")
     from safetensors.torch import save_file
 

@@ -136,8 +136,8 @@ def target_columns(y: Tensor | None, c: int) -> Float[Tensor, "n c"] | None:
         columns = class_columns("Tracker", y, c)
     if columns.ndim != 2 or columns.shape[1] != c:
         raise TangentError(
-            f"Tracker: y of shape {tuple(y.shape)} does not fit {c} output(s); give class numbers (n,), or real targets "
-            f"(n, {c})"
+            f"Tracker: y has {columns[0].numel()} target(s) for each sample and the model {c} output(s); give class numbers "
+            f"(n,), or real targets (n, {c})"
         )
     return columns
 
