@@ -371,8 +371,9 @@ def test_data_sets_that_give_no_batch_are_errors_that_ask_for_one() -> None:
         drawn(TensorDataset(torch.zeros(0, 3)))
     with pytest.raises(at.TangentError, match=r"f: 2 samples of the list do not make a batch \(.*\); give a batch x"):
         drawn([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}])
+    pytest.importorskip("transformers")
+    callback = at.integrations.HuggingFaceTracker()
     with pytest.raises(
         at.TangentError, match=r"HuggingFaceTracker: the Trainer has no training set to draw samples from"
     ):
-        pytest.importorskip("transformers")
-        at.integrations.HuggingFaceTracker()._made(nn.Linear(2, 1), None)
+        callback._made(nn.Linear(2, 1), None)

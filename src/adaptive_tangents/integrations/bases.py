@@ -4,11 +4,12 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.tracking.tracker import Tracker
+
+_made: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
 def base_class(call: str, modules: tuple[str, ...], name: str, package: str) -> type[Any]:
@@ -27,10 +28,11 @@ def base_class(call: str, modules: tuple[str, ...], name: str, package: str) -> 
     )
 
 
-@cache
 def joined(kind: type[Any], base: type[Any]) -> type[Any]:
-    """A subclass of both, under the name of the first."""
-    return type(kind.__name__, (kind, base), {"__doc__": kind.__doc__, "__module__": kind.__module__})
+    """A subclass of both, under the name of the first; always the same."""
+    if (kind, base) not in _made:
+        _made[kind, base] = type(kind.__name__, (kind, base), {"__doc__": kind.__doc__, "__module__": kind.__module__})
+    return _made[kind, base]
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:

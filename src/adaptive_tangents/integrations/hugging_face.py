@@ -24,6 +24,18 @@ class HuggingFaceTracker:
     whatever it reports to. Each checkpoint keeps the records beside its weights (``tangents.safetensors``), so that a
     training that is resumed goes on with its curves.
 
+    Args:
+        x: a batch as the model takes it, or a data set from which samples are drawn and put together by the Trainer's own
+            collator; None draws from the training set.
+        y: labels, as ``at.Tracker`` takes them; None takes "labels" of the batch.
+        prefix: of the names under which numbers are logged.
+        log_groups: whether numbers of groups of blocks are logged, too.
+        resume: a file that ``Tracker.save`` wrote, to go on with; None finds that of the checkpoint.
+        options: of ``at.Tracker``, such as ``samples``, ``budget``, ``groups`` and ``output_fn``.
+
+    Raises:
+        TangentError: when transformers is not installed, or an option is not one of ``at.Tracker``.
+
     Attributes:
         tracker: the tracker of the training in progress, or of the last one; None before any.
 
@@ -44,20 +56,6 @@ class HuggingFaceTracker:
         self, x: Any = None, y: Any = None, *, prefix: str = "tangents", log_groups: bool = True,
         resume: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        """Take the samples to measure on; nothing is measured before training begins.
-
-        Args:
-            x: a batch as the model takes it, or a data set from which samples are drawn and put together by the Trainer's own
-                collator; None draws from the training set.
-            y: labels, as ``at.Tracker`` takes them; None takes "labels" of the batch.
-            prefix: of the names under which numbers are logged.
-            log_groups: whether numbers of groups of blocks are logged, too.
-            resume: a file that ``Tracker.save`` wrote, to go on with; None finds that of the checkpoint.
-            options: of ``at.Tracker``, such as ``samples``, ``budget``, ``groups`` and ``output_fn``.
-
-        Raises:
-            TangentError: when transformers is not installed, or an option is not one of ``at.Tracker``.
-        """
         check_options(CALL, options)
         self._data, self._y, self._options = x, y, options
         self._prefix, self._log_groups, self._resume = prefix, log_groups, resume

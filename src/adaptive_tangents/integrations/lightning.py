@@ -20,6 +20,18 @@ class LightningTracker:
     The numbers go to all of the trainer's loggers: TensorBoard, CSV, W&B and others. Checkpoints keep the records, so that a
     training that is resumed goes on with its curves.
 
+    Args:
+        x: a batch as the module's ``forward`` takes it, a pair (x, y), or a data set or loader from which samples are
+            drawn; None draws from the training set.
+        y: labels, as ``at.Tracker`` takes them; None takes those of the pair, or "labels" of the batch.
+        module: the name of the network in the module, if its own ``forward`` does not give outputs.
+        prefix: of the names under which numbers are logged.
+        log_groups: whether numbers of groups of blocks are logged, too.
+        options: of ``at.Tracker``, such as ``samples``, ``budget``, ``groups`` and ``output_fn``.
+
+    Raises:
+        TangentError: when lightning is not installed, or an option is not one of ``at.Tracker``.
+
     Attributes:
         tracker: the tracker of the training in progress, or of the last one; None before any.
 
@@ -40,20 +52,6 @@ class LightningTracker:
         self, x: Any = None, y: Any = None, *, module: str | None = None, prefix: str = "tangents",
         log_groups: bool = True, **options: Any,
     ) -> None:  # fmt: skip
-        """Take the samples to measure on; nothing is measured before training begins.
-
-        Args:
-            x: a batch as the module's ``forward`` takes it, a pair (x, y), or a data set or loader from which samples are
-                drawn; None draws from the training set.
-            y: labels, as ``at.Tracker`` takes them; None takes those of the pair, or "labels" of the batch.
-            module: the name of the network in the module, if its own ``forward`` does not give outputs.
-            prefix: of the names under which numbers are logged.
-            log_groups: whether numbers of groups of blocks are logged, too.
-            options: of ``at.Tracker``, such as ``samples``, ``budget``, ``groups`` and ``output_fn``.
-
-        Raises:
-            TangentError: when lightning is not installed, or an option is not one of ``at.Tracker``.
-        """
         check_options(CALL, options)
         self._data, self._y, self._module, self._options = x, y, module, options
         self._prefix, self._log_groups = prefix, log_groups

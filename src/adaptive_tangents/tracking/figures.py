@@ -12,6 +12,7 @@ from adaptive_tangents.reporting.drawing import COLORS, DASHES, INK, named, real
 from adaptive_tangents.tracking.records import Record
 
 _TICKS, _LABELS = 6, 24
+_WIDE = 30  # the ratio of traces from which their axis is logarithmic
 _ALIGNED = (
     ("alignment_centered", "labels, centered", COLORS[0], "-"),
     ("alignment", "labels", COLORS[0], DASHES),
@@ -26,8 +27,8 @@ def draw_history(records: Sequence[Record]) -> Figure:
     kept = [record for record in records if record.whole is not None]
     groups = list(dict.fromkeys(group for record in kept for group in record.groups))
     below = 0.9 + 0.2 * min(len(groups), 40)
-    figure = Figure(figsize=(11, 3.0 + below), layout="constrained")
-    grid = figure.subplots(2, 3, height_ratios=[3.0, below])
+    figure = Figure(figsize=(11, 3.3 + below), layout="constrained")
+    grid = figure.subplots(2, 3, height_ratios=[3.3, below])
     _curves(grid[0, 0], kept, _ALIGNED, "Alignment of the kernel")
     _curves(grid[0, 1], kept, _TURNED, "CKA of the kernel")
     _sizes(grid[0, 2], kept)
@@ -55,9 +56,17 @@ def _curves(axes: Axes, records: Sequence[Record], wanted: Sequence[tuple[str, s
             axes.plot(steps, values, color=color, ls=style, marker="o", ms=3, lw=1.3, label=told)
             lowest = min(lowest, float(np.nanmin(values)))
     axes.set(xlabel="step", ylim=(lowest * 1.05, 1.03))
-    if axes.lines:
-        axes.legend(loc="best")
-    axes.set_title(title, loc="left")
+    _headed(axes, title, axes.lines[:])
+
+
+def _headed(axes: Axes, title: str, entries: Sequence[Any]) -> None:
+    """A title and, below it but above the curves, what they are."""
+    axes.set_title(title, loc="left", fontsize=10, pad=34)
+    if entries:
+        axes.legend(
+            entries, [str(line.get_label()) for line in entries], loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2,
+            fontsize=7.5, frameon=False, columnspacing=1.2, handlelength=1.6,
+        )  # fmt: skip
 
 
 def _sizes(axes: Axes, records: Sequence[Record]) -> None:
@@ -67,6 +76,8 @@ def _sizes(axes: Axes, records: Sequence[Record]) -> None:
     first = traces[0] if traces[0] > 0 else 1.0
     axes.plot(steps, traces / first, color=COLORS[2], marker="o", ms=3, lw=1.3, label="trace, of the first record's")
     axes.set(xlabel="step", ylim=(0, None))
+    if traces.min() > 0 and traces.max() > _WIDE * traces.min():
+        axes.set_yscale("log")
     entries = axes.lines[:]
     losses = [real(record.loss) for record in records]
     if np.isfinite(losses).any():
@@ -75,8 +86,7 @@ def _sizes(axes: Axes, records: Sequence[Record]) -> None:
         other.plot(steps, losses, color=COLORS[3], marker="o", ms=3, lw=1.3, label="loss on the samples (right)")
         other.set_ylim(0, None)
         entries += other.lines[:]
-    axes.legend(entries, [str(line.get_label()) for line in entries], loc="best")
-    axes.set_title("Trace and loss", loc="left")
+    _headed(axes, "Trace and loss", entries)
 
 
 def _map(axes: Axes, values: NDArray[Any], groups: Sequence[str], steps: Sequence[int], title: str) -> None:
@@ -88,7 +98,7 @@ def _map(axes: Axes, values: NDArray[Any], groups: Sequence[str], steps: Sequenc
     axes.set_yticks(list(rows), [named(groups[k], most=24) for k in rows])
     axes.set(xlabel="step (one column a record)")
     axes.figure.colorbar(image, ax=axes, pad=0.02)
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", fontsize=10)
 
 
 def _numbers(records: Sequence[Record], groups: Sequence[str], name: str) -> NDArray[Any]:

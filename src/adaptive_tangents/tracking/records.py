@@ -73,7 +73,11 @@ class Record:
         return found
 
     def rows(self, *, groups: bool = False) -> Iterator[dict[str, Any]]:
-        """A row of the whole and, with ``groups``, one of each group."""
+        """The record as rows: one of the whole, and one of each group.
+
+        Args:
+            groups: whether there are rows of groups, and a column "group".
+        """
         shared = {"step": self.step, "loss": self.loss, "accuracy": self.accuracy, "moved": self.moved}
         rest = {**self.values, "seconds": self.seconds, "note": self.note}
         whole = dict.fromkeys(NUMBERS) if self.whole is None else asdict(self.whole)

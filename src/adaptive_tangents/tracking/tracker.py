@@ -55,7 +55,32 @@ class Tracker:
     """Records of the tangent kernel in the middle of any training: ``record(step)`` in the loop is all it needs.
 
     Training goes on bit for bit as without it: the network is measured in evaluation mode, exactly, on samples chosen at
-    the first record, and left as found. Records are taken as often as a share of the time of training allows.
+    the first record, and left as found. Records are taken as often as a share of the time of training allows; nothing is
+    measured before the first ``record``.
+
+    Args:
+        model: the network that is trained; wrappers of torch.compile and of data-parallel training are looked through.
+        x: samples first, as the network takes them; moved to its device for every record.
+        y: class numbers (n,), or real targets (n,) or (n, c), for alignment and loss; None leaves these out.
+        samples: how many of x are measured, drawn by ``seed`` at the first record; None is up to 128 whose record takes
+            a quarter of a second at most, and 16 at least. Give a number to have the same samples in every run.
+        every: calls of ``record`` between two records at least.
+        budget: seconds of all records over those of training, at most; the first and the last record are taken whatever
+            they cost. None takes a record at every ``every``-th call.
+        wrt: the parameters whose features are measured, as in ``tangent_kernel``; None is all that require a gradient.
+        outputs: "trace" sums the kernel over all outputs, at a backward pass for each; a number sums over as many random
+            directions of the outputs, whose kernel is the same on average; "auto" is "trace" for up to 10 outputs
+            and 8 directions for more.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes the tensor or the logits.
+        groups: patterns of block names by the name of a group; None groups blocks by layer.
+        seed: of samples and directions.
+        log: where the numbers of each record go: a TensorBoard ``SummaryWriter``, or a function of the numbers by name
+            and the step.
+        memory_limit: bytes that a record may use; None is half of what is free.
+        clock: gives seconds.
+
+    Raises:
+        TangentError: when an argument does not fit.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
     >>> x, y = torch.randn(30, 4), torch.randint(3, (30,))
@@ -88,32 +113,6 @@ class Tracker:
         memory_limit: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take a network and the samples to measure it on; nothing is measured before the first ``record``.
-
-        Args:
-            model: the network that is trained; wrappers of torch.compile and of data-parallel training are looked through.
-            x: samples first, as the network takes them; moved to its device for every record.
-            y: class numbers (n,), or real targets (n,) or (n, c), for alignment and loss; None leaves these out.
-            samples: how many of x are measured, drawn by ``seed`` at the first record; None is up to 128 whose record takes
-                a quarter of a second at most, and 16 at least. Give a number to have the same samples in every run.
-            every: calls of ``record`` between two records at least.
-            budget: seconds of all records over those of training, at most; the first and the last record are taken whatever
-                they cost. None takes a record at every ``every``-th call.
-            wrt: the parameters whose features are measured, as in ``tangent_kernel``; None is all that require a gradient.
-            outputs: "trace" sums the kernel over all outputs, at a backward pass for each; a number sums over as many random
-                directions of the outputs, whose kernel is the same on average; "auto" is "trace" for up to 10 outputs
-                and 8 directions for more.
-            output_fn: picks a tensor (n, c) from what the model returns; None takes the tensor or the logits.
-            groups: patterns of block names by the name of a group; None groups blocks by layer.
-            seed: of samples and directions.
-            log: where the numbers of each record go: a TensorBoard ``SummaryWriter``, or a function of the numbers by name
-                and the step.
-            memory_limit: bytes that a record may use; None is half of what is free.
-            clock: gives seconds.
-
-        Raises:
-            TangentError: when an argument does not fit.
-        """
         call = "Tracker"
         self.model = unwrapped(model) if isinstance(model, nn.Module) else model
         check_is_module(call, self.model)
