@@ -27,7 +27,7 @@ def draw_history(records: Sequence[Record]) -> Figure:
     kept = [record for record in records if record.whole is not None]
     groups = list(dict.fromkeys(group for record in kept for group in record.groups))
     below = 0.9 + 0.2 * min(len(groups), 40)
-    figure = Figure(figsize=(11, 3.3 + below), layout="constrained")
+    figure = Figure(figsize=(11, 3.4 + below), layout="constrained")
     grid = figure.subplots(2, 3, height_ratios=[3.3, below])
     _curves(grid[0, 0], kept, _ALIGNED, "Alignment of the kernel")
     _curves(grid[0, 1], kept, _TURNED, "CKA of the kernel")
@@ -63,10 +63,11 @@ def _headed(axes: Axes, title: str, entries: Sequence[Any]) -> None:
     """A title and, below it but above the curves, what they are."""
     axes.set_title(title, loc="left", fontsize=10, pad=34)
     if entries:
-        axes.legend(
+        legend = axes.legend(
             entries, [str(line.get_label()) for line in entries], loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2,
-            fontsize=7.5, frameon=False, columnspacing=1.2, handlelength=1.6,
+            fontsize=7.5, frameon=False, columnspacing=1.2, handlelength=2.4,
         )  # fmt: skip
+        legend.set_in_layout(False)  # the title leaves room for it
 
 
 def _sizes(axes: Axes, records: Sequence[Record]) -> None:
@@ -75,9 +76,11 @@ def _sizes(axes: Axes, records: Sequence[Record]) -> None:
     traces = np.array([real(None if record.whole is None else record.whole.trace) for record in records])
     first = traces[0] if traces[0] > 0 else 1.0
     axes.plot(steps, traces / first, color=COLORS[2], marker="o", ms=3, lw=1.3, label="trace, of the first record's")
-    axes.set(xlabel="step", ylim=(0, None))
+    axes.set(xlabel="step")
     if traces.min() > 0 and traces.max() > _WIDE * traces.min():
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, None)
     entries = axes.lines[:]
     losses = [real(record.loss) for record in records]
     if np.isfinite(losses).any():
