@@ -75,7 +75,7 @@ def _sizes(axes: Axes, records: Sequence[Record]) -> None:
     steps = [record.step for record in records]
     traces = np.array([real(None if record.whole is None else record.whole.trace) for record in records])
     first = traces[0] if traces[0] > 0 else 1.0
-    axes.plot(steps, traces / first, color=COLORS[2], marker="o", ms=3, lw=1.3, label="trace, of the first record's")
+    axes.plot(steps, traces / first, color=COLORS[2], marker="o", ms=3, lw=1.3, label="trace over the first")
     axes.set(xlabel="step")
     if traces.min() > 0 and traces.max() > _WIDE * traces.min():
         axes.set_yscale("log")
@@ -86,7 +86,7 @@ def _sizes(axes: Axes, records: Sequence[Record]) -> None:
     if np.isfinite(losses).any():
         other = axes.twinx()
         other.spines["right"].set_visible(True)
-        other.plot(steps, losses, color=COLORS[3], marker="o", ms=3, lw=1.3, label="loss on the samples (right)")
+        other.plot(steps, losses, color=COLORS[3], marker="o", ms=3, lw=1.3, label="loss (right)")
         other.set_ylim(0, None)
         entries += other.lines[:]
     _headed(axes, "Trace and loss", entries)

@@ -6,7 +6,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from adaptive_tangents.capture.process_state import random_state, set_random_state
 from adaptive_tangents.runtime.cleanup import ensured
 
 _Made = TypeVar("_Made")
@@ -24,9 +23,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def in_evaluation(model: nn.Module, body: Callable[[], _Made]) -> _Made:
-    """``body()`` with every module in evaluation mode and no autocast; modes and generators are put back."""
+    """``body()`` with every module in evaluation mode and no autocast; modes are put back, generators by each loan."""
     modes = [(module, module.training) for module in model.modules()]
-    draws = random_state()
 
     def measured() -> _Made:
         for module, _ in modes:
@@ -37,7 +35,6 @@ def in_evaluation(model: nn.Module, body: Callable[[], _Made]) -> _Made:
     def put_back() -> None:
         for module, training in modes:
             module.training = training
-        set_random_state(draws)
 
     return ensured(measured, put_back)
 
