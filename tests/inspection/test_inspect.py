@@ -408,9 +408,11 @@ def page(found: dict[str, RunResult], tmp_path_factory: pytest.TempPathFactory) 
 def test_the_page_stands_alone(page: Path) -> None:
     text = (page / "report.html").read_text("utf-8")
     assert not re.search(r'(?:src|href)="(?!#|data:)', text)
-    assert "<script" not in text
-    assert not re.search(r"@import|url\((?!#)", text)
-    plain = re.sub(r"<(style|svg|pre)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)
+    (script,) = re.findall(r"<script>.*?</script>", text, flags=re.DOTALL)
+    assert "<script" not in text.replace(script, "")
+    assert not re.search(r"fetch|XMLHttp|WebSocket|import|eval|innerHTML|https?:|cookie|localStorage", script)
+    assert not re.search(r"@import|url\((?!#)|https?://(?!www\.w3\.org/)", text)
+    plain = re.sub(r"<(style|svg|pre|script)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)
     assert re.findall(r"\b\w_\w\b|\w̄|\{\{|\bNone\b|\bnan\b", plain) == []
     names = re.findall(r'\bid="([^"]*)"', text)
     assert len(names) == len(set(names))
@@ -430,24 +432,6 @@ def test_findings_are_sentences_with_the_numbers(found: dict[str, RunResult]) ->
     for part in ("The kernel ", "sim ", "effective rank", "lies along the kernel of what was learned", "dB", "R² ="):
         assert part in told
     assert inspection_report.fixed(r["alignment"]["change"]["final"]) in told
-
-
-@pytest.mark.parametrize(
-    ("growth", "sims", "line"),
-    [
-        (8.3, (0.12, 0.41), "The tangent kernel grew 8.30× and turned toward what was learned: sim 0.12 → 0.41."),
-        (
-            0.5,
-            (0.4, 0.1),
-            "The tangent kernel shrank to 0.500× and turned away from what was learned: sim 0.40 → 0.10.",
-        ),
-        (1.01, (0.2, 0.21), "The tangent kernel kept its size and hardly turned: sim 0.20 → 0.21."),
-        (2.0, (None, None), "The tangent kernel grew 2.00×."),
-    ],
-)
-def test_the_headline_follows_the_numbers(growth: float, sims: tuple[float | None, ...], line: str) -> None:
-    results = {"growth": {"final": growth}, "alignment": {"change": dict(zip(("initial", "final"), sims, strict=True))}}
-    assert inspection_report.headline(results) == line
 
 
 def test_images_shown_are_those_that_grew_most_and_least(found: dict[str, RunResult]) -> None:

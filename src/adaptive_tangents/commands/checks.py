@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading import load_data
 from adaptive_tangents.runs.own_files import check_ours
 
 
@@ -26,3 +27,9 @@ def check_device(call: str, device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise TangentError(f"{call}: device {device!r} cannot be used here; use --device cpu") from error
+
+
+def check_exists(call: str, data: Path) -> None:
+    """Raise TangentError if there are no data, before a network is made for them."""
+    if not os.path.exists(data):
+        load_data(data, call)

@@ -112,12 +112,13 @@ def inspect_states(
     progress: Progress = silent,
     show: Callable[[Plan], None] = lambda plan: None,
     kept: Kept | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Inspection:
     """``run``, as an ``Inspection`` that says what it is of: ``said`` holds "command", "model" and "data_file".
 
-    ``doubts`` are sentences on the order of the states, which the limits repeat.
+    ``doubts`` are sentences on the order of the states, which the limits repeat; ``names`` are shown in place of long ones.
     """
-    found = run(model, states, data, config, progress=progress, show=show, kept=kept)
+    found = run(model, states, data, config, progress=progress, show=show, kept=kept, names=names or {})
     limits = [*found.results["limits"], *map(doubted, doubts)]
     return made({**found.results, **said, "limits": limits}, found.arrays)
 

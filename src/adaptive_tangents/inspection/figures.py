@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.reporting.drawing import (
     COLORS,
     DASHES,
@@ -44,7 +45,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
         panels.append((r"$K_{\mathrm{label}}$", "the labels", _outer(arrays["target"]), ""))
     figure, (row,) = grid(1, len(panels), 2.05 + 3.1 / len(panels), left=0.09, wspace=0.08, top=0.82, bottom=0.14)
     for axes, (title, words, kernel, stage) in zip(row, panels, strict=True):
-        ordered = _centered(kernel)[np.ix_(order, order)]
+        ordered = centered(kernel)[np.ix_(order, order)]
         limit = limit_of(ordered)
         axes.imshow(ordered, cmap=DIVERGING, vmin=-limit, vmax=limit, rasterized=True)
         axes.set_title(title, fontsize=13, pad=17)
@@ -92,7 +93,7 @@ def draw_blocks(results: Results, arrays: Arrays) -> Figure:
         for stage, (color, marker) in looks.items():
             size = 16 if marker == "D" else 26
             axes.scatter(values[stage], places, s=size, color=color, marker=marker, label=STAGES[stage], zorder=3, lw=0)
-    growth = np.array([real(blocks[name]["growth"]["final"]) for name in names])
+    growth = np.array([real(grew(blocks[name], len(blocks))) for name in names])
     row[1].hlines(places, 1, growth, color=tint(COLORS[1], 0.5), lw=2.5)
     row[1].scatter(growth, places, s=26, color=COLORS[1], lw=0, zorder=3)
     row[1].axvline(1, color=MUTED, lw=0.8)
@@ -316,7 +317,8 @@ def shown_blocks(results: Results) -> list[str]:
     return [name for name in names if name in heavy]
 
 
-def _centered(kernel: NDArray[Any]) -> NDArray[Any]:
+def centered(kernel: NDArray[Any]) -> NDArray[Any]:
+    """The kernel of centered features, HKH."""
     rows: NDArray[Any] = kernel - kernel.mean(0)
     centered: NDArray[Any] = rows - rows.mean(1, keepdims=True)
     return centered

@@ -88,21 +88,22 @@ def block_numbers(
     kernels: Mapping[str, Kernels], change: Tensor, target: Tensor | None, matrices: Kernels, start: Kernels,
     values: Kernels,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """For every block: shares of trace and change, growth, alignment, CKA of start and end, size and rank of Δθ.
+    """For every block: shares of the trace and the change, growth, alignment, CKA of start and end, the weight change.
 
     ``kernels`` maps a stage to its kernels by block; ``matrices`` are the weight changes, ``values`` their singular values,
     and ``start`` the weights.
     """
     traces = {s: {name: float(K.trace()) for name, K in parts.items()} for s, parts in kernels.items()}
+    shares = change_shares(kernels["initial"], kernels["final"])
     sums = {stage: sum(parts.values()) for stage, parts in traces.items()}
-    moved = change_shares(kernels["initial"], kernels["final"])
     found = {}
     for name, matrix in matrices.items():
         of = {stage: kernels[stage][name] if stage in kernels else None for stage in STAGES}
         own = {stage: traces[stage][name] if stage in traces else None for stage in STAGES}
         found[name] = {
+            "change_share": shares[name],
+            "trace_change_share": _trace_change(own, sums),
             "trace_share": {stage: _ratio(own[stage], sums.get(stage, 0.0)) for stage in STAGES},
-            "change_share": moved[name],
             "growth": {stage: _ratio(own[stage], traces["initial"][name]) for stage in ("average", "final")},
             "alignment": {stage: defined(alignment, K, change) for stage, K in of.items()},
             "alignment_labels": {s: defined(alignment, K, target) for s, K in of.items()} if target is not None else {},
@@ -110,16 +111,46 @@ def block_numbers(
             "change_norm": float(matrix.norm()),
             "change_relative": _ratio(float(matrix.norm()), float(start[name].norm())),
             "effective_rank": asdict(effective_rank(values[name])),
+            "rank_90": rank_of(values[name]),
         }
     return found
 
 
-def change_shares(start: Kernels, end: Kernels) -> dict[str, float | None]:
-    """Every block's share of K_T − K_0, ⟨ΔK_b, ΔK⟩/‖ΔK‖² with ΔK = Σ_b ΔK_b: they add to one, and one may be negative."""
-    changes = {name: end[name].double() - kernel.double() for name, kernel in start.items()}
-    whole = total(changes)
-    square = float(whole.square().sum())
-    return {name: _ratio(float((change * whole).sum()), square) for name, change in changes.items()}
+def change_shares(initial: Kernels, final: Kernels) -> dict[str, float | None]:
+    """Every part's share of the change of a kernel that is their sum, s_ℓ = ⟨ΔK_ℓ, ΔK⟩ / ‖ΔK‖²; they sum to 1.
+
+    A share is negative where a part changed against the whole. All are None if the kernel did not change.
+
+    >>> change_shares({"a": torch.eye(2), "b": torch.eye(2)}, {"a": 4 * torch.eye(2), "b": 2 * torch.eye(2)})
+    {'a': 0.75, 'b': 0.25}
+    """
+    turns = {name: final[name].double() - initial[name].double() for name in initial}
+    whole = torch.stack([*turns.values()]).sum(0)
+    size = float(whole.norm())  # before it is squared, which may underflow
+    if not size > 0 or not math.isfinite(size):
+        return dict.fromkeys(turns)
+    return {name: float(((turn / size) * (whole / size)).sum()) for name, turn in turns.items()}
+
+
+def _trace_change(own: Mapping[str, float | None], sums: Mapping[str, float]) -> float | None:
+    """A part's share of the change of the trace; None where the traces of start and end are nearly equal."""
+    change = sums["final"] - sums["initial"]
+    if own["initial"] is None or own["final"] is None or abs(change) <= 1e-3 * (sums["final"] + sums["initial"]):
+        return None
+    return (own["final"] - own["initial"]) / change
+
+
+def rank_of(values: Tensor, share: float = 0.9) -> int:
+    """How many of the largest singular values hold a share of the sum of squares; 0 if all are zero.
+
+    >>> rank_of(torch.tensor([3.0, 1.0, 1.0]))
+    2
+    """
+    squares = values.double().square().sort(descending=True).values
+    if not float(squares.sum()) > 0:
+        return 0
+    held = squares.cumsum(0) / squares.sum()
+    return int((held < share - 1e-12).sum()) + 1
 
 
 def _ratio(a: float | None, b: float) -> float | None:

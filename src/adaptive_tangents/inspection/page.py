@@ -7,41 +7,45 @@ import numpy as np
 
 from adaptive_tangents.checks import listed
 from adaptive_tangents.inspection import figures
+from adaptive_tangents.inspection.first_screen import (
+    NOTICEABLE,
+    first_sentence,
+    layer_rows_of,
+    start_words,
+    telling,
+    tiles,
+)
+from adaptive_tangents.inspection.samples import moved
+from adaptive_tangents.inspection.starts import grew
+from adaptive_tangents.inspection.strip import strip
+from adaptive_tangents.inspection.tables import block_table, layer_table
 from adaptive_tangents.reporting.drawing import STAGES, real
-from adaptive_tangents.reporting.pages import Page, fixed, number
-from adaptive_tangents.runs.results import Results
+from adaptive_tangents.reporting.pages import Page, fixed, number, percent
+from adaptive_tangents.runs.results import Arrays, Results
 from adaptive_tangents.runtime.progress import duration
-
-_NOTICEABLE = 0.02
 
 
 def findings(results: Results) -> list[str]:
-    """The findings, one or two sentences each, most important first."""
-    made = (_growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
-    return [sentence for make in made if (sentence := make(results))]
+    """The findings, one or two sentences each, most important first: the first says in words what happened."""
+    made = (start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
+    return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
 
 
-def headline(results: Results) -> str:
-    """The line at the top of the page."""
-    growth = results["growth"]["final"]
-    grew, (name, sims) = _times(growth), _telling(results, "change")
-    if sims["initial"] is None or sims["final"] is None:
-        return f"The tangent kernel {grew}."
-    turn = sims["final"] - sims["initial"]
-    sim = f"{name} {fixed(sims['initial'])} → {fixed(sims['final'])}"
-    if abs(turn) <= _NOTICEABLE:
-        return f"The tangent kernel {grew} and hardly turned: {sim}."
-    where = "toward" if turn > 0 else "away from"
-    return f"The tangent kernel {grew} and turned {where} what was learned: {sim}."
-
-
-def _telling(results: Results, goal: str) -> tuple[str, Mapping[str, float | None]]:
-    """The alignment that tells whether a kernel turned: the centered one, which no common mean can raise, if there is one."""
-    plain = results["alignment"][goal]
-    centered = results.get("alignment_centered", {}).get(goal)
-    if centered is None or centered["initial"] is None or centered["final"] is None:
-        return "sim", plain
-    return "centered sim", centered
+def _growth(results: Results) -> str:
+    rows = layer_rows_of(results)
+    ratios = {row["name"]: ratio for row in rows if (ratio := grew(row, len(rows))) is not None}
+    average = results["growth"]["average"]
+    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0"
+    sentence += ")" if average is None else f"; averaged over the path {number(average)}×)"
+    if len(ratios) > 1:
+        most = max(ratios, key=lambda name: ratios[name])
+        sentence += f"; {most} grew most, {number(float(ratios[most]))}×"
+    if len(rows) < 2:
+        return sentence + "."
+    heavy = max(rows, key=lambda row: real(row["trace_share"]["final"]))
+    first, last = (heavy["trace_share"][stage] for stage in ("initial", "final"))
+    sentence += f". The largest part of K_T is {heavy['name']}, with {percent(last)} of the trace"
+    return f"{sentence} ({percent(first)} at the start)."
 
 
 def _times(growth: float | None) -> str:
@@ -52,30 +56,13 @@ def _times(growth: float | None) -> str:
     return f"grew {number(float(growth))}×" if growth > 1 else f"shrank to {number(float(growth))}×"
 
 
-def _growth(results: Results) -> str:
-    blocks: Mapping[str, Any] = results["blocks"]
-    names = [name for name in figures.matrices(results) if blocks[name]["growth"]["final"] is not None]
-    average = results["growth"]["average"]
-    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0"
-    sentence += ")" if average is None else f"; averaged over the path {number(average)}×)"
-    if not names:
-        return sentence + "."
-    most = max(names, key=lambda name: blocks[name]["growth"]["final"])
-    heavy = max(blocks, key=lambda name: real(blocks[name]["trace_share"]["final"]))
-    first, last = (blocks[heavy]["trace_share"][stage] for stage in ("initial", "final"))
-    return (
-        f"{sentence}; block {most} grew most, {number(blocks[most]['growth']['final'])}×. The largest part of K_T is "
-        f"{heavy}, with {_percent(last)} of the trace ({_percent(first)} at the start)."
-    )
-
-
 def _turn(results: Results) -> str:
     parts = []
     for goal, words in (("change", "the network’s own change f_T − f_0"), ("labels", "the labels")):
         plain = results["alignment"].get(goal)
         if plain is None or plain["initial"] is None or plain["final"] is None:
             continue
-        name, sims = _telling(results, goal)
+        name, sims = telling(results, goal)
         sentence = (
             f"It {_verb(sims)} {words}: {name} {fixed(sims['initial'])} (K_0) → {fixed(sims['average'])} (K̄) → "
             f"{fixed(sims['final'])} (K_T)"
@@ -93,20 +80,18 @@ def _turn(results: Results) -> str:
 
 def _verb(sims: Mapping[str, float | None]) -> str:
     turn = real(sims["final"]) - real(sims["initial"])
-    return (
-        "turned toward" if turn > _NOTICEABLE else "turned away from" if turn < -_NOTICEABLE else "did not turn toward"
-    )
+    return "turned toward" if turn > NOTICEABLE else "turned away from" if turn < -NOTICEABLE else "did not turn toward"
 
 
 def _along(results: Results) -> str:
     found = results["decomposition"]["final"]
     if found["change_along_target"] is None:
         return ""
-    along = _percent(found["change_along_target"])
+    along = percent(found["change_along_target"])
     sentence = f"Of the kernel’s change K_T − K_0, {along} lies along the kernel of what was learned, K_y"
     if found["explained"] is not None:
         sentence += (
-            f"; K_0 and K_y together make up {_percent(found['explained'])} of K_T "
+            f"; K_0 and K_y together make up {percent(found['explained'])} of K_T "
             f"(K_T ≈ {number(found['initial_weight'])} K_0 + {number(found['target_weight'])} K_y)"
         )
     return sentence + "."
@@ -129,7 +114,7 @@ def _ranks(results: Results) -> str:
 
     both = f"{told(heavy)} and {told(lowest)}, the lowest share" if heavy != lowest else told(heavy)
     sentence = f"The weight change has effective rank {both}; the median over {len(names)} blocks is "
-    sentence += f"{_percent(float(np.median(list(shares.values()))))} of the full rank."
+    sentence += f"{percent(float(np.median(list(shares.values()))))} of the full rank."
     if "two_sided" in results["models"]:
         model = blocks[heavy]["model_rank"]["two_sided"]["participation"]
         sentence += f" The exact adaptive model explains the same change with rank {model:.1f} in {heavy}."
@@ -165,10 +150,10 @@ def _path(results: Results) -> str:
         return ""
     sentence = (
         f"The trained network is linear in its averaged features to {number(float(path['error_db']))} dB "
-        f"(f_T − f_0 = φ̄ Δθ up to {_percent(path['error'])}, {path['nodes']} nodes)"
+        f"(f_T − f_0 = φ̄ Δθ up to {percent(path['error'])}, {path['nodes']} nodes)"
     )
     if path["buffers_moved"]:
-        share = _percent(path["through_buffers"])
+        share = percent(path["through_buffers"])
         sentence += f"; {share} of the change went through buffers, such as batch norms’ running statistics"
         if path["through_buffers"] < 0:
             sentence += ", against the change through the parameters"
@@ -179,7 +164,7 @@ def _milestones(results: Results) -> str:
     name = figures.alignment_key(results)
     points = [point | {"alignment": point[name]} for point in results["trajectory"]]
     start, end = points[0]["alignment"], points[-1]["alignment"]
-    if len(points) < 3 or start is None or end is None or abs(end - start) <= _NOTICEABLE:
+    if len(points) < 3 or start is None or end is None or abs(end - start) <= NOTICEABLE:
         return ""
     half = next(
         (p for p in points[1:] if p["alignment"] is not None and abs(p["alignment"] - start) >= abs(end - start) / 2),
@@ -193,7 +178,7 @@ def _milestones(results: Results) -> str:
         else f"Half of the turn had happened by {half['name']}"
     )
     sentence += ", by the centered sim" if name != "alignment" else ""
-    if top["alignment"] > end + _NOTICEABLE:
+    if top["alignment"] > end + NOTICEABLE:
         sentence += f"; the kernel was most aligned at {top['name']}, {fixed(top['alignment'])}"
     return sentence + "."
 
@@ -203,12 +188,6 @@ def _missing(results: Results) -> str:
     return (
         f"The run was interrupted before {listed(lost)} {'was' if len(lost) == 1 else 'were'} measured." if lost else ""
     )
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "—"
-    return f"{100 * value:.{0 if abs(value) >= 0.1 or value == 0 else 1}f} %".replace("-", "−")
 
 
 def _applies(results: Results, name: str) -> bool:
@@ -231,22 +210,29 @@ def _arrays(results: Results) -> list[str]:
 
 
 def _context(results: Results) -> dict[str, Any]:
-    blocks = results["blocks"]
-    shown = figures.shown_blocks(results)
     weights = results["outputs"]["weights"]
     ordered = sorted(weights.items(), key=lambda item: -item[1]) if weights else []
+    first, *rest = findings(results)
     return {
-        "verdict": headline(results),
-        "told": findings(results),
-        "shown": shown,
-        "vectors": [name for name in blocks if name not in figures.matrices(results)],
+        "verdict": first,
+        "started": start_words(results),
+        "told": rest,
+        "tiles_shown": tiles(results),
+        "layer_table": layer_table(results),
+        "block_table": block_table(results),
         "positive": [(name, value) for name, value in ordered if value > 0.1][:5],
         "negative": [(name, value) for name, value in reversed(ordered) if value < -0.1][:5],
         "applies": {name: _applies(results, name) for name in PAGE.figures},
         "performance": figures.performance_key(results),
         "planned": duration(sum(results["plan"]["seconds"].values())) if "plan" in results else "",
         "grown": "K_T" if results["growth"]["average"] is None else "K̄",
+        "left": len(results["blocks"]) - len(figures.shown_blocks(results)),
     }
+
+
+def _drawn(results: Results, arrays: Arrays) -> dict[str, Any]:
+    most, least = moved(results, arrays)
+    return {"strip": strip(results, arrays), "moved_most": most, "moved_least": least}
 
 
 PAGE = Page(
@@ -264,4 +250,5 @@ PAGE = Page(
     arrays=_arrays,
     context=_context,
     applies=_applies,
+    drawn=_drawn,
 )

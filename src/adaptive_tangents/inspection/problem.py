@@ -64,6 +64,7 @@ class Problem:
     nodes: int
     limits: list[str]
     fresh: list[str]
+    index: Tensor  # of the samples among those given
 
 
 def pose(
@@ -81,7 +82,8 @@ def pose(
     if wanted < data.n:
         limits.append(f"Kernels are of {wanted} of the {data.n:,} samples, drawn with seed {config.seed}.")
     while True:
-        chosen = data.take(order[:count].sort().values)
+        index = order[:count].sort().values
+        chosen = data.take(index)
         outputs = _outputs(model, states, chosen)
         if before is not None:
             outputs = _as_before(outputs, before, kept)
@@ -113,7 +115,7 @@ def pose(
     target, words = targets(reduction, chosen.y, gained.shape[1])
     return Problem(
         chosen, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes, limits,
-        fresh,
+        fresh, index,
     )  # fmt: skip
 
 

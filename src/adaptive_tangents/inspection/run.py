@@ -21,6 +21,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
+from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.plan import Pace, Plan, planned
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
@@ -103,11 +104,13 @@ def run(
     progress: Progress = silent,
     show: Callable[[Plan], None] = lambda plan: None,
     kept: Kept | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Measure the change between the first and the last of a network's states, which are named and in order of training.
 
     ``show`` is called with the plan once it is made, and ``progress`` with the stage and the share of the expected time that
     has passed. ``kept`` holds finished stages, and what an earlier run with the same arguments finished is not made again.
+    ``names`` are parameters and modules with other names to tell them by, as ``Series.names`` has them.
     A KeyboardInterrupt once the kernels of start and end are made gives the results so far, and ``results["interrupted"]``
     names what is missing. Raises TangentError if data, states and model do not fit together, or if nothing changed; warns if
     the network got worse.
@@ -158,7 +161,7 @@ def run(
         "wall_seconds": pace.seconds | {"total": pace.clock() - pace.started},
         "cpu_seconds": time.process_time() - cpu,
     }
-    return RunResult(results, arrays_of(problem, measured))
+    return renamed(RunResult(results, arrays_of(problem, measured)), names or {})
 
 
 def _origin(
@@ -257,6 +260,7 @@ def _measure(problem: Problem, config: InspectConfig, stages: _Stages) -> Measur
         measures.r2_of(squares),
         Record({"models": {}, "left_out": None}) if fits is None else fits,
         changes, layout.split(before), {name: singular_values(m) for name, m in changes.items()},
+        squares,
     )  # fmt: skip
 
 

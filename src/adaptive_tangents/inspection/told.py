@@ -1,6 +1,6 @@
 """What an inspection tells: the numbers and arrays of the report, from what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.kept import Record
+from adaptive_tangents.inspection.layer_rows import layer_rows
+from adaptive_tangents.inspection.layers import plain_names
 from adaptive_tangents.inspection.measures import defined, spectrum
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import Problem
+from adaptive_tangents.inspection.samples import order_of
+from adaptive_tangents.inspection.starts import start_of
 from adaptive_tangents.loading import Data
 from adaptive_tangents.measures.alignment import alignment, cka
 from adaptive_tangents.runs.record import flatten
 
 _SHOWN = 24
+_LONGEST_TEXT = 600
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Measured:
     """What was measured at the start, along the path and at the end: kernels by stage and block, their sums, and fits.
 
     After an interruption, what was not finished is missing: kernels of a stage, the path's identity, fits. ``values`` are the
-    singular values of the weight changes.
+    singular values of the weight changes; ``squares`` are the squared error and change of every structure and block.
     """
 
     kernels: dict[str, dict[str, Tensor]]
@@ -37,12 +42,14 @@ class Measured:
     changes: dict[str, Tensor]
     weights: dict[str, Tensor]
     values: dict[str, Tensor]
+    squares: dict[str, dict[str, list[float]]]
 
 
 def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> dict[str, Any]:
     """The numbers of the page."""
     reduction, wholes = problem.reduction, measured.wholes
     blocks = _block_numbers(problem, measured)
+    plain = names_of(blocks, reduction)
     growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal().clamp_min(1e-300)
     scale = measured.explained["layer_scale"]["total"]
     found = {
@@ -59,12 +66,16 @@ def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> 
         "performance": {k: performance_of(problem.outputs[i], problem.data) for k, i in (("start", 0), ("end", -1))},
         **measures.kernel_numbers(wholes, problem.change, problem.target),
         "path": measured.identity,
-        "blocks": {_plain(name, reduction): numbers for name, numbers in blocks.items()},
+        "blocks": {plain[name]: numbers for name, numbers in blocks.items()},
+        "layers": layer_rows(
+            blocks, measured.kernels, problem.change, problem.target, measured.values, measured.squares, plain,
+            problem.outputs[0].shape[1],
+        ),
         "explain": {
             key: {
                 "total": r2["total"],
                 "layer_scale_there": None if key == "layer_scale" or r2["total"] is None else scale,
-                "left_out": [_plain(name, reduction) for name in blocks if name not in r2],
+                "left_out": [plain[name] for name in blocks if name not in r2],
             }
             for key, r2 in measured.explained.items()
         },
@@ -86,14 +97,17 @@ def _block_numbers(problem: Problem, measured: Measured) -> dict[str, dict[str, 
     )
     for name, numbers in blocks.items():
         numbers["shape"] = list(measured.changes[name].shape)
+        numbers["start"] = start_of(problem.layout.blocks[name], measured.weights[name], numbers, len(blocks))
         numbers["explain"] = {key: r2.get(name) for key, r2 in measured.explained.items()}
         numbers["model_rank"] = {k: m["effective_rank"][name] for k, m in measured.models.numbers["models"].items()}
     return blocks
 
 
-def _plain(name: str, reduction: Reduction) -> str:
-    """A block's or parameter's name in the user's own model."""
-    return name.removeprefix(PREFIX) if reduction.kind == "margin" else name
+def names_of(blocks: Iterable[str], reduction: Reduction) -> dict[str, str]:
+    """The blocks' names in the user's own model, without what adapters add."""
+    own = {name: name.removeprefix(PREFIX) if reduction.kind == "margin" else name for name in blocks}
+    plain = plain_names([*own.values()])
+    return {name: plain[of] for name, of in own.items()}
 
 
 def _network(model: nn.Module, blocks: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,9 +123,28 @@ def _described(data: Data, problem: Problem) -> dict[str, Any]:
         "of": data.n,
         "shape": list(x.shape[1:]),
         "images": _image_like(problem.data) is not None,
+        **_texts(problem),
         "classes": None if data.classes is None else list(data.classes),
         "labels": None if data.y is None else "classes" if data.labels is not None else "real targets",
     }
+
+
+def _texts(problem: Problem) -> dict[str, Any]:
+    """The texts of the samples that the page shows, clipped, and which samples these are."""
+    texts = problem.data.texts
+    if texts is None:
+        return {"texts": None, "texts_of": []}
+    shown = _moved(problem.change)
+    return {"texts": [_clipped(texts[k]) for k in shown], "texts_of": shown}
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1].rstrip() + "…"
+
+
+def _moved(change: Tensor) -> list[int]:
+    most, least = order_of(change.double().cpu().numpy())
+    return [*most, *least]
 
 
 def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str, float] | None:
@@ -186,14 +219,15 @@ def _image_like(data: Data) -> Tensor | None:
 
 def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
     """What the figures draw."""
-    data, reduction, kernels, wholes = problem.data, problem.reduction, measured.kernels, measured.wholes
+    data, kernels, wholes = problem.data, measured.kernels, measured.wholes
+    plain = names_of(measured.changes, problem.reduction)
     arrays: dict[str, Tensor] = {f"kernel.{stage}": kernel.float() for stage, kernel in wholes.items()}
     arrays |= {f"spectrum.{stage}": spectrum(kernel) for stage, kernel in wholes.items()}
-    arrays |= {f"diagonal.{s}.{_plain(k, reduction)}": K.diagonal() for s in kernels for k, K in kernels[s].items()}
-    arrays |= {f"singular_values.change.{_plain(k, reduction)}": values for k, values in measured.values.items()}
+    arrays |= {f"diagonal.{s}.{plain[k]}": K.diagonal() for s in kernels for k, K in kernels[s].items()}
+    arrays |= {f"singular_values.change.{plain[k]}": values for k, values in measured.values.items()}
     for name, values in measured.models.tensors.items():
         key, _, block = name.partition(".")
-        arrays[f"singular_values.{key}.{_plain(block, reduction)}"] = values
+        arrays[f"singular_values.{key}.{plain[block]}"] = values
     arrays |= {"change": problem.change, "outputs.start": problem.outputs[0], "outputs.end": problem.outputs[-1]}
     if problem.target is not None:
         arrays["target"] = problem.target
@@ -201,11 +235,14 @@ def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
         arrays["y"] = data.y
     if data.labels is not None and (problem.outputs[0].shape[1] > 1 or len(torch.unique(data.labels)) == 2):
         arrays["predicted"] = _predicted(problem.outputs[-1], data.labels)
+        arrays["predicted.start"] = _predicted(problem.outputs[0], data.labels)
+    arrays["sample"] = problem.index
     images = _image_like(data)
     if images is not None:
         growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal()
         order = growth.argsort(descending=True)
-        shown = torch.unique(torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]]))
+        ends = torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]])
+        shown = torch.unique(torch.cat([ends, torch.tensor(_moved(problem.change), device=ends.device)]))
         arrays["images"], arrays["images.index"] = _pixels(images, shown), shown
     return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
 

@@ -20,11 +20,12 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Data:
-    """A batch x of n samples, their labels or targets y (n,) or (n, k), and the class names, each if given."""
+    """A batch x of n samples, their labels or targets y (n,) or (n, k), the class names, and raw texts, each if given."""
 
     x: Batch
     y: Tensor | None = None
     classes: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -38,7 +39,8 @@ class Data:
 
     def take(self, index: Tensor) -> "Data":
         """Some of the samples."""
-        return replace(self, x=take(self.x, index), y=None if self.y is None else self.y[index])
+        texts = None if self.texts is None else tuple(self.texts[k] for k in index.tolist())
+        return replace(self, x=take(self.x, index), y=None if self.y is None else self.y[index], texts=texts)
 
 
 def load_data(path: Path, call: str = INSPECT) -> Data:
@@ -150,4 +152,4 @@ def fit_data(data: Data, model: nn.Module, call: str = INSPECT) -> Data:
         return value.to(device=device, dtype=dtype if value.is_floating_point() else torch.int64)
 
     x = mapped(data.x, fitted)
-    return Data(x, None if data.y is None else fitted(data.y), data.classes)
+    return replace(data, x=x, y=None if data.y is None else fitted(data.y))

@@ -129,7 +129,7 @@ def short(value: float | None, digits: int = 2) -> str:
 
 
 @cache
-def _style() -> dict[str, Any]:
+def _style() -> Any:
     # Helvetica or a font with its metrics if installed; DejaVu Sans comes with matplotlib.
     installed = set(font_manager.get_font_names())
     fonts = [f for f in ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans") if f in installed][:1]

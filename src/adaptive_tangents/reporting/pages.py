@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.drawing import Draw
-from adaptive_tangents.runs.results import Results
+from adaptive_tangents.reporting.frame import legend_of, study_tiles
+from adaptive_tangents.runs.results import Arrays, Results
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -18,7 +19,7 @@ class Page:
     """What an experiment's page needs: a template, figures with their arrays, and extra context for the template.
 
     ``applies`` says which figures a run has, ``headline`` which metrics of each target begin its summary, and ``labels``
-    how metrics are named. The template is a path within the package.
+    how metrics are named. ``drawn`` is further context that needs the arrays. The template is a path within the package.
     """
 
     template: str
@@ -28,6 +29,7 @@ class Page:
     applies: Callable[[Results, str], bool] = lambda results, figure: True
     headline: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    drawn: Callable[[Results, Arrays], dict[str, Any]] = lambda results, arrays: {}
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,21 @@ def told(
         return {
             "story": found,
             "sections": sections,
+            "tiles_shown": study_tiles(results),
+            "signs": legend_of([found.lead, found.verdict, *(text for s in found.sections for text in _texts(s))]),
+            "signs_first": bool(legend_of([found.verdict])),
             "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
         }
 
     return Page("reporting/templates/study.html.j2", figures, arrays, context)
+
+
+def _texts(section: Section) -> Iterator[str]:
+    for part in section.parts:
+        if isinstance(part, Table):
+            yield from (*part.head, part.note, *(row[0] for row in part.rows))
+        else:
+            yield part.caption if isinstance(part, Shown) else part
 
 
 def claims_context(results: Results, verdict: str) -> dict[str, Any]:
@@ -93,6 +106,7 @@ def claims_context(results: Results, verdict: str) -> dict[str, Any]:
         verdict = f"{len(claims) - len(failed)} of {len(claims)} claims hold. These do not: {'; '.join(failed)}."
     return {
         "verdict": verdict,
+        "tiles_shown": study_tiles(results),
         "command": results.get("command", f"adaptive-tangents reproduce {results['experiment']}"),
     }
 
@@ -128,6 +142,17 @@ def given(value: Any) -> str:
     return (text + "0" * bool(re.fullmatch(r"-?0\.\d", text))).replace(
         "-", "−" if isinstance(value, float | int) else "-"
     )
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, with a decimal if it is below a tenth.
+
+    >>> percent(0.724), percent(0.0461), percent(None)
+    ('72 %', '4.6 %', '—')
+    """
+    if value is None or not math.isfinite(value):
+        return given(None)
+    return f"{100 * value:.{0 if abs(value) >= 0.0995 or value == 0 else 1}f} %".replace("-", "−")
 
 
 def fixed(value: float | None) -> str:

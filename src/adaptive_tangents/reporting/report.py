@@ -60,7 +60,7 @@ def build_report(directory: str | os.PathLike[str], pages: Pages) -> Path:
             for name, draw in page.figures.items()
             if page.applies(told, name)
         }
-        html = _render(page, told, drawings)
+        html = _render(page, told, drawings, page.drawn(told, arrays))
     except _Lacking as error:
         raise TangentError(f"report: {RESULTS_FILE} is incomplete ({error}); run the experiment again") from error
     except TangentError:
@@ -146,7 +146,7 @@ def _studies(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
-def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing]) -> str:
+def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing], drawn: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("adaptive_tangents", ""),
         autoescape=True,
@@ -166,7 +166,13 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
     }
     environment.filters |= filters
     inlined = {name: _inline(figure) for name, figure in drawings.items()}
-    context = {**results, "figures": inlined, "findings": summary_table(results, page), **page.context(results)}
+    context = {
+        **results,
+        "figures": inlined,
+        "findings": summary_table(results, page),
+        **page.context(results),
+        **drawn,
+    }
     return environment.get_template(page.template).render(context)
 
 

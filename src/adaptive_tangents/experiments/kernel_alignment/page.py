@@ -6,6 +6,7 @@ from typing import Any
 from adaptive_tangents.experiments.claims import spread
 from adaptive_tangents.experiments.kernel_alignment import figures
 from adaptive_tangents.reporting import drawing
+from adaptive_tangents.reporting.frame import study_tiles
 from adaptive_tangents.reporting.pages import Page, number
 from adaptive_tangents.reporting.pages import fixed as _fixed
 from adaptive_tangents.runs.results import Results
@@ -51,6 +52,7 @@ def _alignment_context(results: Results) -> dict[str, Any]:
     turns = _turns(targets)
     return {
         "verdict": verdict, "answer": answer, "worse": worse, "votes": votes, "command": command, "turns": turns,
+        "tiles_shown": study_tiles(results),
         "spread": _spread_table(results), "structures": figures.STRUCTURES,
         "model_name": figures.model_name,
     }  # fmt: skip
