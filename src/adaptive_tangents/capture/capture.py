@@ -65,7 +65,7 @@ def tangent_features(
         x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         params: a state dict to evaluate the model at; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
 
     Raises:

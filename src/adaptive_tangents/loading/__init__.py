@@ -1,14 +1,16 @@
 """What users bring: networks, checkpoints and data, from files or Python. No pickle is loaded, nothing downloaded."""
 
 from adaptive_tangents.loading.checkpoints import NESTED, WRAPPERS, find_checkpoints, load_checkpoint
-from adaptive_tangents.loading.data import Data, fit_data, load_data
+from adaptive_tangents.loading.data import Data, fit_data
 from adaptive_tangents.loading.models import check_runs, load_model
 from adaptive_tangents.loading.outputs import pick
+from adaptive_tangents.loading.sources import as_data, load_data
 
 __all__ = [
     "NESTED",
     "WRAPPERS",
     "Data",
+    "as_data",
     "check_runs",
     "find_checkpoints",
     "fit_data",
