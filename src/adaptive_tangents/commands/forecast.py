@@ -8,11 +8,12 @@ from torch import Tensor
 
 from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import one_bar, typed
+from adaptive_tangents.commands.reading import Reading, check_trained, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
 from adaptive_tangents.inspection.problem import InspectConfig
-from adaptive_tangents.loading import check_runs, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.loading import load_checkpoint, load_model
 from adaptive_tangents.runs.results import write_results
 
 
@@ -31,6 +32,7 @@ def forecast(
     wrt: list[str] | None,
     device: str,
     quick: bool,
+    reading: Reading,
 ) -> None:
     """Foretell, measure, write the results and print the findings."""
     check_device(NAME, device)
@@ -41,9 +43,8 @@ def forecast(
     if weights is not None and end is not None and weights.resolve() == end.resolve():
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
     check_folder(NAME, out, PAGES[KIND]().figures)
-    loaded = load_data(data, NAME)
-    network = load_model(model, NAME).to(device)
-    check_runs(network, fit_data(loaded, network, NAME), data, NAME)
+    network, loaded = read_data(data, load_model(model, NAME).to(device), NAME, reading)
+    check_trained(loaded, NAME)
     start = (
         {name: value.detach().clone() for name, value in network.state_dict().items() if isinstance(value, Tensor)}
         if weights is None

@@ -10,16 +10,14 @@ import typer
 from adaptive_tangents.checks import listed
 from adaptive_tangents.commands.checks import check_device, check_folder
 from adaptive_tangents.commands.console import console, errors, one_bar, typed
+from adaptive_tangents.commands.reading import Reading, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection import run as run_inspection
 from adaptive_tangents.loading import (
-    check_runs,
     find_checkpoints,
-    fit_data,
     load_checkpoint,
-    load_data,
     load_model,
 )
 from adaptive_tangents.loading.checkpoint_order import Order, doubted, ordered, swapped
@@ -45,6 +43,7 @@ def inspect(
     device: str,
     quick: bool,
     resume: bool,
+    reading: Reading,
 ) -> None:
     """Measure, write the results and print the findings."""
     check_device("inspect", device)
@@ -53,9 +52,8 @@ def inspect(
     check_folder("inspect", out, PAGES["inspect"]().figures)
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
-    loaded = load_data(data)
-    network = load_model(model).to(device)
-    check_runs(network, fit_data(loaded, network), data)
+    most = InspectConfig.samples if samples is None else samples
+    network, loaded = read_data(data, load_model(model).to(device), "inspect", reading, most=most, seed=seed)
     doubts: tuple[str, ...] = ()
     if checkpoints is not None:
         order = ordered(find_checkpoints(checkpoints))
@@ -69,7 +67,7 @@ def inspect(
         _warn(doubt)
     states = {_title(path, paths): load_checkpoint(path, network) for path in paths}
     config = InspectConfig(
-        samples=InspectConfig.samples if samples is None else samples,
+        samples=most,
         seed=seed,
         outputs=outputs,
         wrt=tuple(wrt) if wrt else None,

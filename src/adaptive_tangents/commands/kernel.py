@@ -10,8 +10,9 @@ import torch
 
 from adaptive_tangents.commands.checks import check_device
 from adaptive_tangents.commands.console import console, one_bar
+from adaptive_tangents.commands.reading import Reading, read_data
 from adaptive_tangents.features.kernel_layout import check_outputs
-from adaptive_tangents.loading import check_runs, fit_data, load_checkpoint, load_data, load_model, pick
+from adaptive_tangents.loading import load_checkpoint, load_model, pick
 from adaptive_tangents.runtime.memory import parse_bytes
 from adaptive_tangents.sketching import Sketch
 from adaptive_tangents.storage import kernel_to_store, plan_kernel
@@ -35,6 +36,7 @@ def kernel(
     device: str,
     plan: bool,
     resume: bool,
+    reading: Reading,
 ) -> None:
     """Print the plan, and make the store unless only the plan was asked for."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -42,13 +44,12 @@ def kernel(
     check_device("kernel", device)
     check_outputs("kernel", outputs)
     limit = None if memory_limit is None else parse_bytes("kernel", memory_limit)
-    network = load_model(model, "kernel").to(device)
+    own = load_model(model, "kernel").to(device)
     if weights is not None:
-        network.load_state_dict(load_checkpoint(weights, network, "kernel"))
+        own.load_state_dict(load_checkpoint(weights, own, "kernel"))
     batches = []
     for file in (data,) if data2 is None else (data, data2):
-        loaded = fit_data(load_data(file, "kernel"), network, "kernel")
-        check_runs(network, loaded, file, "kernel")
+        network, loaded = read_data(file, own, "kernel", reading)
         batches.append(loaded.x)
     x, x2 = batches[0], None if data2 is None else batches[1]
     arguments: dict[str, Any] = {

@@ -20,7 +20,7 @@ class Data:
     """A batch x of n samples, their labels or targets y (n,) or (n, k), and the class names, each if given.
 
     ``texts`` are what x was made from, ``held_out`` (n,) marks samples that training did not see, and ``notes`` are sentences
-    on how the source was read.
+    on how the source was read. With ``loss``, the network's output is the loss of each sample.
     """
 
     x: Batch
@@ -29,6 +29,7 @@ class Data:
     texts: tuple[str, ...] | None = None
     held_out: Tensor | None = None
     notes: tuple[str, ...] = ()
+    loss: bool = False
 
     @property
     def n(self) -> int:

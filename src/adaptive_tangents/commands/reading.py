@@ -1,0 +1,67 @@
+"""Data and outputs as the command line asks for them, read for a network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from adaptive_tangents.commands.console import console
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading import (
+    Data,
+    Tokenizer,
+    check_runs,
+    fit_data,
+    image_form,
+    load_data,
+    load_tokenizer,
+    output_of,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The options of data and output."""
+
+    text: str | None = None
+    label: str | None = None
+    held_out: Path | None = None
+    output: str | None = None
+    max_length: int | None = None
+    tokenizer: Path | None = None
+    image_size: str | None = None
+    normalize: str | None = None
+
+
+def read_data(
+    path: Path, network: nn.Module, call: str, asked: Reading, *, tokenizer: Tokenizer | None = None,
+    classes: Sequence[str] | None = None, causal: bool | None = None, beside: Sequence[Path] = (), most: int | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, Data]:  # fmt: skip
+    """The network whose output is measured, and the samples in its form; how the file was read is printed.
+
+    ``tokenizer``, ``classes`` and ``causal`` are the model's own, ``beside`` the folders of its checkpoints, and ``most`` the
+    most samples to read of each file, drawn with ``seed``.
+    """
+    loaded = load_data(
+        path, call, held_out=asked.held_out, text=asked.text, label=asked.label,
+        tokenizer=tokenizer if asked.tokenizer is None else load_tokenizer(asked.tokenizer, call),
+        classes=classes, max_length=asked.max_length,
+        images=image_form(call, size=asked.image_size, normalize=asked.normalize, beside=beside), most=most, seed=seed,
+    )  # fmt: skip
+    loaded = fit_data(loaded, network, call)
+    check_runs(network, loaded, path, call)
+    network, loaded = output_of(asked.output, network, loaded, call, causal=causal)
+    for note in loaded.notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    return network, loaded
+
+
+def check_trained(loaded: Data, call: str) -> None:
+    """Raise TangentError for samples that training does not learn from, and for losses, where targets are needed."""
+    if loaded.loss:
+        raise TangentError(
+            f"{call}: a loss has no targets that training moves it to; give --output last-token with labels, or a network "
+            "whose outputs have targets"
+        )
