@@ -29,8 +29,8 @@ Wrt = Annotated[
 DataPath = Annotated[
     Path,
     typer.Option(
-        help="Samples: .npz (x, or x0, x1, …, or argument names; y; classes), .csv, .tsv, .jsonl, .json, .parquet, a folder of "
-        "images by class, or a folder of Hugging Face datasets."
+        help="Samples: .npz (x, or x0, x1, …, or argument names; y; classes), .csv, .tsv, .jsonl, .json, .parquet, a folder "
+        "of images by class, or a folder of Hugging Face datasets."
     ),
 ]
 Text = Annotated[
@@ -44,8 +44,8 @@ HeldOut = Annotated[
 Output = Annotated[
     str | None,
     typer.Option(
-        help="What is measured: loss (of each sample), last-token, or module:function or path/to/file.py:function of what the "
-        "network returns (default: its output; of a causal language model the loss)."
+        help="What is measured: loss (of each sample), last-token, or module:function or path/to/file.py:function of what "
+        "the network returns (default: its output; of a causal language model the loss)."
     ),
 ]
 MaxLength = Annotated[int | None, typer.Option(help="The most tokens of a text (default: the tokenizer's limit).")]
@@ -213,6 +213,7 @@ def forecast(
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
     text: Text = None,
     label: Label = None,
+    held_out: HeldOut = None,
     output: Output = None,
     max_length: MaxLength = None,
     tokenizer: TokenizerFolder = None,
@@ -228,7 +229,7 @@ def forecast(
         command.forecast(
             model, data, out, weights=weights, end=end, loss=loss, steps=steps, samples=samples, seed=seed,
             outputs=outputs, wrt=wrt, device=device, quick=quick,
-            reading=Reading(text, label, None, output, max_length, tokenizer, image_size, normalize),
+            reading=Reading(text, label, held_out, output, max_length, tokenizer, image_size, normalize),
         )  # fmt: skip
 
 

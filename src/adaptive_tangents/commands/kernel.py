@@ -49,7 +49,7 @@ def kernel(
         own.load_state_dict(load_checkpoint(weights, own, "kernel"))
     batches = []
     for file in (data,) if data2 is None else (data, data2):
-        network, loaded = read_data(file, own, "kernel", reading)
+        network, loaded = read_data(file, own, "kernel", reading, show=rank == 0)
         batches.append(loaded.x)
     x, x2 = batches[0], None if data2 is None else batches[1]
     arguments: dict[str, Any] = {

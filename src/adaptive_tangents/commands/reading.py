@@ -37,9 +37,9 @@ class Reading:
 def read_data(
     path: Path, network: nn.Module, call: str, asked: Reading, *, tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None, causal: bool | None = None, beside: Sequence[Path] = (), most: int | None = None,
-    seed: int = 0,
+    seed: int = 0, show: bool = True,
 ) -> tuple[nn.Module, Data]:  # fmt: skip
-    """The network whose output is measured, and the samples in its form; how the file was read is printed.
+    """The network whose output is measured, and the samples in its form; ``show`` prints how the file was read.
 
     ``tokenizer``, ``classes`` and ``causal`` are the model's own, ``beside`` the folders of its checkpoints, and ``most`` the
     most samples to read of each file, drawn with ``seed``.
@@ -53,7 +53,7 @@ def read_data(
     loaded = fit_data(loaded, network, call)
     check_runs(network, loaded, path, call)
     network, loaded = output_of(asked.output, network, loaded, call, causal=causal)
-    for note in loaded.notes:
+    for note in loaded.notes if show else ():
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     return network, loaded
 

@@ -59,7 +59,8 @@ class _Columns:
 
     def listing(self) -> str:
         words = [f"{name} ({self.kind(name)})" for name in self.table.columns]
-        return listed_names(words, most=12)
+        header = " (its first line names them)" if self.table.source.lower().endswith((".csv", ".tsv")) else ""
+        return listed_names(words, most=12) + header
 
     def kind(self, name: str) -> str:
         values = [value for value in self.table.columns[name] if not missing(value)]
@@ -85,8 +86,9 @@ class _Columns:
         pair = next(((a, b) for a, b in pairs if a and b and "text" in (self.kind(a), self.kind(b))), None)
         if pair is not None:
             return pair
-        known = [n for n in _TEXTS if (f := self._found(n)) is not None and f != label and self.kind(f) == "text"]
-        return (self.named(known[0], "--text"),) if known else ()
+        known = [found for name in _TEXTS if (found := self._found(name)) is not None and found != label]
+        written = [name for name in known if self.kind(name) in ("text", "mixed", "other")]
+        return (written[0],) if written else ()
 
     def label(self, asked: str | None) -> str | None:
         if asked is not None:
@@ -187,9 +189,11 @@ def _features(columns: _Columns, target: str | None, label: str | None) -> Sampl
     words = [name for name in others if columns.kind(name) not in ("numbers", "empty")]
     if words:
         verb = "is" if len(words) == 1 else "are"
+        unknown = "texts or labels" if target is None else "texts"
+        remedy = "labels as --label, and texts as --text" if target is None else "texts as --text"
         raise TangentError(
-            f"{call}: no column of {table.source} is named as texts are, and {listed_names(words)} {verb} not of numbers; "
-            f"its columns are {columns.listing()}: give one as --text (two, separated by a comma, for pairs), or a table of "
+            f"{call}: no column of {table.source} is named as {unknown} are, and {listed_names(words)} {verb} not of numbers; "
+            f"its columns are {columns.listing()}: give {remedy} (two, separated by a comma, for pairs), or a table of "
             "numbers alone"
         )
     if target is None and label is None:

@@ -1,5 +1,6 @@
 """Data from whatever users have: files, folders, and objects in Python."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from adaptive_tangents.loading.samples import Samples, drawn, drawn_note, joined
 from adaptive_tangents.loading.streams import from_stream, is_stream, split
 from adaptive_tangents.loading.tables import READERS, Table, from_frame, read_table
 from adaptive_tangents.loading.texts import Tokenizer
-from adaptive_tangents.loading.words import INSPECT, listed_names
+from adaptive_tangents.loading.words import INSPECT, listed_names, told
 
 _OTHERS = (
     ".txt",
@@ -139,16 +140,10 @@ def _read(
     if isinstance(thing, Data):
         return Samples("the data", x=thing.x, y=thing.y, classes=thing.classes, notes=thing.notes, shown=thing.texts)
     if isinstance(thing, str | Path):
-        path = Path(thing)
-        if path.is_dir() and is_dataset_folder(path):
-            found = load_dataset_folder(path, call)
-            return from_dataset(found, call, str(path), text=text, label=label, form=images, most=most, seed=seed)
-        if path.is_dir():
-            return _folder(path, call, images, most, seed)
-        if path.suffix.lower() in READERS:
-            return _tabled(read_table(path, call), call, text, label, most, seed)
-        _check_ending(path, call)
-        return read_npz(path, call)
+        try:
+            return _stored(Path(thing), call, text=text, label=label, images=images, most=most, seed=seed)
+        except OSError as error:
+            raise TangentError(f"{call}: {thing} cannot be read ({told(error)}); check the file") from error
     if is_dataset(thing):
         return from_dataset(thing, call, text=text, label=label, form=images, most=most, seed=seed)
     if is_stream(thing):
@@ -159,8 +154,23 @@ def _read(
     return _in_memory(thing, call)
 
 
+def _stored(
+    path: Path, call: str, *, text: str | None, label: str | None, images: ImageForm | None, most: int | None, seed: int
+) -> Samples:
+    """The samples in a file or a folder."""
+    if os.path.isdir(path):
+        if is_dataset_folder(path):
+            found = load_dataset_folder(path, call)
+            return from_dataset(found, call, str(path), text=text, label=label, form=images, most=most, seed=seed)
+        return _folder(path, call, images, most, seed)
+    if path.suffix.lower() in READERS:
+        return _tabled(read_table(path, call), call, text, label, most, seed)
+    _check_ending(path, call)
+    return read_npz(path, call)
+
+
 def _check_ending(path: Path, call: str) -> None:
-    if path.exists() and path.suffix.lower() in _OTHERS:
+    if os.path.isfile(path) and path.suffix.lower() in _OTHERS:
         raise TangentError(f"{call}: {path} ends in {path.suffix}; data are {_TAKEN}")
 
 

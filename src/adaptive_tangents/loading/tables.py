@@ -74,8 +74,8 @@ def _csv(path: Path, call: str) -> Table:
     for line, row in lines:
         if len(row) != width:
             raise TangentError(
-                f"{call}: {path} has {width} columns ({listed_names(lines[0][1])}), but line {line} has {len(row)} fields; "
-                "put text that holds the separator in double quotes"
+                f"{call}: {path} has {width} columns ({listed_names(lines[0][1])}), but line {line} has {len(row)} "
+                f"field{'s' * (len(row) != 1)}; put text that holds the separator in double quotes, and close every quote"
             )
     names = [name.strip() or f"column {k + 1}" for k, name in enumerate(lines[0][1])]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -1,6 +1,7 @@
 """Texts become tokens by the network's own tokenizer."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _UNBOUNDED = 1_000_000  # tokenizers without a limit name a larger one
 def load_tokenizer(folder: str | Path, call: str) -> Tokenizer:
     """The tokenizer in a folder with tokenizer.json or the files of a Hugging Face tokenizer; nothing is downloaded."""
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise TangentError(f"{call}: there is no folder {path}; --tokenizer is a folder with tokenizer.json")
     transformers = optional("transformers", "reading a tokenizer", call, ", or give tokens as integers in an .npz file")
     try:
