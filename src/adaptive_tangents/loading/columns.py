@@ -1,7 +1,7 @@
 """Which columns of a table are the text, the labels and the features: by their names, or as asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,12 @@ def from_table(table: Table, call: str, *, text: str | None = None, label: str |
     )  # fmt: skip
 
 
+def of_some(found: Samples, table: Table, rows: Sequence[int], note: str) -> Samples:
+    """Samples of some rows of a table, with the labels of all."""
+    labels = None if found.labels is None else tuple(table.columns[found.column])
+    return replace(found, labels=labels, kept=tuple(rows), where=table.where, notes=(note, *found.notes))
+
+
 def _texts(columns: _Columns, words: tuple[str, ...], target: str | None, label: str | None) -> Samples:
     table, call = columns.table, columns.call
     others = [
@@ -192,9 +198,9 @@ def _features(columns: _Columns, target: str | None, label: str | None) -> Sampl
         unknown = "texts or labels" if target is None else "texts"
         remedy = "labels as --label, and texts as --text" if target is None else "texts as --text"
         raise TangentError(
-            f"{call}: no column of {table.source} is named as {unknown} are, and {listed_names(words)} {verb} not of numbers; "
-            f"its columns are {columns.listing()}: give {remedy} (two, separated by a comma, for pairs), or a table of "
-            "numbers alone"
+            f"{call}: no column of {table.source} is named as {unknown} are, and {listed_names(words)} {verb} not of "
+            f"numbers; its columns are {columns.listing()}: give {remedy} (two, separated by a comma, for pairs), or a table "
+            "of numbers alone"
         )
     if target is None and label is None:
         raise TangentError(

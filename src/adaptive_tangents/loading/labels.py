@@ -218,9 +218,8 @@ def _amounts_or_numbers(
         whole = all(float(value).is_integer() for value in held)
         if not (whole and (held == {0.0, 1.0} or (classes and all(0 <= v < len(classes) for v in held)))):
             return [torch.tensor(c.values, dtype=torch.float64) for c in columns], []
-        notes = [
-            f"{name!r} holds {', '.join(map(str, sorted(held)[:3]))}…, written as decimals: taken as class numbers."
-        ]
+        few = ", ".join(map(str, sorted(held)[:3])) + (", …" if len(held) > 3 else "")
+        notes = [f"{name!r} holds {few}, written as decimals: taken as class numbers."]
     for column in columns:
         for k, value in enumerate(column.values):
             if abs(value) > _LARGEST:

@@ -19,7 +19,8 @@ class Samples:
     """Inputs as tensors ``x`` or as ``texts`` (with ``seconds`` if they are pairs), and labels as ``y`` or as values.
 
     ``classes`` are the names that the source itself gives its labels, ``where`` says where a sample is in it, and ``notes``
-    are sentences on what was taken for what. ``shown`` are texts that x was made of before.
+    are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only
+    some samples were read, ``labels`` are those of all, so that their names do not depend on the draw, and ``kept`` says which.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Samples:
     where: Callable[[int], str] = "sample {}".format
     notes: tuple[str, ...] = ()
     shown: tuple[str, ...] | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -159,7 +161,8 @@ def _targets(
         # Names that go with numbers of another part are its classes, too.
         fixed = classes or (named if len(raw) < len(parts) else None)
         found, known, notes = numbered(raw, fixed, call)
-        values = iter(found)
+        chosen = (part.kept for part in parts if part.labels is not None)
+        values = iter([y if kept is None else y[list(kept)] for y, kept in zip(found, chosen, strict=True)])
     ys = [part.y if part.y is not None else next(values) for part in parts]
     _check_range(parts, ys, classes, call)
     if len({(y.is_floating_point(), tuple(y.shape[1:])) for y in ys}) > 1:

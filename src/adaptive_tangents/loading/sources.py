@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_tangents.capture.batches import Batch, Record, mapped
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.loading.columns import from_table
+from adaptive_tangents.loading.columns import from_table, of_some
 from adaptive_tangents.loading.data import Data
 from adaptive_tangents.loading.hugging_face_data import (
     from_dataset,
@@ -26,7 +26,7 @@ from adaptive_tangents.loading.samples import Samples, drawn, drawn_note, joined
 from adaptive_tangents.loading.streams import from_stream, is_stream, split
 from adaptive_tangents.loading.tables import READERS, Table, from_frame, read_table
 from adaptive_tangents.loading.texts import Tokenizer
-from adaptive_tangents.loading.words import INSPECT, listed_names, told
+from adaptive_tangents.loading.words import INSPECT, check_file, listed_names, told
 
 _OTHERS = (
     ".txt",
@@ -170,7 +170,8 @@ def _stored(
 
 
 def _check_ending(path: Path, call: str) -> None:
-    if os.path.isfile(path) and path.suffix.lower() in _OTHERS:
+    if path.suffix.lower() in _OTHERS:
+        check_file(path, "data file", f"data are {_TAKEN}", call)
         raise TangentError(f"{call}: {path} ends in {path.suffix}; data are {_TAKEN}")
 
 
@@ -191,9 +192,7 @@ def _tabled(table: Table, call: str, text: str | None, label: str | None, most: 
         raise TangentError(f"{call}: {table.source} holds no samples")
     rows = drawn(table.n, most, seed)
     found = from_table(table.take(rows), call, text=text, label=label)
-    if rows is None:
-        return found
-    return Samples(**{**vars(found), "notes": (drawn_note(table.source, table.n, len(rows), seed), *found.notes)})
+    return found if rows is None else of_some(found, table, rows, drawn_note(table.source, table.n, len(rows), seed))
 
 
 def _in_memory(thing: Any, call: str) -> Samples:
