@@ -94,7 +94,7 @@ def test_integers_are_classes_and_decimals_are_amounts_unless_they_can_only_be_c
 
 def test_numeric_columns_are_features_without_the_index(tmp_path: Path) -> None:
     data = read(tmp_path, "iris.csv", "Id,Sepal Length,width,target\n1,5.1,3,0\n2,-.4,1e2,1\n")
-    assert torch.equal(torch.as_tensor(data.x), torch.tensor([[5.1, 3.0], [-0.4, 100.0]]).double())
+    assert torch.equal(torch.as_tensor(data.x), torch.tensor([[5.1, 3.0], [-0.4, 100.0]], dtype=torch.float64))
     assert told(data, "x holds the 2 numeric columns Sepal Length, width")
     assert told(data, "without Id")
 
@@ -139,6 +139,16 @@ def test_at_most_as_many_rows_are_read_as_asked_for_and_told(tmp_path: Path) -> 
     assert told(data, "7 of the 50 samples were read, drawn with seed 3")
 
 
+def test_numbers_of_classes_do_not_depend_on_which_rows_are_read(tmp_path: Path) -> None:
+    rows = "".join(f"t{k},{'abc'[k % 3]}\n" for k in range(30))
+    for seed in range(6):
+        data = read(tmp_path, "a.csv", f"text,label\n{rows}", most=2, seed=seed)
+        assert data.classes == ("a", "b", "c")
+        assert data.texts is not None
+        assert data.y is not None
+        assert data.y.tolist() == [int(text[1:]) % 3 for text in data.texts]
+
+
 def test_texts_held_out_are_padded_and_numbered_together_with_the_others(tmp_path: Path) -> None:
     held = written(tmp_path, "held.csv", "text,label\na longer text,c\n")
     data = read(tmp_path, "a.csv", "text,label\nab,b\nc,a\n", held_out=held)
@@ -170,7 +180,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "no label column": ("a.csv", "review,extra\na,3\n", {},
         r"no column of .* is named as labels are; its columns are review \(text\), extra \(numbers\).* --label none"),
     "no text column": ("a.csv", "name,label\na,3\n", {}, r"named as texts are, and name is not of numbers; .* --text"),
-    "no header": ("a.csv", "good film,1\nbad film,0\n", {}, r"good film \(text\), 1 \(numbers\) \(its first line names them\)"),
+    "no header": ("a.csv", "good film,1\nbad film,0\n", {}, r"1 \(numbers\) \(its first line names them\)"),
     "neither": ("a.csv", "one,two\n1,2\n", {}, r"named as texts or labels are; .* --label none if all are features"),
     "text that is the label": ("a.csv", "text,label\na,b\n", {"text": "label"}, "--text and --label are one column, 'label'"),
     "an unknown label": ("a.csv", "text,label\na,pos\nb,odd\n", {"classes": ("neg", "pos")},
@@ -188,15 +198,15 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "an empty file": ("a.csv", "", {}, "is empty"),
     "a header alone": ("a.csv", "text,label\n", {}, "holds no samples"),
     "an empty list": ("a.json", "[]", {}, "holds no samples"),
-    "ragged rows": ("a.csv", "text,label\ngood,1\nbad, really,0\n", {}, r"has 2 columns \(text, label\), but line 3 has 3 fields"),
+    "ragged rows": ("a.csv", "text,label\ngood,1\nbad, really,0\n", {}, "has 2 columns .*, but line 3 has 3 fields"),
     "an open quote": ("a.csv", 'text,label\n"open,1\nbad,0\n', {}, "line 2 has 1 field;.*close every quote"),
     "a column twice": ("a.csv", "text,text\na,b\n", {}, "several columns text"),
     "zero bytes": ("a.csv", "text,label\na\0,b\n", {}, "zero bytes"),
     "mixed labels": ("a.json", '[{"text":"a","label":"pos"},{"text":"b","label":1}]', {},
         r"is text at object 0 \('pos'\) and a number at object 1 \(1\); give labels of one kind"),
     "objects": ("a.json", '[{"text":{"a":1},"label":"pos"},{"text":"b","label":"neg"}]', {}, "is an object at object 0"),
-    "an object as label": ("a.json", '[{"text":"a","label":{"a":1}}]', {}, "is an object at object 0; labels are numbers or names"),
-    "label lists of several lengths": ("a.json", '[{"text":"a","label":[1]},{"text":"b","label":[1,2]}]', {}, "different lengths"),
+    "an object as label": ("a.json", '[{"text":"a","label":{"a":1}}]', {}, "is an object at .*; labels are numbers or names"),
+    "ragged label lists": ("a.json", '[{"text":"a","label":[1]},{"text":"b","label":[1,2]}]', {}, "different lengths"),
     "an object of lists": ("a.json", '{"train":[{"text":"a"}]}', {}, "holds an object with train; give a list of objects"),
     "a list of numbers": ("a.json", "[1, 2]", {}, "holds int at object 0"),
     "broken JSON": ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, "line 2 of .* is no JSON"),
@@ -224,7 +234,7 @@ def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) -> None
         (lambda texts: {"input_ids": [[1], [1, 2]]}, "the tokenizer failed on 2 texts"),
         (lambda texts: {"input_ids": torch.zeros(3, 1)}, "must give tensors with a row each"),
         (lambda texts: 1 / 0, "ZeroDivisionError"),
-        (lambda texts: {"input_ids": torch.zeros(2, 1), "attention_mask": torch.tensor([[1], [0]])}, "sample 1 has no tokens"),
+        (lambda texts: {"attention_mask": torch.tensor([[1], [0]])}, "sample 1 has no tokens"),
     ],
 )  # fmt: skip
 def test_tokenizers_that_fail_are_named(tmp_path: Path, tokenizer: Callable[..., Any], words: str) -> None:

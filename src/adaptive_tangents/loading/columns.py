@@ -86,7 +86,7 @@ class _Columns:
         pair = next(((a, b) for a, b in pairs if a and b and "text" in (self.kind(a), self.kind(b))), None)
         if pair is not None:
             return pair
-        known = [found for name in _TEXTS if (found := self._found(name)) is not None and found != label]
+        known = [own for name in _TEXTS if (own := self._found(name)) is not None and own != label]
         written = [name for name in known if self.kind(name) in ("text", "mixed", "other")]
         return (written[0],) if written else ()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.loading.columns import from_table
+from adaptive_tangents.loading.columns import from_table, of_some
 from adaptive_tangents.loading.images import ImageForm, stacked
 from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
 from adaptive_tangents.loading.tables import Table
@@ -63,20 +63,22 @@ def from_dataset(
     if not len(found):
         raise TangentError(f"{call}: {source} holds no samples")
     rows = drawn(len(found), most, seed)
-    notes = () if rows is None else (drawn_note(source, len(found), len(rows), seed),)
-    total, found = len(found), found.with_format(None)
+    found = found.with_format(None)
     chosen = found if rows is None else found.select(rows)
     classes = {
         name: tuple(kind.names) for name, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)
     }
     pictured = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
     columns: dict[str, Sequence[Any]] = {n: list(chosen[n]) for n in chosen.column_names if n not in pictured}
-    places = range(total) if rows is None else rows
-    table = Table(source, columns, lambda k: f"row {places[k]}", classes)
+    table = Table(source, columns, lambda k: f"row {k if rows is None else rows[k]}", classes)
     if pictured and not any(isinstance(v, str) for n in columns for v in columns[n][:1] if text == n):
-        return _pictures(table, list(chosen[pictured[0]]), pictured[0], call, label, form or ImageForm(), notes)
-    made = from_table(table, call, text=text, label=label)
-    return Samples(**{**vars(made), "notes": (*notes, *made.notes)})
+        made = _pictures(table, list(chosen[pictured[0]]), pictured[0], call, label, form or ImageForm())
+    else:
+        made = from_table(table, call, text=text, label=label)
+    if rows is None:
+        return made
+    whole = Table(source, {} if made.labels is None else {made.column: list(found[made.column])})
+    return of_some(made, whole, rows, drawn_note(source, len(found), len(rows), seed))
 
 
 def _pictures(
@@ -95,5 +97,5 @@ def _pictures(
     note = f"Images are the column {name!r} of {table.source}, labels the column {made.column!r}."
     return Samples(
         table.source, x=x, labels=made.labels, classes=made.classes, column=made.column, where=table.where,
-        notes=(*notes, note, *said),
+        notes=(note, *said),
     )  # fmt: skip

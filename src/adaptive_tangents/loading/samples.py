@@ -19,8 +19,8 @@ class Samples:
     """Inputs as tensors ``x`` or as ``texts`` (with ``seconds`` if they are pairs), and labels as ``y`` or as values.
 
     ``classes`` are the names that the source itself gives its labels, ``where`` says where a sample is in it, and ``notes``
-    are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only
-    some samples were read, ``labels`` are those of all, so that their names do not depend on the draw, and ``kept`` says which.
+    are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only some
+    samples were read, ``labels`` are those of all, so that their names do not depend on the draw, and ``kept`` says which.
     """
 
     source: str
