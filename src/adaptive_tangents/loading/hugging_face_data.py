@@ -88,7 +88,6 @@ def _pictures(
     call: str,
     label: str | None,
     form: ImageForm,
-    notes: tuple[str, ...],
 ) -> Samples:
     names = [f"{name!r} of {table.where(k)}" for k in range(len(images))]
     x, said = stacked(images, names, table.source, call, form)

@@ -128,10 +128,10 @@ def _matched(values: Sequence[Any], classes: Sequence[str]) -> dict[str, int] | 
     texts = {str(value).strip() for value in values}
     exact = {name.strip(): k for k, name in enumerate(classes)}
     if texts <= exact.keys():
-        return {text: exact[text] for text in texts}
+        return {text: exact[text] for text in sorted(texts)}
     folded = {_key(name): k for k, name in enumerate(classes)}
     if len(folded) == len(classes) and {_key(text) for text in texts} <= folded.keys():
-        return {text: folded[_key(text)] for text in texts}
+        return {text: folded[_key(text)] for text in sorted(texts)}
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from adaptive_tangents.capture.batches import refilled, tensors
+from adaptive_tangents.capture.batches import mapped, refilled, tensors
 from adaptive_tangents.capture.process_state import random_state, set_random_state
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
@@ -98,8 +98,9 @@ def _batch(items: Sequence[Any], collate: Callable[[Any], Any], call: str) -> An
 def _batches(loader: DataLoader[Any], most: int | None) -> list[Any]:
     found, count = [], 0
     for batch in loader:
-        found.append(batch)
-        count += tensors(batch)[0].shape[0] if tensors(batch) else 1
+        alone = any(tensor.ndim == 0 for tensor in tensors(batch))  # single samples
+        found.append(mapped(batch, lambda tensor: tensor[None]) if alone else batch)
+        count += tensors(found[-1])[0].shape[0] if tensors(batch) else 1
         if most is not None and count >= most:
             break
     return found
