@@ -87,6 +87,7 @@ def test_several_sizes_need_the_size_of_training(tmp_path: Path) -> None:
     assert told(data, "scaled to 4x3")
 
 
+@pytest.mark.slow
 def test_the_form_of_training_is_read_beside_the_checkpoint(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     pixels = folder(tmp_path / "data")["cat/0.png"]

@@ -151,7 +151,8 @@ def first_output(model: nn.Module, x: Batch) -> Any:
 def _is_causal(model: nn.Module, x: Batch) -> bool:
     """Whether logits of earlier tokens stay as they are when the last token changes."""
     few, other = (
-        dict(part) if isinstance(part, Mapping) else part for part in (take(x, slice(0, 1)) for _ in range(2))
+        dict(part) if isinstance(part, Mapping) else part
+        for part in (take(take(x, slice(0, 1)), None) for _ in range(2))
     )
     ids = sequences(few)
     assert ids is not None
