@@ -61,8 +61,10 @@ def sentence(found: Mapping[str, Any] | None) -> str | None:
     if all(value is not None for pair in pairs for value in pair):
         own, beside = (f"{first:.2f} to {last:.2f}" for first, last in pairs)
         told.append(f"its centered alignment with the change goes from {own} ({_first(told)}{beside})")
+    if not told:
+        return None
     words = told[0] if len(told) == 1 else f"{', '.join(told[:-1])}, and {told[-1]}"
-    return f"On {held['samples']} samples that training did not see, {words}." if told else None
+    return f"On {held['samples']} samples that training did not see, {words}."
 
 
 def _first(told: list[str]) -> str:
