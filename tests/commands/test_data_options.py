@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
+from adaptive_tangents.loading import as_data, load_tokenizer
 
 runner = CliRunner()
 FACTORY = """
@@ -128,6 +129,10 @@ def test_kernel_reads_texts_by_a_tokenizer_of_a_folder(folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     (folder / "tokens").mkdir()
     tokenizer.save(str(folder / "tokens" / "tokenizer.json"))
+    plain = load_tokenizer(folder / "tokens", "kernel")
+    assert plain.pad_token is None  # type: ignore[attr-defined]
+    assert as_data(["a", "a good film"], tokenizer=plain).x["input_ids"].tolist() == [[2, 0, 0], [2, 3, 5]]
+    assert plain.pad_token is None  # type: ignore[attr-defined]
     (folder / "texts.csv").write_text("text,label\na good film,pos\nthe bad film again,neg\nbad film,neg\n")
     given = ["--model", "factory_of_tables.py:reader", "--data", "texts.csv"]
     done = run("kernel", *given, "--out", "K.zarr")

@@ -128,5 +128,5 @@ def test_what_is_not_known_of_samples_held_out_is_left_out_of_the_sentence() -> 
     known = side(performance={"start": {"mse": 2.0}, "end": {"mse": 0.5}}, growth={"final": 4.0})
     assert sentence({"trained": known, "held_out": known}) == (
         "On 3 samples that training did not see, the mean squared error goes from 2 to 0.5 (trained on: 2 to 0.5), and the "
-        "kernel grows 4.0 times (4.0)."
+        "kernel becomes 4 times as large (4)."
     )

@@ -46,7 +46,7 @@ def sentence(found: Mapping[str, Any] | None) -> str | None:
     >>> side = {"samples": 8, "performance": {"start": None, "end": None}, "growth": {"final": 2.0},
     ...         "alignment_centered": {"change": {"initial": None, "final": None}}}
     >>> sentence({"trained": side, "held_out": side | {"samples": 4}})
-    'On 4 samples that training did not see, the kernel grows 2.0 times (trained on: 2.0).'
+    'On 4 samples that training did not see, the kernel becomes 2 times as large (trained on: 2).'
     """
     if found is None:
         return None
@@ -54,7 +54,7 @@ def sentence(found: Mapping[str, Any] | None) -> str | None:
     told = _performance(held["performance"], trained["performance"])
     growth, other = (side["growth"]["final"] for side in (held, trained))
     if growth is not None and other is not None:
-        told.append(f"the kernel grows {growth:.1f} times ({_first(told)}{other:.1f})")
+        told.append(f"the kernel becomes {growth:.2g} times as large ({_first(told)}{other:.2g})")
     pairs = [
         [side["alignment_centered"]["change"][stage] for stage in ("initial", "final")] for side in (held, trained)
     ]

@@ -1,5 +1,6 @@
 """Texts become tokens by the network's own tokenizer."""
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,17 @@ def load_tokenizer(folder: str | Path, call: str) -> Tokenizer:
             f"{call}: {path} holds no tokenizer that can be read ({told(error)}); give a folder with tokenizer.json, as "
             "tokenizer.save_pretrained writes it"
         ) from error
-    if made.pad_token is None:  # padded positions are masked, so any token will do
-        vocabulary = made.get_vocab()
-        named = next((name for name in ("[PAD]", "<pad>", "<|endoftext|>") if name in vocabulary), None)
-        made.pad_token = made.eos_token or named or min(vocabulary, key=vocabulary.get)
     return made  # type: ignore[no-any-return]
+
+
+def _padding(tokenizer: Any) -> Any:
+    """A tokenizer that can pad: the same, or a copy with a token for it, as padded positions are masked."""
+    if not hasattr(tokenizer, "get_vocab") or getattr(tokenizer, "pad_token", "") is not None:
+        return tokenizer
+    made, vocabulary = copy.deepcopy(tokenizer), tokenizer.get_vocab()
+    named = next((name for name in ("[PAD]", "<pad>", "<|endoftext|>") if name in vocabulary), None)
+    made.pad_token = named or made.eos_token or min(vocabulary, key=vocabulary.get)
+    return made
 
 
 def tokenized(
@@ -51,7 +58,7 @@ def tokenized(
         raise TangentError(f"{call}: --max-length must be at least 1, got {max_length}")
     given = (list(texts),) if seconds is None else (list(texts), list(seconds))
     try:
-        found = tokenizer(*given, **_options(tokenizer, max_length))
+        found = _padding(tokenizer)(*given, **_options(tokenizer, max_length))
         batch = {name: _tensor(value) for name, value in dict(found).items()}
     except Exception as error:  # a user's function
         raise TangentError(
