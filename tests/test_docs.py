@@ -70,6 +70,13 @@ def test_the_page_on_watching_training_runs(capsys: pytest.CaptureFixture[str]) 
     assert "of 500 samples in evaluation mode, exact, summed over all 3 outputs" in capsys.readouterr().out
 
 
+def test_the_page_on_data_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block, "docs/data.md", "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out.startswith("[1, 0, 0, 1, 0, 1] ('cat', 'dog')\n")
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

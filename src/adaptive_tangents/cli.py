@@ -38,6 +38,37 @@ Merged = Annotated[
 Wrt = Annotated[
     list[str] | None, typer.Option(help="Use only parameters whose name matches this pattern; may be repeated.")
 ]
+DataPath = Annotated[
+    Path,
+    typer.Option(
+        help="Samples: .npz (x, or x0, x1, …, or argument names; y; classes), .csv, .tsv, .jsonl, .json, .parquet, a folder "
+        "of images by class, or a folder of Hugging Face datasets."
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Column of texts, two with a comma between for pairs (default: found by its name)."),
+]
+Label = Annotated[str | None, typer.Option(help="Column of labels, none for no labels (default: found by its name).")]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="Samples that training did not see, in the form of --data; told apart.")
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        help="What is measured: loss (of each sample), last-token, or module:function or path/to/file.py:function of what "
+        "the network returns (default: its output; of a causal language model the loss)."
+    ),
+]
+MaxLength = Annotated[int | None, typer.Option(help="The most tokens of a text (default: the tokenizer's limit).")]
+TokenizerFolder = Annotated[Path | None, typer.Option("--tokenizer", help="Folder with tokenizer.json, for texts.")]
+ImageSize = Annotated[
+    str | None, typer.Option(help="Size that images are scaled to: 224, or height and width, 224x256.")
+]
+Normalize = Annotated[
+    str | None,
+    typer.Option(help="Of images: none, imagenet, or means/deviations of the channels, 0.5,0.5,0.5/0.5,0.5,0.5."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of weights, samples and batches; with several seeds, the first.")]
 
 
@@ -116,7 +147,7 @@ def reproduce(
 
 @app.command()
 def inspect(
-    data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names), y, classes.")],
+    data: DataPath,
     model: Model = None,
     start: Annotated[
         Path | None,
@@ -147,6 +178,14 @@ def inspect(
         int | None, typer.Option(help="Nodes of the path average (default: as many as it needs, at most 8).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
+    text: Text = None,
+    label: Label = None,
+    held_out: HeldOut = None,
+    output: Output = None,
+    max_length: MaxLength = None,
+    tokenizer: TokenizerFolder = None,
+    image_size: ImageSize = None,
+    normalize: Normalize = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and nodes, to see it work.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take what an interrupted run into OUT has finished.")
@@ -155,10 +194,12 @@ def inspect(
     """Measure what training did to your network, between two checkpoints or along many."""
     with worded_errors("interrupted; nothing was written"), _extra("inspect"):
         from adaptive_tangents.commands import inspect as command
+        from adaptive_tangents.commands.reading import Reading
 
         command.inspect(
             model, data, out, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, samples=samples,
             seed=seed, outputs=outputs, wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
+            reading=Reading(text, label, held_out, output, max_length, tokenizer, image_size, normalize),
         )  # fmt: skip
 
 
@@ -180,9 +221,7 @@ def compare(
 
 @app.command()
 def forecast(
-    data: Annotated[
-        Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names) and y, the training samples.")
-    ],
+    data: DataPath,
     model: Model = None,
     weights: Annotated[
         Path | None,
@@ -210,21 +249,31 @@ def forecast(
     ] = "all",
     wrt: Wrt = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
+    text: Text = None,
+    label: Label = None,
+    held_out: HeldOut = None,
+    output: Output = None,
+    max_length: MaxLength = None,
+    tokenizer: TokenizerFolder = None,
+    image_size: ImageSize = None,
+    normalize: Normalize = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and steps, to see it work.")] = False,
 ) -> None:
     """Foretell what training will do to your network, without training it."""
     with worded_errors("interrupted; nothing was written"), _extra("forecast"):
         from adaptive_tangents.commands import forecast as command
+        from adaptive_tangents.commands.reading import Reading
 
         command.forecast(
             model, data, out, weights=weights, end=end, base=base, merged=merged, loss=loss, steps=steps, samples=samples,
             seed=seed, outputs=outputs, wrt=wrt, device=device, quick=quick,
+            reading=Reading(text, label, held_out, output, max_length, tokenizer, image_size, normalize),
         )  # fmt: skip
 
 
 @app.command()
 def kernel(
-    data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names).")],
+    data: DataPath,
     out: Annotated[Path, typer.Option(help="Folder of the new store, e.g. K.zarr.")],
     model: Model = None,
     weights: Annotated[
@@ -232,9 +281,7 @@ def kernel(
     ] = None,
     base: Base = None,
     merged: Merged = False,
-    data2: Annotated[
-        Path | None, typer.Option(help="Samples of the columns, .npz (default: those of the rows).")
-    ] = None,
+    data2: Annotated[Path | None, typer.Option(help="Samples of the columns (default: those of the rows).")] = None,
     outputs: Annotated[
         str,
         typer.Option(
@@ -254,17 +301,26 @@ def kernel(
     sketch: Annotated[int | None, typer.Option(help="Sketch features to this many coordinates; not exact.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process uses its own.")] = "cpu",
+    text: Text = None,
+    label: Label = None,
+    output: Output = None,
+    max_length: MaxLength = None,
+    tokenizer: TokenizerFolder = None,
+    image_size: ImageSize = None,
+    normalize: Normalize = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the expected cost and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the store in OUT, if there is one.")] = False,
 ) -> None:
     """Write a tangent kernel of any size to a Zarr store, tile by tile; torchrun adds processes."""
     with worded_errors("interrupted; the same command with --resume makes the missing tiles"):
         from adaptive_tangents.commands import kernel as command
+        from adaptive_tangents.commands.reading import Reading
 
         command.kernel(
             model, data, out, weights=weights, base=base, merged=merged, data2=data2, outputs=outputs, wrt=wrt,
             by_block=by_block, tile=tile, memory_limit=memory_limit, float64=float64, sketch=sketch, seed=seed,
             device=device, plan=plan, resume=resume,
+            reading=Reading(text, label, None, output, max_length, tokenizer, image_size, normalize),
         )  # fmt: skip
 
 

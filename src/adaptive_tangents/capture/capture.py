@@ -67,7 +67,7 @@ def tangent_features(
         params: a state dict to evaluate the model at; None is the model's own values. A prefix that all names share
             ("module.", "_orig_mod.", "model.") is dropped or added, and one under "state_dict" or "model" is found.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
 
     Raises:

@@ -13,6 +13,7 @@ from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.lease import Loan, current, on_loan
 from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
 from adaptive_tangents.capture.refusals import check_is_module, check_parameters, check_tensors
+from adaptive_tangents.capture.returned import found_output, held
 from adaptive_tangents.capture.state_names import Params, fitted, misfit
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, UnfitOutput
@@ -91,7 +92,7 @@ class Network:
 
     def _picked(self, out: Any) -> Any:
         if self.output_fn is None:
-            return out
+            return found_output(out)
         try:
             return self.output_fn(out)
         except (AttributeError, LookupError, TypeError) as error:
@@ -151,7 +152,7 @@ class Network:
     def _checked(self, out: Any, n: int) -> Tensor:
         pick = "pass output_fn=, a function of what the model returns that gives a tensor (n, c)"
         if not isinstance(out, Tensor):
-            raise UnfitOutput(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}")
+            raise UnfitOutput(f"{self.call}: the model returned {type(out).__name__}, not a tensor; {pick}{held(out)}")
         if out.ndim != 2 or out.shape[0] != n:
             raise UnfitOutput(
                 f"{self.call}: the output has shape {tuple(out.shape)}, expected ({n}, c), one row a sample; {pick}"

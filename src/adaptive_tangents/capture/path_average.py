@@ -87,7 +87,7 @@ def average_features(
         max_nodes: the most quadrature nodes.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient. The
             others must not change along the path.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
         buffers: "same" refuses floating buffers that differ between the ends (a batch norm's running statistics, for
             example); "path" moves them along the path with the parameters. Integer buffers stay as at the start.

@@ -7,13 +7,13 @@ import torch
 
 from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
 from adaptive_tangents.commands.console import errors, one_bar, typed
-from adaptive_tangents.commands.opening import data_of, opened
+from adaptive_tangents.commands.reading import Reading, check_trained, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
 from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.problem import InspectConfig
-from adaptive_tangents.loading import as_state, check_runs, fit_data
+from adaptive_tangents.loading import as_state
 from adaptive_tangents.runs.results import write_results
 
 
@@ -34,6 +34,7 @@ def forecast(
     wrt: list[str] | None,
     device: str,
     quick: bool,
+    reading: Reading,
 ) -> None:
     """Foretell, measure, write the results and print the findings."""
     check_device(NAME, device)
@@ -46,13 +47,13 @@ def forecast(
     check_folder(NAME, out, PAGES[KIND]().figures)
     check_exists(NAME, data)
     series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
-    network, states = series.model, list(series.states.values())
+    states = list(series.states.values())
     after = states.pop() if end is not None else None
-    start = states[0] if states else as_state(network, network, NAME)
+    start = states[0] if states else as_state(series.model, series.model, NAME)
     for doubt in series.doubts:
         errors.print(f"warning: {doubt}", soft_wrap=True, highlight=False, markup=False)
-    loaded = data_of(NAME, data, series)
-    check_runs(network, fit_data(loaded, network, NAME), data, NAME)
+    network, loaded = read_data(data, series, NAME, reading)
+    check_trained(loaded, NAME)
     config = InspectConfig(
         samples=InspectConfig.samples if samples is None else samples,
         seed=seed,

@@ -9,12 +9,11 @@ import typer
 from adaptive_tangents.checks import listed
 from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
 from adaptive_tangents.commands.console import console, errors, one_bar, typed
-from adaptive_tangents.commands.opening import data_of, opened
+from adaptive_tangents.commands.reading import Reading, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection.api import inspect_states as run_inspection
-from adaptive_tangents.loading import check_runs, fit_data
 from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
 from adaptive_tangents.runs.own_files import BLOCKS_FILE
@@ -41,6 +40,7 @@ def inspect(
     device: str,
     quick: bool,
     resume: bool,
+    reading: Reading,
 ) -> None:
     """Measure, write the results and print the findings."""
     check_device("inspect", device)
@@ -59,10 +59,10 @@ def inspect(
         _print_order(series.order)
     for doubt in series.doubts:
         _warn(doubt)
-    loaded = data_of("inspect", data, series)
-    check_runs(series.model, fit_data(loaded, series.model), data)
+    most = InspectConfig.samples if samples is None else samples
+    network, loaded = read_data(data, series, "inspect", reading, most=most, seed=seed)
     config = InspectConfig(
-        samples=InspectConfig.samples if samples is None else samples,
+        samples=most,
         seed=seed,
         outputs=outputs,
         wrt=series.selected(wrt),
@@ -74,7 +74,7 @@ def inspect(
             warnings.simplefilter("always", TangentWarning)
             warnings.showwarning = _shown  # type: ignore[assignment]
             found = run_inspection(
-                series.model, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
+                network, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
                 said={"command": typed(), "model": series.source, "data_file": data.name},
                 progress=progress, show=_print_plan, kept=kept, names=series.names,
             )  # fmt: skip

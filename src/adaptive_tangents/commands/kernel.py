@@ -10,9 +10,9 @@ import torch
 
 from adaptive_tangents.commands.checks import check_device, check_exists
 from adaptive_tangents.commands.console import console, one_bar
-from adaptive_tangents.commands.opening import data_of, opened
+from adaptive_tangents.commands.reading import Reading, opened, read_data
 from adaptive_tangents.features.kernel_layout import check_outputs
-from adaptive_tangents.loading import check_runs, fit_data, pick
+from adaptive_tangents.loading import pick
 from adaptive_tangents.runtime.memory import parse_bytes
 from adaptive_tangents.sketching import Sketch
 from adaptive_tangents.storage import kernel_to_store, plan_kernel
@@ -38,6 +38,7 @@ def kernel(
     device: str,
     plan: bool,
     resume: bool,
+    reading: Reading,
 ) -> None:
     """Print the plan, and make the store unless only the plan was asked for."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,13 +49,11 @@ def kernel(
     for file in (data,) if data2 is None else (data, data2):
         check_exists("kernel", file)
     series = opened("kernel", model=model, start=weights, base=base, merged=merged, device=device)
-    network = series.model
     for state in series.states.values():
-        network.load_state_dict(state)
+        series.model.load_state_dict(state)
     batches = []
     for file in (data,) if data2 is None else (data, data2):
-        loaded = fit_data(data_of("kernel", file, series), network, "kernel")
-        check_runs(network, loaded, file, "kernel")
+        network, loaded = read_data(file, series, "kernel", reading, show=rank == 0)
         batches.append(loaded.x)
     x, x2 = batches[0], None if data2 is None else batches[1]
     arguments: dict[str, Any] = {

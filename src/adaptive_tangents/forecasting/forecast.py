@@ -73,7 +73,7 @@ def forecast(
             nothing else to choose.
         wrt: the parameters that will be trained: a name pattern, a parameter, or several; None is all that require a
             gradient.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         seed: of the choice of held-out samples.
         memory_limit: bytes that may be used; None is half of what is free.
         progress: called with the stage and the fraction of the work that is done.

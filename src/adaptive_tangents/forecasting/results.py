@@ -270,7 +270,7 @@ def load_forecast(
         path: of the file.
         model: the network, for ``kernels``; None reads the numbers and states alone.
         x: samples on which ``alignment`` is measured.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
 
     Raises:
         TangentError: when the file cannot be read, or is no forecast.

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.evaluation import in_evaluation
-from adaptive_tangents.inspection.given import data_of, opened
+from adaptive_tangents.inspection.given import name_of, opened
 from adaptive_tangents.inspection.kept import Kept
 from adaptive_tangents.inspection.plan import Plan
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.inspection.results import Inspection, made
 from adaptive_tangents.inspection.run import NAME, run
-from adaptive_tangents.loading import Data, check_runs, fit_data
+from adaptive_tangents.loading import Data, as_data, check_runs, fit_data, output_of
 from adaptive_tangents.loading.checkpoint_order import doubted
 from adaptive_tangents.runtime.progress import Progress, silent
 
@@ -25,15 +25,21 @@ State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
 
 
 def inspect(
-    model: nn.Module | str,
+    model: nn.Module | str | None,
     start: State,
     end: State | None = None,
     data: Any = None,
     *,
+    held_out: Any = None,
     checkpoints: Mapping[str, State] | Sequence[State] | None = None,
     samples: int = InspectConfig.samples,
     seed: int = 0,
+    output: str | Callable[[Any], Tensor] | None = None,
     outputs: str = "auto",
+    text: str | None = None,
+    label: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    merged: bool = False,
     wrt: str | Sequence[str] | None = None,
     nodes: int | None = None,
     quick: bool = False,
@@ -45,18 +51,27 @@ def inspect(
     the network's change f_T − f₀ and with the labels, as a whole and block by block.
 
     Args:
-        model: the network, which is left as found; it is measured in evaluation mode. Or "package.module:factory" or
-            "path/to/file.py:factory", as for the command.
-        start: the parameters before training: a state dict, a module that holds them, or the path of a checkpoint.
+        model: the network, which is left as found; it is measured in evaluation mode. Or "package.module:factory",
+            "path/to/file.py:factory" or "timm:NAME", as for the command. None takes the network that start and end describe,
+            as folders of transformers and peft do.
+        start: the parameters before training: a state dict, a module that holds them, or the path of a checkpoint, a file or
+            a folder.
         end: those after training, likewise; None takes the model's present ones.
-        data: samples to measure on: a pair (x, y) of inputs and labels or targets, x alone, or the path of a file. Labels are
-            class numbers (n,); targets are real, (n,) or (n, c).
+        data: samples to measure on: a pair (x, y) of inputs and labels or targets, x alone, a Dataset, a DataLoader, a list
+            of texts, or the path of a file or folder. Labels are class numbers (n,) or words; targets are real, (n,) or (n, c).
+        held_out: samples that training did not see, in any of these forms; they are told apart.
         checkpoints: states between start and end in the order of training, by title or in a list.
         samples: how many samples the kernels are of, at least 4; fewer if there are fewer.
         seed: of which samples.
+        output: what is measured: "loss" (of each sample), "last-token", "module:function", or a function of what the network
+            returns that gives (n, c). None is the network's output, and of a causal language model the loss.
         outputs: "auto", "main", "main:K", "margin", "all", or outputs by number or class name, separated by commas.
             "auto" measures one output as it is, and several along the direction of output space in which training moved the
             samples apart most.
+        text: the column of texts of a table, two separated by a comma for pairs; None finds it by its name.
+        label: the column of labels, "none" for no labels; None finds it by its name.
+        base: the folder of the network that adapters were trained on; None is the one that they name.
+        merged: whether adapters are merged into the weights, so that these are measured.
         wrt: patterns of parameter names; None measures all. The others must be the same in all states.
         nodes: of the path average; None takes as many as it needs, at most 8.
         quick: few samples and nodes, to see it work.
@@ -81,21 +96,25 @@ def inspect(
     """
     if data is None:
         raise TangentError(f"{NAME}: no data; give the samples to measure on, data=(x, y) or data=x")
-    config = InspectConfig(
-        samples=samples, seed=seed, outputs=outputs, wrt=(wrt,) if isinstance(wrt, str) else tuple(wrt) if wrt else None,
-        nodes=nodes,
+    found = opened(model, start, end, checkpoints, base, merged)
+    loaded = as_data(
+        data, NAME, held_out=held_out, text=text, label=label, tokenizer=found.tokenizer,
+        classes=None if found.causal else found.classes, most=samples, seed=seed,
     )  # fmt: skip
-    found = opened(model, start, end, checkpoints)
-    loaded, named = data_of(data)
+    named = name_of(data)
+    patterns = (wrt,) if isinstance(wrt, str) else tuple(wrt or ())
+    config = InspectConfig(samples=samples, seed=seed, outputs=outputs, wrt=found.selected(patterns), nodes=nodes)
     for doubt in found.doubts:
         warnings.warn(f"{NAME}: {doubt}", TangentWarning, stacklevel=2)
 
     def measured() -> Inspection:
-        check_runs(found.model, fit_data(loaded, found.model), Path(named))
+        fitted = fit_data(loaded, found.model)
+        check_runs(found.model, fitted, Path(named))
+        network, fitted = output_of(output, found.model, fitted, NAME, causal=found.causal or None)
         return inspect_states(
-            found.model, found.states, loaded, config.quick() if quick else config, doubts=found.doubts,
-            progress=silent if progress is None else progress,
-            said={"command": _typed(config, quick), "model": found.name, "data_file": named},
+            network, found.states, fitted, config.quick() if quick else config, doubts=found.doubts,
+            progress=silent if progress is None else progress, names=found.names,
+            said={"command": _typed(config, quick), "model": found.source, "data_file": named},
         )  # fmt: skip
 
     return in_evaluation(found.model, measured)

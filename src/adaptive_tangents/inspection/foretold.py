@@ -44,11 +44,12 @@ def run_forecast(
 ) -> RunResult:
     """Foretell training from ``start`` on all samples, and measure the change as an inspection does.
 
-    ``end`` is the state after training, which the forecast does not see. Raises TangentError as ``forecast`` and ``run`` do,
-    when data have no targets, or when no change is foretold.
+    ``end`` is the state after training, which the forecast does not see, as it does not see samples held out. Raises
+    TangentError as ``forecast`` and ``run`` do, when data have no targets, or when no change is foretold.
     """
     data = fit_data(data, model, NAME)
-    y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1)).x), data, loss)
+    seen = data if data.held_out is None else data.take((~data.held_out).nonzero()[:, 0])
+    y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1)).x), seen, loss)
 
     def part(first: float, share: float) -> Progress:
         return lambda stage, fraction: progress(stage, first + share * fraction)
@@ -58,7 +59,7 @@ def run_forecast(
         model.load_state_dict(dict(start), strict=False)
     try:
         told = forecast(
-            model, data.x, y, loss=loss, steps=steps, wrt=config.wrt, seed=config.seed, output_fn=lambda out: pick(out, NAME),  # type: ignore[arg-type]
+            model, seen.x, y, loss=loss, steps=steps, wrt=config.wrt, seed=config.seed, output_fn=lambda out: pick(out, NAME),  # type: ignore[arg-type]
             progress=part(0.0, _PART),
         )  # fmt: skip
     finally:

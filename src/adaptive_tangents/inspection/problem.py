@@ -11,6 +11,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
+from adaptive_tangents.inspection.sampling import held_out_note, sampled
 from adaptive_tangents.inspection.tangents import Cost, Tangents, cost_of, fitting_chunk
 from adaptive_tangents.loading import Data, fit_data
 
@@ -78,11 +79,11 @@ def pose(
     wanted = min(config.samples, data.n)
     order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed)).to(tensors(data.x)[0].device)
     before = kept.get(_CHOICES)
-    limits, count = [], wanted if before is None else int(before.numbers["samples"])
+    limits, count = list[str](), wanted if before is None else int(before.numbers["samples"])
     if wanted < data.n:
         limits.append(f"Kernels are of {wanted} of the {data.n:,} samples, drawn with seed {config.seed}.")
     while True:
-        index = order[:count].sort().values
+        index = sampled(count, data.held_out, order)
         chosen = data.take(index)
         outputs = _outputs(model, states, chosen)
         if before is not None:
@@ -108,6 +109,7 @@ def pose(
         limits = [
             f"Memory holds the features of {count} samples, so only that many of the {wanted} requested were used."
         ]
+    limits += [*data.notes, *held_out_note(chosen.held_out)]
     choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk}
     if before is None:
         kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))

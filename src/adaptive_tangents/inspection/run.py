@@ -19,6 +19,7 @@ from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
+from adaptive_tangents.inspection.held_out import held_out_numbers
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
 from adaptive_tangents.inspection.names import renamed
@@ -155,6 +156,7 @@ def run(
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         **numbers,
+        "held_out": held_out_numbers(problem, measured.wholes),
         "trajectory": trajectory,
         "interrupted": _said(stages.missing),
         "plan": {"passes": plan.passes, "bytes": plan.bytes, "seconds": {s.name: s.seconds for s in plan.stages}},
@@ -171,7 +173,9 @@ def _origin(
     return {
         "versions": json.dumps(versions()),
         "settings": json.dumps(asdict(config)),
-        "samples": fingerprint({"x": batch_fingerprint(data.x), "y": data.y, "classes": data.classes}),
+        "samples": fingerprint(
+            {"x": batch_fingerprint(data.x), "y": data.y, "classes": data.classes, "held_out": data.held_out}
+        ),
         **{f"checkpoint {name}": fingerprint(state) for name, state in states.items()},
     }
 

@@ -18,7 +18,7 @@ from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import Problem
 from adaptive_tangents.inspection.samples import order_of
 from adaptive_tangents.inspection.starts import start_of
-from adaptive_tangents.loading import Data
+from adaptive_tangents.loading import Data, inner
 from adaptive_tangents.measures.alignment import alignment, cka
 from adaptive_tangents.runs.record import flatten
 
@@ -113,7 +113,7 @@ def names_of(blocks: Iterable[str], reduction: Reduction) -> dict[str, str]:
 def _network(model: nn.Module, blocks: Mapping[str, Any]) -> dict[str, Any]:
     count = sum(p.numel() for p in model.parameters())
     measured = sum(int(np.prod(numbers["shape"])) for numbers in blocks.values())
-    return {"class": type(model).__name__, "parameters": count, "measured": measured, "blocks": len(blocks)}
+    return {"class": type(inner(model)).__name__, "parameters": count, "measured": measured, "blocks": len(blocks)}
 
 
 def _described(data: Data, problem: Problem) -> dict[str, Any]:
@@ -159,7 +159,9 @@ def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str,
 
 
 def performance_of(outputs: Tensor, data: Data) -> dict[str, float] | None:
-    """Accuracy for labels, or mean squared error for real targets, on the measured samples."""
+    """Accuracy for labels, mean squared error for real targets, or the mean of losses, on the measured samples."""
+    if data.loss:
+        return {"loss": float(outputs.double().mean())}
     if data.y is None:
         return None
     if data.labels is not None and (outputs.shape[1] > 1 or len(torch.unique(data.labels)) == 2):

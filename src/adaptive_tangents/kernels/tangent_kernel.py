@@ -78,7 +78,7 @@ def tangent_kernel(
         params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to give one kernel per block, by name; they add up to the whole.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
         tile: samples along a side of a tile; None is as many as memory allows.
         sketch: gives an unbiased estimate from this sketch, a ``SketchedKernel`` with the error of every entry; None is

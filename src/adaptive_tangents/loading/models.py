@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,24 @@ from adaptive_tangents.loading.data import Data
 from adaptive_tangents.loading.words import INSPECT, listed_names, optional, told
 
 _TIMM = "timm:"
+
+
+def load_function(spec: str, call: str = INSPECT, option: str = "--output") -> Callable[..., Any]:
+    """The function `package.module:function` or `path/to/file.py:function`. Raises TangentError if there is none."""
+    source, separator, name = spec.rpartition(":")
+    if not separator or not source or not name:
+        raise TangentError(
+            f"{call}: {option} is package.module:function or path/to/file.py:function, got {spec!r}; name the function after "
+            "a colon"
+        )
+    module = _module(source, call)
+    found = getattr(module, name, None)
+    if not callable(found):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TangentError(
+            f"{call}: {source} has no function {name!r}; it holds {listed_names(public) or 'no functions'}; name one of these"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def load_model(spec: str, call: str = INSPECT) -> nn.Module:

@@ -55,6 +55,7 @@ class Series:
         causal: whether it is a causal language model.
         order: the checkpoints and what they were put in order by; None if start and end were given.
         doubts: sentences on what may be wrong with the series.
+        folders: where a tokenizer or a preprocessor may lie beside the weights.
         names: parameters and modules that peft made longer, with the names to show them by.
         source: what the network was made from, in words.
     """
@@ -66,6 +67,7 @@ class Series:
     causal: bool = False
     order: Order | None = None
     doubts: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
     source: str = ""
 
@@ -154,7 +156,7 @@ def open_series(
     places += (Path(model),) if isinstance(model, str) and os.path.isdir(model) else ()
     return Series(
         network, states, tokenizer=Tokenizer(places, network, call) if places else None, classes=classes_of(network),
-        causal=is_causal(network), order=order, doubts=doubts, source=source, **more,
+        causal=is_causal(network), order=order, doubts=doubts, folders=places, source=source, **more,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class TangentModule(nn.Module):
         structure: which transforms M are allowed; a mapping gives structures by patterns of block names, as in ``Mixed``.
         params: a state dict with θ₀; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         rank: limits the rank of M − I for each side that is a matrix; None sets no limit.
 
     Raises:

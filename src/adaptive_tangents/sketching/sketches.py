@@ -346,7 +346,7 @@ def sketch_features(
         sketch: the sketch.
         params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
         progress: called with "samples" and the fraction that is done.
 

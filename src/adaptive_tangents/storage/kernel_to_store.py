@@ -76,7 +76,7 @@ def kernel_to_store(
         params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to store one kernel per block, by name; they add up to the whole.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         tile: samples along a side of a tile; None is chosen by memory.
         memory_limit: bytes that each process may use; None is half of what is free, shared by the processes of a machine.
         dtype: float64 or float32 evaluates the network in it; bfloat16 keeps features in it, with an error of at most about
@@ -153,7 +153,7 @@ def plan_kernel(
         params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to store one kernel per block, by name; they add up to the whole.
-        output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
+        output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         tile: samples along a side of a tile; None is chosen by memory.
         memory_limit: bytes that each process may use; None is half of what is free, shared by the processes of a machine.
         dtype: as in ``kernel_to_store``.

@@ -1,0 +1,191 @@
+"""Samples as a source holds them, texts and names included, and how several sources become one batch of tensors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_tangents.capture.batches import Batch, described, refilled, samples, tensors
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading.data import Data
+from adaptive_tangents.loading.labels import Column, numbered
+from adaptive_tangents.loading.texts import Tokenizer, tokenized
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs as tensors ``x`` or as ``texts`` (with ``seconds`` if they are pairs), and labels as ``y`` or as values.
+
+    ``classes`` are the names that the source itself gives its labels, ``where`` says where a sample is in it, and ``notes``
+    are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only some
+    samples were read, ``labels`` are those of all, so that their names do not depend on the draw, and ``kept`` says which.
+    """
+
+    source: str
+    x: Batch | None = None
+    texts: tuple[str, ...] | None = None
+    seconds: tuple[str, ...] | None = None
+    y: Tensor | None = None
+    labels: tuple[Any, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    column: str = "label"
+    where: Callable[[int], str] = "sample {}".format
+    notes: tuple[str, ...] = ()
+    shown: tuple[str, ...] | None = None
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.texts) if self.texts is not None else samples(self.x)  # type: ignore[arg-type]
+
+
+def drawn(n: int, most: int | None, seed: int) -> list[int] | None:
+    """Which of n samples to read if at most ``most`` are wanted, in order; None is all of them."""
+    if most is None or n <= most:
+        return None
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most]
+    return sorted(chosen.tolist())
+
+
+def drawn_note(source: str, n: int, most: int, seed: int) -> str:
+    """The sentence for samples that were left out."""
+    return f"Of {source}, {most} of the {n:,} samples were read, drawn with seed {seed}."
+
+
+def joined(
+    parts: Sequence[Samples],
+    call: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    classes: Sequence[str] | None = None,
+    max_length: int | None = None,
+) -> Data:
+    """One batch of all parts: the samples trained on first, then, if there is a second part, those held out."""
+    xs, notes = _inputs(parts, call, tokenizer, max_length)
+    y, names, told = _targets(parts, call, None if classes is None else tuple(classes))
+    texts = [_shown(part) for part in parts]
+    held = torch.repeat_interleave(torch.arange(len(parts)) > 0, torch.tensor([part.n for part in parts]))
+    said = [note for part in parts for note in part.notes] + notes + told
+    if len(parts) > 1:
+        said.insert(0, f"{parts[1].n:,} samples are held out ({parts[1].source}): training did not see them.")
+    return Data(
+        _together(xs, parts, call),
+        y,
+        names,
+        texts=None if None in texts else tuple(text for each in texts if each for text in each),
+        held_out=held if len(parts) > 1 else None,
+        notes=tuple(dict.fromkeys(said)),
+    )
+
+
+def _shown(part: Samples) -> tuple[str, ...] | None:
+    if part.texts is None or part.seconds is None:
+        return part.texts or part.shown
+    return tuple(f"{first} / {second}" for first, second in zip(part.texts, part.seconds, strict=True))
+
+
+def _inputs(
+    parts: Sequence[Samples], call: str, tokenizer: Tokenizer | None, max_length: int | None
+) -> tuple[list[Batch], list[str]]:
+    """Every part's tensors; texts of all parts are tokenized at once, so that they are padded alike."""
+    written = [part for part in parts if part.texts is not None]
+    if not written:
+        return [part.x for part in parts if part.x is not None], []
+    if tokenizer is None:
+        raise TangentError(
+            f"{call}: {written[0].source} holds texts, and nothing says how the network's tokens are made of them; give "
+            "--tokenizer DIR (in Python tokenizer=), a folder with tokenizer.json, or tokens as integers in an .npz file"
+        )
+    if len({part.seconds is None for part in written}) > 1:
+        raise TangentError(
+            f"{call}: {parts[0].source} and {parts[1].source} must both hold one text a sample, or both two"
+        )
+    texts = [text for part in written for text in part.texts or ()]
+    seconds = None if written[0].seconds is None else [text for part in written for text in part.seconds or ()]
+    whole, notes = tokenized(tokenizer, texts, seconds, max_length, call)
+    found: list[Batch] = []
+    first = 0
+    for part in parts:
+        if part.texts is None:
+            assert part.x is not None
+            found.append(part.x)
+        else:
+            found.append({name: value[first : first + part.n] for name, value in whole.items()})
+            first += part.n
+    return found, notes
+
+
+def _together(xs: Sequence[Batch], parts: Sequence[Samples], call: str) -> Batch:
+    if len(xs) == 1:
+        return xs[0]
+    forms = [_form(x) for x in xs]
+    if forms[0] != forms[1]:
+        raise TangentError(
+            f"{call}: the samples of {parts[0].source} ({described(xs[0])}) and those held out, of {parts[1].source} "
+            f"({described(xs[1])}), are not of one form; give both in the same shape"
+        )
+    whole: Batch = refilled(xs[0], [torch.cat(pair) for pair in zip(*map(tensors, xs), strict=True)])
+    return whole
+
+
+def _form(x: Batch) -> Any:
+    names = sorted(x) if isinstance(x, Mapping) else type(x).__name__
+    ordered = [x[name] for name in names] if isinstance(x, Mapping) else tensors(x)
+    return names, [(tuple(t.shape[1:]), t.dtype) for t in ordered]
+
+
+def _targets(
+    parts: Sequence[Samples], call: str, classes: tuple[str, ...] | None
+) -> tuple[Tensor | None, tuple[str, ...] | None, list[str]]:
+    """Labels of all parts, numbered alike, and their names."""
+    given = [part for part in parts if part.y is not None or part.labels is not None]
+    named = next((part.classes for part in parts if part.classes is not None), None)
+    if not given:
+        return None, classes or named, []
+    if len(given) < len(parts):
+        without = next(part for part in parts if part not in given)
+        raise TangentError(
+            f"{call}: {given[0].source} has labels and {without.source} has none; give labels in both, or in neither"
+        )
+    raw = [
+        Column(part.source, part.column, part.labels, part.where, part.classes)
+        for part in parts
+        if part.labels is not None
+    ]
+    known, notes = classes or named, list[str]()
+    values = iter(list[Tensor]())
+    if raw:
+        # Names that go with numbers of another part are its classes, too.
+        fixed = classes or (named if len(raw) < len(parts) else None)
+        found, known, notes = numbered(raw, fixed, call)
+        chosen = (part.kept for part in parts if part.labels is not None)
+        values = iter([y if kept is None else y[list(kept)] for y, kept in zip(found, chosen, strict=True)])
+    ys = [part.y if part.y is not None else next(values) for part in parts]
+    _check_range(parts, ys, classes, call)
+    if len({(y.is_floating_point(), tuple(y.shape[1:])) for y in ys}) > 1:
+        raise TangentError(
+            f"{call}: the labels of {parts[0].source} ({_kind(ys[0])}) and those of {parts[1].source} ({_kind(ys[1])}) "
+            "are not of one kind; give both alike"
+        )
+    return torch.cat(ys), known, notes
+
+
+def _kind(y: Tensor) -> str:
+    return f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+
+
+def _check_range(parts: Sequence[Samples], ys: Sequence[Tensor], classes: tuple[str, ...] | None, call: str) -> None:
+    """Class numbers in tensors must be among the network's classes."""
+    for part, y in zip(parts, ys, strict=True):
+        if classes is None or len(classes) < 2 or y.ndim != 1 or y.is_floating_point() or not len(y):
+            continue
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= len(classes):
+            bad = low if low < 0 else high
+            raise TangentError(
+                f"{call}: {part.source} holds the label {bad}, but the network has {len(classes)} classes, numbered from 0; "
+                "correct the labels, or leave out samples without one"
+            )

@@ -1,0 +1,231 @@
+"""Data from whatever users have: files, folders, and objects in Python."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive_tangents.capture.batches import Batch, Record, mapped
+from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading.columns import from_table, of_some
+from adaptive_tangents.loading.data import Data
+from adaptive_tangents.loading.hugging_face_data import (
+    from_dataset,
+    is_dataset,
+    is_dataset_folder,
+    load_dataset_folder,
+)
+from adaptive_tangents.loading.images import ImageForm, is_image_folder, read_images
+from adaptive_tangents.loading.npz import read_npz
+from adaptive_tangents.loading.samples import Samples, drawn, drawn_note, joined
+from adaptive_tangents.loading.streams import from_stream, is_stream, split
+from adaptive_tangents.loading.tables import READERS, Table, from_frame, read_table
+from adaptive_tangents.loading.texts import Tokenizer
+from adaptive_tangents.loading.words import INSPECT, check_file, listed_names, told
+
+_OTHERS = (
+    ".txt",
+    ".xlsx",
+    ".xls",
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".hdf5",
+    ".arrow",
+    ".feather",
+    ".gz",
+    ".zip",
+)
+_TAKEN = ".npz, .csv, .tsv, .json, .jsonl, .parquet, a folder of images by class, or a folder of Hugging Face datasets"
+
+
+def load_data(
+    path: str | Path,
+    call: str = INSPECT,
+    *,
+    held_out: str | Path | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    classes: Sequence[str] | None = None,
+    max_length: int | None = None,
+    images: ImageForm | None = None,
+    most: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """The samples in a file or folder.
+
+    Args:
+        path: `.npz` (x, or x0, x1, …, or argument names; y; classes), a table (`.csv`, `.tsv`, `.json`, `.jsonl`,
+            `.parquet`), a folder of images by class, or a folder that `datasets` saved.
+        call: the call that errors name.
+        held_out: a second one, of samples that training did not see; they follow the others, and ``Data.held_out`` marks
+            them.
+        text: the column of texts, two separated by a comma for pairs; None finds it by its name.
+        label: the column of labels, "none" for no labels; None finds it by its name.
+        tokenizer: takes a list of texts and gives a dict of tensors.
+        classes: the network's names of its outputs; labels as text become its numbers.
+        max_length: the most tokens of a text; None is the tokenizer's own limit.
+        images: size and normalization of images; None leaves their size, and scales them to 0…1.
+        most: the most samples to read from each, drawn with ``seed``; None reads all.
+        seed: of that draw.
+
+    Raises:
+        TangentError: if nothing can be read, or it stays open which column is which, or labels do not fit the network.
+    """
+    return as_data(
+        Path(path), call, held_out=None if held_out is None else Path(held_out), text=text, label=label, tokenizer=tokenizer,
+        classes=classes, max_length=max_length, images=images, most=most, seed=seed,
+    )  # fmt: skip
+
+
+def as_data(
+    thing: Any,
+    call: str = INSPECT,
+    *,
+    held_out: Any = None,
+    text: str | None = None,
+    label: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    classes: Sequence[str] | None = None,
+    max_length: int | None = None,
+    images: ImageForm | None = None,
+    most: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """The samples of what users have in Python; the arguments are those of `load_data`.
+
+    Args:
+        thing: a `Data`, a path, a pair (x, y), a batch x, a list of texts, a torch Dataset or DataLoader, a
+            `datasets.Dataset`, or a pandas DataFrame. A mapping's "labels" or "label" become y.
+        call: the call that errors name.
+        held_out: another one, of samples that training did not see.
+        text: as in `load_data`.
+        label: as in `load_data`.
+        tokenizer: as in `load_data`.
+        classes: as in `load_data`.
+        max_length: as in `load_data`.
+        images: as in `load_data`.
+        most: the most samples to take of each; an IterableDataset needs it.
+        seed: of which samples are taken of those that can be indexed.
+
+    Raises:
+        TangentError: as `load_data`, and for things that are none of these.
+
+    >>> as_data((torch.randn(4, 3), ["dog", "cat", "cat", "dog"])).y
+    tensor([1, 0, 0, 1])
+    """
+    if isinstance(thing, Data) and held_out is None:
+        return thing
+    if most is not None and most < 1:
+        raise TangentError(f"{call}: most must be at least 1, got {most}")
+    parts = [
+        _read(each, call, text=text, label=label, images=images, most=most, seed=seed)
+        for each in (thing, held_out)
+        if each is not None
+    ]
+    return joined(parts, call, tokenizer=tokenizer, classes=classes, max_length=max_length)
+
+
+def _read(
+    thing: Any, call: str, *, text: str | None, label: str | None, images: ImageForm | None, most: int | None, seed: int
+) -> Samples:
+    if isinstance(thing, Data):
+        return Samples("the data", x=thing.x, y=thing.y, classes=thing.classes, notes=thing.notes, shown=thing.texts)
+    if isinstance(thing, str | Path):
+        try:
+            return _stored(Path(thing), call, text=text, label=label, images=images, most=most, seed=seed)
+        except OSError as error:
+            raise TangentError(f"{call}: {thing} cannot be read ({told(error)}); check the file") from error
+    if is_dataset(thing):
+        return from_dataset(thing, call, text=text, label=label, form=images, most=most, seed=seed)
+    if is_stream(thing):
+        return from_stream(thing, call, most=most, seed=seed)
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(thing, pandas.DataFrame):
+        return _tabled(from_frame(thing), call, text, label, most, seed)
+    return _in_memory(thing, call)
+
+
+def _stored(
+    path: Path, call: str, *, text: str | None, label: str | None, images: ImageForm | None, most: int | None, seed: int
+) -> Samples:
+    """The samples in a file or a folder."""
+    if os.path.isdir(path):
+        if is_dataset_folder(path):
+            found = load_dataset_folder(path, call)
+            return from_dataset(found, call, str(path), text=text, label=label, form=images, most=most, seed=seed)
+        return _folder(path, call, images, most, seed)
+    if path.suffix.lower() in READERS:
+        return _tabled(read_table(path, call), call, text, label, most, seed)
+    _check_ending(path, call)
+    return read_npz(path, call)
+
+
+def _check_ending(path: Path, call: str) -> None:
+    if path.suffix.lower() in _OTHERS:
+        check_file(path, "data file", f"data are {_TAKEN}", call)
+        raise TangentError(f"{call}: {path} ends in {path.suffix}; data are {_TAKEN}")
+
+
+def _folder(path: Path, call: str, images: ImageForm | None, most: int | None, seed: int) -> Samples:
+    if is_image_folder(path):
+        return read_images(path, call, images, most=most, seed=seed)
+    held = sorted(each.name for each in path.iterdir())
+    files = [name for name in held if Path(name).suffix.lower() in (*READERS, ".npz")]
+    inner = [name for name in held if (path / name).is_dir() and is_dataset_folder(path / name)]
+    remedy = f"give one of them, such as {path / (files or inner)[0]}" if files or inner else f"data are {_TAKEN}"
+    raise TangentError(
+        f"{call}: the folder {path} holds {listed_names(held) or 'nothing'}, not data by itself; {remedy}"
+    )
+
+
+def _tabled(table: Table, call: str, text: str | None, label: str | None, most: int | None, seed: int) -> Samples:
+    if not table.columns or not table.n:
+        raise TangentError(f"{call}: {table.source} holds no samples")
+    rows = drawn(table.n, most, seed)
+    found = from_table(table.take(rows), call, text=text, label=label)
+    return found if rows is None else of_some(found, table, rows, drawn_note(table.source, table.n, len(rows), seed))
+
+
+def _in_memory(thing: Any, call: str) -> Samples:
+    """A batch, a pair of inputs and labels, or a list of texts."""
+    source = "the data"
+    if isinstance(thing, tuple) and len(thing) == 2 and not hasattr(thing, "_fields"):
+        x, y = thing
+        found = split((_inputs(x, call), y), call, source)
+        labels = found.y if found.y is not None else found.labels
+        made = Samples(source, texts=tuple(x), y=found.y, labels=found.labels) if _are_texts(x) else found
+        if labels is not None and len(labels) != made.n:
+            raise TangentError(f"{call}: x holds {made.n} samples and y {len(labels)}; give a label for every sample")
+        return made
+    if _are_texts(thing):
+        return Samples(source, texts=tuple(thing))
+    x = _inputs(thing, call)
+    return split(x, call, source) if isinstance(x, Mapping) else Samples(source, x=x)
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list | tuple | np.ndarray) and len(x) > 0 and all(isinstance(each, str) for each in x)
+
+
+def _inputs(x: Any, call: str) -> Batch:
+    if _are_texts(x):
+        return {}
+    x = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) and x.dtype.kind in "fiub" else x
+    if isinstance(x, Mapping):
+        x = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in x.items()}
+    if not isinstance(x, Tensor | Mapping | tuple | list | Record) or isinstance(x, type):
+        raise TangentError(
+            f"{call}: data are a path, a batch x, a pair (x, y), a torch Dataset or DataLoader, a datasets.Dataset or a "
+            f"DataFrame; got {type(x).__name__}"
+        )
+    found: Batch = mapped(x, lambda tensor: tensor)
+    return found
