@@ -211,6 +211,10 @@ def test_the_base_as_the_start_is_the_adapter_before_training_and_is_said(place:
     series = opened(start=place / "base", end=place / "lora" / "checkpoint-4")
     assert len(series.doubts) == 1
     assert "with B = 0, and with the A of the end" in series.doubts[0]
+    start, end = series.states.values()
+    sides = [name for name in start if "lora_A" in name]
+    assert sides
+    assert all(torch.equal(start[name], end[name]) for name in sides)
     wanted = outputs(from_transformers(place / "base"), None, data(place).x)
     torch.testing.assert_close(outputs(series.model, series.states["base"], data(place).x), wanted, rtol=0, atol=1e-6)
     refused(
