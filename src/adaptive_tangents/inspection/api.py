@@ -58,7 +58,8 @@ def inspect(
             a folder.
         end: those after training, likewise; None takes the model's present ones.
         data: samples to measure on: a pair (x, y) of inputs and labels or targets, x alone, a Dataset, a DataLoader, a list
-            of texts, or the path of a file or folder. Labels are class numbers (n,) or words; targets are real, (n,) or (n, c).
+            of texts, or the path of a file or folder. Labels are class numbers (n,) or words; targets are real, (n,) or
+                (n, c).
         held_out: samples that training did not see, in any of these forms; they are told apart.
         checkpoints: states between start and end in the order of training, by title or in a list.
         samples: how many samples the kernels are of, at least 4; fewer if there are fewer.
