@@ -19,6 +19,8 @@ from .capture import average_features as average_features
 from .capture import tangent_features as tangent_features
 from .errors import TangentError as TangentError
 from .errors import TangentWarning as TangentWarning
+from .estimators import AdaptiveTangentClassifier as AdaptiveTangentClassifier
+from .estimators import AdaptiveTangentRegressor as AdaptiveTangentRegressor
 from .features import TangentFeatures as TangentFeatures
 from .forecasting import Forecast as Forecast
 from .forecasting import forecast as forecast
