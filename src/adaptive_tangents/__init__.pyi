@@ -47,6 +47,7 @@ from .solvers import Fit as Fit
 from .solvers import certify as certify
 from .solvers import fit as fit
 from .solvers import fit_path as fit_path
+from .solvers import load_fit as load_fit
 from .solvers import proximal_gradient as proximal_gradient
 from .storage import kernel_to_store as kernel_to_store
 from .storage import open_kernel as open_kernel

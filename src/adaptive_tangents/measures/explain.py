@@ -6,6 +6,7 @@ chosen on samples held out from the fit; R² is reported on further samples, hel
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.memory import limit_for
 from adaptive_tangents.runtime.progress import Progress
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
+from adaptive_tangents.structures.described import read_with_structure, write_with_structure
 from adaptive_tangents.structures.grouped import Grouped
 from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED, Left, Right, TwoSided
@@ -56,6 +58,33 @@ class Explanation:
     ranks: Mapping[str, int] = field(default_factory=dict)
     r2_by_rank: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
     squares: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
+
+    def save(self, path: str | Path, *, without_structure: bool = False) -> None:
+        """Write the explanation as a safetensors file with all but tensors as JSON in its header; ``load_explanation`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        write_with_structure(Path(path), "explanation", self, (Explanation,), without_structure=without_structure)
+
+
+def load_explanation(path: str | Path) -> Explanation:
+    """An explanation that ``Explanation.save`` wrote, on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        TangentError: when the file cannot be read, is no explanation, or was changed.
+    """
+    found: Explanation = read_with_structure(
+        "load_explanation", Path(path), "explanation", (Explanation,), (), "Explanation.save"
+    )
+    return found
 
 
 def explain(

@@ -154,6 +154,7 @@ def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
     """
     if not isinstance(found, Fit):
         raise TangentError(f"leave_one_out: takes a fit on features, got {type(found).__name__}")
+    found.check_whole("leave_one_out")
     if found.targets is None:
         raise TangentError("leave_one_out: the closed form is for squared error; use fit_path(..., folds=5)")
     if found.dropped:

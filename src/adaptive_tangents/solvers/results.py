@@ -1,7 +1,8 @@
 """The results of ``fit``: the adaptive model and the certificates of its solution."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, blocks_of, tiled
 from adaptive_tangents.measures.kernel_change import KernelChange, kernel_change
+from adaptive_tangents.solvers.files import read_fit, write_fit
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
@@ -161,10 +163,41 @@ class Fit(Certified):
         Args:
             y: targets of the target kernel, (n, c); None is r, or the fitted φβ for cross-entropy.
             keep: also return every part's kernel.
+
+        Raises:
+            TangentError: when the fit was loaded without its features.
         """
+        self.check_whole("kernel_change")
         if y is None:
             y = self.predict(self.features) if self.targets is None else self.targets
         return kernel_change(self.features, self.transforms, y, keep=keep)
+
+    def check_whole(self, call: str) -> None:
+        """Raise TangentError if the fit was kept without the features of its samples.
+
+        Args:
+            call: the name of the calling function, for the message.
+        """
+        if self.features.n != len(self.dual):
+            raise TangentError(
+                f"{call}: this fit was kept without the features of its {len(self.dual)} samples; use "
+                "load_fit(path, features=feats), or save(path, features=True)"
+            )
+
+    def save(self, path: str | Path, *, features: bool = False, without_structure: bool = False) -> None:
+        """Write the fit as a safetensors file with all but tensors as JSON in its header; ``load_fit`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            features: whether to keep the features fitted, too. They may take much space, and only ``kernel_change`` and
+                ``leave_one_out`` need them.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        kept = replace(self.features if features else self.features[:1], limit=None)
+        write_fit(Path(path), replace(self, features=kept), _KINDS, without_structure=without_structure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,3 +241,54 @@ class KernelFit(Certified):
                 f"n = {len(self.dual)} samples, c = {self.dual.shape[1]}: give the kernel of new samples with those"
             )
         return KernelProducts(whole).apply(self.dual.flatten()).reshape(whole.n, -1)
+
+    def save(self, path: str | Path, *, without_structure: bool = False) -> None:
+        """Write the fit as a safetensors file with all but tensors as JSON in its header; ``load_fit`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        write_fit(Path(path), self, _KINDS, without_structure=without_structure)
+
+
+_KINDS = (Fit, KernelFit, Round)
+
+
+def load_fit(path: str | Path, *, features: TangentFeatures | None = None) -> Fit | KernelFit:
+    """A fit that ``Fit.save`` or ``KernelFit.save`` wrote, on the CPU; it predicts the same numbers, to the last bit.
+
+    Args:
+        path: of the file.
+        features: the features that were fitted, where the file was written without them and ``kernel_change`` is wanted.
+
+    Raises:
+        TangentError: when the file cannot be read, is no fit, or was changed, and when the features are of other samples or
+            blocks.
+
+    >>> import tempfile, torch, adaptive_tangents as at
+    >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(6, 3))
+    >>> found = at.fit(feats, torch.randn(6, 1), ridge=0.1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found.save(f"{folder}/fit.safetensors")
+    ...     again = at.load_fit(f"{folder}/fit.safetensors")
+    >>> torch.equal(again.predict(feats), found.predict(feats)), again.summary() == found.summary()
+    (True, True)
+    """
+    found: Fit | KernelFit = read_fit(Path(path), _KINDS)
+    if features is None:
+        return found
+    shapes = {name: block.shape for name, block in features.blocks.items()}
+    if isinstance(found, KernelFit):
+        raise TangentError(f"load_fit: {path} holds a fit to kernels, which has no features; leave features out")
+    wanted = {name: tuple(matrix.shape) for name, matrix in found.coefficients.items()}
+    if (features.n, features.c) != tuple(found.dual.shape) or shapes != wanted:
+        raise TangentError(
+            f"load_fit: the fit was of {tuple(found.dual.shape)} samples and outputs and blocks {wanted}, these features "
+            f"are of {(features.n, features.c)} and {shapes}; give those that were fitted"
+        )
+    found.features.check_origin("load_fit", features)
+    return replace(found, features=features)
