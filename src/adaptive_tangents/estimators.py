@@ -1,4 +1,4 @@
-"""The exact adaptive model as scikit-learn estimators: the network at its start, plus features that adapt to the targets.
+"""The exact adaptive model as scikit-learn estimators: a network at its start, plus features that adapt to targets.
 
 ``AdaptiveTangentRegressor`` and ``AdaptiveTangentClassifier`` choose ridge and strength by folds of the training samples. They
 need scikit-learn, which the extra ``report`` installs; nothing else in the library imports this module.
@@ -97,7 +97,7 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
         y = torch.from_numpy(np.ascontiguousarray(targets)).to(start.device)
         if start.ndim != 2 or (loss == "squared" and start.shape != y.shape) or start.shape[1] not in (outputs, 1):
             raise TangentError(
-                f"{call}: the model returns shape {tuple(start.shape)} for {len(x)} samples, and y needs ({len(x)}, {outputs}); "
+                f"{call}: the model returns {tuple(start.shape)} for {len(x)} samples, and y needs ({len(x)}, {outputs}); "
                 "give a model with as many outputs, or a factory of (n_inputs, n_outputs)"
             )
         with raised_as(call, "fit", "tangent_features"):
@@ -174,17 +174,17 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
 class AdaptiveTangentRegressor(RegressorMixin, _AdaptiveTangent):  # type: ignore[misc]
     r"""Regression by a network's tangent features that adapt: f(x) = f(x;θ₀) + φ(x)β + intercept.
 
-    β and the feature transform M minimize ‖θ‖² + Ω(M) + (1/ρ)Σ‖y − f(x)‖², β = Mᵀθ, as in ``fit``. The ridge ρ and the strength
-    of the penalty Ω are chosen by folds of the training samples. Inputs are not standardized: put a ``StandardScaler`` before
-    the estimator. Samples have no weights. y may have several columns.
+    β and the feature transform M minimize ‖θ‖² + Ω(M) + (1/ρ)Σ‖y − f(x)‖², β = Mᵀθ, as in ``fit``. The ridge ρ and the
+    strength of the penalty Ω are chosen by folds of the training samples. Inputs are not standardized: put a
+    ``StandardScaler`` before the estimator. Samples have no weights. y may have several columns.
 
     Args:
         model: the network f: a module, which is copied and left as it is; a factory of (n_inputs, n_outputs), called
             with PyTorch's generator seeded by ``random_state``; or None, two hidden layers of width 256 with ReLU.
         structure: which transforms M are allowed; None is ``TwoSided()``, and ``Fixed()`` is kernel ridge regression.
         ridge: ρ ≥ 0; None chooses among 0.001 to 100 times the mean of K₀'s diagonal.
-        strength: the factor of the penalties' λ; infinity adapts nothing. None chooses among infinity and three finite ones, at
-            which M would save 5, 20 and 50 % of the penalty of what the fixed kernel finds.
+        strength: the factor of the penalties' λ; infinity adapts nothing. None chooses among infinity and three finite
+            ones, at which M would save 5, 20 and 50 % of the penalty of what the fixed kernel finds.
         folds: how many folds the choice uses; each fold is predicted by fits without it.
         choice_samples: at most so many samples, drawn by ``random_state``, make the choice; None is all of them.
         fit_intercept: whether the mean of y − f(x;θ₀) over the training samples is added to predictions, unpenalized.
@@ -263,14 +263,15 @@ class AdaptiveTangentRegressor(RegressorMixin, _AdaptiveTangent):  # type: ignor
 class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ignore[misc]
     r"""Classification by a network's tangent features that adapt: the class with the largest f(x;θ₀) + φ(x)β + intercept.
 
-    With squared error, the outputs are fitted to 1 for the sample's class and −1 for others. Two classes have one output, unless a
-    module that was given has two. The ridge and the strength are chosen by folds, as in ``AdaptiveTangentRegressor``, which
-    describes the rest; inputs are not standardized, and samples have no weights.
+    With squared error, the outputs are fitted to 1 for the sample's class and −1 for others. Two classes have one output,
+    unless a module that was given has two. The ridge and the strength are chosen by folds, as in
+    ``AdaptiveTangentRegressor``, which describes the rest; inputs are not standardized, and samples have no weights.
 
     Args:
         model: as in ``AdaptiveTangentRegressor``; outputs are as many as classes, or 1 for two classes.
         loss: "squared" or "cross-entropy". The first solves one system a step, and is faster.
-        structure, ridge, strength, folds, choice_samples: as in ``AdaptiveTangentRegressor``; folds keep the shares of classes.
+        structure, ridge, strength, folds, choice_samples: as in ``AdaptiveTangentRegressor``; folds keep the shares of
+            classes.
         fit_intercept: whether predictions have an unpenalized part: the mean of targets − f(x;θ₀); for cross-entropy, the log
             odds of the classes' shares.
         wrt, dtype, device, memory_limit, tol, max_rounds, random_state: as in ``AdaptiveTangentRegressor``.

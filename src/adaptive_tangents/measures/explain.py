@@ -20,7 +20,7 @@ from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
 from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, width_of
 from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.memory import limit_for
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, Progress, shown
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
 from adaptive_tangents.structures.described import read_with_structure, write_with_structure
 from adaptive_tangents.structures.grouped import Grouped
@@ -60,7 +60,7 @@ class Explanation:
     squares: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def save(self, path: str | Path, *, without_structure: bool = False) -> None:
-        """Write the explanation as a safetensors file with all but tensors as JSON in its header; ``load_explanation`` reads it.
+        """Write the explanation as a safetensors file, all but tensors as JSON in its header; ``load_explanation`` reads it.
 
         Args:
             path: of the file; one that is there is replaced.
@@ -96,7 +96,7 @@ def explain(
     rank: int | Sequence[int] | None = RANKS,
     generator: torch.Generator | None = None,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Explanation:
     r"""R² of the best transform of a structure for the feature change φ₀ → φ̄ measured on the same samples.
 
@@ -114,7 +114,7 @@ def explain(
         rank: the rank k of each side, or several to choose from; None is full rank, at a cost of n·c·o·i·min(o, i) a round.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
         memory_limit: bytes that may be used; None is that of ``start_feats``.
-        progress: called with "blocks" and the fraction of the work on them that is done.
+        progress: called with "blocks" and the fraction of the work on them that is done; True shows a bar.
 
     Raises:
         TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is not
@@ -127,10 +127,11 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
-    return explanations(
-        start_feats, end_feats, {"": as_structure("explain", structure)}, strengths=strengths, rank=rank,
-        generator=generator, memory_limit=memory_limit, progress=progress,
-    )[""]  # fmt: skip
+    with shown(progress) as told:
+        return explanations(
+            start_feats, end_feats, {"": as_structure("explain", structure)}, strengths=strengths, rank=rank,
+            generator=generator, memory_limit=memory_limit, progress=told,
+        )[""]  # fmt: skip
 
 
 def explanations(

@@ -1,4 +1,4 @@
-"""Records on disk: dataclasses of tensors and numbers as one safetensors file, with everything but tensors as JSON in its header.
+"""Records on disk: dataclasses of tensors and numbers as one safetensors file, all but tensors as JSON in its header.
 
 Only classes that a caller names are written or made again. Nothing is pickled.
 """
@@ -56,7 +56,7 @@ class _Packer:
         if value.is_complex() or value.layout != torch.strided:
             raise NotKept(f"a tensor of {value.dtype}, {value.layout}")
         # Products of a transposed matrix may round otherwise than those of its copy: the order in memory is kept.
-        order = sorted(range(value.ndim), key=lambda k: (-value.stride(k), k))
+        order = sorted(range(value.ndim), key=lambda k: (-value.stride()[k], k))
         name = f"t{len(self.tensors)}"
         self.tensors[name] = value.detach().permute(order).clone(memory_format=torch.contiguous_format)
         return {"tensor": name, "order": order}
@@ -138,7 +138,9 @@ def read_record(call: str, path: Path, what: str, kinds: Iterable[type], writer:
     if not known:
         raise TangentError(f"{call}: {path} is no {what}; {wanted}")
     if version != FORMAT:
-        raise TangentError(f"{call}: {path} is of format {version!r}, this version reads {FORMAT}; update, or save it again")
+        raise TangentError(
+            f"{call}: {path} is of format {version!r}, this version reads {FORMAT}; update, or save it again"
+        )
     try:
         changed = fingerprint([json.dumps(head["record"]), tensors]) != head["hash"]
         record = None if changed else _Unpacker(kinds, tensors).unpacked(head["record"])
