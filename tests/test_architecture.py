@@ -54,7 +54,16 @@ MOST_FLAT = 12
 ONLY_IN = {
     "sklearn": {"datasets.images", "estimators"},
     "mlxtend": {"datasets.images"},
-    "matplotlib": {"reporting", "experiments", "inspection.figures", "forecasting"},
+    "matplotlib": {
+        "runtime.figures",
+        "features.tangent_features",
+        "measures.explain",
+        "solvers.results",
+        "reporting",
+        "experiments",
+        "inspection.figures",
+        "forecasting",
+    },
     "jinja2": {"reporting.report"},
     "typer": {"cli", "commands"},
     "rich": {"commands", "runtime.progress"},

@@ -1,7 +1,7 @@
 """The exact adaptive model as scikit-learn estimators: a network at its start, plus features that adapt to targets.
 
-``AdaptiveTangentRegressor`` and ``AdaptiveTangentClassifier`` choose ridge and strength by folds of the training samples. They
-need scikit-learn, which the extra ``report`` installs; nothing else in the library imports this module.
+``AdaptiveTangentRegressor`` and ``AdaptiveTangentClassifier`` choose ridge and strength by folds of the training samples.
+They need scikit-learn, which the extra ``report`` installs; nothing else in the library imports this module.
 """
 
 import warnings

@@ -63,7 +63,7 @@ class Sketch:
     dim: int
     seed: int = 0
     repetitions: int = 8
-    shares: Mapping[str, float] | None = field(default=None, hash=False)
+    shares: Mapping[str, float] | None = field(default=None, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -273,7 +273,7 @@ class SketchedFeatures(TangentFeatures):
         return self.of(replace(self, blocks=blocks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SketchedKernel:
     """An unbiased estimate of a kernel from a sketch, with the standard error of every entry.
 
@@ -290,6 +290,10 @@ class SketchedKernel:
     left: SketchedFeatures
     right: SketchedFeatures | None
     outputs: Outputs
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.kernel.shape))
+        return f"SketchedKernel({shape}, {self.outputs}, relative error {self.relative_error:.2g}, from {self.left!r})"
 
     @property
     def relative_error(self) -> float:

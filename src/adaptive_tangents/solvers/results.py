@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,19 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, blocks_of, tiled
+from adaptive_tangents.measures.alignment import effective_rank
 from adaptive_tangents.measures.kernel_change import KernelChange, kernel_change
+from adaptive_tangents.runtime.figures import MOST_LINES, bars, lines, panels
+from adaptive_tangents.runtime.told import html, short
 from adaptive_tangents.solvers.files import read_fit, write_fit
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SMALLEST = 1e-10  # singular values below this share of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,12 @@ class Round:
     accelerated: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Certified:
     """The certificates that every fit has; ``Fit`` describes the fields."""
 
     _products_with: ClassVar[str] = "curvature"  # what ``products`` of the rounds count
+    _columns: ClassVar[tuple[str, ...]] = ("‖B‖", "effective rank")  # of the table of blocks
 
     structure: Structure
     loss: LossName
@@ -70,6 +79,11 @@ class Certified:
     timings: Mapping[str, float] = field(repr=False)
 
     @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        """Numbers of each block, for tables; the first is ‖B‖."""
+        return {}
+
+    @property
     def rounds(self) -> int:
         """Kernel solves: how many systems were made and factorized, or preconditioned."""
         return sum(entry.solved for entry in self.history)
@@ -78,6 +92,30 @@ class Certified:
     def gap(self) -> float | None:
         """(objective − lower bound)/objective, or None without a bound."""
         return None if self.lower_bound is None else (self.objective - self.lower_bound) / max(self.objective, 1e-300)
+
+    def __repr__(self) -> str:
+        task = "interpolation" if self.ridge == 0 else f"{self.loss}, ridge {self.ridge:g}"
+        state = "converged" if self.converged else "NOT converged"
+        return (
+            f"{type(self).__name__}({short(self.structure)}, {task}, {len(self._named)} blocks, {len(self.dual)} samples: "
+            f"objective {self.objective:.6g}, stationarity {self.stationarity:.1e}, {state})"
+        )
+
+    def _repr_html_(self) -> str:
+        bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.6g} (gap {self.gap:.1e})"
+        facts = {
+            "structure": self.structure, "loss": self.loss, "ridge": f"{self.ridge:g}",
+            "state": f"{'converged' if self.converged else 'NOT converged'}: {self.reason}",
+            "objective": f"{self.objective:.6g}", "lower bound": bound, "stationarity": f"{self.stationarity:.1e}",
+            "rounds": self.rounds,
+        }  # fmt: skip
+        rows = sorted(self._named.items(), key=lambda row: -float(row[1][0]))
+        return html(type(self).__name__, facts, ("block", *self._columns), ((name, *row) for name, row in rows))
+
+    def _search(self) -> dict[str, tuple[list[float], list[float]]]:
+        """The stationarity of every round, for a figure."""
+        values = [entry.stationarity for entry in self.history]
+        return {"": (list(range(len(values))), values)}
 
     def summary(self) -> str:
         """The solution and its certificates as text to read."""
@@ -105,7 +143,7 @@ class Certified:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Certified):
     """A fitted adaptive tangent model with the certificates of its solution. Solved in float64.
 
@@ -136,6 +174,27 @@ class Fit(Certified):
     coefficients: Mapping[str, Float[Tensor, "_o _i"]] = field(repr=False)
     transforms: Mapping[str, Transform] = field(repr=False)
     features: TangentFeatures = field(repr=False)
+
+    @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        made = ((name, matrix) for name, matrix in self.coefficients.items())
+        return {name: (float(B.norm()), effective_rank(B).participation if bool(B.any()) else 0.0) for name, B in made}
+
+    def plot(self) -> "Figure":
+        """The stationarity along the search, each block's share of ‖β‖², and the singular values of the largest blocks."""
+        sizes = {name: float((B**2).sum()) for name, B in self.coefficients.items()}
+        names, whole = sorted(sizes, key=lambda name: -sizes[name]), sum(sizes.values()) or 1.0
+        figure, (left, middle, right) = panels("plot", 3, len(names))
+        lines(left, self._search(), "Search", ("round", "stationarity"), log="y")
+        ranks = {name: f"rank {row[1]:.1f}" for name, row in self._named.items()}
+        bars(middle, {name: 100 * sizes[name] / whole for name in names}, "Blocks", "share of ‖β‖², %", ranks)
+        curves = {}
+        for name in names[:MOST_LINES]:
+            values = torch.linalg.svdvals(self.coefficients[name])
+            kept = values[values > _SMALLEST * values.max()].tolist()
+            curves[name] = (list(range(1, len(kept) + 1)), kept)
+        lines(right, curves, "Coefficients", ("index", "singular value"), log="y")
+        return figure
 
     def transform(self, feats: TangentFeatures) -> TangentFeatures:
         """Adapted features Mφ, as TangentFeatures; their kernel is the adapted kernel K_M.
@@ -200,7 +259,7 @@ class Fit(Certified):
         write_fit(Path(path), replace(self, features=kept), _KINDS, without_structure=without_structure)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class KernelFit(Certified):
     """A model fitted to kernels alone, with the certificates of a ``Fit``; ``fit`` on a store or on tensors returns it.
 
@@ -217,6 +276,20 @@ class KernelFit(Certified):
     gains: Mapping[str, float]
     norms: Mapping[str, float]
     residual: float
+
+    _columns: ClassVar[tuple[str, ...]] = ("‖B‖", "gain")
+
+    @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        return {name: (self.norms.get(name, 0.0), gain) for name, gain in self.gains.items()}
+
+    def plot(self) -> "Figure":
+        """The stationarity along the search, and the gain of each block."""
+        figure, (left, right) = panels("plot", 2, len(self.gains))
+        lines(left, self._search(), "Search", ("round", "stationarity"), log="y")
+        gains = dict(sorted(self.gains.items(), key=lambda row: -row[1]))
+        bars(right, {name or "all blocks": gain for name, gain in gains.items()}, "Blocks", "gain z")
+        return figure
 
     def predict(self, K: Kernels) -> Float[Tensor, "m c"]:
         """φβ = Σ_ℓ z_ℓ² K_ℓ(x, x_train) α at new samples, in float64; add f(x; θ₀) for the model's output.

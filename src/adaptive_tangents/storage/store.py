@@ -22,6 +22,7 @@ from adaptive_tangents.kernels.schedule import Place
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.runtime.progress import Asked, shown
 from adaptive_tangents.runtime.tensor_files import write_bytes
+from adaptive_tangents.runtime.told import html
 from adaptive_tangents.storage.chunks import LEVEL, decoded, encoded, longest, seal
 from adaptive_tangents.storage.folders import PART, clear_drafts, clear_remains
 from adaptive_tangents.storage.record import FORMAT, RECORD, array_folder, checksum, read_meta, write_meta
@@ -50,6 +51,14 @@ class KernelStore:
         kernels = f"{len(self.blocks)} kernels of {shape}" if self.blocks else shape
         state = "complete" if self.complete else f"{len(self.missing())} of {len(self.places)} tiles missing"
         return f"{type(self).__name__}({self.path}: {kernels}, {self.outputs}, {self.meta['dtype']}, {state})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "path": self.path, "kernel": f"{' × '.join(map(str, self.shape))}, {self.outputs}", "dtype": self.meta["dtype"],
+            "tiles": f"{len(self.places)} of {self.tile} samples a side",
+            "state": "complete" if self.complete else f"{len(self.missing())} tiles missing",
+        }  # fmt: skip
+        return html(type(self).__name__, facts, ("block",), ((name,) for name in self.blocks))
 
     @property
     def n(self) -> int:
