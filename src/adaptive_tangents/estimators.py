@@ -7,7 +7,7 @@ They need scikit-learn, which the extra ``report`` installs; nothing else in the
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.recursion import deep_copy
 from adaptive_tangents.solvers.fold_choice import Choice, Task, chosen, strengthened_to, temperature
+from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 from adaptive_tangents.structures.mixed import as_structure
@@ -81,7 +82,7 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
         self.wrt, self.dtype, self.device, self.memory_limit = wrt, dtype, device, memory_limit
         self.tol, self.max_rounds, self.random_state = tol, max_rounds, random_state
 
-    def _fitted(self, X: Any, targets: Any, outputs: int, loss: Literal["squared", "cross-entropy"]) -> Task:
+    def _fitted(self, X: Any, targets: Any, outputs: int, loss: LossName, *, predictions: bool = False) -> Choice:
         """Make the network, choose ridge and strength, and fit; ``targets`` are (n, c), or labels for cross-entropy."""
         from sklearn.utils import check_random_state
 
@@ -112,9 +113,11 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
                 self.max_rounds,
                 int(random.randint(_MOST_SEED)),
             )
-            choice = chosen(task, structure, self.ridge, self.strength, self.folds, self.choice_samples)
+            choice = chosen(
+                task, structure, self.ridge, self.strength, self.folds, self.choice_samples, predictions=predictions
+            )
             self._finish(task, choice, structure)
-        return task
+        return choice
 
     def _finish(self, task: Task, choice: Choice, structure: Structure) -> None:
         everything = torch.arange(task.feats.n, device=task.feats.device)
@@ -326,20 +329,11 @@ class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ign
             raise TangentError(f"{call}: y has one class, {self.classes_[0]!r}; give samples of at least two classes")
         outputs = 1 if kinds == 2 and not self._has_two_outputs(X) else kinds
         if self.loss == "cross-entropy":
-            task = self._fitted(X, labels.astype(np.int64), outputs, "cross-entropy")
+            self._fitted(X, labels.astype(np.int64), outputs, "cross-entropy")
         else:
             signs = np.where(labels[:, None] == (np.arange(kinds) if outputs > 1 else 1), 1.0, -1.0)
-            task = self._fitted(X, signs, outputs, "squared")
-            structure = TWO_SIDED if self.structure is None else as_structure(call, self.structure)
-            with raised_as(call, "fit"):
-                self.temperature_ = temperature(
-                    task,
-                    strengthened_to(structure, self.strength_),
-                    self.ridge_,
-                    self.folds,
-                    self.choice_samples,
-                    labels,
-                )
+            choice = self._fitted(X, signs, outputs, "squared", predictions=True)
+            self.temperature_ = temperature(choice, torch.from_numpy(labels.astype(np.int64)))
         return self
 
     def _has_two_outputs(self, X: Any) -> bool:

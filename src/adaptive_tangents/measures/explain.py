@@ -92,7 +92,8 @@ class Explanation:
         bars(axes[0], shown, f"R² {self.total:.3g} over all blocks", "R² on samples held out", notes)
         if ranked:
             curves = {name: (list(tried), list(tried.values())) for name, tried in ranked.items()}
-            lines(axes[1], curves, "By rank", ("rank", "R² on samples held out"), log="x")
+            ticks = sorted({rank for tried in ranked.values() for rank in tried})
+            lines(axes[1], curves, "By rank", ("rank", "R² on samples held out"), log="x", ticks=ticks)
         return figure
 
     def save(self, path: str | Path, *, without_structure: bool = False) -> None:

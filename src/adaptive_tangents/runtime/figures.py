@@ -52,13 +52,18 @@ def bars(
 
 def lines(
     axes: "Axes", curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, labels: tuple[str, str],
-    *, log: str = "",
+    *, log: str = "", ticks: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """A line for each of the first curves; ``log`` names the axes with a logarithmic scale."""
+    """A line for each of the first curves; ``log`` names the axes with a logarithmic scale, ``ticks`` those of x."""
     for (name, (x, y)), color in zip(curves.items(), _COLORS, strict=False):
         axes.plot(x, y, "o-", ms=2.5, lw=1, color=color, label=plain(name))
     options: dict[str, Any] = {f"{axis}scale": "log" for axis in log}
     axes.set(**options)
+    if ticks:
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+    elif "x" not in log:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) > 1:
         axes.legend(fontsize=7.5, frameon=False)
     _named(axes, title, *labels)
@@ -68,6 +73,8 @@ def heat(axes: "Axes", matrix: Any, title: str, label: str) -> None:
     """A square matrix as a picture, its colors symmetric around zero."""
     largest = float(abs(matrix).max()) or 1.0
     axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     _named(axes, title, label, label)
 
 

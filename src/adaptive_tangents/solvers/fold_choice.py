@@ -1,7 +1,7 @@
 """Ridge and strength of an estimator, chosen by folds: every sample is predicted by fits that have not seen it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the mean of K₀'s diago
 _MORE = 10.0  # adapted features are larger, so the ridge that suits them may be, too
 _SHARES = (0.95, 0.8, 0.5)  # Ω̃(β) over ‖β‖² at the fixed kernel's β: less is more adaptation
 _DECADES = torch.arange(-7.0, 2.01, 0.5, dtype=torch.float64)  # of λ/‖β‖², among which these are found
+_TEMPERATURES = np.logspace(-2, 3, 251)
 _COARSE = 1e-4  # `tol` of the fits that are only compared
 
 
@@ -70,19 +71,31 @@ class Task:
         return self.start[held] + self.intercept(kept) + found.predict(self.feats[held])
 
     def error(self, values: Float[Tensor, "k c"], index: Int[Tensor, " k"]) -> float:
-        """The summed loss of predictions."""
+        """The mean loss of predictions."""
         if self.loss == "squared":
-            return float(((self.targets[index] - values) ** 2).sum())
-        return float(cross_entropy(values, self.targets[index].flatten())) * len(index)
+            return float(((self.targets[index] - values) ** 2).sum()) / len(index)
+        return float(cross_entropy(values, self.targets[index].flatten()))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The ridge and strength chosen, and the table of candidates."""
+    """The ridge and strength chosen, the table of candidates, and the best one's held-out predictions of some samples."""
 
     ridge: float
     strength: float
-    table: dict[str, Any] = field(default_factory=lambda: {"params": [], "mean_test_loss": [], "chosen": None})
+    table: dict[str, Any] = field(default_factory=lambda: {"params": [], "mean_test_loss": np.empty(0), "chosen": None})
+    index: Int[Tensor, " _k"] | None = None
+    values: Float[Tensor, "_k c"] | None = None
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate with its held-out predictions and their mean loss."""
+
+    ridge: float
+    strength: float
+    values: Float[Tensor, "_k c"]
+    loss: float
 
 
 def strengthened_to(structure: Structure, strength: float) -> Structure:
@@ -93,49 +106,63 @@ def strengthened_to(structure: Structure, strength: float) -> Structure:
 
 
 def chosen(
-    task: Task, structure: Structure, ridge: float | None, strength: float | None, folds: int, most: int | None
-) -> Choice:
-    """The candidate with the least held-out loss; None of ridge and strength is to be chosen, a number is kept."""
+    task: Task, structure: Structure, ridge: float | None, strength: float | None, folds: int, most: int | None,
+    *, predictions: bool,
+) -> Choice:  # fmt: skip
+    """The candidate with the least held-out loss; None of ridge and strength is to be chosen, a number is kept.
+
+    With ``predictions``, samples are held out even where there is nothing to choose.
+    """
     ridges = [ridge] if ridge is not None else [share * _mean_square(task.feats) for share in _RIDGES]
     if not has_strength(structure):
         strength = math.inf if isinstance(structure, Fixed) else 1.0
     some = _drawn(task, most)
     parts = dealt(task, some, folds)
-    if not parts:  # too few samples to hold any out
-        return Choice(ridges[len(ridges) // 2], strength or math.inf)
-    if len(ridges) == 1 and strength is not None:
-        return Choice(ridges[0], strength)
-    first = [(each, math.inf if strength is None else strength) for each in ridges]
-    table = list(zip(first, _held_out(task, structure, first, some, parts), strict=True))
+    if not parts or (len(ridges) == 1 and strength is not None and not predictions):
+        return Choice(ridges[len(ridges) // 2], math.inf if strength is None else strength)
+    trial = _Trial(task, structure, some, parts)
+    tried = [trial(each, math.inf if strength is None else strength) for each in ridges]
     if strength is None:
-        best = min(table, key=lambda row: row[1])[0][0]
-        found = task.fit(some, Fixed(), best, tol=_COARSE)
-        strengths = _strengths(structure, task.feats, found)
-        second = [(each, one) for each in ([best] if ridge is not None else [best, _MORE * best]) for one in strengths]
-        table += zip(second, _held_out(task, structure, second, some, parts), strict=True)
-    index = min(range(len(table)), key=lambda k: table[k][1])
-    shown = {
-        "params": [{"ridge": row[0][0], "strength": row[0][1]} for row in table],
-        "mean_test_loss": np.array([row[1] for row in table]),
+        best = min(tried, key=lambda one: one.loss).ridge
+        strengths = _strengths(structure, task.feats, task.fit(some, Fixed(), best, tol=_COARSE))
+        near = [best] if ridge is not None else [best, _MORE * best]
+        tried += [trial(each, one) for each in near for one in strengths]
+    index = min(range(len(tried)), key=lambda k: tried[k].loss)
+    table = {
+        "params": [{"ridge": one.ridge, "strength": one.strength} for one in tried],
+        "mean_test_loss": np.array([one.loss for one in tried]),
         "chosen": index,
     }
-    return Choice(*table[index][0], shown)
+    found = tried[index]
+    return Choice(found.ridge, found.strength, table, torch.cat(parts), found.values)
 
 
-def temperature(task: Task, structure: Structure, ridge: float, folds: int, most: int | None, labels: Any) -> float:
-    """What to divide outputs by so that the cross-entropy of held-out predictions is least; 1 without folds."""
-    some = _drawn(task, most)
-    parts = dealt(task, some, folds)
-    if not parts:
+@dataclass(frozen=True)
+class _Trial:
+    """Predicts each of some samples by fits without its fold."""
+
+    task: Task
+    structure: Structure
+    some: Int[Tensor, " _k"]
+    parts: Sequence[Int[Tensor, " _h"]]
+
+    def __call__(self, ridge: float, strength: float) -> _Tried:
+        made, structure = [], strengthened_to(self.structure, strength)
+        for held in self.parts:
+            kept = self.some[~torch.isin(self.some, held)].sort().values
+            found = self.task.fit(kept, structure, ridge, tol=_COARSE)
+            made.append(self.task.values(found, kept, held))
+        values = torch.cat(made)
+        return _Tried(ridge, strength, values, self.task.error(values, torch.cat(list(self.parts))))
+
+
+def temperature(choice: Choice, labels: Int[Tensor, " n"]) -> float:
+    """What to divide outputs by so that the cross-entropy of held-out predictions is least; 1 without such."""
+    if choice.values is None or choice.index is None:
         return 1.0
-    made = []
-    for held in parts:
-        kept = _others(some, held)
-        made.append(task.values(task.fit(kept, structure, ridge, tol=_COARSE), kept, held))
-    values, truth = torch.cat(made), torch.as_tensor(labels, device=task.start.device)[torch.cat(parts)]
-    scales = torch.logspace(-2, 3, 201, dtype=torch.float64)
-    losses = [float(cross_entropy(values / scale, truth)) for scale in scales]
-    return float(scales[int(np.argmin(losses))])
+    truth = labels.to(choice.values.device)[choice.index]
+    losses = [float(cross_entropy(choice.values / float(scale), truth)) for scale in _TEMPERATURES]
+    return float(_TEMPERATURES[int(np.argmin(losses))])
 
 
 def cross_entropy(values: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -171,32 +198,6 @@ def _drawn(task: Task, most: int | None) -> Int[Tensor, " _k"]:
     n = task.feats.n
     order = torch.randperm(n, generator=torch.Generator().manual_seed(task.seed)).to(task.feats.device)
     return order[: n if most is None else most]
-
-
-def _others(some: Int[Tensor, " _k"], held: Int[Tensor, " _h"]) -> Int[Tensor, " _r"]:
-    return some[~torch.isin(some, held)].sort().values
-
-
-def _held_out(
-    task: Task, structure: Structure, candidates: Sequence[tuple[float, float]], some: Int[Tensor, " _k"],
-    parts: Sequence[Int[Tensor, " _h"]],
-) -> list[float]:  # fmt: skip
-    """The mean held-out loss of every candidate (ridge, strength)."""
-    total = [0.0] * len(candidates)
-    for held in parts:
-        kept = _others(some, held)
-        for k, value in enumerate(_errors(task, structure, candidates, kept, held)):
-            total[k] += value
-    return [value / len(some) for value in total]
-
-
-def _errors(
-    task: Task, structure: Structure, candidates: Sequence[tuple[float, float]], kept: Int[Tensor, " _k"],
-    held: Int[Tensor, " _h"],
-) -> Iterator[float]:  # fmt: skip
-    for ridge, strength in candidates:
-        found = task.fit(kept, strengthened_to(structure, strength), ridge, tol=_COARSE)
-        yield task.error(task.values(found, kept, held), held)
 
 
 def _mean_square(feats: TangentFeatures) -> float:

@@ -114,8 +114,8 @@ class Certified:
 
     def _search(self) -> dict[str, tuple[list[float], list[float]]]:
         """The stationarity of every round, for a figure."""
-        values = [entry.stationarity for entry in self.history]
-        return {"": (list(range(len(values))), values)}
+        values = {k: entry.stationarity for k, entry in enumerate(self.history) if entry.stationarity > 0}
+        return {"": (list(values), list(values.values()))}
 
     def summary(self) -> str:
         """The solution and its certificates as text to read."""
