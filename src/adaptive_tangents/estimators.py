@@ -5,7 +5,7 @@ They need scikit-learn, which the extra ``report`` installs; nothing else in the
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.capture import tangent_features
-from adaptive_tangents.capture.network import Selection
 from adaptive_tangents.checks import check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -52,7 +51,6 @@ WIDTH = 256
 
 _ROWS = 1024  # samples whose features are made at once for predictions
 _MOST_SEED = 2**31 - 1
-Factory = Callable[[int, int], nn.Module]
 
 
 def default_network(n_inputs: int, n_outputs: int) -> nn.Module:
@@ -95,7 +93,7 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
         self.model_.to(self.device, getattr(torch, self.dtype)).eval()
         x = self._tensor(X)
         start = self._start(call, x)
-        y = torch.from_numpy(np.ascontiguousarray(targets)).to(start.device)
+        y = torch.from_numpy(np.array(targets)).to(start.device)
         if start.ndim != 2 or (loss == "squared" and start.shape != y.shape) or start.shape[1] not in (outputs, 1):
             raise TangentError(
                 f"{call}: the model returns {tuple(start.shape)} for {len(x)} samples, and y needs ({len(x)}, {outputs}); "
@@ -143,7 +141,7 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
                 raise TangentError(f"{call}: {name} is a whole number of at least 2, got {value!r}")
 
     def _tensor(self, X: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(X)).to(self.device, getattr(torch, self.dtype))
+        return torch.from_numpy(np.array(X)).to(self.device, getattr(torch, self.dtype))
 
     def _start(self, call: str, x: Tensor) -> Tensor:
         """f(x;θ₀) in float64."""
@@ -221,11 +219,11 @@ class AdaptiveTangentRegressor(RegressorMixin, _AdaptiveTangent):  # type: ignor
     True
     """
 
+    # Arguments are checked by `fit`, as scikit-learn asks.
     def __init__(
-        self, model: nn.Module | Factory | None = None, *, structure: Any = None, ridge: float | None = None,
-        strength: float | None = None, folds: int = 3, choice_samples: int | None = 500, fit_intercept: bool = True,
-        wrt: Selection | None = None, dtype: str = "float64", device: str = "cpu", memory_limit: int | None = None,
-        tol: float = 1e-6, max_rounds: int = 100, random_state: Any = None,
+        self, model: Any = None, *, structure: Any = None, ridge: Any = None, strength: Any = None, folds: Any = 3,
+        choice_samples: Any = 500, fit_intercept: Any = True, wrt: Any = None, dtype: Any = "float64", device: Any = "cpu",
+        memory_limit: Any = None, tol: Any = 1e-6, max_rounds: Any = 100, random_state: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, structure, ridge, strength, folds, choice_samples, fit_intercept, wrt, dtype, device, memory_limit,
@@ -298,10 +296,9 @@ class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ign
     """
 
     def __init__(
-        self, model: nn.Module | Factory | None = None, *, loss: str = "squared", structure: Any = None,
-        ridge: float | None = None, strength: float | None = None, folds: int = 3, choice_samples: int | None = 500,
-        fit_intercept: bool = True, wrt: Selection | None = None, dtype: str = "float64", device: str = "cpu",
-        memory_limit: int | None = None, tol: float = 1e-6, max_rounds: int = 100, random_state: Any = None,
+        self, model: Any = None, *, loss: Any = "squared", structure: Any = None, ridge: Any = None, strength: Any = None,
+        folds: Any = 3, choice_samples: Any = 500, fit_intercept: Any = True, wrt: Any = None, dtype: Any = "float64",
+        device: Any = "cpu", memory_limit: Any = None, tol: Any = 1e-6, max_rounds: Any = 100, random_state: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, structure, ridge, strength, folds, choice_samples, fit_intercept, wrt, dtype, device, memory_limit,
@@ -326,7 +323,9 @@ class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ign
         self.classes_, labels = np.unique(y, return_inverse=True)
         kinds = len(self.classes_)
         if kinds < 2:
-            raise TangentError(f"{call}: y has one class, {self.classes_[0]!r}; give samples of at least two classes")
+            raise TangentError(
+                f"{call}: y has one class, {self.classes_.tolist()[0]!r}; give samples of at least two classes"
+            )
         outputs = 1 if kinds == 2 and not self._has_two_outputs(X) else kinds
         if self.loss == "cross-entropy":
             self._fitted(X, labels.astype(np.int64), outputs, "cross-entropy")
