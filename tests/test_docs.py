@@ -55,6 +55,13 @@ def test_the_page_on_forecasts_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "forecast of training on squared error" in capsys.readouterr().out
 
 
+def test_the_page_on_estimators_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is in the extra 'report'")
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/estimators.md", "exec"), {"__name__": "docs"})
+    assert "converged, " in capsys.readouterr().out
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

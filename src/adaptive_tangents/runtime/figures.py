@@ -63,7 +63,7 @@ def lines(
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
     elif "x" not in log:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole(axes.xaxis)
     if len(curves) > 1:
         axes.legend(fontsize=7.5, frameon=False)
     _named(axes, title, *labels)
@@ -73,9 +73,16 @@ def heat(axes: "Axes", matrix: Any, title: str, label: str) -> None:
     """A square matrix as a picture, its colors symmetric around zero."""
     largest = float(abs(matrix).max()) or 1.0
     axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    _whole(axes.xaxis)
+    _whole(axes.yaxis)
     _named(axes, title, label, label)
+
+
+def _whole(axis: Any) -> None:
+    """Ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plain(name: str) -> str:
