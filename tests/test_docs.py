@@ -77,6 +77,13 @@ def test_the_page_on_data_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("[1, 0, 0, 1, 0, 1] ('cat', 'dog')\n")
 
 
+def test_the_page_on_estimators_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is in the extra 'report'")
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/estimators.md", "exec"), {"__name__": "docs"})
+    assert "converged, " in capsys.readouterr().out
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

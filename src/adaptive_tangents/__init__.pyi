@@ -21,6 +21,8 @@ from .capture import average_features as average_features
 from .capture import tangent_features as tangent_features
 from .errors import TangentError as TangentError
 from .errors import TangentWarning as TangentWarning
+from .estimators import AdaptiveTangentClassifier as AdaptiveTangentClassifier
+from .estimators import AdaptiveTangentRegressor as AdaptiveTangentRegressor
 from .features import TangentFeatures as TangentFeatures
 from .forecasting import Forecast as Forecast
 from .forecasting import forecast as forecast
@@ -49,6 +51,7 @@ from .solvers import Fit as Fit
 from .solvers import certify as certify
 from .solvers import fit as fit
 from .solvers import fit_path as fit_path
+from .solvers import load_fit as load_fit
 from .solvers import proximal_gradient as proximal_gradient
 from .storage import kernel_to_store as kernel_to_store
 from .storage import open_kernel as open_kernel

@@ -20,7 +20,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import limit_for, require_memory
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, Progress, shown
 
 Buffers = Literal["same", "path"]
 _STAYS = 0.02  # relative change of an error that doubling the nodes twice leaves as it is
@@ -67,7 +67,7 @@ def average_features(
     output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
     buffers: Buffers = "same",
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> AverageFeatures:
     r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
 
@@ -92,7 +92,7 @@ def average_features(
         buffers: "same" refuses floating buffers that differ between the ends (a batch norm's running statistics, for
             example); "path" moves them along the path with the parameters. Integer buffers stay as at the start.
         progress: called with the number of nodes and the fraction of them that is done; it starts again where nodes are
-            doubled.
+            doubled. True shows a bar.
 
     Raises:
         TangentError: when the state dicts do not fit, nothing changes between them, or memory would exceed the limit.
@@ -107,10 +107,11 @@ def average_features(
     >>> av.error <= 1e-3
     True
     """
-    found, doubt = unwarned(
-        model, start, end, x, tol=tol, nodes=nodes, max_nodes=max_nodes, wrt=wrt, output_fn=output_fn,
-        memory_limit=memory_limit, buffers=buffers, progress=progress,
-    )  # fmt: skip
+    with shown(progress) as told:
+        found, doubt = unwarned(
+            model, start, end, x, tol=tol, nodes=nodes, max_nodes=max_nodes, wrt=wrt, output_fn=output_fn,
+            memory_limit=memory_limit, buffers=buffers, progress=told,
+        )  # fmt: skip
     if doubt:
         warnings.warn(doubt, TangentWarning, stacklevel=2)
     return found

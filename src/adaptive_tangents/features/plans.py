@@ -19,6 +19,7 @@ from adaptive_tangents.features.summands import (
     tensors_of,
 )
 from adaptive_tangents.runtime.memory import format_bytes
+from adaptive_tangents.runtime.told import html
 
 RouteName = Literal["gram", "nested", "materialize"]
 WORKING_BYTES = 64_000_000  # more is no faster
@@ -56,7 +57,7 @@ class BlockPlan:
         return self.operations / self.share / matmul_speed(self.dtype, self.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KernelPlan:
     """What a kernel will cost, before it is made; ``print`` it.
 
@@ -83,6 +84,26 @@ class KernelPlan:
     def bytes(self) -> int:
         """Peak memory: the features, the kernel, and the largest block's working memory."""
         return self.feature_bytes + self.kernel_bytes + max((b.working_bytes for b in self.blocks), default=0)
+
+    def __repr__(self) -> str:
+        return (
+            f"KernelPlan({len(self.blocks)} blocks, {self.operations:.3g} operations, about {self.seconds:.2g} s, peak "
+            f"{format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed)"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "kernel": format_bytes(self.kernel_bytes), "features": format_bytes(self.feature_bytes),
+            "peak": f"{format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed",
+            "operations": f"{self.operations:.3g}", "expected": f"{self.seconds:.2g} s",
+        }  # fmt: skip
+        rows = (
+            (b.name, f"{b.shape[0]} × {b.shape[1]}", b.positions, b.route, f"{b.operations:.3g}",
+             format_bytes(b.working_bytes), f"{b.seconds:.2g}")
+            for b in self.blocks
+        )  # fmt: skip
+        head = ("block", "o × i", "positions", "route", "operations", "working", "seconds")
+        return html("KernelPlan", facts, head, rows)
 
     def __str__(self) -> str:
         rows = [f"{'block':<24}{'o × i':>14}{'t':>7}  {'route':<12}{'operations':>12}{'working':>10}{'seconds':>10}"]

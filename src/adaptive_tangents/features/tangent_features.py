@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,14 @@ from adaptive_tangents.features.kernel_layout import (
 from adaptive_tangents.features.plans import KernelPlan, plan_block
 from adaptive_tangents.features.summands import Index, Shared, sum_tensors, tensors_of
 from adaptive_tangents.features.transforms import Entrywise, Joint, Sides, Transform
-from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.figures import bars, heat, lines, panels
+from adaptive_tangents.runtime.memory import format_bytes, limit_for, require_memory
+from adaptive_tangents.runtime.told import few, html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DRAWN = 200  # samples of a kernel that is drawn
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,31 @@ class TangentFeatures:
         return next(tensor for block in self.blocks.values() for tensor in tensors_of(block.summands[0]))
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {b.shape[0]}×{b.shape[1]} {b.kind}" for name, b in self.blocks.items())
+        shapes = few([f"{name}: {b.shape[0]}×{b.shape[1]} {b.kind}" for name, b in self.blocks.items()])
         return f"{type(self).__name__}(n={self.n}, c={self.c}, p={self.p}, {{{shapes}}})"
+
+    def _repr_html_(self) -> str:
+        facts = {"samples": self.n, "outputs": self.c, "parameters": self.p, "dtype": self.dtype, "origin": self.origin}
+        rows = (
+            (name, f"{b.shape[0]} × {b.shape[1]}", b.positions, b.kind, format_bytes(b.bytes))
+            for name, b in self.blocks.items()
+        )
+        return html(type(self).__name__, facts, ("block", "o × i", "positions", "kind", "bytes"), rows)
+
+    def plot(self) -> "Figure":
+        """The kernel of up to 200 samples, summed over outputs: as a picture, its eigenvalues, and each block's share."""
+        some = self[: min(self.n, _DRAWN)]
+        parts = some.kernel(outputs="trace", by_block=True)
+        kernel = sum_tensors(list(parts.values())).double().cpu()
+        traces = {name: float(part.double().diagonal().sum()) for name, part in parts.items()}
+        names, whole = sorted(traces, key=lambda name: -traces[name]), sum(traces.values()) or 1.0
+        figure, (left, middle, right) = panels("plot", 3, len(names))
+        heat(left, kernel.numpy(), "Kernel", "sample")
+        values = torch.linalg.eigvalsh(kernel).flip(0).clamp_min(0).tolist()
+        values = [value for value in values if value > 1e-12 * values[0]]
+        lines(middle, {"": (range(1, len(values) + 1), values)}, "Spectrum", ("index", "eigenvalue"), log="xy")
+        bars(right, {name: 100 * traces[name] / whole for name in names}, "Blocks", "share of the trace, %")
+        return figure
 
     def __getitem__(self, index: Index) -> "TangentFeatures":
         """The features of some of the samples: a slice or a vector of indices."""

@@ -19,7 +19,8 @@ from adaptive_tangents.forecasting.goals import Goal, goal_of
 from adaptive_tangents.forecasting.results import BlockForecast, Candidate, Forecast, block_forecasts
 from adaptive_tangents.forecasting.trust_region import Ground, Step, Walk, outputs_at
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runtime.progress import Progress, silent
+from adaptive_tangents.runtime.progress import Asked, Progress, silent, with_bar
+from adaptive_tangents.runtime.progress import told as told_to
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Fixed, Structure
@@ -35,6 +36,7 @@ MARGIN = 1.2  # of held-out losses, within which the structure that adapts more 
 _PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
 
 
+@with_bar
 def forecast(
     model: nn.Module,
     x: Batch,
@@ -50,7 +52,7 @@ def forecast(
     output_fn: OutputFn | None = None,
     seed: int = 0,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Forecast:
     r"""What training will do to a network, before it is trained: θ_{k+1} = θ_k + sβ_k, without a gradient step.
 
@@ -76,7 +78,7 @@ def forecast(
         output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         seed: of the choice of held-out samples.
         memory_limit: bytes that may be used; None is half of what is free.
-        progress: called with the stage and the fraction of the work that is done.
+        progress: called with the stage and the fraction of the work that is done; True shows a bar.
 
     Raises:
         TangentError: as ``tangent_features`` and ``fit`` do; when an option is out of range, or when nothing is held out and
@@ -120,7 +122,7 @@ def forecast(
         structures = [_two_sided(strengths[0], size)]
     else:
         structures = [Fixed(), *(_two_sided(value, size) for value in strengths)]
-    told = progress or silent
+    told = told_to(progress) or silent
     walks: list[_Walked] = []
     with raised_as(CALL, "fit"):
         for k, each in enumerate(structures):

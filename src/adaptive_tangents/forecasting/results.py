@@ -18,6 +18,7 @@ from adaptive_tangents.features.kernel_layout import Outputs
 from adaptive_tangents.forecasting.files import read_forecast, write_forecast
 from adaptive_tangents.forecasting.trust_region import Step
 from adaptive_tangents.measures.alignment import alignment, cka, effective_rank
+from adaptive_tangents.runtime.told import html, short
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
@@ -101,7 +102,7 @@ class ForecastKernels:
         return {"average": cka(self.initial, self.average), "final": cka(self.initial, self.final)}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Forecast:
     """What training will do to a network: its parameters afterwards, and all that follows from them.
 
@@ -150,6 +151,27 @@ class Forecast:
     output_fn: OutputFn | None = field(repr=False)
     memory_limit: int | None = field(repr=False)
     x: Batch | None = field(repr=False)
+
+    def __repr__(self) -> str:
+        last = self.steps[-1].loss if self.steps else self.initial_loss
+        return (
+            f"Forecast({len(self.steps)} steps of {short(self.structure)}, {self.loss}: loss {self.initial_loss:.4g} → "
+            f"{last:.4g}, {len(self.blocks)} blocks)"
+        )
+
+    def _repr_html_(self) -> str:
+        last = self.steps[-1] if self.steps else None
+        facts = {
+            "structure": self.structure, "steps": f"{len(self.steps)}; {self.reason}",
+            "loss": f"{self.initial_loss:.4g} → {self.initial_loss if last is None else last.loss:.4g}",
+            "held out": f"{self.initial_held_out:.4g} → {self.initial_held_out if last is None else last.held_out:.4g}",
+            "cost": f"{self.epochs:.1f} epochs",
+        }  # fmt: skip
+        rows = (
+            (name, f"{100 * block.share:.1f} %", block.rank, block.relative)
+            for name, block in sorted(self.blocks.items(), key=lambda row: -row[1].share)
+        )
+        return html("Forecast", facts, ("block", "share of the change", "effective rank", "relative size"), rows)
 
     @property
     def epochs(self) -> float:
@@ -240,8 +262,12 @@ class Forecast:
 
     def plot(self) -> "Figure":
         """The loss at each step, the share and rank of each block's change, and how far the kernel turns."""
-        from adaptive_tangents.forecasting.figures import draw_forecast
-
+        try:
+            from adaptive_tangents.forecasting.figures import draw_forecast
+        except ImportError as error:
+            raise TangentError(
+                f"plot: {error.name} is not installed; pip install 'adaptive-tangents[report]' installs it"
+            ) from error
         return draw_forecast(
             [self.initial_loss, *(step.loss for step in self.steps)],
             [self.initial_held_out, *(step.held_out for step in self.steps)],

@@ -18,6 +18,7 @@ from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, Sum, Tiled
 from adaptive_tangents.linalg.conjugate_gradients import Iterated, Progress, Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, PivotedKernel, RoundedKernel
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import counted
 
 KernelForm = Literal["auto", "dense", "matrix-free"]
 
@@ -92,7 +93,7 @@ def kernel_regression(
     tol: float = 1e-10,
     max_steps: int = 2000,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> KernelRegression:
     r"""Kernel ridge regression (K + ρI)α = r, which minimizes ‖β‖² + (1/ρ)Σ‖r_k − φ(x_k)β‖² by β = φᵀα.
 
@@ -108,7 +109,7 @@ def kernel_regression(
         tol: the largest relative residual to accept.
         max_steps: the most steps of conjugate gradients.
         memory_limit: bytes that may be used; None is half of what is free.
-        progress: called with the steps of conjugate gradients so far, and the relative residual there.
+        progress: called with the steps of conjugate gradients so far, and the relative residual there; True shows a bar.
 
     Raises:
         TangentError: when targets do not fit or are not finite, ρ is negative, a store is incomplete, or memory would
@@ -135,13 +136,13 @@ def kernel_regression(
     # Outputs that are not coupled are solved one by one.
     parts = [_Output(kernel, k) for k in range(kernel.batch)] if kernel.batch > 1 else [kernel]
     found = []
-    with raised_as(call, "fit"):
+    with raised_as(call, "fit"), counted(progress, "residual", max_steps) as tell:
         for part, right in zip(parts, _columns(kernel, targets), strict=True):
             operator = KernelProducts(part if dense else Cached(part, room // 2 // len(parts)), ridge=ridge)
             solution, steps, jitter = (
                 dense_solved(call, part, right, ridge)
                 if dense
-                else _by_products(operator, right, room // 2, tol, max_steps, progress)
+                else _by_products(operator, right, room // 2, tol, max_steps, tell)
             )
             found.append(_Solved(right, solution, operator.apply(solution), steps, jitter))
     size = float(targets.norm()) or 1.0

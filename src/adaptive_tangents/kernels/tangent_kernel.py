@@ -25,7 +25,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.schedule import FeatureCache, Key, ordered
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import require_memory
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, told, with_bar
 from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketched_kernel
 
 
@@ -34,22 +34,23 @@ def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Params | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
-    precision: Precision = "float32", progress: Progress | None = None,
+    precision: Precision = "float32", progress: Asked = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Params | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
-    precision: Precision = "float32", progress: Progress | None = None,
+    precision: Precision = "float32", progress: Asked = None,
 ) -> dict[str, Tensor]: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
     params: Params | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
-    precision: Precision = "float32", progress: Progress | None = None,
+    precision: Precision = "float32", progress: Asked = None,
 ) -> SketchedKernel: ...  # fmt: skip
+@with_bar
 def tangent_kernel(
     model: nn.Module,
     x: Batch,
@@ -64,7 +65,7 @@ def tangent_kernel(
     tile: int | None = None,
     sketch: Sketch | None = None,
     precision: Precision = "float32",
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Tensor | dict[str, Tensor] | SketchedKernel:
     """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, made tile by tile: features of all samples are never held at once.
 
@@ -84,7 +85,7 @@ def tangent_kernel(
         sketch: gives an unbiased estimate from this sketch, a ``SketchedKernel`` with the error of every entry; None is
             the exact kernel.
         precision: "float32", "mixed", "float64" or "bfloat16", as in ``TangentFeatures.kernel``.
-        progress: called with "tiles" (of a sketch "samples") and the fraction that is done.
+        progress: called with "tiles" (of a sketch "samples") and the fraction that is done; True shows a bar.
 
     Raises:
         TangentError: when samples of a batch interact, shapes, dtypes or devices do not fit, values are not finite, or
@@ -96,7 +97,7 @@ def tangent_kernel(
     >>> torch.allclose(K, at.tangent_features(model, x).kernel(), atol=1e-6)
     True
     """
-    call = "tangent_kernel"
+    call, progress = "tangent_kernel", told(progress)
     check_outputs(call, outputs)
     check_precision(call, precision)
     if sketch is not None:

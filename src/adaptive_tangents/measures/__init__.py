@@ -15,7 +15,7 @@ from adaptive_tangents.measures.alignment import (
     effective_rank,
     representability,
 )
-from adaptive_tangents.measures.explain import Explanation, explain
+from adaptive_tangents.measures.explain import Explanation, explain, load_explanation
 from adaptive_tangents.measures.kernel_change import KernelChange, KernelPart, kernel_change
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "effective_rank",
     "explain",
     "kernel_change",
+    "load_explanation",
     "representability",
 ]

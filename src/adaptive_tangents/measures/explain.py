@@ -4,8 +4,11 @@ Left and right sides have few directions (`few_directions`), with a ridge on the
 chosen on samples held out from the fit; R² is reported on further samples, held out from both.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -18,18 +21,24 @@ from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
 from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, width_of
 from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
+from adaptive_tangents.runtime.figures import bars, lines, panels
 from adaptive_tangents.runtime.memory import limit_for
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, Progress, shown
+from adaptive_tangents.runtime.told import html, short
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
+from adaptive_tangents.structures.described import read_with_structure, write_with_structure
 from adaptive_tangents.structures.grouped import Grouped
 from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED, Left, Right, TwoSided
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 RANKS = (0, 1, 2, 4, 8, 16, 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """R² = 1 − Σ‖φ̄ − Mφ₀‖²/Σ‖φ̄ − φ₀‖² of a structured transform.
 
@@ -57,6 +66,63 @@ class Explanation:
     r2_by_rank: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
     squares: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"Explanation({short(self.structure)}: R² {self.total:.4g} over {len(self.r2)} blocks, on {self.samples[2]} "
+            f"samples held out)"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {"structure": self.structure, "R²": f"{self.total:.4g}", "samples": " + ".join(map(str, self.samples))}
+        rows = ((name, self.r2[name], self.fit_r2[name], self.ranks.get(name, ""), self.strengths[name])
+                for name in self._largest)  # fmt: skip
+        return html("Explanation", facts, ("block", "R²", "fitted", "rank", "ridge"), rows)
+
+    @property
+    def _largest(self) -> list[str]:
+        """The blocks, by the size of their change."""
+        return sorted(self.r2, key=lambda name: -self.squares.get(name, (0.0, 0.0))[1])
+
+    def plot(self) -> "Figure":
+        """R² of the blocks that change most, and where sides have a rank, R² at each rank tried."""
+        ranked = {name: self.r2_by_rank[name] for name in self._largest if name in self.r2_by_rank}
+        figure, axes = panels("plot", 2 if ranked else 1, len(self.r2))
+        shown = {name: self.r2[name] for name in self._largest if math.isfinite(self.r2[name])}
+        notes = {name: f"rank {rank}" for name, rank in self.ranks.items()}
+        bars(axes[0], shown, f"R² {self.total:.3g} over all blocks", "R² on samples held out", notes)
+        if ranked:
+            curves = {name: (list(tried), list(tried.values())) for name, tried in ranked.items()}
+            ticks = sorted({rank for tried in ranked.values() for rank in tried})
+            lines(axes[1], curves, "By rank", ("rank", "R² on samples held out"), log="x", ticks=ticks)
+        return figure
+
+    def save(self, path: str | Path, *, without_structure: bool = False) -> None:
+        """Write the explanation as a safetensors file, all but tensors as JSON in its header; ``load_explanation`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        write_with_structure(Path(path), "explanation", self, (Explanation,), without_structure=without_structure)
+
+
+def load_explanation(path: str | Path) -> Explanation:
+    """An explanation that ``Explanation.save`` wrote, on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        TangentError: when the file cannot be read, is no explanation, or was changed.
+    """
+    found: Explanation = read_with_structure(
+        "load_explanation", Path(path), "explanation", (Explanation,), (), "Explanation.save"
+    )
+    return found
+
 
 def explain(
     start_feats: TangentFeatures,
@@ -67,7 +133,7 @@ def explain(
     rank: int | Sequence[int] | None = RANKS,
     generator: torch.Generator | None = None,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Explanation:
     r"""R² of the best transform of a structure for the feature change φ₀ → φ̄ measured on the same samples.
 
@@ -86,7 +152,7 @@ def explain(
             of n·c·o·i·min(o, i) a round.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
         memory_limit: bytes that may be used; None is that of ``start_feats``.
-        progress: called with "blocks" and the fraction of the work on them that is done.
+        progress: called with "blocks" and the fraction of the work on them that is done; True shows a bar.
 
     Raises:
         TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is
@@ -99,10 +165,11 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
-    return explanations(
-        start_feats, end_feats, {"": as_structure("explain", structure)}, strengths=strengths, rank=rank,
-        generator=generator, memory_limit=memory_limit, progress=progress,
-    )[""]  # fmt: skip
+    with shown(progress) as told:
+        return explanations(
+            start_feats, end_feats, {"": as_structure("explain", structure)}, strengths=strengths, rank=rank,
+            generator=generator, memory_limit=memory_limit, progress=told,
+        )[""]  # fmt: skip
 
 
 def explanations(

@@ -25,7 +25,7 @@ from adaptive_tangents.linalg.hadamard import SignRows, paired_rows
 from adaptive_tangents.runtime import tensor_files as files
 from adaptive_tangents.runtime.chunks import ranges
 from adaptive_tangents.runtime.memory import limit_for, require_memory
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, Progress, told, with_bar
 from adaptive_tangents.sketching.block_projection import acts_on, projected
 from adaptive_tangents.sketching.jackknife import SketchedMeasure, jackknifed
 
@@ -64,7 +64,7 @@ class Sketch:
     dim: int
     seed: int = 0
     repetitions: int = 8
-    shares: Mapping[str, float] | None = field(default=None, hash=False)
+    shares: Mapping[str, float] | None = field(default=None, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -274,7 +274,7 @@ class SketchedFeatures(TangentFeatures):
         return self.of(replace(self, blocks=blocks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SketchedKernel:
     """An unbiased estimate of a kernel from a sketch, with the standard error of every entry.
 
@@ -291,6 +291,10 @@ class SketchedKernel:
     left: SketchedFeatures
     right: SketchedFeatures | None
     outputs: Outputs
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.kernel.shape))
+        return f"SketchedKernel({shape}, {self.outputs}, relative error {self.relative_error:.2g}, from {self.left!r})"
 
     @property
     def relative_error(self) -> float:
@@ -331,10 +335,11 @@ class SketchedKernel:
         return self.left.only(repetitions).kernel(right, outputs=self.outputs)
 
 
+@with_bar
 def sketch_features(
     model: nn.Module, x: Batch, sketch: Sketch, *, params: Params | None = None,
     wrt: Selection | None = None, output_fn: OutputFn | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> SketchedFeatures:  # fmt: skip
     r"""The sketch of tangent features, made a few samples at a time: the factors of all samples are never held.
 
@@ -348,7 +353,7 @@ def sketch_features(
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         memory_limit: bytes that may be used; None is half of what is free.
-        progress: called with "samples" and the fraction that is done.
+        progress: called with "samples" and the fraction that is done; True shows a bar.
 
     Raises:
         TangentError: as ``tangent_features`` and ``Sketch.apply``, and when the sketch would exceed the memory limit.
@@ -359,7 +364,7 @@ def sketch_features(
     >>> torch.allclose(feats[:3].kernel(), more.kernel(), atol=1e-4)
     True
     """
-    call = "sketch_features"
+    call, progress = "sketch_features", told(progress)
     capture = Capture(call, model, x, params, wrt, output_fn, memory_limit)
     net, n = capture.network, samples(x)
     made_from = files.fingerprint([dict(net.parameters), dict(net.buffers), net.selected])

@@ -14,8 +14,8 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.kernels.tiles import Kernels
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Asked, shown, silent
 from adaptive_tangents.runtime.progress import Progress as Watch
-from adaptive_tangents.runtime.progress import silent
 from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.kernel_fit import fit_kernel
 from adaptive_tangents.solvers.losses import Loss, LossName
@@ -40,7 +40,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None, watch: Watch | None = None,
+    progress: Progress | bool | None = None, watch: Asked = None,
 ) -> Fit: ...  # fmt: skip
 @overload
 def fit(
@@ -48,7 +48,7 @@ def fit(
     structure: Structure | Mapping[str, Structure] = TWO_SIDED, loss: LossName = "squared",
     offset: Values | None = None, ridge: float = 0.0, tol: float = 1e-8, max_rounds: int = 200,
     solver: Solver = "newton", form: Form = "auto", start: Fit | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None, watch: Watch | None = None,
+    progress: Progress | bool | None = None, watch: Asked = None,
 ) -> KernelFit: ...  # fmt: skip
 def fit(
     feats: TangentFeatures | Kernels,
@@ -64,8 +64,8 @@ def fit(
     form: Form = "auto",
     start: Fit | None = None,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
+    progress: Progress | bool | None = None,
+    watch: Asked = None,
 ) -> Fit | KernelFit:
     r"""Fit β and the feature transform M jointly: min over M ∈ 𝓜, θ of ‖θ‖² + Ω(M) subject to φ(x_k)Mᵀθ = r_k.
 
@@ -90,8 +90,8 @@ def fit(
             neither; "auto" takes "primal" where p < nc and ρ > 0, else "dense", else "matrix-free", as memory allows.
         start: a fit of the same features to start from, such as the previous one on a path; None starts at M = I.
         memory_limit: bytes that may be used; None is the features' own limit, or half of what is free.
-        progress: called with the number of rounds so far and the objective.
-        watch: called with the name of a stage, such as "τ = 9", and the fraction of all stages that is done.
+        progress: called with the number of rounds so far and the objective; True shows a bar, of what ``watch`` is told.
+        watch: called with the name of a stage, such as "τ = 9", and the fraction of all stages done; True shows a bar.
 
     Raises:
         TangentError: when shapes do not fit, targets are not finite, labels are out of range, ρ is negative, patterns do not
@@ -112,10 +112,12 @@ def fit(
     if isinstance(feats, TangentFeatures):
         check_choice("fit", "solver", solver, get_args(Solver))
         check_choice("fit", "form", form, get_args(Form))
-    found = unwarned(
-        feats, r, structure=structure, loss=loss, offset=offset, ridge=ridge, tol=tol, max_rounds=max_rounds, solver=solver,
-        form=form, start=start, memory_limit=memory_limit, progress=progress, watch=watch,
-    )  # fmt: skip
+    with shown(True if progress is True and not watch else watch) as told:
+        found = unwarned(
+            feats, r, structure=structure, loss=loss, offset=offset, ridge=ridge, tol=tol, max_rounds=max_rounds,
+            solver=solver, form=form, start=start, memory_limit=memory_limit,
+            progress=None if isinstance(progress, bool) else progress, watch=told,
+        )  # fmt: skip
     if not found.converged:
         warnings.warn(f"fit did not converge: {found.reason}", TangentWarning, stacklevel=2)
     return found

@@ -13,6 +13,7 @@ from adaptive_tangents.checks import Values, as_tensor
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import shown
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.solvers.targets import check_features
@@ -85,7 +86,7 @@ def fit_path(
         ridges: one or more ρ ≥ 0; 0 interpolates.
         folds: how many folds; None is leave-one-out for squared error where nothing adapts, else 5 folds.
         seed: of the shuffle that makes the folds.
-        options: other keyword arguments of ``fit``.
+        options: other keyword arguments of ``fit``; ``progress=True`` shows one bar for all fits.
 
     Raises:
         TangentError: for an empty grid, folds outside 2..n, and as ``fit`` does.
@@ -113,10 +114,13 @@ def fit_path(
         options["offset"] = as_tensor("fit_path", "offset", options["offset"], feats.device)
     fits: list[Fit] = []
     errors: list[float] = []
-    with raised_as("fit_path", "fit", "leave_one_out"):
+    bar = options.pop("progress") if options.get("progress") is True else None
+    with raised_as("fit_path", "fit", "leave_one_out"), shown(bar) as tell:
         for ridge in ridges:
             start: Fit | None = None
             for structure in chosen:
+                if tell is not None:
+                    tell(f"{structure}, ridge {ridge:g}", len(fits) / len(ridges) / len(chosen))
                 start = fit(feats, r, structure=structure, ridge=ridge, start=start, **options)
                 fits.append(start)
                 if folds is None:
@@ -154,6 +158,7 @@ def leave_one_out(found: Fit) -> Float[Tensor, "n c"]:
     """
     if not isinstance(found, Fit):
         raise TangentError(f"leave_one_out: takes a fit on features, got {type(found).__name__}")
+    found.check_whole("leave_one_out")
     if found.targets is None:
         raise TangentError("leave_one_out: the closed form is for squared error; use fit_path(..., folds=5)")
     if found.dropped:

@@ -18,6 +18,7 @@ from adaptive_tangents.checks import OF_CLASSES, Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.linalg.conjugate_gradients import Progress
+from adaptive_tangents.runtime.progress import counted
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features, check_moderate, size_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
@@ -80,7 +81,7 @@ def proximal_gradient(
     tol: float = 1e-8,
     max_steps: int = 20_000,
     start: Matrices | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> ProximalFit:
     r"""Minimize Ω̃(β) + (1/ρ)Σ‖r_k − φ(x_k)β‖², as ``fit`` does with a ridge, by proximal gradient steps alone.
 
@@ -99,7 +100,7 @@ def proximal_gradient(
         tol: stop at this stationarity.
         max_steps: stop after this many steps, with ``converged=False`` and a TangentWarning.
         start: β to start from, one matrix for each block, such as ``fit(...).coefficients``; None starts at 0.
-        progress: called with the number of steps so far and the objective.
+        progress: called with the number of steps so far and the objective; True shows a bar.
 
     Raises:
         TangentError: when the structure has no proximal operator (``Modes`` with several modes), the ridge is not positive
@@ -127,7 +128,8 @@ def proximal_gradient(
     doubled = feats.to(torch.float64)
     descent = _Descent(doubled, structure.prepared(doubled), _smooth(feats, r, loss, offset, ridge))
     point = descent.point(_start(doubled, start))
-    found, objectives, converged, reason = descent.run(point, tol, max_steps, progress)
+    with counted(progress, "objective", max_steps) as tell:
+        found, objectives, converged, reason = descent.run(point, tol, max_steps, tell)
     if not converged:
         warnings.warn(f"proximal_gradient did not converge: {reason}", TangentWarning, stacklevel=2)
     return ProximalFit(

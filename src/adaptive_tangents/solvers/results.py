@@ -1,8 +1,9 @@
 """The results of ``fit``: the adaptive model and the certificates of its solution."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,10 +14,19 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, blocks_of, tiled
+from adaptive_tangents.measures.alignment import effective_rank
 from adaptive_tangents.measures.kernel_change import KernelChange, kernel_change
+from adaptive_tangents.runtime.figures import MOST_LINES, bars, lines, panels
+from adaptive_tangents.runtime.told import html, short
+from adaptive_tangents.solvers.files import read_fit, write_fit
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SMALLEST = 1e-10  # singular values below this share of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,12 @@ class Round:
     accelerated: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Certified:
     """The certificates that every fit has; ``Fit`` describes the fields."""
 
     _products_with: ClassVar[str] = "curvature"  # what ``products`` of the rounds count
+    _columns: ClassVar[tuple[str, ...]] = ("‖B‖", "effective rank")  # of the table of blocks
 
     structure: Structure
     loss: LossName
@@ -68,6 +79,11 @@ class Certified:
     timings: Mapping[str, float] = field(repr=False)
 
     @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        """Numbers of each block, for tables; the first is ‖B‖."""
+        return {}
+
+    @property
     def rounds(self) -> int:
         """Kernel solves: how many systems were made and factorized, or preconditioned."""
         return sum(entry.solved for entry in self.history)
@@ -76,6 +92,30 @@ class Certified:
     def gap(self) -> float | None:
         """(objective − lower bound)/objective, or None without a bound."""
         return None if self.lower_bound is None else (self.objective - self.lower_bound) / max(self.objective, 1e-300)
+
+    def __repr__(self) -> str:
+        task = "interpolation" if self.ridge == 0 else f"{self.loss}, ridge {self.ridge:g}"
+        state = "converged" if self.converged else "NOT converged"
+        return (
+            f"{type(self).__name__}({short(self.structure)}, {task}, {len(self._named)} blocks, {len(self.dual)} samples: "
+            f"objective {self.objective:.6g}, stationarity {self.stationarity:.1e}, {state})"
+        )
+
+    def _repr_html_(self) -> str:
+        bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.6g} (gap {self.gap:.1e})"
+        facts = {
+            "structure": self.structure, "loss": self.loss, "ridge": f"{self.ridge:g}",
+            "state": f"{'converged' if self.converged else 'NOT converged'}: {self.reason}",
+            "objective": f"{self.objective:.6g}", "lower bound": bound, "stationarity": f"{self.stationarity:.1e}",
+            "rounds": self.rounds,
+        }  # fmt: skip
+        rows = sorted(self._named.items(), key=lambda row: -float(row[1][0]))
+        return html(type(self).__name__, facts, ("block", *self._columns), ((name, *row) for name, row in rows))
+
+    def _search(self) -> dict[str, tuple[list[float], list[float]]]:
+        """The stationarity of every round, for a figure."""
+        values = {k: entry.stationarity for k, entry in enumerate(self.history) if entry.stationarity > 0}
+        return {"": (list(values), list(values.values()))}
 
     def summary(self) -> str:
         """The solution and its certificates as text to read."""
@@ -103,7 +143,7 @@ class Certified:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Certified):
     """A fitted adaptive tangent model with the certificates of its solution. Solved in float64.
 
@@ -135,6 +175,27 @@ class Fit(Certified):
     transforms: Mapping[str, Transform] = field(repr=False)
     features: TangentFeatures = field(repr=False)
 
+    @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        made = ((name, matrix) for name, matrix in self.coefficients.items())
+        return {name: (float(B.norm()), effective_rank(B).participation if bool(B.any()) else 0.0) for name, B in made}
+
+    def plot(self) -> "Figure":
+        """The stationarity along the search, each block's share of ‖β‖², and the singular values of the largest blocks."""
+        sizes = {name: float((B**2).sum()) for name, B in self.coefficients.items()}
+        names, whole = sorted(sizes, key=lambda name: -sizes[name]), sum(sizes.values()) or 1.0
+        figure, (left, middle, right) = panels("plot", 3, len(names))
+        lines(left, self._search(), "Search", ("round", "stationarity"), log="y")
+        ranks = {name: f"rank {row[1]:.1f}" for name, row in self._named.items()}
+        bars(middle, {name: 100 * sizes[name] / whole for name in names}, "Blocks", "share of ‖β‖², %", ranks)
+        curves = {}
+        for name in names[:MOST_LINES]:
+            values = torch.linalg.svdvals(self.coefficients[name])
+            kept = values[values > _SMALLEST * values.max()].tolist()
+            curves[name] = (list(range(1, len(kept) + 1)), kept)
+        lines(right, curves, "Coefficients", ("index", "singular value"), log="y")
+        return figure
+
     def transform(self, feats: TangentFeatures) -> TangentFeatures:
         """Adapted features Mφ, as TangentFeatures; their kernel is the adapted kernel K_M.
 
@@ -161,13 +222,44 @@ class Fit(Certified):
         Args:
             y: targets of the target kernel, (n, c); None is r, or the fitted φβ for cross-entropy.
             keep: also return every part's kernel.
+
+        Raises:
+            TangentError: when the fit was loaded without its features.
         """
+        self.check_whole("kernel_change")
         if y is None:
             y = self.predict(self.features) if self.targets is None else self.targets
         return kernel_change(self.features, self.transforms, y, keep=keep)
 
+    def check_whole(self, call: str) -> None:
+        """Raise TangentError if the fit was kept without the features of its samples.
 
-@dataclass(frozen=True, kw_only=True)
+        Args:
+            call: the name of the calling function, for the message.
+        """
+        if self.features.n != len(self.dual):
+            raise TangentError(
+                f"{call}: this fit was kept without the features of its {len(self.dual)} samples; use "
+                "load_fit(path, features=feats), or save(path, features=True)"
+            )
+
+    def save(self, path: str | Path, *, features: bool = False, without_structure: bool = False) -> None:
+        """Write the fit as a safetensors file with all but tensors as JSON in its header; ``load_fit`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            features: whether to keep the features fitted, too. They may take much space, and only ``kernel_change`` and
+                ``leave_one_out`` need them.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        kept = replace(self.features if features else self.features[:1], limit=None)
+        write_fit(Path(path), replace(self, features=kept), _KINDS, without_structure=without_structure)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class KernelFit(Certified):
     """A model fitted to kernels alone, with the certificates of a ``Fit``; ``fit`` on a store or on tensors returns it.
 
@@ -184,6 +276,20 @@ class KernelFit(Certified):
     gains: Mapping[str, float]
     norms: Mapping[str, float]
     residual: float
+
+    _columns: ClassVar[tuple[str, ...]] = ("‖B‖", "gain")
+
+    @property
+    def _named(self) -> dict[str, tuple[float, ...]]:
+        return {name: (self.norms.get(name, 0.0), gain) for name, gain in self.gains.items()}
+
+    def plot(self) -> "Figure":
+        """The stationarity along the search, and the gain of each block."""
+        figure, (left, right) = panels("plot", 2, len(self.gains))
+        lines(left, self._search(), "Search", ("round", "stationarity"), log="y")
+        gains = dict(sorted(self.gains.items(), key=lambda row: -row[1]))
+        bars(right, {name or "all blocks": gain for name, gain in gains.items()}, "Blocks", "gain z")
+        return figure
 
     def predict(self, K: Kernels) -> Float[Tensor, "m c"]:
         """φβ = Σ_ℓ z_ℓ² K_ℓ(x, x_train) α at new samples, in float64; add f(x; θ₀) for the model's output.
@@ -208,3 +314,54 @@ class KernelFit(Certified):
                 f"n = {len(self.dual)} samples, c = {self.dual.shape[1]}: give the kernel of new samples with those"
             )
         return KernelProducts(whole).apply(self.dual.flatten()).reshape(whole.n, -1)
+
+    def save(self, path: str | Path, *, without_structure: bool = False) -> None:
+        """Write the fit as a safetensors file with all but tensors as JSON in its header; ``load_fit`` reads it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            without_structure: keep only the structure's name, as where a penalty is a function of your own.
+
+        Raises:
+            TangentError: when the structure cannot be described, or the file cannot be written.
+        """
+        write_fit(Path(path), self, _KINDS, without_structure=without_structure)
+
+
+_KINDS = (Fit, KernelFit, Round)
+
+
+def load_fit(path: str | Path, *, features: TangentFeatures | None = None) -> Fit | KernelFit:
+    """A fit that ``Fit.save`` or ``KernelFit.save`` wrote, on the CPU; it predicts the same numbers, to the last bit.
+
+    Args:
+        path: of the file.
+        features: the features that were fitted, where the file was written without them and ``kernel_change`` is wanted.
+
+    Raises:
+        TangentError: when the file cannot be read, is no fit, or was changed, and when the features are of other samples or
+            blocks.
+
+    >>> import tempfile, torch, adaptive_tangents as at
+    >>> feats = at.tangent_features(torch.nn.Linear(3, 1), torch.randn(6, 3))
+    >>> found = at.fit(feats, torch.randn(6, 1), ridge=0.1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found.save(f"{folder}/fit.safetensors")
+    ...     again = at.load_fit(f"{folder}/fit.safetensors")
+    >>> torch.equal(again.predict(feats), found.predict(feats)), again.summary() == found.summary()
+    (True, True)
+    """
+    found: Fit | KernelFit = read_fit(Path(path), _KINDS)
+    if features is None:
+        return found
+    shapes = {name: block.shape for name, block in features.blocks.items()}
+    if isinstance(found, KernelFit):
+        raise TangentError(f"load_fit: {path} holds a fit to kernels, which has no features; leave features out")
+    wanted = {name: tuple(matrix.shape) for name, matrix in found.coefficients.items()}
+    if (features.n, features.c) != tuple(found.dual.shape) or shapes != wanted:
+        raise TangentError(
+            f"load_fit: the fit was of {tuple(found.dual.shape)} samples and outputs and blocks {wanted}, these features "
+            f"are of {(features.n, features.c)} and {shapes}; give those that were fitted"
+        )
+    found.features.check_origin("load_fit", features)
+    return replace(found, features=features)

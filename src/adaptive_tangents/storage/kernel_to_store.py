@@ -23,7 +23,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.schedule import Deal, Place, dealt, keys_of
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
-from adaptive_tangents.runtime.progress import Progress
+from adaptive_tangents.runtime.progress import Asked, Progress, told, with_bar
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.feature_stream import Sketching, Stream, stream
 from adaptive_tangents.storage.folders import FEATURES, LOCK, check_empty, clear_claims
@@ -42,6 +42,7 @@ _PASSING = 0.1  # of the cost of a capture, with a margin: an MLP takes 0.06
 _COMPRESSED = 0.7  # least compressed fraction of a kernel's bytes; usually 0.9
 
 
+@with_bar
 def kernel_to_store(
     model: nn.Module,
     x: Batch,
@@ -59,7 +60,7 @@ def kernel_to_store(
     transforms: Mapping[str, Transform] | None = None,
     sketch: Sketching | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> KernelStore:
     """The tangent kernel K(x, x₂) = φ(x) φ(x₂)ᵀ, written tile by tile into a Zarr store.
 
@@ -84,7 +85,7 @@ def kernel_to_store(
         transforms: a transform for each block to adapt, such as ``Fit.transforms``; None is the plain kernel.
         sketch: contracts sketched features instead of exact ones; None is exact.
         resume: whether to continue a store of the same model, data and settings; only missing and damaged tiles are made.
-        progress: called with what is being done ("verifying", "tiles") and the fraction that is done.
+        progress: called with what is being done ("verifying", "tiles") and the fraction that is done; True shows a bar.
 
     Raises:
         TangentError: when the path holds something else or another kernel, another process writes it, or it cannot be
@@ -97,7 +98,7 @@ def kernel_to_store(
     ...     torch.allclose(store.read(), at.tangent_kernel(model, x), atol=1e-6)
     True
     """
-    call, path = "kernel_to_store", Path(path)
+    call, path, progress = "kernel_to_store", Path(path), told(progress)
     check_outputs(call, outputs)
     if "\0" in str(path):
         raise TangentError(f"{call}: {str(path)!r} holds a null character, which no path can hold; give another path")

@@ -11,6 +11,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs
 from adaptive_tangents.features.plans import WORKING_BYTES, KernelPlan
 from adaptive_tangents.runtime.memory import format_bytes, require_memory
+from adaptive_tangents.runtime.told import html
 
 _CHUNK_BYTES = 32_000_000  # of a tile on disk: larger tiles save no time, and a kill loses more
 _SIDE = 8  # least number of tiles along a side, so that there is something to share and to resume
@@ -58,7 +59,7 @@ class Layout:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StorePlan:
     """What a kernel store will cost, before it is made; ``print`` it.
 
@@ -97,6 +98,23 @@ class StorePlan:
     def seconds(self) -> float:
         """Expected seconds."""
         return (self.capture_seconds + self.contract_seconds + self.store_seconds) / self.processes
+
+    def __repr__(self) -> str:
+        return (
+            f"StorePlan({self.kernels} × {' × '.join(map(str, self.shape))} {self.outputs}, {self.tiles} tiles, at most "
+            f"{format_bytes(self.disk_bytes)} on disk, {self.captures} captures, about {duration(self.seconds)})"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "kernels": f"{self.kernels} of {' × '.join(map(str, self.shape))}, {self.outputs}",
+            "on disk": f"at most {format_bytes(self.disk_bytes)}, {self.tiles} tiles of {self.layout.tile} samples a side",
+            "features": f"{self.layout.cached} of {self.ranges} ranges held, {self.captures} captures",
+            "memory": f"{format_bytes(self.bytes)} of {format_bytes(self.limit)} allowed, in each of {self.processes}",
+            "expected": duration(self.seconds),
+        }
+        rows = ((b.name, f"{b.shape[0]} × {b.shape[1]}", b.positions, b.route) for b in self.contraction.blocks)
+        return html("StorePlan", facts, ("block", "o × i", "positions", "route"), rows)
 
     def __str__(self) -> str:
         layout, kernels = self.layout, f"{self.kernels} kernels of" if self.kernels > 1 else "kernel"

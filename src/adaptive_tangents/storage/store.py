@@ -6,7 +6,7 @@ records what the kernel was made from, and it is marked complete only once every
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,9 @@ from adaptive_tangents.features.kernel_layout import Outputs, column_axis, kerne
 from adaptive_tangents.features.summands import Index
 from adaptive_tangents.kernels.schedule import Place
 from adaptive_tangents.runtime.memory import limit_for, require_memory
+from adaptive_tangents.runtime.progress import Asked, shown
 from adaptive_tangents.runtime.tensor_files import write_bytes
+from adaptive_tangents.runtime.told import html
 from adaptive_tangents.storage.chunks import LEVEL, decoded, encoded, longest, seal
 from adaptive_tangents.storage.folders import PART, clear_drafts, clear_remains
 from adaptive_tangents.storage.record import FORMAT, RECORD, array_folder, checksum, read_meta, write_meta
@@ -49,6 +51,14 @@ class KernelStore:
         kernels = f"{len(self.blocks)} kernels of {shape}" if self.blocks else shape
         state = "complete" if self.complete else f"{len(self.missing())} of {len(self.places)} tiles missing"
         return f"{type(self).__name__}({self.path}: {kernels}, {self.outputs}, {self.meta['dtype']}, {state})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "path": self.path, "kernel": f"{' × '.join(map(str, self.shape))}, {self.outputs}", "dtype": self.meta["dtype"],
+            "tiles": f"{len(self.places)} of {self.tile} samples a side",
+            "state": "complete" if self.complete else f"{len(self.missing())} tiles missing",
+        }  # fmt: skip
+        return html(type(self).__name__, facts, ("block",), ((name,) for name in self.blocks))
 
     @property
     def n(self) -> int:
@@ -124,18 +134,19 @@ class KernelStore:
         """The tiles that are not stored, as their row and column among the tiles."""
         return [place for place in self.places if not all(path.is_file() for path in self._files(place))]
 
-    def verify(self, progress: Callable[[str, float], None] | None = None) -> list[Place]:
+    def verify(self, progress: Asked = None) -> list[Place]:
         """The damaged tiles: their checksum is wrong, they are another tile's, or entries are not finite.
 
         Args:
-            progress: called with "verifying" and the fraction that is done.
+            progress: called with "verifying" and the fraction that is done; True shows a bar.
         """
         damaged, missing = [], set(self.missing())
-        for done, place in enumerate(self.places):
-            if place not in missing and not all(self._sound(place, name) for name in self._names):
-                damaged.append(place)
-            if progress is not None:
-                progress("verifying", (done + 1) / len(self.places))
+        with shown(progress) as tell:
+            for done, place in enumerate(self.places):
+                if place not in missing and not all(self._sound(place, name) for name in self._names):
+                    damaged.append(place)
+                if tell is not None:
+                    tell("verifying", (done + 1) / len(self.places))
         return damaged
 
     def tiles(self, block: str | None = None) -> Iterator[Tile]:
