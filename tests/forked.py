@@ -235,8 +235,9 @@ def passed_again(folder: Path) -> None:
     assert run(2, folder / "K.zarr", lambda rank: counting(folder / "noted")(rank) | room) == [0, 0]
     assert files(folder / "K.zarr") == files(folder / "expected.zarr")
     made, received = (noted(folder / "noted", what) for what in ("captured", "received"))
-    # Which process takes which tile is a race, and a feature that was sent as often as planned is captured.
-    assert all(5 <= len(found) <= 7 for found in made), made
+    # Which process takes which tile is a race, and a feature that was sent as often as planned is captured. Without passing,
+    # each process would capture all ten ranges and, with room for seven, some of them again.
+    assert all(5 <= len(found) < 10 for found in made), made
     assert max(map(len, received)) > 5, received
 
 

@@ -42,6 +42,8 @@ WINGS = (
     "reporting",
     "forecasting",
     "inspection",
+    "tracking",
+    "integrations",
     "experiments",
     "commands",
 )
@@ -54,13 +56,14 @@ MOST_FLAT = 12
 ONLY_IN = {
     "sklearn": {"datasets.images"},
     "mlxtend": {"datasets.images"},
-    "matplotlib": {"reporting", "experiments", "inspection.figures", "forecasting"},
+    "matplotlib": {"reporting", "experiments", "inspection", "forecasting", "tracking"},
     "jinja2": {"reporting.report"},
     "typer": {"cli", "commands"},
     "rich": {"commands"},
     "threadpoolctl": {"runs.parallel"},
     "zarr": {"storage.store"},
     "xrfm": {"experiments"},
+    "pandas": {"tracking.history", "tracking.tracker"},
 }
 LAZY = {"sklearn", "mlxtend", "threadpoolctl", "zarr", "xrfm"}  # imported by the function that needs them
 

@@ -55,6 +55,21 @@ def test_the_page_on_forecasts_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "forecast of training on squared error" in capsys.readouterr().out
 
 
+def test_the_page_on_checkpoints_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "checkpoints.md").read_text(), re.DOTALL)
+    made: dict[str, torch.Tensor] = {"__name__": "docs"}  # type: ignore[dict-item]
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block, "docs/checkpoints.md", "exec"), made)
+    assert made["K"].shape == (5, 1, 5, 1)
+
+
+def test_the_page_on_watching_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "tracking.md").read_text(), re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block, "docs/tracking.md", "exec"), {"__name__": "docs"})
+    assert "of 500 samples in evaluation mode, exact, summed over all 3 outputs" in capsys.readouterr().out
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

@@ -35,6 +35,7 @@ DESCRIBED = (
     "measures",
     "solvers",
     "nn",
+    "tracking",
 )
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -5,6 +5,7 @@ from . import experiments as experiments
 from . import features as features
 from . import forecasting as forecasting
 from . import inspection as inspection
+from . import integrations as integrations
 from . import kernels as kernels
 from . import linalg as linalg
 from . import measures as measures
@@ -15,6 +16,7 @@ from . import sketching as sketching
 from . import solvers as solvers
 from . import storage as storage
 from . import structures as structures
+from . import tracking as tracking
 from .capture import average_features as average_features
 from .capture import tangent_features as tangent_features
 from .errors import TangentError as TangentError
@@ -22,6 +24,8 @@ from .errors import TangentWarning as TangentWarning
 from .features import TangentFeatures as TangentFeatures
 from .forecasting import Forecast as Forecast
 from .forecasting import forecast as forecast
+from .inspection import compare as compare
+from .inspection import inspect as inspect
 from .kernels import kernel_eigen as kernel_eigen
 from .kernels import kernel_regression as kernel_regression
 from .kernels import tangent_kernel as tangent_kernel
@@ -60,5 +64,6 @@ from .structures import Modes as Modes
 from .structures import Right as Right
 from .structures import Rows as Rows
 from .structures import TwoSided as TwoSided
+from .tracking import Tracker as Tracker
 
 __version__: str

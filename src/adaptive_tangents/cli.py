@@ -1,4 +1,4 @@
-"""The command line: ``adaptive-tangents reproduce``, ``inspect``, ``forecast``, ``kernel``, ``report``, and their options.
+"""The command line, ``adaptive-tangents``: ``reproduce``, ``inspect``, ``compare``, ``forecast``, ``kernel``, ``report``.
 
 This module holds only options and help. The work is in ``commands``, which is imported when a command runs, so that help,
 completion and the version respond at once.
@@ -22,7 +22,19 @@ EXTRA = ("jinja2", "markupsafe", "matplotlib", "mlxtend", "sklearn", "threadpool
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 
-Model = Annotated[str, typer.Option(help="Factory of the network: package.module:factory or path/to/file.py:factory.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The network, where the checkpoints do not say it: package.module:factory, path/to/file.py:factory, or "
+        "timm:NAME?num_classes=10."
+    ),
+]
+Base = Annotated[
+    Path | None, typer.Option(help="Folder of the network that adapters were trained on (default: the one they name).")
+]
+Merged = Annotated[
+    bool, typer.Option("--merged", help="Measure the weights with adapters merged in, instead of the adapters.")
+]
 Wrt = Annotated[
     list[str] | None, typer.Option(help="Use only parameters whose name matches this pattern; may be repeated.")
 ]
@@ -104,17 +116,25 @@ def reproduce(
 
 @app.command()
 def inspect(
-    model: Model,
     data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names), y, classes.")],
-    start: Annotated[Path | None, typer.Option(help="Checkpoint before training, .pt or .safetensors.")] = None,
+    model: Model = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint before training: .pt, .safetensors, .ckpt, or a folder of Hugging Face or PEFT; alone, a folder "
+            "that holds checkpoint-N."
+        ),
+    ] = None,
     end: Annotated[Path | None, typer.Option(help="Checkpoint after training.")] = None,
     checkpoints: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --start and --end: a quoted pattern. They are put in order by the steps that files store, else "
-            "by numbers and words of their names; the order is printed first."
+            help="Instead of --start and --end: a quoted pattern, or a folder that holds checkpoint-N. They are put in order "
+            "by the steps that they store, else by numbers and words of their names; the order is printed first."
         ),
     ] = None,
+    base: Base = None,
+    merged: Merged = False,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/inspect"),
     samples: Annotated[int | None, typer.Option(help="Number of samples for the kernels (default: 128).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of which samples.")] = 0,
@@ -137,24 +157,42 @@ def inspect(
         from adaptive_tangents.commands import inspect as command
 
         command.inspect(
-            model, data, out, start=start, end=end, checkpoints=checkpoints, samples=samples, seed=seed, outputs=outputs,
-            wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
+            model, data, out, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, samples=samples,
+            seed=seed, outputs=outputs, wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
         )  # fmt: skip
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that inspect wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="DIR", help="Another.")],
+    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/compare"),
+    names: Annotated[
+        str | None, typer.Option(help="What the two are called, e.g. full,LoRA (default: the folders' names).")
+    ] = None,
+) -> None:
+    """Set two inspections side by side: full fine-tuning and LoRA, two seeds, two learning rates."""
+    with worded_errors("interrupted; nothing was written"), _extra("compare"):
+        from adaptive_tangents.commands import compare as command
+
+        command.compare(first, second, out, names=names)
+
+
+@app.command()
 def forecast(
-    model: Model,
     data: Annotated[
         Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names) and y, the training samples.")
     ],
+    model: Model = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint before training, .pt or .safetensors (default: the network as made)."),
+        typer.Option(help="Checkpoint before training, a file or a folder (default: the network as made)."),
     ] = None,
     end: Annotated[
         Path | None, typer.Option(help="Checkpoint after training, to compare with; the forecast does not see it.")
     ] = None,
+    base: Base = None,
+    merged: Merged = False,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("runs/forecast"),
     loss: Annotated[
         str,
@@ -179,19 +217,21 @@ def forecast(
         from adaptive_tangents.commands import forecast as command
 
         command.forecast(
-            model, data, out, weights=weights, end=end, loss=loss, steps=steps, samples=samples, seed=seed,
-            outputs=outputs, wrt=wrt, device=device, quick=quick,
+            model, data, out, weights=weights, end=end, base=base, merged=merged, loss=loss, steps=steps, samples=samples,
+            seed=seed, outputs=outputs, wrt=wrt, device=device, quick=quick,
         )  # fmt: skip
 
 
 @app.command()
 def kernel(
-    model: Model,
     data: Annotated[Path, typer.Option(help="An .npz file: x (or x0, x1, …, or argument names).")],
     out: Annotated[Path, typer.Option(help="Folder of the new store, e.g. K.zarr.")],
+    model: Model = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint to load, .pt or .safetensors (default: the network as made).")
+        Path | None, typer.Option(help="Checkpoint to load, a file or a folder (default: the network as made).")
     ] = None,
+    base: Base = None,
+    merged: Merged = False,
     data2: Annotated[
         Path | None, typer.Option(help="Samples of the columns, .npz (default: those of the rows).")
     ] = None,
@@ -222,8 +262,9 @@ def kernel(
         from adaptive_tangents.commands import kernel as command
 
         command.kernel(
-            model, data, out, weights=weights, data2=data2, outputs=outputs, wrt=wrt, by_block=by_block, tile=tile,
-            memory_limit=memory_limit, float64=float64, sketch=sketch, seed=seed, device=device, plan=plan, resume=resume,
+            model, data, out, weights=weights, base=base, merged=merged, data2=data2, outputs=outputs, wrt=wrt,
+            by_block=by_block, tile=tile, memory_limit=memory_limit, float64=float64, sketch=sketch, seed=seed,
+            device=device, plan=plan, resume=resume,
         )  # fmt: skip
 
 

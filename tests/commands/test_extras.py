@@ -26,7 +26,9 @@ from torch import nn
 def make():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 """
-REFUSED = ("report .", "reproduce penalties --quick", "inspect --model a:b --data d.npz --start a.pt --end b.pt")
+REFUSED = (
+    "report .", "reproduce penalties --quick", "inspect --model a:b --data d.npz --start a.pt --end b.pt", "compare a b",
+)  # fmt: skip
 
 
 def without_the_extra(folder: Path, *commands: str) -> tuple[str, list[str]]:

@@ -232,7 +232,7 @@ def test_errors_of_the_system_are_one_line(here: Path, monkeypatch: pytest.Monke
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "x[red]\ny")
 
-    monkeypatch.setattr("adaptive_tangents.commands.kernel.load_data", denied)
+    monkeypatch.setattr("adaptive_tangents.commands.opening.load_data", denied)
     done = runner.invoke(cli.app, ["kernel", "--model", "f.py:make", "--data", "d.npz", "--out", "K"])
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
     assert r"[Errno 13] Permission denied: 'x[red]\ny'; check that place" in done.stderr

@@ -214,6 +214,26 @@ def test_strengths_are_in_units_of_what_is_left_of_the_target() -> None:
     assert scaled.candidates[1].structure.left.strength == pytest.approx(1e4 * size, rel=1e-6)
 
 
+def test_a_target_in_other_units_is_reached_by_steps_in_those_units() -> None:
+    linear = nn.Linear(4, 2, bias=False).double()
+    left = torch.randn(30, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    start = linear.weight.detach().clone()
+    moves = [
+        at.forecast(linear, X, linear(X).detach() + a * left, strength=1.0, steps=2, seed=1).params["weight"] - start
+        for a in (1.0, 1000.0)
+    ]
+    torch.testing.assert_close(moves[1], 1000 * moves[0], rtol=1e-6, atol=0)
+
+
+def test_larger_features_adapt_as_if_the_strength_were_larger() -> None:
+    feats = at.tangent_features(network(), X)
+    larger = feats.transformed(dict.fromkeys(feats.blocks, at.features.transforms.Sides(scale=10.0)))
+    one = at.fit(larger, Y, structure=at.TwoSided(at.Quadratic(0.3)), ridge=100.0, tol=1e-10)
+    other = at.fit(feats, Y, structure=at.TwoSided(at.Quadratic(30.0)), ridge=1.0, tol=1e-10)
+    for name, found in other.coefficients.items():
+        torch.testing.assert_close(10 * one.coefficients[name], found, rtol=1e-4, atol=1e-7)
+
+
 # ------------------------------------------------------------------------------------------------- ends that are worded
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import adaptive_tangents as at
 from adaptive_tangents import loading
+from adaptive_tangents.capture.state_names import NESTED
 
 FACTORIES = """
 import torch
@@ -85,9 +86,7 @@ def test_a_factory_that_makes_no_network_is_refused(folder: Path, spec: str, mes
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize(
-    ("suffix", "key"), [(".safetensors", None), *((".pt", key) for key in (None, *loading.NESTED))]
-)
+@pytest.mark.parametrize(("suffix", "key"), [(".safetensors", None), *((".pt", key) for key in (None, *NESTED))])
 def test_checkpoints_load_from_every_form(tmp_path: Path, suffix: str, prefix: str, key: str | None) -> None:
     wanted = {name: value + 1 for name, value in model().state_dict().items()}
     state: Any = {prefix + name: value for name, value in wanted.items()}

@@ -322,7 +322,7 @@ def test_the_strength_is_chosen_for_samples_that_were_not_fitted() -> None:
     """With only noise to explain, a strong ridge is chosen, and R² on fresh samples is not far below zero."""
     before = start(n=16, c=1, shapes=((10, 3, 1),))
     after = noised(before, 1.0)
-    weak = at.explain(before, after, at.Left(), strengths=(1e-8,))
+    weak = at.explain(before, after, at.Left(), strengths=(1e-8,), rank=(1, 2, 4, 8))
     free = at.explain(before, after, at.Left())
     assert weak.r2["block0"] < -0.5
     assert free.strengths["block0"] >= 1.0

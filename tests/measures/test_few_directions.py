@@ -319,10 +319,28 @@ def test_several_structures_at_once_are_each_alone() -> None:
     assert told[-1] == 1.0
 
 
-@pytest.mark.parametrize("rank", [0, -1, (), (2, 0), True])
+@pytest.mark.parametrize("structure", [at.Left(), at.TwoSided()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("kind", ["outer", "lookup"])
+def test_rank_zero_is_the_factor_of_a_layer_scale(kind: str, structure: at.structures.Structure) -> None:
+    before, after = block(kind), changed(block(kind))
+    found = at.explain(feats(before), feats(after), structure, rank=0)
+    scale = at.explain(feats(before), feats(after), at.LayerScale())
+    assert found.ranks == {"b": 0}
+    assert found.total == pytest.approx(scale.total, abs=1e-12)
+    assert found.transforms["b"].scale == pytest.approx(scale.transforms["b"].scale)
+
+
+def test_where_a_factor_explains_all_no_direction_is_chosen() -> None:
+    before = block("outer")
+    found = at.explain(feats(before), feats(before.transformed(None, None, 3.0)), at.TwoSided())
+    assert found.ranks == {"b": 0}
+    assert found.r2["b"] == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("rank", [-1, (), (2, -1), True])
 def test_a_rank_that_is_none_is_refused(rank: int | tuple[int, ...]) -> None:
     made = feats(block("outer"))
-    with pytest.raises(at.TangentError, match=r"^explain: rank must be a positive integer, several, or None .* got"):
+    with pytest.raises(at.TangentError, match=r"^explain: rank must be 0 or more, several such .* or None .* got"):
         at.explain(made, feats(changed(block("outer"))), at.TwoSided(), rank=rank)
 
 

@@ -33,6 +33,8 @@ def declare_operators() -> None:
     try:
         ctypes.CDLL(str(Path(found.origin or "").with_name("_C.so")))
     except OSError:
+        if hasattr(torch.ops.torchvision, "nms"):  # declared before
+            return
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 

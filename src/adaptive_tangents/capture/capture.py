@@ -37,6 +37,7 @@ from adaptive_tangents.capture.probe import (
     spread_over,
 )
 from adaptive_tangents.capture.recording import bytes_kept
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.checks import check_finite
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
@@ -53,7 +54,7 @@ def tangent_features(
     model: nn.Module,
     x: Batch,
     *,
-    params: Mapping[str, Tensor] | None = None,
+    params: Params | None = None,
     wrt: Selection | None = None,
     output_fn: OutputFn | None = None,
     memory_limit: int | None = None,
@@ -63,7 +64,8 @@ def tangent_features(
     Args:
         model: the network f; it is left as it was.
         x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
-        params: a state dict to evaluate the model at; None is the model's own values.
+        params: a state dict to evaluate the model at; None is the model's own values. A prefix that all names share
+            ("module.", "_orig_mod.", "model.") is dropped or added, and one under "state_dict" or "model" is found.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
         memory_limit: bytes that may be used; None is half of what is free.
@@ -96,7 +98,7 @@ class Capture:
     """
 
     def __init__(
-        self, call: str, model: Any, x: Any, params: Mapping[str, Tensor] | None, wrt: Selection | None,
+        self, call: str, model: Any, x: Any, params: Params | None, wrt: Selection | None,
         output_fn: OutputFn | None, limit: int | None, *, whole: bool = False,
     ) -> None:  # fmt: skip
         self.call, self.requested, self.verify, self._whole = call, limit, True, whole

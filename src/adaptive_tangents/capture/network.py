@@ -13,6 +13,7 @@ from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.lease import Loan, current, on_loan
 from adaptive_tangents.capture.recording import needing_gradients, recorded_if_needed
 from adaptive_tangents.capture.refusals import check_is_module, check_parameters, check_tensors
+from adaptive_tangents.capture.state_names import Params, fitted, misfit
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, UnfitOutput
 
@@ -168,7 +169,7 @@ class Network:
 
 
 def values_at(
-    call: str, model: nn.Module, params: Mapping[str, Tensor] | None, wrt: Selection | None
+    call: str, model: nn.Module, params: Params | None, wrt: Selection | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
     """Parameters, buffers and the names selected of a model at a state dict, after checking that they fit together."""
     check_model(call, model)
@@ -186,7 +187,7 @@ def network(
     call: str,
     model: Any,
     x: Any,
-    params: Mapping[str, Tensor] | None,
+    params: Params | None,
     wrt: Selection | None,
     output_fn: OutputFn | None,
 ) -> Network:
@@ -261,27 +262,18 @@ def select(call: str, model: nn.Module, wrt: Selection | None) -> tuple[str, ...
     return tuple(name for name in named if name in chosen)
 
 
-def overlay(call: str, model: nn.Module, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def overlay(call: str, model: nn.Module, params: Params) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's parameters and buffers, replaced by those of a state dict."""
     parameters: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     aliases = set(dict(model.named_parameters(remove_duplicate=False))) | set(model.state_dict(keep_vars=True))
+    params = fitted(call, params, model)
     unknown = [name for name in params if name not in parameters and name not in buffers and name not in aliases]
     missing = [name for name in parameters if name not in params]
-    wrong = [
-        f"{name} {tuple(params[name].shape)} for {tuple(old.shape)}"
-        for name, old in {**parameters, **buffers}.items()
-        if name in params and params[name].shape != old.shape
-    ]
-    problems = [
-        f"{what} {listed(names)}"
-        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape:", wrong))
-        if names
-    ]
+    problems = misfit(params, {**parameters, **buffers}, missing, unknown)
     if problems:
         raise TangentError(
-            f"{call}: the state dict does not fit the model: {'; '.join(problems)}; "
-            "pass a state dict of this architecture"
+            f"{call}: the state dict does not fit the model: {problems}; pass a state dict of this architecture"
         )
     firsts = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     shared = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

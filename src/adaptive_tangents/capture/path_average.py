@@ -15,6 +15,7 @@ from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import OutputFn, Selection, overlay
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.blocks import Block, sum_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -55,8 +56,8 @@ class AverageFeatures(TangentFeatures):
 
 def average_features(
     model: nn.Module,
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
+    start: Params,
+    end: Params,
     x: Batch,
     *,
     tol: float = 1e-3,
@@ -77,8 +78,8 @@ def average_features(
 
     Args:
         model: the network f; it is left as it was.
-        start: the state dict θ₀.
-        end: the state dict θ₁.
+        start: the state dict θ₀, in any form that ``params`` of ``tangent_features`` may have.
+        end: the state dict θ₁, likewise.
         x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         tol: nodes are doubled until the relative residual of the identity is at most this; if it is larger at
             ``max_nodes``, or stays while nodes double twice, the result comes with a TangentWarning.
@@ -116,7 +117,7 @@ def average_features(
 
 
 def unwarned(
-    model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], x: Batch, *,
+    model: nn.Module, start: Params, end: Params, x: Batch, *,
     tol: float = 1e-3, nodes: int | None = None, max_nodes: int = 256, wrt: Selection | None = None,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, buffers: Buffers = "same",
     progress: Progress | None = None,

@@ -4,25 +4,28 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from adaptive_tangents.commands.checks import check_device, check_folder
-from adaptive_tangents.commands.console import one_bar, typed
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
+from adaptive_tangents.commands.console import errors, one_bar, typed
+from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
+from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.problem import InspectConfig
-from adaptive_tangents.loading import check_runs, fit_data, load_checkpoint, load_data, load_model
+from adaptive_tangents.loading import as_state, check_runs, fit_data
 from adaptive_tangents.runs.results import write_results
 
 
 def forecast(
-    model: str,
+    model: str | None,
     data: Path,
     out: Path,
     *,
     weights: Path | None,
     end: Path | None,
+    base: Path | None,
+    merged: bool,
     loss: str,
     steps: int | None,
     samples: int | None,
@@ -41,20 +44,20 @@ def forecast(
     if weights is not None and end is not None and weights.resolve() == end.resolve():
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
     check_folder(NAME, out, PAGES[KIND]().figures)
-    loaded = load_data(data, NAME)
-    network = load_model(model, NAME).to(device)
+    check_exists(NAME, data)
+    series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
+    network, states = series.model, list(series.states.values())
+    after = states.pop() if end is not None else None
+    start = states[0] if states else as_state(network, network, NAME)
+    for doubt in series.doubts:
+        errors.print(f"warning: {doubt}", soft_wrap=True, highlight=False, markup=False)
+    loaded = data_of(NAME, data, series)
     check_runs(network, fit_data(loaded, network, NAME), data, NAME)
-    start = (
-        {name: value.detach().clone() for name, value in network.state_dict().items() if isinstance(value, Tensor)}
-        if weights is None
-        else load_checkpoint(weights, network, NAME)
-    )
-    after = None if end is None else load_checkpoint(end, network, NAME)
     config = InspectConfig(
         samples=InspectConfig.samples if samples is None else samples,
         seed=seed,
         outputs=outputs,
-        wrt=tuple(wrt) if wrt else None,
+        wrt=series.selected(wrt),
     )
     if quick:
         config, steps = config.quick(), 2 if steps is None else steps
@@ -63,6 +66,7 @@ def forecast(
     with one_bar() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", TangentWarning)
         result = run_forecast(network, start, loaded, config, end=after, loss=loss, steps=steps, progress=progress)
-    results = result.results | {"command": typed(), "model": model, "data_file": data.name}
+    result = renamed(result, series.names)
+    results = result.results | {"command": typed(), "model": series.source, "data_file": data.name}
     write_results(results, result.arrays, out)
     finish(out)

@@ -1,42 +1,38 @@
 """`inspect`: what training did to a user's network."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from adaptive_tangents.checks import listed
-from adaptive_tangents.commands.checks import check_device, check_folder
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
 from adaptive_tangents.commands.console import console, errors, one_bar, typed
+from adaptive_tangents.commands.opening import data_of, opened
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
-from adaptive_tangents.inspection import run as run_inspection
-from adaptive_tangents.loading import (
-    check_runs,
-    find_checkpoints,
-    fit_data,
-    load_checkpoint,
-    load_data,
-    load_model,
-)
-from adaptive_tangents.loading.checkpoint_order import Order, doubted, ordered, swapped
-from adaptive_tangents.runs.results import write_results
+from adaptive_tangents.inspection.api import inspect_states as run_inspection
+from adaptive_tangents.loading import check_runs, fit_data
+from adaptive_tangents.loading.checkpoint_order import Order
+from adaptive_tangents.loading.checkpoints import is_series
+from adaptive_tangents.runs.own_files import BLOCKS_FILE
 
 INTERRUPTED = 130
 """What the command ends with after Ctrl-C."""
 
 
 def inspect(
-    model: str,
+    model: str | None,
     data: Path,
     out: Path,
     *,
     start: Path | None,
     end: Path | None,
     checkpoints: str | None,
+    base: Path | None,
+    merged: bool,
     samples: int | None,
     seed: int,
     outputs: str,
@@ -48,31 +44,28 @@ def inspect(
 ) -> None:
     """Measure, write the results and print the findings."""
     check_device("inspect", device)
+    if checkpoints is None and start is not None and end is None and is_series(start):
+        checkpoints, start = str(start), None
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
         raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
-    check_folder("inspect", out, PAGES["inspect"]().figures)
+    check_folder("inspect", out, PAGES["inspect"]().figures, (BLOCKS_FILE,))
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
-    loaded = load_data(data)
-    network = load_model(model).to(device)
-    check_runs(network, fit_data(loaded, network), data)
-    doubts: tuple[str, ...] = ()
-    if checkpoints is not None:
-        order = ordered(find_checkpoints(checkpoints))
-        paths, doubts = list(order.paths), order.doubts
-        _print_order(order)
-    else:
-        paths = [path for path in (start, end) if path]
-        doubt = swapped(*paths)
-        doubts = (doubt,) if doubt else ()
-    for doubt in doubts:
+    check_exists("inspect", data)
+    series = opened(
+        "inspect", model=model, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, device=device
+    )
+    if series.order is not None:
+        _print_order(series.order)
+    for doubt in series.doubts:
         _warn(doubt)
-    states = {_title(path, paths): load_checkpoint(path, network) for path in paths}
+    loaded = data_of("inspect", data, series)
+    check_runs(series.model, fit_data(loaded, series.model), data)
     config = InspectConfig(
         samples=InspectConfig.samples if samples is None else samples,
         seed=seed,
         outputs=outputs,
-        wrt=tuple(wrt) if wrt else None,
+        wrt=series.selected(wrt),
         nodes=nodes,
     )
     kept = KeptInFolder(out, resume=resume)
@@ -80,18 +73,17 @@ def inspect(
         with one_bar(timed=True) as progress, warnings.catch_warnings():
             warnings.simplefilter("always", TangentWarning)
             warnings.showwarning = _shown  # type: ignore[assignment]
-            result = run_inspection(
-                network, states, loaded, config.quick() if quick else config,
-                progress=progress, show=_print_plan, kept=kept,
+            found = run_inspection(
+                series.model, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
+                said={"command": typed(), "model": series.source, "data_file": data.name},
+                progress=progress, show=_print_plan, kept=kept, names=series.names,
             )  # fmt: skip
     except KeyboardInterrupt as error:
         if not kept.written:
             raise
         _say(f"interrupted; finished stages are in {kept}, and the same command with --resume continues")
         raise typer.Exit(INTERRUPTED) from error
-    results = result.results | {"command": typed(), "model": model, "data_file": data.name}
-    results["limits"] = [*results["limits"], *map(doubted, doubts)]
-    write_results(results, result.arrays, out)
+    found.write(out)
     try:
         finish(out)
     except KeyboardInterrupt as error:
@@ -99,10 +91,10 @@ def inspect(
             f"interrupted while the report was drawn; the results are there: adaptive-tangents report {out} draws them"
         )
         raise typer.Exit(INTERRUPTED) from error
-    if results["interrupted"]:
+    if found.results["interrupted"]:
         _say(
-            f"interrupted; the report holds what was finished, without {listed(results['interrupted'])}; the same command "
-            "with --resume continues"
+            f"interrupted; the report holds what was finished, without {listed(found.results['interrupted'])}; the same "
+            "command with --resume continues"
         )
         raise typer.Exit(INTERRUPTED)
 
@@ -134,8 +126,3 @@ def _warn(message: str) -> None:
 
 def _say(message: str) -> None:
     errors.print(message, soft_wrap=True, highlight=False, markup=False)
-
-
-def _title(path: Path, paths: Sequence[Path]) -> str:
-    """A checkpoint's name, with its folder if two names are equal."""
-    return path.stem if len({p.stem for p in paths}) == len(paths) else str(path)

@@ -9,6 +9,9 @@ from rich.table import Table
 from adaptive_tangents.commands.console import console
 from adaptive_tangents.experiments.overview_page import counts
 from adaptive_tangents.experiments.pages import PAGES as STUDY_PAGES
+from adaptive_tangents.inspection.compared import NAME as COMPARED
+from adaptive_tangents.inspection.comparison_page import PAGE as COMPARE_PAGE
+from adaptive_tangents.inspection.comparison_told import findings as compared_findings
 from adaptive_tangents.inspection.foretold import KIND
 from adaptive_tangents.inspection.foretold_page import AS_IF, foretold
 from adaptive_tangents.inspection.foretold_page import PAGE as FORECAST_PAGE
@@ -18,10 +21,11 @@ from adaptive_tangents.reporting.report import Finding, build_report, page_of, s
 from adaptive_tangents.runs.results import Results, load_results
 from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
 
-PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE, KIND: lambda: FORECAST_PAGE}
+PAGES = STUDY_PAGES | {"inspect": lambda: INSPECT_PAGE, KIND: lambda: FORECAST_PAGE, COMPARED: lambda: COMPARE_PAGE}
 # What a run of no study tells.
 _TOLD: dict[str, Callable[[Results], list[str]]] = {
     "inspect": findings,
+    COMPARED: compared_findings,
     KIND: lambda results: [*foretold(results), AS_IF, *findings(results)],
 }
 

@@ -66,8 +66,8 @@ def forecast(
             between ``Fixed`` and ``TwoSided`` of each ``strength``.
         loss: "squared" or "cross-entropy" (logistic where c = 1): what training will minimize.
         ridge: κ > 0, the first step's ridge over the mean eigenvalue of its kernel; None is 3.
-        strength: λ of ``TwoSided(Quadratic(λ), scale_invariant=True)``, in units of the mean square of what is left of the
-            target at θ₀; one or several to choose from. None is 1.
+        strength: λ of ``TwoSided(Quadratic(λ))``, in units of the mean square of what is left of the target
+            at θ₀; one or several to choose from. None is 1.
         steps: the most steps; None is 8.
         validation: the share of samples that are held out to choose; with 0, all steps are taken, and there must be
             nothing else to choose.
@@ -131,7 +131,7 @@ def forecast(
 
 def _two_sided(strength: float, size: float) -> Structure:
     # For targets that the network fits already, any penalty will do.
-    return TwoSided(Quadratic(strength * size or strength), scale_invariant=True)
+    return TwoSided(Quadratic(strength * size or strength))
 
 
 def _is_number(value: object) -> bool:

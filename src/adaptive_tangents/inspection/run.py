@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive_tangents.capture.batches import Batch, mapped
 from adaptive_tangents.capture.complex_parameters import as_real
 from adaptive_tangents.capture.path_average import AverageFeatures
 from adaptive_tangents.checks import listed
@@ -20,6 +21,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
+from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.plan import Pace, Plan, planned
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
@@ -102,11 +104,13 @@ def run(
     progress: Progress = silent,
     show: Callable[[Plan], None] = lambda plan: None,
     kept: Kept | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Measure the change between the first and the last of a network's states, which are named and in order of training.
 
     ``show`` is called with the plan once it is made, and ``progress`` with the stage and the share of the expected time that
     has passed. ``kept`` holds finished stages, and what an earlier run with the same arguments finished is not made again.
+    ``names`` are parameters and modules with other names to tell them by, as ``Series.names`` has them.
     A KeyboardInterrupt once the kernels of start and end are made gives the results so far, and ``results["interrupted"]``
     names what is missing. Raises TangentError if data, states and model do not fit together, or if nothing changed; warns if
     the network got worse.
@@ -121,7 +125,9 @@ def run(
     config = InspectConfig() if config is None else config
     if len(states) < 2:
         raise TangentError(f"inspect: at least two checkpoints are needed, start and end; got {len(states)}")
-    model, kept = model.eval(), Kept() if kept is None else kept
+    kept = Kept() if kept is None else kept
+    if any(module.training for module in model.modules()):
+        model.eval()
     pace, cpu = Pace(progress), time.process_time()
     kept.claim(_origin(model, states, data, config))
     with pace.stage("outputs"):
@@ -139,6 +145,8 @@ def run(
     trajectory = _trajectory(problem, states, measured.wholes, performances, stages)
     if stages.missing:
         problem.limits.insert(0, f"The run was interrupted, so these are missing: {listed(_said(stages.missing))}.")
+    numbers = told(model, data, problem, measured)
+    numbers["data"]["fingerprint"] = sample_fingerprint(problem.data.x)
     results = {
         "experiment": NAME,
         "config": asdict(config),
@@ -146,14 +154,14 @@ def run(
         "versions": versions(),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
-        **told(model, data, problem, measured),
+        **numbers,
         "trajectory": trajectory,
         "interrupted": _said(stages.missing),
         "plan": {"passes": plan.passes, "bytes": plan.bytes, "seconds": {s.name: s.seconds for s in plan.stages}},
         "wall_seconds": pace.seconds | {"total": pace.clock() - pace.started},
         "cpu_seconds": time.process_time() - cpu,
     }
-    return RunResult(results, arrays_of(problem, measured))
+    return renamed(RunResult(results, arrays_of(problem, measured)), names or {})
 
 
 def _origin(
@@ -166,6 +174,11 @@ def _origin(
         "samples": fingerprint({"x": batch_fingerprint(data.x), "y": data.y, "classes": data.classes}),
         **{f"checkpoint {name}": fingerprint(state) for name, state in states.items()},
     }
+
+
+def sample_fingerprint(x: Batch) -> str:
+    """The hash of the samples measured, the same for networks of other precisions and on other devices."""
+    return batch_fingerprint(mapped(x, lambda value: value.float() if value.is_floating_point() else value))
 
 
 def _said(stages: Sequence[str]) -> list[str]:

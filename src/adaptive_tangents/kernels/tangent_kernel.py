@@ -1,6 +1,5 @@
 """Tangent kernels in memory, made from pairs of tiles of samples: features of all samples are never held at once."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, overload
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import (
     Outputs,
@@ -32,21 +32,21 @@ from adaptive_tangents.sketching.sketches import Sketch, SketchedKernel, sketche
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    params: Params | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32", progress: Progress | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
+    params: Params | None = None, wrt: Selection | None = None, by_block: Literal[True] = True,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: None = None,
     precision: Precision = "float32", progress: Progress | None = None,
 ) -> dict[str, Tensor]: ...  # fmt: skip
 @overload
 def tangent_kernel(
     model: nn.Module, x: Batch, x2: Batch | None = None, *, outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
+    params: Params | None = None, wrt: Selection | None = None, by_block: Literal[False] = False,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, tile: int | None = None, sketch: Sketch,
     precision: Precision = "float32", progress: Progress | None = None,
 ) -> SketchedKernel: ...  # fmt: skip
@@ -56,7 +56,7 @@ def tangent_kernel(
     x2: Batch | None = None,
     *,
     outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None,
+    params: Params | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
     output_fn: OutputFn | None = None,
@@ -75,7 +75,7 @@ def tangent_kernel(
         x: samples of the rows first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         x2: samples of the columns, (m, ...), in the same form; None is x.
         outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
-        params: a state dict to evaluate the model at; None is the model's own values.
+        params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to give one kernel per block, by name; they add up to the whole.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.

@@ -5,6 +5,7 @@ numbers. Words such as "init" and "final" place files that have no number. What 
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -155,9 +156,11 @@ def _sources(paths: Sequence[Path]) -> dict[str, dict[Path, Place]]:
             "epoch": "the epochs stored in the files",
         }[kind]
         if kind == "trainer":
-            shared = {path.parent for path in paths if sum(other.parent == path.parent for other in paths) > 1}
+            places = {path: path if os.path.isdir(path) else path.parent for path in paths}
             own = {
-                path: step for path in paths if path.parent not in shared and (step := _trainer_step(path)) is not None
+                path: step
+                for path, place in places.items()
+                if list(places.values()).count(place) == 1 and (step := _trainer_step(place)) is not None
             }
             found[words] = {path: (step,) for path, step in own.items()}
         else:
@@ -172,7 +175,7 @@ def _stored(path: Path) -> dict[str, float]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 _search(file.metadata() or {}, found)
-        elif path.is_file():
+        elif os.path.isfile(path):
             _search(_opened(path), found)
     return found
 
@@ -217,9 +220,9 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _trainer_step(path: Path) -> float | None:
+def _trainer_step(folder: Path) -> float | None:
     with suppress(OSError, ValueError):
-        state = json.loads((path.parent / _TRAINER).read_text(encoding="utf-8"))
+        state = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
         return _number(state.get("global_step")) if isinstance(state, dict) else None
     return None
 

@@ -1,11 +1,15 @@
-"""The user's network, made by a factory, and a first run of it."""
+"""The user's network, made by a factory or by timm, and a first run of it."""
 
+import ast
+import difflib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +19,22 @@ from adaptive_tangents.capture.lease import Loan, on_loan
 from adaptive_tangents.capture.recording import recorded_if_needed
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.data import Data
-from adaptive_tangents.loading.words import INSPECT, listed_names, told
+from adaptive_tangents.loading.words import INSPECT, listed_names, optional, told
+
+_TIMM = "timm:"
 
 
 def load_model(spec: str, call: str = INSPECT) -> nn.Module:
     """The network made by a factory, `package.module:factory` or `path/to/file.py:factory`, in evaluation mode.
 
-    Raises TangentError if the module cannot be imported or lacks the function, or if that returns no `nn.Module`.
+    `timm:NAME?num_classes=10&in_chans=1` is a network of timm, without pretrained weights. Raises TangentError if the module
+    cannot be imported or lacks the function, or if that returns no `nn.Module`.
 
     >>> load_model("torch.nn:Identity")
     Identity()
     """
+    if spec.startswith(_TIMM):
+        return _timm(spec, call)
     source, separator, name = spec.rpartition(":")
     if not separator or not source or not name:
         raise TangentError(
@@ -54,6 +63,44 @@ def load_model(spec: str, call: str = INSPECT) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TangentError(f"{call}: {spec} returned {type(model).__name__}, not a torch.nn.Module; return the network")
     return model.eval()
+
+
+def _timm(spec: str, call: str) -> nn.Module:
+    """A network of timm by its name and options, with torch's random numbers as before."""
+    name, _, query = spec.removeprefix(_TIMM).partition("?")
+    pairs = [part.partition("=") for part in query.split("&") if part]
+    if not re.fullmatch(r"[\w.]+", name) or any(not key or not value for key, _, value in pairs):
+        raise TangentError(f"{call}: --model {spec!r} is not of the form timm:NAME?num_classes=10&in_chans=1")
+    options = {key: _value(value) for key, _, value in pairs}
+    loads = [key for key in options if key.startswith(("pretrained", "checkpoint"))]
+    if loads:
+        raise TangentError(
+            f"{call}: --model {spec!r} asks timm for weights ({', '.join(loads)}), and nothing is downloaded; give the "
+            "weights as a checkpoint"
+        )
+    timm = optional("timm", f"--model {spec}", call)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise TangentError(
+            f"{call}: timm has no network {name!r}; "
+            + (f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists them")
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:
+        raise TangentError(
+            f"{call}: timm cannot make {name} with {query or 'no options'} ({told(error)}); give options that it takes"
+        ) from error
+    return model.eval()
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _module(source: str, call: str) -> ModuleType:

@@ -1,8 +1,10 @@
 """What the errors of this wing share: a file that must be there, an error of another program, names in a list."""
 
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +19,18 @@ def check_file(path: Path, what: str, remedy: str, call: str) -> None:
         raise TangentError(f"{call}: {path} is a folder, not a {what}; give the path of a file")
     if not os.path.isfile(path):
         raise TangentError(f"{call}: there is no {what} {path}; {remedy}")
+
+
+def optional(package: str, what: str, call: str, instead: str = "") -> Any:
+    """A package that only some inputs need, imported. Raises TangentError that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise TangentError(
+            f"{call}: {what} takes {package.partition('.')[0]}; pip install 'adaptive-tangents[integrations]'{instead}"
+        ) from error
 
 
 def text_of(name: str | bytes) -> str:

@@ -141,18 +141,22 @@ class Fits:
         batch, near = search.begin(), slice(0, len(self.strengths))
         found: list[tuple[float, int | None, float, dict[str, Side]]] = []
         by_rank: dict[int, float] = {}
-        for count, k in enumerate(tried, start=1):
-            batch = search.improved(batch, k, few_directions.rounds_of(count, k), near)
+        for count, k in enumerate(tried, start=int(0 not in tried)):
+            if k != 0:  # at rank 0 the scale alone, with which the search begins
+                batch = search.improved(batch, k, few_directions.rounds_of(count, k), near)
             errors = choosing.errors({side: each[near] for side, each in batch.items()})
-            best = near.start + int(errors.argmin())
+            best = (
+                near.start + int(errors.argmin()) if k != 0 else near.stop - 1
+            )  # rank 0 is the strongest ridge's limit
             one = {side: each[best : best + 1] for side, each in batch.items()}
             found.append((float(errors.min()), k, self.strengths[best], one))
             by_rank[most if k is None else k] = r_squared(float(reporting.errors(one)), reporting.change)
             # The best ridge moves little with the rank.
-            near = slice(max(0, best - 1), min(len(self.strengths), best + 2))
+            if k != 0:
+                near = slice(max(0, best - 1), min(len(self.strengths), best + 2))
             tick(0.5 + 0.4 * count / len(tried))
         _, k, strength, chosen = min(found, key=lambda candidate: candidate[0])
-        if k is not None:
+        if k:
             only = replace(search, strengths=search.strengths.new_tensor([strength]))
             chosen = only.improved(chosen, k, min(few_directions.LAST, few_directions.ROUNDS))
         left = (float(fitting.errors(chosen)), float(choosing.errors(chosen)), float(reporting.errors(chosen)))
@@ -182,6 +186,9 @@ def _transform(sides: dict[str, Side], axes: Mapping[str, Tensor | None], rank: 
             found[name] = Matrix(inside)
             continue
         scale = float(side.scale)
+        if rank == 0:
+            total *= scale
+            continue
         scale = scale if abs(scale) > _TINY else _TINY
         u, values, vt = torch.linalg.svd(side.change[0] / scale)
         u, v = u[:, :rank] * values[:rank], vt[:rank].mT

@@ -26,7 +26,7 @@ from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED, Left, Right, TwoSided
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-RANKS = (1, 2, 4, 8, 16, 32)
+RANKS = (0, 1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ def explain(
         structure: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided or Full; or a mapping from patterns of
             block names to any of these but Full.
         strengths: ridges to choose from, relative to the features' mean square.
-        rank: the rank k of each side, or several to choose from; None is full rank, at a cost of n·c·o·i·min(o, i) a round.
+        rank: the rank k of each side, or several to choose from (0: one factor for the block); None is full rank, at a cost
+            of n·c·o·i·min(o, i) a round.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
         memory_limit: bytes that may be used; None is that of ``start_feats``.
         progress: called with "blocks" and the fraction of the work on them that is done.
 
     Raises:
-        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is not
-            positive, the structure has no least-squares fit, or the memory limit is too small.
+        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is
+            negative, the structure has no least-squares fit, or the memory limit is too small.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Linear(3, 1)
@@ -219,8 +220,10 @@ def _checked_ranks(rank: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if rank is None:
         return None
     ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,)
-    if not ranks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ranks):
-        raise TangentError(f"explain: rank must be a positive integer, several, or None for full rank, got {rank!r}")
+    if not ranks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ranks):
+        raise TangentError(
+            f"explain: rank must be 0 or more, several such integers, or None for full rank, got {rank!r}"
+        )
     return tuple(sorted(set(ranks)))
 
 

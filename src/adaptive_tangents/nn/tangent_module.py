@@ -22,6 +22,7 @@ from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.lease import LOCK, keep_private
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, values_at
 from adaptive_tangents.capture.refusals import check_copies
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
@@ -82,7 +83,7 @@ class TangentModule(nn.Module):
     @roomy("TangentModule")
     def __init__(
         self, model: nn.Module, structure: Structure | Mapping[str, Structure] = TWO_SIDED, *,
-        params: Mapping[str, Tensor] | None = None, wrt: Selection | None = None, output_fn: OutputFn | None = None,
+        params: Params | None = None, wrt: Selection | None = None, output_fn: OutputFn | None = None,
         rank: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()

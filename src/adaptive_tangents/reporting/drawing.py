@@ -52,6 +52,13 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
     return Drawing(png=raster.getvalue(), svg=re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", vector.getvalue()))
 
 
+def styled(draw: Draw, results: Results, arrays: Arrays) -> Figure:
+    """A figure in the style of the pages, to show or to save."""
+    style: dict[Any, Any] = _style()
+    with mpl.rc_context(style):
+        return draw(results, arrays)
+
+
 def grid(
     rows: int, columns: int, height: float, *, sharex: Any = False, sharey: Any = False, **space: float
 ) -> tuple[Figure, NDArray[Any]]:
@@ -122,7 +129,7 @@ def short(value: float | None, digits: int = 2) -> str:
 
 
 @cache
-def _style() -> dict[str, Any]:
+def _style() -> Any:
     # Helvetica or a font with its metrics if installed; DejaVu Sans comes with matplotlib.
     installed = set(font_manager.get_font_names())
     fonts = [f for f in ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans") if f in installed][:1]

@@ -12,12 +12,15 @@ from adaptive_tangents.errors import TangentError
 
 PROGRAM = "adaptive-tangents"
 RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
+BLOCKS_FILE = "blocks.csv"
+BLOCKS_HEAD = "block,rows,columns,trace_share_start,"
+"""How a table of blocks begins."""
 _PAGE_MARK = f'class="eyebrow">{PROGRAM}'
 
 
-def check_ours(call: str, folder: Path, figures: Iterable[str] = ()) -> None:
+def check_ours(call: str, folder: Path, figures: Iterable[str] = (), tables: Iterable[str] = ()) -> None:
     """Raise TangentError if a file that a run would replace in its folder is not the library's own."""
-    names = [RESULTS_FILE, ARRAYS_FILE, PAGE_FILE]
+    names = [RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, *tables]
     names += [f"{FIGURES_FOLDER}/{name}.{end}" for name in figures for end in ("svg", "png")]
     for name in names:
         check_replaceable(call, folder / name)
@@ -49,6 +52,8 @@ def _ours(path: Path) -> bool:
             return as_written(path.parent) or _tells_version(json.loads(path.read_text("utf-8")))
         if path.name == ARRAYS_FILE:
             return _comment(path).startswith(PROGRAM.encode()) or _ours(path.with_name(RESULTS_FILE))
+        if path.name == BLOCKS_FILE:
+            return path.read_text("utf-8").startswith(BLOCKS_HEAD)
         if path.name == PAGE_FILE:
             return _PAGE_MARK in path.read_text("utf-8")
         # A figure's two files are written SVG first; its identifiers begin with its name.

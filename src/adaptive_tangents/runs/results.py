@@ -26,7 +26,16 @@ from adaptive_tangents.runtime.tensor_files import write_bytes, write_file
 Results = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
 
-__all__ = ["ARRAYS_FILE", "FIGURES_FOLDER", "PAGE_FILE", "RESULTS_FILE", "as_written", "load_results", "write_results"]
+__all__ = [
+    "ARRAYS_FILE",
+    "FIGURES_FOLDER",
+    "PAGE_FILE",
+    "RESULTS_FILE",
+    "as_written",
+    "load_results",
+    "plain",
+    "write_results",
+]
 
 
 def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike[str]) -> Path:
@@ -42,18 +51,18 @@ def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike
     ({'experiment': 'demo', 'loss': None}, {'x': array([0., 0., 0.])})
     """
     directory = Path(directory)
-    plain = {name: np.asarray(array) for name, array in arrays.items()}
-    for name, array in plain.items():
+    held = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in held.items():
         if array.dtype.hasobject:
             raise TangentError(f"report: array {name!r} holds Python objects; give an array of numbers or text")
-    text = json.dumps(_plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(results, "results"), indent=1, ensure_ascii=False, allow_nan=False)
     content = text.encode("utf-8", "backslashreplace")  # half a character becomes JSON's own escape of it
     for name in (RESULTS_FILE, ARRAYS_FILE):
         check_replaceable("report", directory / name)
 
     def pack(file: IO[bytes]) -> None:
         # numpy 1.26 has no allow_pickle here and would store one as an array.
-        np.savez_compressed(file, **plain)  # type: ignore[arg-type]
+        np.savez_compressed(file, **held)  # type: ignore[arg-type]
         # A zip file ends with the length of its comment, and the comment.
         file.seek(-2, os.SEEK_END)
         file.write(len(mark(content)).to_bytes(2, "little") + mark(content))
@@ -64,40 +73,42 @@ def write_results(results: Results, arrays: Arrays, directory: str | os.PathLike
     return directory
 
 
-def load_results(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def load_results(
+    directory: str | os.PathLike[str], call: str = "report"
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Read a result folder back as (results, arrays). Raises TangentError if a part is missing or unreadable."""
     directory = Path(directory)
     if not os.path.isdir(directory):
-        raise TangentError(f"report: no folder {directory}; give the folder with an experiment's results")
+        raise TangentError(f"{call}: no folder {directory}; give the folder with an experiment's results")
     source, store = directory / RESULTS_FILE, directory / ARRAYS_FILE
     if not os.path.isfile(source):
-        raise TangentError(f"report: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
+        raise TangentError(f"{call}: no {RESULTS_FILE} in {directory}; run an experiment with --out {directory} first")
     try:
         results = json.loads(source.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TangentError(f"report: {source} is not valid JSON ({error}); run the experiment again") from error
+        raise TangentError(f"{call}: {source} is not valid JSON ({error}); run the experiment again") from error
     except OSError as error:
-        raise TangentError(f"report: {source} cannot be read ({error}); run the experiment again") from error
+        raise TangentError(f"{call}: {source} cannot be read ({error}); run the experiment again") from error
     if not isinstance(results, dict) or not isinstance(results.get("experiment"), str):
-        raise TangentError(f"report: {source} names no experiment; run the experiment again")
+        raise TangentError(f"{call}: {source} names no experiment; run the experiment again")
     if not os.path.isfile(store):
-        raise TangentError(f"report: no {ARRAYS_FILE} beside {source}; copy it there or run the experiment again")
+        raise TangentError(f"{call}: no {ARRAYS_FILE} beside {source}; copy it there or run the experiment again")
     try:
         return results, read_arrays(store)
     except UnpacksToTooMuch as error:
-        raise TangentError(f"report: {store} {error}; run the experiment again") from error
+        raise TangentError(f"{call}: {store} {error}; run the experiment again") from error
     except (ValueError, OSError) as error:
-        raise TangentError(f"report: cannot read {store} ({error}); run the experiment again") from error
+        raise TangentError(f"{call}: cannot read {store} ({error}); run the experiment again") from error
 
 
-def _plain(value: Any, where: str) -> Any:
-    """The value in JSON types."""
+def plain(value: Any, where: str = "results") -> Any:
+    """The value in the types that JSON gives back; numbers that are not finite become None. ``where`` names it in errors."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{k}]") for k, item in enumerate(value)]
+        return [plain(item, f"{where}[{k}]") for k, item in enumerate(value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):

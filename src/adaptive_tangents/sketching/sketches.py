@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import Batch, samples, take
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.network import OutputFn, Selection
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block, stack_blocks
 from adaptive_tangents.features.kernel_layout import Outputs, working_dtype
@@ -331,7 +332,7 @@ class SketchedKernel:
 
 
 def sketch_features(
-    model: nn.Module, x: Batch, sketch: Sketch, *, params: Mapping[str, Tensor] | None = None,
+    model: nn.Module, x: Batch, sketch: Sketch, *, params: Params | None = None,
     wrt: Selection | None = None, output_fn: OutputFn | None = None, memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> SketchedFeatures:  # fmt: skip
@@ -343,7 +344,7 @@ def sketch_features(
         model: the network f; it is left as it was.
         x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         sketch: the sketch.
-        params: a state dict to evaluate the model at; None is the model's own values.
+        params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
         memory_limit: bytes that may be used; None is half of what is free.
@@ -385,7 +386,7 @@ def sketch_features(
 
 
 def sketched_kernel(
-    model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    model: nn.Module, x: Batch, x2: Batch | None, sketch: Sketch, outputs: Outputs, params: Params | None,
     wrt: Selection | None, output_fn: OutputFn | None, memory_limit: int | None, progress: Progress | None,
 ) -> SketchedKernel:  # fmt: skip
     """``tangent_kernel`` from a sketch."""

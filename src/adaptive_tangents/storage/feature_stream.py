@@ -15,6 +15,7 @@ from adaptive_tangents.capture.belongings import copied
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import OutputFn, Selection, check_model, select
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -107,7 +108,7 @@ class Stream:
 
 
 def stream(
-    call: str, model: Any, x: Any, x2: Any, *, outputs: Outputs, params: Mapping[str, Tensor] | None,
+    call: str, model: Any, x: Any, x2: Any, *, outputs: Outputs, params: Params | None,
     wrt: Selection | None, by_block: bool, output_fn: OutputFn | None, memory_limit: int | None, dtype: torch.dtype | None,
     transforms: Mapping[str, Transform] | None, sketch: Sketching | None,
 ) -> Stream:  # fmt: skip

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adaptive_tangents._version import __version__
 from adaptive_tangents.capture.batches import Batch, take, tensors
 from adaptive_tangents.capture.network import OutputFn, Selection
+from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs, check_outputs, working_dtype
 from adaptive_tangents.features.plans import KernelPlan, plan_block
@@ -48,7 +49,7 @@ def kernel_to_store(
     *,
     x2: Batch | None = None,
     outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None,
+    params: Params | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
     output_fn: OutputFn | None = None,
@@ -72,7 +73,7 @@ def kernel_to_store(
         path: the folder of the store, for example ``K.zarr``; it is made.
         x2: samples of the columns, (m, ...), in the same form; None is x.
         outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
-        params: a state dict to evaluate the model at; None is the model's own values.
+        params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to store one kernel per block, by name; they add up to the whole.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.
@@ -129,7 +130,7 @@ def plan_kernel(
     *,
     x2: Batch | None = None,
     outputs: Outputs = "full",
-    params: Mapping[str, Tensor] | None = None,
+    params: Params | None = None,
     wrt: Selection | None = None,
     by_block: bool = False,
     output_fn: OutputFn | None = None,
@@ -149,7 +150,7 @@ def plan_kernel(
         x: samples of the rows first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         x2: samples of the columns, (m, ...), in the same form; None is x.
         outputs: "full" (n, c, m, c), "trace" (n, m) summed over outputs, or "diagonal" (n, m, c) each output with itself.
-        params: a state dict to evaluate the model at; None is the model's own values.
+        params: a state dict to evaluate the model at, as ``tangent_features`` takes; None is the model's own values.
         wrt: the parameters θ: a name pattern, a parameter, or several of these; None is all that require a gradient.
         by_block: whether to store one kernel per block, by name; they add up to the whole.
         output_fn: picks a tensor (n, c) from what the model returns; None if the model returns one.

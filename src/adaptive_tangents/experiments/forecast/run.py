@@ -401,4 +401,4 @@ def _structure(method: str, size: float) -> Structure:
         return Fixed()
     strength = float(method.removeprefix("two_sided_")) if method.startswith("two_sided_") else 1.0
     kind = Left if method == "left" else TwoSided
-    return kind(Quadratic(strength * size), scale_invariant=True)
+    return kind(Quadratic(strength * size))

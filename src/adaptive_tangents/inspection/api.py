@@ -1,0 +1,132 @@
+"""``inspect``: what training did to a network, from Python; and the flow that the command shares."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptive_tangents.errors import TangentError, TangentWarning
+from adaptive_tangents.inspection.evaluation import in_evaluation
+from adaptive_tangents.inspection.given import data_of, opened
+from adaptive_tangents.inspection.kept import Kept
+from adaptive_tangents.inspection.plan import Plan
+from adaptive_tangents.inspection.problem import InspectConfig
+from adaptive_tangents.inspection.results import Inspection, made
+from adaptive_tangents.inspection.run import NAME, run
+from adaptive_tangents.loading import Data, check_runs, fit_data
+from adaptive_tangents.loading.checkpoint_order import doubted
+from adaptive_tangents.runtime.progress import Progress, silent
+
+State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
+"""Parameters and buffers of a network: a state dict, a module that holds them, or the path of a checkpoint."""
+
+
+def inspect(
+    model: nn.Module | str,
+    start: State,
+    end: State | None = None,
+    data: Any = None,
+    *,
+    checkpoints: Mapping[str, State] | Sequence[State] | None = None,
+    samples: int = InspectConfig.samples,
+    seed: int = 0,
+    outputs: str = "auto",
+    wrt: str | Sequence[str] | None = None,
+    nodes: int | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Measure what training did to a network, as ``adaptive-tangents inspect`` does, with the same numbers.
+
+    Tangent kernels K₀ at the start, K̄ of the features averaged along the straight path, and K_T at the end are compared with
+    the network's change f_T − f₀ and with the labels, as a whole and block by block.
+
+    Args:
+        model: the network, which is left as found; it is measured in evaluation mode. Or "package.module:factory" or
+            "path/to/file.py:factory", as for the command.
+        start: the parameters before training: a state dict, a module that holds them, or the path of a checkpoint.
+        end: those after training, likewise; None takes the model's present ones.
+        data: samples to measure on: a pair (x, y) of inputs and labels or targets, x alone, or the path of a file. Labels are
+            class numbers (n,); targets are real, (n,) or (n, c).
+        checkpoints: states between start and end in the order of training, by title or in a list.
+        samples: how many samples the kernels are of, at least 4; fewer if there are fewer.
+        seed: of which samples.
+        outputs: "auto", "main", "main:K", "margin", "all", or outputs by number or class name, separated by commas.
+            "auto" measures one output as it is, and several along the direction of output space in which training moved the
+            samples apart most.
+        wrt: patterns of parameter names; None measures all. The others must be the same in all states.
+        nodes: of the path average; None takes as many as it needs, at most 8.
+        quick: few samples and nodes, to see it work.
+        progress: called with a stage's name and the share of the expected time that has passed.
+
+    Returns:
+        An ``Inspection``: ``findings`` in sentences, ``blocks``, ``kernels``, ``plot()``, ``save(DIR)``.
+
+    Raises:
+        TangentError: when model, states and data do not fit together, or nothing changed; TangentWarning when the network got
+            worse, or names of files speak against their order.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> start = {name: value.clone() for name, value in model.state_dict().items()}
+    >>> x = torch.randn(12, 3)
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.mul_(1.5)
+    >>> found = inspect(model, start, data=x)
+    >>> found.blocks["0"]["change_norm"] > 0, found.blocks["2"]["change_norm"], found.kernels["end"].shape
+    (True, 0.0, (12, 12))
+    """
+    if data is None:
+        raise TangentError(f"{NAME}: no data; give the samples to measure on, data=(x, y) or data=x")
+    config = InspectConfig(
+        samples=samples, seed=seed, outputs=outputs, wrt=(wrt,) if isinstance(wrt, str) else tuple(wrt) if wrt else None,
+        nodes=nodes,
+    )  # fmt: skip
+    found = opened(model, start, end, checkpoints)
+    loaded, named = data_of(data)
+    for doubt in found.doubts:
+        warnings.warn(f"{NAME}: {doubt}", TangentWarning, stacklevel=2)
+
+    def measured() -> Inspection:
+        check_runs(found.model, fit_data(loaded, found.model), Path(named))
+        return inspect_states(
+            found.model, found.states, loaded, config.quick() if quick else config, doubts=found.doubts,
+            progress=silent if progress is None else progress,
+            said={"command": _typed(config, quick), "model": found.name, "data_file": named},
+        )  # fmt: skip
+
+    return in_evaluation(found.model, measured)
+
+
+def inspect_states(
+    model: nn.Module,
+    states: Mapping[str, Mapping[str, Tensor]],
+    data: Data,
+    config: InspectConfig,
+    *,
+    said: Mapping[str, str],
+    doubts: Sequence[str] = (),
+    progress: Progress = silent,
+    show: Callable[[Plan], None] = lambda plan: None,
+    kept: Kept | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Inspection:
+    """``run``, as an ``Inspection`` that says what it is of: ``said`` holds "command", "model" and "data_file".
+
+    ``doubts`` are sentences on the order of the states, which the limits repeat; ``names`` are shown in place of long ones.
+    """
+    found = run(model, states, data, config, progress=progress, show=show, kept=kept, names=names or {})
+    limits = [*found.results["limits"], *map(doubted, doubts)]
+    return made({**found.results, **said, "limits": limits}, found.arrays)
+
+
+def _typed(config: InspectConfig, quick: bool) -> str:
+    """The call in Python, with the options that are not the default."""
+    plain = InspectConfig()
+    given = {name: getattr(config, name) for name in ("samples", "seed", "outputs", "wrt", "nodes")}
+    words = [f"{name}={value!r}" for name, value in given.items() if value != getattr(plain, name)]
+    words += ["quick=True"] if quick else []
+    return f"adaptive_tangents.inspect({', '.join(['model', 'start', 'end', 'data', *words])})"
