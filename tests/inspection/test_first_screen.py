@@ -4,6 +4,8 @@ import copy
 import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,43 @@ def test_pictures_are_files_that_keep_their_values() -> None:
     assert cold[2] > cold[0]
     assert read(heat_map(np.random.default_rng(0).normal(size=(500, 500)))).shape[0] <= 160
     assert read(heat_map(np.zeros((3, 3)))).shape[:2] == (3, 3)
+
+
+# in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
+
+
+def browse(folder: Path, text: str) -> str:
+    """The page's document once its scripts have run."""
+    (folder / "shown.html").write_text(text, "utf-8")
+    quiet = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+             "disable-component-update", "disable-sync", "window-size=1400,1000", "dump-dom"]  # fmt: skip
+    command = [str(CHROMIUM), *(f"--{flag}" for flag in quiet), f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run([*command, (folder / "shown.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_chromium
+def test_a_click_on_a_heading_sorts_by_value(page: str, made: RunResult, tmp_path: Path) -> None:
+    click = "<script>document.querySelector('table.sortable thead').rows[0].cells[1].querySelector('button').click()</script>"
+    document = browse(tmp_path, page.replace("</body>", click + "</body>"))
+    (table, *_) = re.findall(r'<table class="sortable">.*?</table>', document, re.DOTALL)
+    found = re.findall(r'<th scope="row"[^>]*>([^<]*)</th>', table)
+    assert found == [row["name"] for row in sorted(made.results["layers"], key=lambda row: -row["change_share"])]
+    assert 'aria-sort="descending"' in table
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_never_scrolls_sideways_with_all_sections_open(page: str, tmp_path: Path, width: int) -> None:
+    measure = "const p = this.contentDocument.documentElement; document.title = p.clientWidth + ' of ' + p.scrollWidth"
+    source = (
+        page.replace('<details class="fold"', '<details open class="fold"').replace("&", "&amp;").replace('"', "&quot;")
+    )
+    frame = f'<iframe style="width:{width}px;height:900px;border:0" onload="{measure}" srcdoc="{source}"></iframe>'
+    shown, needed = map(int, re.findall(r"<title>(\d+) of (\d+)</title>", browse(tmp_path, frame))[0])
+    assert width - 20 <= shown <= width
+    assert needed == shown

@@ -121,7 +121,8 @@ def change_shares(initial: Kernels, final: Kernels) -> dict[str, float | None]:
 
     A share is negative where a part changed against the whole. All are None if the kernel did not change.
 
-    >>> change_shares({"a": torch.eye(2), "b": torch.eye(2)}, {"a": 4 * torch.eye(2), "b": 2 * torch.eye(2)})
+    >>> shares = change_shares({"a": torch.eye(2), "b": torch.eye(2)}, {"a": 4 * torch.eye(2), "b": 2 * torch.eye(2)})
+    >>> {name: round(share, 6) for name, share in shares.items()}
     {'a': 0.75, 'b': 0.25}
     """
     turns = {name: final[name].double() - initial[name].double() for name in initial}

@@ -55,6 +55,7 @@ def looks_new(matrix: Tensor, bias: Tensor | None) -> bool:
     They do if the bias is zero throughout, if they are uniform up to 1/√i as PyTorch's own, or, without a bias, if they are
     normal with the deviation that transformers' heads have.
 
+    >>> import torch
     >>> looks_new(torch.nn.Linear(64, 8).weight.detach(), None)
     True
     """
