@@ -28,7 +28,6 @@ from .forecasting import Forecast as Forecast
 from .forecasting import forecast as forecast
 from .inspection import compare as compare
 from .inspection import inspect as inspect
-from .kernels import kernel_eigen as kernel_eigen
 from .kernels import kernel_regression as kernel_regression
 from .kernels import tangent_kernel as tangent_kernel
 from .measures import alignment as alignment
@@ -52,7 +51,6 @@ from .solvers import certify as certify
 from .solvers import fit as fit
 from .solvers import fit_path as fit_path
 from .solvers import load_fit as load_fit
-from .solvers import proximal_gradient as proximal_gradient
 from .storage import kernel_to_store as kernel_to_store
 from .storage import open_kernel as open_kernel
 from .storage import plan_kernel as plan_kernel

@@ -265,7 +265,7 @@ def test_lanczos_on_tiles_finds_the_largest_eigenvalues() -> None:
     kernel = spectrum(450)
     values, vectors = torch.linalg.eigh(kernel)
     for K in (kernel, twin(kernel, 100, most=100)):
-        found = at.kernel_eigen(K, 6)
+        found = at.kernels.kernel_eigen(K, 6)
         assert (found.form, found.products > 6, found.residual < 1e-10) == ("lanczos", True, True)
         torch.testing.assert_close(found.values, values[-6:].flip(0), rtol=1e-10, atol=0)
         torch.testing.assert_close((found.vectors.mT @ vectors[:, -6:].flip(1)).abs(), torch.eye(6).double())
@@ -273,7 +273,7 @@ def test_lanczos_on_tiles_finds_the_largest_eigenvalues() -> None:
 
 
 def test_small_kernels_and_most_eigenvalues_come_from_the_matrix(stores: Stores) -> None:
-    found = at.kernel_eigen(stores["full"], 2 * N)
+    found = at.kernels.kernel_eigen(stores["full"], 2 * N)
     torch.testing.assert_close(
         found.values, torch.linalg.eigvalsh(torch.from_numpy(matrix(stores["full"].read()))).flip(0)
     )
@@ -282,8 +282,8 @@ def test_small_kernels_and_most_eigenvalues_come_from_the_matrix(stores: Stores)
     with pytest.raises(
         at.TangentError, match=r"kernel_eigen: needs .*; ask for fewer eigenvalues than the kernel has rows"
     ):
-        at.kernel_eigen(stores["full"], 2 * N, memory_limit=10_000)
-    some = at.kernel_eigen(stores["full"], 20, memory_limit=10_000)
+        at.kernels.kernel_eigen(stores["full"], 2 * N, memory_limit=10_000)
+    some = at.kernels.kernel_eigen(stores["full"], 20, memory_limit=10_000)
     assert some.form == "lanczos"
     torch.testing.assert_close(some.values, found.values[:20])
 
@@ -528,7 +528,7 @@ def share(rank: int, folder: Path, blocks: Mapping[str, Tensor], x: Tensor, r: T
         "alignment": at.alignment(store, r), "centered": at.alignment(store, r, centered=True),
         "cka": at.cka(store, store.kernel),
         "read": len(tiled.share(tiled.tiled(tiled.Request("t"), store).grid, torch.distributed.group.WORLD)),
-        "eigen": at.kernel_eigen(store, 3).values,
+        "eigen": at.kernels.kernel_eigen(store, 3).values,
     }  # fmt: skip
     torch.save(found, folder / f"found{rank}.pt")
     torch.distributed.barrier()
@@ -552,7 +552,7 @@ def test_two_processes_share_the_tiles_and_find_what_one_finds(tmp_path: Path, m
         assert found["alignment"] == pytest.approx(at.alignment(store, r), rel=1e-12)
         assert found["centered"] == pytest.approx(at.alignment(store, r, centered=True), rel=1e-12)
         assert found["cka"] == pytest.approx(1, rel=1e-12)
-        torch.testing.assert_close(found["eigen"], at.kernel_eigen(store, 3).values)
+        torch.testing.assert_close(found["eigen"], at.kernels.kernel_eigen(store, 3).values)
     assert [found["read"] for found in both] == [5, 5]  # of 10 tiles
     assert torch.equal(both[0]["dual"], both[1]["dual"])  # so that no rank stops before another
 
@@ -605,7 +605,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
             "decompose": lambda: at.decompose(incomplete(), K, R),
             "representability": lambda: at.representability(incomplete(), R),
             "kernel_operator": lambda: kernel_operator(incomplete()),
-            "kernel_eigen": lambda: at.kernel_eigen(incomplete(), 2),
+            "kernel_eigen": lambda: at.kernels.kernel_eigen(incomplete(), 2),
             "kernel_regression": lambda: at.kernel_regression(incomplete(), R),
             "fit": lambda: at.fit(incomplete(), R, structure=at.Fixed()),
         }.items()
@@ -617,7 +617,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
             "cka": lambda: at.cka(rectangular(), K),
             "decompose": lambda: at.decompose(K, rectangular(), R),
             "representability": lambda: at.representability(rectangular(), R),
-            "kernel_eigen": lambda: at.kernel_eigen(rectangular(), 2),
+            "kernel_eigen": lambda: at.kernels.kernel_eigen(rectangular(), 2),
             "kernel_regression": lambda: at.kernel_regression(rectangular(), R),
             "fit": lambda: at.fit(rectangular(), R, structure=at.Fixed()),
         }.items()
@@ -626,7 +626,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         f"of each output: {name}": (call, rf"{name}: the store holds the kernel of each output by itself .*'full' or")
         for name, call in {
             "alignment": lambda: at.alignment(of_each_output(), R),
-            "kernel_eigen": lambda: at.kernel_eigen(of_each_output(), 2),
+            "kernel_eigen": lambda: at.kernels.kernel_eigen(of_each_output(), 2),
             "fit": lambda: at.fit(of_each_output(), torch.ones(6, 2), structure=at.Fixed()),
         }.items()
     },
@@ -675,8 +675,8 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         lambda: at.kernel_regression(-K, R),
         r"kernel_regression: the kernel is not positive definite even with a jitter of 1e-8 .*; use a positive ridge",
     ),
-    "no eigenvalue": (lambda: at.kernel_eigen(twin(K), 0), r"kernel_eigen: k is from 1 to 6, .* got 0"),
-    "too many eigenvalues": (lambda: at.kernel_eigen(twin(K), 7), r"kernel_eigen: k is from 1 to 6, .* got 7"),
+    "no eigenvalue": (lambda: at.kernels.kernel_eigen(twin(K), 0), r"kernel_eigen: k is from 1 to 6, .* got 0"),
+    "too many eigenvalues": (lambda: at.kernels.kernel_eigen(twin(K), 7), r"kernel_eigen: k is from 1 to 6, .* got 7"),
     "a block of no store": (
         lambda: at.kernels.KernelBlock(K, "0"),
         r"KernelBlock: expects a store made with by_block=True, got Tensor",
@@ -771,7 +771,7 @@ def test_lanczos_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("scipy.sparse.linalg.eigsh", failing)
     with pytest.raises(at.TangentError, match="kernel_eigen: Lanczos found 2 of 5 eigenvalues to 1e-10; ask for fewer"):
-        at.kernel_eigen(spectrum(450), 5)
+        at.kernels.kernel_eigen(spectrum(450), 5)
 
 
 def test_float32_stores_are_computed_with_in_float64(stores: Stores) -> None:

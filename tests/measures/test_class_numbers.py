@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         }.items()
     },
     "proximal steps": (
-        lambda: at.proximal_gradient(CASE.feats, one_hot(LABELS).long(), ridge=1.0),
+        lambda: at.solvers.proximal_gradient(CASE.feats, one_hot(LABELS).long(), ridge=1.0),
         r"^proximal_gradient: targets are real .* got torch\.int64 .*; and of class numbers y those of torch\.nn\.func",
     ),
     "a fit on kernels": (

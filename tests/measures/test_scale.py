@@ -81,9 +81,9 @@ def test_measures_without_a_unit_are_the_same_at_every_scale(scale: float) -> No
 @pytest.mark.parametrize("k", [3, 200])
 def test_eigenvalues_and_their_residual_have_the_kernels_scale(k: int) -> None:
     kernel = psd(0, 410)
-    wanted = at.kernel_eigen(kernel, k)
+    wanted = at.kernels.kernel_eigen(kernel, k)
     for exponent in (-900, 900):
-        found = at.kernel_eigen(kernel * 2.0**exponent, k)
+        found = at.kernels.kernel_eigen(kernel * 2.0**exponent, k)
         torch.testing.assert_close(found.values / 2.0**exponent, wanted.values, rtol=1e-9, atol=0)
         assert 0 < found.residual < 1e-9
         assert found.trace / 2.0**exponent == pytest.approx(wanted.trace, rel=1e-12)
@@ -219,7 +219,7 @@ MEASURES: dict[str, Measure] = {
     "representability matrix-free": lambda K: at.representability(K, Y, form="matrix-free"),
     "kernel_regression": lambda K: at.kernel_regression(K, Y),
     "kernel_regression matrix-free": lambda K: at.kernel_regression(K, Y, form="matrix-free"),
-    "kernel_eigen": lambda K: at.kernel_eigen(K, 2),
+    "kernel_eigen": lambda K: at.kernels.kernel_eigen(K, 2),
     "fit": lambda K: at.fit(K, Y, structure=at.Fixed()),
     "fit with a ridge": lambda K: at.fit(K, Y, structure=at.Fixed(), ridge=0.1),
 }

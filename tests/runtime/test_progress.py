@@ -56,7 +56,7 @@ SHOWN: dict[str, Callable[[Any, Path], object]] = {
     "fit": lambda p, folder: at.fit(FEATS, Y, structure=at.Fixed(), ridge=1.0, progress=p),
     "fit, watch": lambda p, folder: at.fit(KERNEL, Y, structure=at.LayerScale(), ridge=1.0, watch=p),
     "fit_path": lambda p, folder: at.fit_path(FEATS, Y, structures=at.Fixed(), ridges=(0.1, 1.0), progress=p),
-    "proximal_gradient": lambda p, folder: at.proximal_gradient(
+    "proximal_gradient": lambda p, folder: at.solvers.proximal_gradient(
         FEATS, Y, structure=at.Fixed(), ridge=10.0, tol=1e-3, progress=p
     ),
     "kernel_regression": lambda p, folder: at.kernel_regression(

@@ -427,7 +427,7 @@ def test_structures_that_act_within_blocks_are_refused(structure: at.structures.
     with pytest.raises(at.TangentError, match="^certify" + words):
         at.certify(found, y, coefficients={}, structure=structure)
     with pytest.raises(at.TangentError, match="^proximal_gradient" + words):
-        at.proximal_gradient(found, y, structure=structure, ridge=1.0)
+        at.solvers.proximal_gradient(found, y, structure=structure, ridge=1.0)
     with pytest.raises(at.TangentError, match="^explain" + words):
         at.explain(found, found, structure)
 

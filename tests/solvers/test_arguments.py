@@ -27,7 +27,7 @@ def unchecked(function: Callable[..., object]) -> Callable[..., object]:
 
 
 fit, certify, fit_path = unchecked(at.fit), unchecked(at.certify), unchecked(at.fit_path)
-proximal, regression = unchecked(at.proximal_gradient), unchecked(at.kernel_regression)
+proximal, regression = unchecked(at.solvers.proximal_gradient), unchecked(at.kernel_regression)
 
 
 # ------------------------------------------------------------------------------------------------------------ taken
@@ -50,7 +50,7 @@ def test_targets_may_be_arrays_and_lists(given: object) -> None:
     )
     assert torch.equal(at.kernel_regression(K, given, ridge=0.1).dual, at.kernel_regression(K, CASE.r, ridge=0.1).dual)
     first, second = (
-        at.proximal_gradient(CASE.feats, r, structure=at.Left(), ridge=5.0, tol=1e-4) for r in (given, CASE.r)
+        at.solvers.proximal_gradient(CASE.feats, r, structure=at.Left(), ridge=5.0, tol=1e-4) for r in (given, CASE.r)
     )
     assert first.objective == second.objective
 
@@ -84,7 +84,7 @@ def test_one_structure_is_a_path_of_one() -> None:
 
 
 def test_all_but_the_first_two_arguments_are_given_by_name() -> None:
-    for function in (at.fit, at.certify, at.fit_path, at.kernel_regression, at.proximal_gradient):
+    for function in (at.fit, at.certify, at.fit_path, at.kernel_regression, at.solvers.proximal_gradient):
         kinds = [p.kind for p in inspect.signature(function).parameters.values()]
         assert all(kind in (kind.KEYWORD_ONLY, kind.VAR_KEYWORD) for kind in kinds[2:])
 

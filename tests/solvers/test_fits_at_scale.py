@@ -85,7 +85,7 @@ EXTREMES = {
         "fit: features are of size .*",
     ),
     "proximal steps": (
-        lambda: at.proximal_gradient(scaled(700), CASE.r, ridge=1.0),
+        lambda: at.solvers.proximal_gradient(scaled(700), CASE.r, ridge=1.0),
         "proximal_gradient: features are of size",
     ),
     "a path": (lambda: at.fit_path(scaled(700), CASE.r, ridges=(1.0,)), "fit_path: features are of size"),

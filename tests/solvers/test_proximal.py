@@ -160,7 +160,7 @@ def test_convex_fits_have_the_objective_of_a_first_order_method_from_zero(name: 
     feats, r = network()
     structure = CURVED[name](at.Quadratic(0.3), at.Quadratic(0.3))
     fitted = at.fit(feats, r, structure=structure, ridge=RIDGE, tol=1e-12)
-    found = at.proximal_gradient(feats, r, structure=structure, ridge=RIDGE, tol=1e-5)
+    found = at.solvers.proximal_gradient(feats, r, structure=structure, ridge=RIDGE, tol=1e-5)
     assert found.converged
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
     for block, matrix in fitted.coefficients.items():
@@ -175,7 +175,7 @@ def test_a_first_order_method_finds_nothing_below_a_fit_it_starts_from(name: str
     feats, r = network()
     structure = CURVED[name](penalty, penalty)
     fitted = at.fit(feats, r, structure=structure, ridge=RIDGE, tol=1e-14, max_rounds=1000)
-    found = at.proximal_gradient(
+    found = at.solvers.proximal_gradient(
         feats, r, structure=structure, ridge=RIDGE, tol=1e-5, max_steps=300, start=fitted.coefficients
     )
     assert found.objectives[0] == pytest.approx(fitted.objective, rel=1e-12)
@@ -187,7 +187,7 @@ def test_a_two_sided_fit_is_where_a_first_order_method_from_zero_ends_too() -> N
     case = problem(3, c=2, scale=2.0)
     structure = at.TwoSided(at.Quadratic(0.5), at.Quadratic(2.0))
     fitted = at.fit(case.feats, case.r, structure=structure, ridge=10.0, tol=1e-14, max_rounds=1000)
-    found = at.proximal_gradient(case.feats, case.r, structure=structure, ridge=10.0, tol=1e-5)
+    found = at.solvers.proximal_gradient(case.feats, case.r, structure=structure, ridge=10.0, tol=1e-5)
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
 
 
@@ -203,7 +203,7 @@ def test_a_two_sided_fit_is_where_a_first_order_method_from_zero_ends_too() -> N
 def test_fits_of_mixed_scaled_and_modal_structures_agree_too(structure: Any) -> None:
     feats, r = network()
     fitted = at.fit(feats, r, structure=structure, ridge=RIDGE, tol=1e-12)
-    found = at.proximal_gradient(feats, r, structure=structure, ridge=RIDGE, tol=1e-5)
+    found = at.solvers.proximal_gradient(feats, r, structure=structure, ridge=RIDGE, tol=1e-5)
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
 
 
@@ -215,7 +215,7 @@ def test_fits_by_cross_entropy_agree_too(name: str, c: int) -> None:
     structure = CURVED[name](at.Quadratic(2.0), at.Quadratic(2.0))
     given: dict[str, Any] = {"loss": "cross-entropy", "offset": 0.3 * case.r, "ridge": 3.0}
     fitted = at.fit(case.feats, labels, structure=structure, tol=1e-12, **given)
-    found = at.proximal_gradient(case.feats, labels, structure=structure, tol=1e-5, **given)
+    found = at.solvers.proximal_gradient(case.feats, labels, structure=structure, tol=1e-5, **given)
     assert found.objective == pytest.approx(fitted.objective, rel=1e-8)
 
 
@@ -226,7 +226,7 @@ def test_the_objective_never_rises_and_is_never_below_that_of_a_fit_for_convex_s
 ) -> None:
     case = problem(seed, c=2)
     structure = CURVED[name](at.Quadratic(strength), at.Quadratic(strength))
-    found = at.proximal_gradient(case.feats, case.r, structure=structure, ridge=ridge, tol=1e-4)
+    found = at.solvers.proximal_gradient(case.feats, case.r, structure=structure, ridge=ridge, tol=1e-4)
     assert all(after <= before * (1 + 1e-14) for before, after in itertools.pairwise(found.objectives))
     assert found.stationarity <= 1e-4
     assert found.objective == found.objectives[-1]
@@ -254,30 +254,32 @@ def test_neither_a_kernel_nor_the_features_are_ever_formed(monkeypatch: pytest.M
     monkeypatch.setattr(at.TangentFeatures, "kernel", refuse)
     monkeypatch.setattr(at.TangentFeatures, "dense", refuse)
     state = torch.random.get_rng_state()
-    assert at.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-3).converged
+    assert at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-3).converged
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_single_precision_features_are_fitted_in_double() -> None:
     feats, r = network()
-    single = at.proximal_gradient(feats.to(torch.float32), r.float(), structure=at.Left(), ridge=RIDGE, tol=1e-6)
-    double = at.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-6)
+    single = at.solvers.proximal_gradient(
+        feats.to(torch.float32), r.float(), structure=at.Left(), ridge=RIDGE, tol=1e-6
+    )
+    double = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-6)
     assert {matrix.dtype for matrix in single.coefficients.values()} == {torch.float64}
     assert single.objective == pytest.approx(double.objective, rel=1e-5)
 
 
 def test_targets_of_zero_are_met_by_the_model_of_zero() -> None:
     feats, r = network()
-    found = at.proximal_gradient(feats, torch.zeros_like(r), structure=at.TwoSided(), ridge=1.0)
+    found = at.solvers.proximal_gradient(feats, torch.zeros_like(r), structure=at.TwoSided(), ridge=1.0)
     assert found.converged
     assert found.objective == 0
 
 
 def test_a_largest_eigenvalue_taken_too_small_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     feats, r = network()
-    wanted = at.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
+    wanted = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
     monkeypatch.setattr("adaptive_tangents.solvers.proximal._Descent._largest_eigenvalue", lambda self: 1e-3)
-    found = at.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
+    found = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
     assert found.objective == pytest.approx(wanted.objective, rel=1e-8)
     assert all(after <= before * (1 + 1e-14) for before, after in itertools.pairwise(found.objectives))
 
@@ -286,7 +288,7 @@ def test_a_descent_that_runs_out_of_steps_says_so() -> None:
     feats, r = network()
     seen: list[tuple[int, float]] = []
     with pytest.warns(at.TangentWarning, match="proximal_gradient did not converge: stopped after 3 steps"):
-        found = at.proximal_gradient(
+        found = at.solvers.proximal_gradient(
             feats, r, structure=at.Left(), ridge=0.1, max_steps=3, progress=lambda *entry: seen.append(entry)
         )
     assert not found.converged
@@ -327,7 +329,7 @@ def test_what_cannot_be_fitted_is_refused(changes: dict[str, Any], message: str)
     feats, r = network()
     given = {"r": r, "ridge": 1.0, "structure": at.Left(), **changes}
     with pytest.raises(at.TangentError, match=f"proximal_gradient: {message}"):
-        at.proximal_gradient(feats, **given)
+        at.solvers.proximal_gradient(feats, **given)
 
 
 def test_an_unknown_loss_is_refused() -> None:
@@ -339,7 +341,7 @@ def test_an_unknown_loss_is_refused() -> None:
 def test_a_structure_without_a_proximal_operator_is_refused_by_name() -> None:
     case = problem(3, c=2, shapes=reference.KERNEL, modes=reference.KERNEL_MODES)
     with pytest.raises(at.TangentError, match=r"proximal: Modes has a proximal operator with one mode only; use fit"):
-        at.proximal_gradient(case.feats, case.r, structure=at.Modes(), ridge=1.0)
+        at.solvers.proximal_gradient(case.feats, case.r, structure=at.Modes(), ridge=1.0)
 
     class Own(at.structures.BlockStructure):
         block_solution = at.Fixed.block_solution

@@ -59,7 +59,7 @@ def kernel_eigen(K: Kernels, k: int, *, tol: float = 1e-10, memory_limit: int | 
     Source: Lehoucq, Sorensen & Yang, 1998 (ARPACK).
 
     >>> import torch, adaptive_tangents as at
-    >>> at.kernel_eigen(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).values
+    >>> at.kernels.kernel_eigen(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).values
     tensor([3., 2.], dtype=torch.float64)
     """
     kernel = tiled(Request("kernel_eigen"), K)

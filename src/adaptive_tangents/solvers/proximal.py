@@ -111,7 +111,7 @@ def proximal_gradient(
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     >>> feats, y = at.tangent_features(model, torch.randn(5, 3)), torch.randn(5, 1)
-    >>> found = at.proximal_gradient(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=5.0)
+    >>> found = at.solvers.proximal_gradient(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=5.0)
     >>> abs(found.objective / at.fit(feats, y, structure=at.Left(at.Quadratic(1.0)), ridge=5.0).objective - 1) < 1e-6
     True
     """
