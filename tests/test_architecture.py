@@ -73,7 +73,7 @@ ONLY_IN = {
     "threadpoolctl": {"runs.parallel"},
     "zarr": {"storage.store"},
     "xrfm": {"experiments"},
-    "pandas": {"tracking.history", "tracking.tracker"},
+    "pandas": {"inspection.rows", "tracking.history", "tracking.tracker"},
 }
 LAZY = {"sklearn", "mlxtend", "threadpoolctl", "zarr", "xrfm"}  # imported by the function that needs them
 SUBCLASSES = {

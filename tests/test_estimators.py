@@ -25,8 +25,17 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 
-def tiny(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, 12), nn.Tanh(), nn.Linear(12, outputs))
+class Tiny:
+    """A factory whose name is the same in every process, as the names of tests must be."""
+
+    def __call__(self, inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, 12), nn.Tanh(), nn.Linear(12, outputs))
+
+    def __repr__(self) -> str:
+        return "tiny"
+
+
+tiny = Tiny()
 
 
 QUICK: dict[str, Any] = {"ridge": 0.1, "strength": 10.0, "folds": 2, "tol": 1e-2}

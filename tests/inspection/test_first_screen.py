@@ -18,7 +18,7 @@ from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.inspection import InspectConfig, run
 from adaptive_tangents.inspection.first_screen import first_sentence, layer_rows_of, start_words, tiles, where
 from adaptive_tangents.inspection.page import findings
-from adaptive_tangents.inspection.samples import order_of
+from adaptive_tangents.inspection.sampling import order_of
 from adaptive_tangents.inspection.tables import MOST_ROWS, block_table, layer_table
 from adaptive_tangents.loading import Data
 from adaptive_tangents.reporting import report

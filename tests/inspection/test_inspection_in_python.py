@@ -20,9 +20,9 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.inspection import measures, page
 from adaptive_tangents.inspection.evaluation import in_evaluation
-from adaptive_tangents.inspection.given import data_of, opened, state_of
+from adaptive_tangents.inspection.given import opened
 from adaptive_tangents.inspection.run import sample_fingerprint
-from adaptive_tangents.loading import Data
+from adaptive_tangents.loading import Data, as_data
 from adaptive_tangents.reporting.drawing import grid
 from adaptive_tangents.runs.own_files import BLOCKS_HEAD
 from snapshots import Snapshot
@@ -311,30 +311,29 @@ def test_states_and_samples_in_every_form_mean_the_same() -> None:
     other = network()
     other.load_state_dict(last)
     for end in (last, other):
-        assert all(torch.equal(state_of(end, model, "end")[name], value) for name, value in last.items())
-    held = opened(model, first, other, [half])
+        found = opened(model, first, end, None, None, False).states["end"]
+        assert all(torch.equal(found[name], value) for name, value in last.items())
+    held = opened(model, first, other, [half], None, False)
     assert list(held.states) == ["start", "checkpoint 1", "end"]
-    first["0.weight"].add_(1)  # the states are copies
-    assert not torch.equal(held.states["start"]["0.weight"], first["0.weight"])
     for given in ((x, y), (x.numpy(), y.numpy()), (x, y.tolist()), Data(x, y)):
-        data, _ = data_of(given)
+        data = as_data(given)
         assert torch.equal(data.x, x)  # type: ignore[arg-type]
         assert torch.equal(data.y, y)  # type: ignore[arg-type]
-    assert data_of(x)[0].y is None
+    assert as_data(x).y is None
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m, s, d: at.inspect(m, s[0], s[2]), "inspect: no data; give the samples to measure on"),
-        (lambda m, s, d: state_of(3, m, "start"), "inspect: start is a int; give a state dict, a module"),
+        (lambda m, s, d: opened(m, 3, s[2], None, None, False), "inspect: start is a int; give the path of a file or folder"),
         (lambda m, s, d: at.inspect(m, {"0.weight": d[0]}, s[2], d), "start does not fit the model: missing 0.bias"),
         (lambda m, s, d: at.inspect(m, s[0], s[2] | {"9.w": d[0]}, d), "end does not fit the model: unexpected 9.w"),
-        (lambda m, s, d: at.inspect(m, s[0], s[2] | {"0.bias": d[0]}, d), "of another shape 0.bias"),
-        (lambda m, s, d: at.inspect(m, s[0], s[2], (d[0], d[1][:3])), r"different numbers of samples, \[3, 16\]"),
+        (lambda m, s, d: at.inspect(m, s[0], s[2] | {"0.bias": d[0]}, d), r"end does not fit the model: of another shape: 0.bias \(16, 3\) for \(6,\)"),
+        (lambda m, s, d: at.inspect(m, s[0], s[2], (d[0], d[1][:3])), "x holds 16 samples and y 3; give a label for every sample"),
         (lambda m, s, d: at.inspect(m, s[0], s[2], d, samples=3), "must be at least 4, got 3"),
         (lambda m, s, d: at.inspect(m, s[0], s[2], torch.ones(8, 7)), "cannot take the samples of data in memory"),
-        (lambda m, s, d: at.inspect(m, s[0], s[2], d, checkpoints={"end": s[1]}), "named 'start' or 'end'"),
+        (lambda m, s, d: at.inspect(m, s[0], s[2], d, checkpoints={"end": s[1]}), "are named 'end', and start and end 'start', 'end'; give other titles"),
     ],
 )  # fmt: skip
 def test_refusals_say_what_to_give(call: Callable[..., object], message: str) -> None:

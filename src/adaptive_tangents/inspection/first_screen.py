@@ -195,6 +195,10 @@ def _performance(results: Results) -> Tile:
         return Tile("Samples", f"{results['data']['samples']}", note="measured, without labels")
     kind = next(iter(first))
     shown = percent if kind == "accuracy" else number
+    held = (results.get("held_out") or {}).get("held_out")
+    if held is not None and None not in held["performance"].values():
+        before, after = (shown(held["performance"][end][kind]) for end in ("start", "end"))
+        samples = f"{samples}; {before} → {after} on the {held['samples']} of them held out"
     title = {"accuracy": "Accuracy", "mse": "Mean squared error"}.get(kind, kind)
     return Tile(title, shown(last[kind]), before=shown(first[kind]), note=samples)
 

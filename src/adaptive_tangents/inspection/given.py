@@ -28,7 +28,7 @@ def opened(
         titles = (
             between if isinstance(between, Mapping) else {_title(k, each): each for k, each in enumerate(between, 1)}
         )
-        middle = {title: as_state(each, found.model, NAME) for title, each in titles.items()}
+        middle = {title: as_state(each, found.model, NAME, title) for title, each in titles.items()}
         if set(middle) & set(states) or len(middle) != len(between):
             raise TangentError(
                 f"{NAME}: checkpoints are named {', '.join(map(repr, titles))}, and start and end "

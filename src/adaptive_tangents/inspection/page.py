@@ -27,8 +27,12 @@ from adaptive_tangents.runtime.progress import duration
 
 def findings(results: Results) -> list[str]:
     """The findings, one or two sentences each, most important first: the first says in words what happened."""
-    made = (start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
+    made = (_held_out, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
     return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
+
+
+def _held_out(results: Results) -> str:
+    return (results.get("held_out") or {}).get("sentence") or ""
 
 
 def _growth(results: Results) -> str:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptive_tangents.inspection.figures import class_name
+from adaptive_tangents.inspection.sampling import order_of
 from adaptive_tangents.reporting.pages import number
 from adaptive_tangents.reporting.pictures import image
 from adaptive_tangents.runs.results import Arrays, Results
 
-MOST, LEAST = 8, 4
 _SHORT = 280
 
 
@@ -26,13 +26,6 @@ class Sample:
     right: bool | None
     moved: str
     kernel: str
-
-
-def order_of(change: np.ndarray) -> tuple[list[int], list[int]]:
-    """The samples whose outputs moved most, most first, and those that moved least, least last."""
-    order = np.argsort(-np.linalg.norm(change.astype(float), axis=1), kind="stable").tolist()
-    most = order[: min(MOST, (len(order) + 1) // 2)]
-    return most, order[max(len(most), len(order) - LEAST) :]
 
 
 def moved(results: Results, arrays: Arrays) -> tuple[list[Sample], list[Sample]]:

@@ -1,7 +1,13 @@
-"""Which samples are measured, if some of them are held out."""
+"""Which samples are measured, if some of them are held out, and which of these are shown."""
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+MOST, LEAST = 8, 4
 
 
 def sampled(count: int, held_out: Tensor | None, order: Tensor) -> Tensor:
@@ -30,3 +36,10 @@ def held_out_note(held_out: Tensor | None) -> list[str]:
     return [
         f"{count} of the {n} samples measured are held out. Numbers are of all {n} together, but for those that say which."
     ]
+
+
+def order_of(change: NDArray[Any]) -> tuple[list[int], list[int]]:
+    """The samples whose outputs moved most, most first, and those that moved least, least last."""
+    order = np.argsort(-np.linalg.norm(change.astype(float), axis=1), kind="stable").tolist()
+    most = order[: min(MOST, (len(order) + 1) // 2)]
+    return most, order[max(len(most), len(order) - LEAST) :]

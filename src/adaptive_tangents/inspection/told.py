@@ -16,7 +16,7 @@ from adaptive_tangents.inspection.layers import plain_names
 from adaptive_tangents.inspection.measures import defined, spectrum
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import Problem
-from adaptive_tangents.inspection.samples import order_of
+from adaptive_tangents.inspection.sampling import order_of
 from adaptive_tangents.inspection.starts import start_of
 from adaptive_tangents.loading import Data, inner
 from adaptive_tangents.measures.alignment import alignment, cka

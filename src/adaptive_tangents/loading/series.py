@@ -148,7 +148,7 @@ def open_series(
         doubts = (*doubts, *words)
         more["names"] = adapters.short_names(network)
     else:
-        states = {title: as_state(point, network, call) for title, point in points.items()}
+        states = {title: as_state(point, network, call, title) for title, point in points.items()}
         if adapters.is_adapted(network):
             network, states = _within(network, states)
             more["names"] = adapters.short_names(network)
@@ -160,10 +160,10 @@ def open_series(
     )  # fmt: skip
 
 
-def as_state(thing: Point, model: nn.Module, call: str) -> State:
+def as_state(thing: Point, model: nn.Module, call: str, what: str = "the state dict") -> State:
     """A state dict by the model's names, from a state dict, a network, or the path of a file or folder.
 
-    Raises TangentError if it does not fit the model.
+    ``what`` names one in memory. Raises TangentError if it does not fit the model.
 
     >>> as_state({"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)}, nn.Linear(2, 1), "inspect")["weight"]
     tensor([[1., 1.]])
@@ -174,7 +174,7 @@ def as_state(thing: Point, model: nn.Module, call: str) -> State:
         found = unwrapped(thing)
         if found is not None and adapters.is_adapted(model) and _is_part(found[0], model):
             return adapters.adapter_state(model, found[0], "the adapter's state dict", call)
-        return fit_state(thing, model, "the state dict", call)
+        return fit_state(thing, model, what, call)
     path = _checked(Path(thing), call)
     if is_adapter(path):
         if not adapters.is_adapted(model):
