@@ -350,6 +350,16 @@ def test_what_gives_no_advice_is_refused_in_words(case: str) -> None:
         lora_advice(source, **options)
 
 
+def test_advice_again_is_what_the_source_gives_for_that_share_or_budget() -> None:
+    changes = {f"l{k}": normal(20, 30, seed=k) for k in range(3)} | {"head": normal(2, 30)}
+    first = lora_advice(changes, share=0.4, whole="head", scaling=2.0)
+    assert first.again(uniform_rank=2) == lora_advice(changes, uniform_rank=2, whole="head", scaling=2.0)
+    assert first.again(share=0.7) == lora_advice(changes, share=0.7, whole="head", scaling=2.0)
+    assert first.again(share=0.4) == first
+    with pytest.raises(TangentError, match="not both"):
+        first.again(share=0.5, uniform_rank=1)
+
+
 def test_advice_is_frozen() -> None:
     with pytest.raises(AttributeError):
         lora_advice(FLAT, share=0.5).scaling = 2.0  # type: ignore[misc]

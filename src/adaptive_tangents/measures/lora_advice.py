@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,6 +54,7 @@ class LoraAdvice:
         left_out: what has no adapters, with the reason.
         scaling: α/r, which is the same in all layers.
         weighed: whether the change is weighed by what it does to the outputs.
+        gains: of every layer, without matrices, from which ``again`` makes other ranks.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -61,6 +62,19 @@ class LoraAdvice:
     left_out: Mapping[str, str] = field(repr=False)
     scaling: float
     weighed: bool
+    gains: Layers = field(repr=False, compare=False)
+
+    def again(self, *, share: float | None = None, uniform_rank: int | None = None) -> "LoraAdvice":
+        """Advice from the same change for another share or budget.
+
+        Args:
+            share: of each layer's own change, as for ``lora_advice``.
+            uniform_rank: the budget, as for ``lora_advice``; by default neither, which is a share of 0.9.
+
+        Raises:
+            TangentError: if both are given, or one is out of range.
+        """
+        return _advised(self.gains, _goal(share, uniform_rank), self.scaling, self.weighed)
 
     @property
     def adapted(self) -> tuple[LoraLayer, ...]:
@@ -207,14 +221,24 @@ def lora_advice(
         layers = weighed(layers, features)
     if not any(float(layer.gains.sum()) > 0 for layer in layers.found.values()):
         raise TangentError(f"{CALL}: no layer changed; give states before and after training")
-    kept = _named(layers, whole)
+    found = {name: replace(layer, change=None) for name, layer in layers.found.items()}
+    plain = Layers(found, layers.left_out, frozenset(_named(layers, whole)))
+    return _advised(plain, goal, scale, features is not None)
+
+
+def _advised(layers: Layers, goal: float | int, scaling: float, by_outputs: bool) -> LoraAdvice:
+    kept = set(layers.whole)
     rest = {name: layer for name, layer in layers.found.items() if name not in kept}
     if isinstance(goal, int):
         ranks = _spread(rest, goal)
     else:
         ranks = {name: _rank(layer, goal) for name, layer in rest.items()}
     kept |= {name for name, layer in rest.items() if ranks[name] > 0 and ranks[name] > _most(layer)}
-    return _advice(layers, ranks, kept, scale, features is not None)
+    rest = {name: layer for name, layer in rest.items() if name not in kept}
+    total = sum(float(layer.gains.sum()) for layer in rest.values())
+    rows = tuple(_row(name, layer, ranks[name], total) for name, layer in rest.items())
+    whole = tuple(name for name in layers.found if name in kept)
+    return LoraAdvice(rows, whole, layers.left_out, scaling, by_outputs, layers)
 
 
 def _goal(share: float | None, uniform_rank: int | None) -> float | int:
@@ -280,13 +304,6 @@ def _spread(layers: Mapping[str, Layer], uniform: int) -> dict[str, int]:
         if cost <= left and ranks[name] == k:
             ranks[name], left = k + 1, left - cost
     return ranks
-
-
-def _advice(layers: Layers, ranks: Mapping[str, int], kept: set[str], scaling: float, by_outputs: bool) -> LoraAdvice:
-    rest = {name: layer for name, layer in layers.found.items() if name not in kept}
-    total = sum(float(layer.gains.sum()) for layer in rest.values())
-    rows = tuple(_row(name, layer, ranks[name], total) for name, layer in rest.items())
-    return LoraAdvice(rows, tuple(n for n in layers.found if n in kept), layers.left_out, scaling, by_outputs)
 
 
 def _row(name: str, layer: Layer, rank: int, total: float) -> LoraLayer:

@@ -34,10 +34,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers by the name of their module, and what adapters do not change, with the reason."""
+    """All layers by the name of their module, what adapters do not change, with the reason, and what is trained whole."""
 
     found: dict[str, Layer] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
 
 def layers_of(source: object, model: nn.Module | None) -> Layers:

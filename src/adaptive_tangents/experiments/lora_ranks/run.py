@@ -216,9 +216,10 @@ def _advice(config: LoraRanksConfig, seed: int, device: str, advance: Callable[[
         "weights": ((start, end), {}), "outputs": ((start, end), {"features": feats}), "forecast": (told, {}),
     }  # fmt: skip
     for arm, (source, options) in sources.items():
-        for name, goal in {"share": {"share": SHARE}, **{str(b): {"uniform_rank": b} for b in config.budgets}}.items():
-            advice = lora_advice(source, wrt=ADAPTED, **goal, **options)
-            made[f"ranks.{arm}.{name}"] = _ranks(advice, start, weights)
+        advice = lora_advice(source, wrt=ADAPTED, share=SHARE, **options)
+        made[f"ranks.{arm}.share"] = _ranks(advice, start, weights)
+        for budget in config.budgets:
+            made[f"ranks.{arm}.{budget}"] = _ranks(advice.again(uniform_rank=budget), start, weights)
     return made
 
 
