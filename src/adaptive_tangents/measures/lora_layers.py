@@ -142,11 +142,12 @@ def _moments(block: Block) -> tuple[Tensor, Tensor]:
 def _factor(moment: Tensor) -> Tensor:
     """A root L of a moment LLᵀ, which may be singular."""
     lifted = moment + _ROUNDING * moment.trace() * torch.eye(len(moment)).to(moment)
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(lifted)
-    if not int(failed):
-        return factor
-    values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp_min(0).sqrt()
+    if int(failed):
+        values, vectors = torch.linalg.eigh(moment)
+        factor = vectors * values.clamp_min(0).sqrt()
+    return factor
 
 
 def energies(matrix: Tensor) -> Tensor:

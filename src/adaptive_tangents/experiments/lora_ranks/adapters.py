@@ -103,7 +103,7 @@ def trained(model: nn.Module, task: Task, way: Way, seed: int, progress: Callabl
     generator, losses = torch.Generator().manual_seed(seed), []
     for done in range(way.epochs):
         total = 0.0
-        for index in torch.randperm(len(task.x), generator=generator).split(way.batch):
+        for index in torch.split(torch.randperm(len(task.x), generator=generator), way.batch):
             loss = nn.functional.cross_entropy(model(_short(task.x[index])), task.y[index])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward([loss])
@@ -122,7 +122,9 @@ def trained(model: nn.Module, task: Task, way: Way, seed: int, progress: Callabl
 
 def _tested(model: nn.Module, task: Task) -> dict[str, Tensor]:
     with torch.no_grad():
-        outputs: Float[Tensor, "m c"] = torch.cat([model(_short(part)) for part in task.x_test.split(64)]).double()
+        outputs: Float[Tensor, "m c"] = torch.cat(
+            [model(_short(part)) for part in torch.split(task.x_test, 64)]
+        ).double()
     return {
         "loss": nn.functional.cross_entropy(outputs, task.y_test),
         "accuracy": (outputs.argmax(1) == task.y_test).double().mean(),

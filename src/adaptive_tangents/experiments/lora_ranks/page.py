@@ -99,7 +99,7 @@ def _story(results: Results) -> Story:
 
 def _losses(results: Results) -> Section:
     seeds = results["seeds"]
-    rows = [("all parameters", "full fine-tuning", *_row([each["full"] for each in seeds]), "–")]
+    rows: list[tuple[str, ...]] = [("all parameters", "full fine-tuning", *_row([each["full"] for each in seeds]), "–")]
     for budget in results["config"]["budgets"]:
         for arm, words in ARMS.items():
             of = [each["arms"][f"{arm}.{budget}"] for each in seeds]
@@ -125,7 +125,7 @@ def _row(of: list[dict[str, float]]) -> tuple[str, str, str]:
 
 def _where(results: Results) -> Section:
     seeds, config = results["seeds"], results["config"]
-    rows = [(words, spread(median_ranks(seeds, arm), ".0f")) for arm, words in ADVISED.items()]
+    rows: list[tuple[str, ...]] = [(words, spread(median_ranks(seeds, arm), ".0f")) for arm, words in ADVISED.items()]
     agreed = "; ".join(
         f"{spread([v for v in agreements(seeds, budget) if v == v] or [float('nan')])} at rank {budget}"
         for budget in config["budgets"]
