@@ -182,10 +182,12 @@ def test_gains_by_outputs_add_up_to_what_each_layer_does_to_them() -> None:
     feats, start, end = features_and_end()
     advice = lora_advice((start, end), features=feats, share=0.3)
     own = {}
+    blocks = {slot.parameter: block for block in feats.blocks.values() for slot in block.slots}
     for layer in advice.layers:
-        phi = feats.blocks[f"{layer.module}"].features() if layer.module in feats.blocks else None
-        if phi is None:
-            phi = next(b for b in feats.blocks.values() if b.slots[0].parameter == f"{layer.module}.weight").features()
+        if layer.module == "head":  # it did not change, and has no features
+            own["head"] = 0.0
+            continue
+        phi = blocks[f"{layer.module}.weight"].features()
         change = end[f"{layer.module}.weight"] - start[f"{layer.module}.weight"]
         own[layer.module] = float((torch.einsum("ncoi,oi->nc", phi[..., : change.shape[1]], change) ** 2).sum())
     for layer in advice.layers:
