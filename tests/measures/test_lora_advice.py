@@ -119,6 +119,13 @@ def test_a_budget_is_spread_as_the_best_of_all_allocations_of_equal_layers() -> 
     assert advice.parameters == 3 * 16
 
 
+def test_a_direction_is_worth_its_gain_per_parameter() -> None:
+    changes = {"narrow": of_rank(10, 10, [1.0, 0.95, 0.9, 0.85, 0.8]), "wide": of_rank(10, 90, [1.2], seed=5)}
+    assert lora_advice(changes, uniform_rank=1).rank_pattern == {"narrow": 4}
+    changes["wide"] = of_rank(10, 90, [3.0], seed=5)
+    assert lora_advice(changes, uniform_rank=1).rank_pattern == {"narrow": 1, "wide": 1}
+
+
 @pytest.mark.parametrize("uniform", [1, 2, 3])
 def test_a_budget_is_never_exceeded_and_left_by_less_than_the_largest_layer_costs(uniform: int) -> None:
     shapes = [(10, 12), (40, 12), (12, 40), (30, 30)]
