@@ -268,24 +268,28 @@ def test_peft_makes_adapters_of_exactly_these_ranks_and_scalings(budget: dict[st
     assert made.base_model.model.head.modules_to_save["default"].weight.requires_grad
 
 
+class Twice(nn.Module):
+    """Layers whose names end alike, or differ in one character where another has a dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.inner = nn.Linear(20, 20), nn.ModuleDict({"fc": nn.Linear(20, 20), "fcX1": nn.Linear(20, 20)})
+        self.inner["fc"].add_module("1", nn.Linear(20, 20))
+
+
 @needs_peft
-def test_peft_tells_layers_apart_whose_names_end_alike() -> None:
+@pytest.mark.parametrize("wanted", [
+    {"fc": 2, "inner.fcX1": 5, "inner.fc.1": 3}, {"inner.fc": 4, "fc": 2, "inner.fcX1": 5}, {"fc": 2, "inner.fc": 4},
+])  # fmt: skip
+def test_peft_tells_layers_apart_whose_names_end_alike(wanted: dict[str, int]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.inner = nn.Linear(20, 20), nn.ModuleDict({"fc": nn.Linear(20, 20), "fcX1": nn.Linear(20, 20)})
-            self.inner["fc"].add_module("1", nn.Linear(20, 20))
-
-    model = Twice()
-    changes = {"fc": of_rank(20, 20, [1.0, 1.0]), "inner.fcX1": of_rank(20, 20, [1.0] * 5),
-               "inner.fc.1": of_rank(20, 20, [1.0] * 3), "inner.fc": of_rank(20, 20, [0.0])}  # fmt: skip
-    advice = lora_advice(changes)
-    made = get_peft_model(model, LoraConfig(**advice.config))
+    changes = {name: of_rank(20, 20, [1.0] * wanted.get(name, 0)) if name in wanted else torch.zeros(20, 20)
+               for name in ("fc", "inner.fcX1", "inner.fc.1", "inner.fc")}  # fmt: skip
+    made = get_peft_model(Twice(), LoraConfig(**lora_advice(changes).config))
     ranks = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): module.weight.shape[0]
              for name, module in made.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
-    assert ranks == {"fc": 2, "inner.fcX1": 5, "inner.fc.1": 3}
+    assert ranks == wanted
 
 
 @needs_peft
