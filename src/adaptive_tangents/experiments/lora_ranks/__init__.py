@@ -8,7 +8,7 @@ STUDIES = (
         NAME,
         "Do adapters whose ranks follow the change of weights learn more than adapters of one rank?",
         place=11,
-        minutes=12.0,
+        minutes=35.0,
         package=__name__,
     ),
 )
