@@ -21,6 +21,7 @@ from adaptive_tangents.experiments.feature_change.run import FeatureChangeConfig
 from adaptive_tangents.experiments.forecast.run import ForecastConfig
 from adaptive_tangents.experiments.hard_targets.run import HardTargetsConfig
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
+from adaptive_tangents.experiments.lora_ranks.run import LoraRanksConfig
 from adaptive_tangents.experiments.low_rank_targets.run import LowRankConfig
 from adaptive_tangents.experiments.penalties.run import PenaltiesConfig
 from adaptive_tangents.experiments.registry import STUDIES
@@ -64,6 +65,10 @@ SMALL: dict[str, Any] = {
     "forecast": ForecastConfig(
         seeds=1, networks=("mlp", "cnn"), temperatures=(), ways=(("adam", 0.01),), widths=(), width=8, image_width=8,
         epochs=3, digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
+    ),
+    "lora-ranks": LoraRanksConfig(
+        encoder="tiny", packages=("stats", "linalg"), seeds=2, train=8, test=6, tokens=6, budgets=(1, 2), epochs=1, batch=8,
+        rates=(0.01,), told=4,
     ),
 }  # fmt: skip
 

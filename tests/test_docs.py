@@ -84,6 +84,16 @@ def test_the_page_on_estimators_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert "converged, " in capsys.readouterr().out
 
 
+def test_the_page_on_adapters_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "lora.md").read_text(), re.DOTALL)
+    made: dict[str, object] = {"__name__": "docs"}
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block, "docs/lora.md", "exec"), made)
+    printed = capsys.readouterr().out
+    assert "LoRA adapters of rank" in printed
+    assert '"rank_pattern": {' in printed
+
+
 def test_every_structure_is_in_the_table() -> None:
     public = {name for name in at.__all__ if isinstance(getattr(at, name), type)}
     structures = {name for name in public if issubclass(getattr(at, name), at.structures.Structure)} - ABSTRACT

@@ -36,6 +36,7 @@ from .measures import decompose as decompose
 from .measures import effective_rank as effective_rank
 from .measures import explain as explain
 from .measures import kernel_change as kernel_change
+from .measures import lora_advice as lora_advice
 from .measures import representability as representability
 from .nn import TangentModule as TangentModule
 from .penalties import Absolute as Absolute

@@ -2,7 +2,7 @@
 
 ``alignment``, ``cka``, ``decompose``, ``representability`` and ``effective_rank`` take kernels or matrices. ``kernel_change``
 splits the change of a kernel under given transforms by block and side; ``explain`` asks how much of a measured feature
-change a structure of transforms can explain.
+change a structure of transforms can explain. ``lora_advice`` gives the ranks of adapters that hold a change of weights.
 """
 
 from adaptive_tangents.measures.alignment import (
@@ -17,6 +17,7 @@ from adaptive_tangents.measures.alignment import (
 )
 from adaptive_tangents.measures.explain import Explanation, explain, load_explanation
 from adaptive_tangents.measures.kernel_change import KernelChange, KernelPart, kernel_change
+from adaptive_tangents.measures.lora_advice import LoraAdvice, LoraLayer, lora_advice
 
 __all__ = [
     "Decomposition",
@@ -24,6 +25,8 @@ __all__ = [
     "Explanation",
     "KernelChange",
     "KernelPart",
+    "LoraAdvice",
+    "LoraLayer",
     "Representability",
     "alignment",
     "cka",
@@ -32,5 +35,6 @@ __all__ = [
     "explain",
     "kernel_change",
     "load_explanation",
+    "lora_advice",
     "representability",
 ]

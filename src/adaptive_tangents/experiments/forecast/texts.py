@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.body, self.readout = body, nn.Linear(width, 1)
 
-    def forward(self, ids: Int64[Tensor, "n t"]) -> Float[Tensor, "n 1"]:
+    def forward(self, ids: Int64[Tensor, "n t"]) -> Float[Tensor, "n c"]:
         mask = (ids != 0).to(self.readout.weight.dtype)
         tokens = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
