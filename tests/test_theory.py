@@ -45,6 +45,7 @@ WITHOUT_FORMULA = {
     "TangentError": "an error",
     "TangentWarning": "a warning",
     "adaptation": "a module, its functions are named",
+    "load_fit": "reads what a fit has written",
     "transforms": "a module, its classes are named",
 }
 

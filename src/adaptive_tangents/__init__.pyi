@@ -40,7 +40,6 @@ from .measures import lora_advice as lora_advice
 from .measures import representability as representability
 from .nn import TangentModule as TangentModule
 from .penalties import Absolute as Absolute
-from .penalties import LogSquared as LogSquared
 from .penalties import NoAdaptation as NoAdaptation
 from .penalties import Penalty as Penalty
 from .penalties import Power as Power

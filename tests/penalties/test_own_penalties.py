@@ -48,7 +48,7 @@ CLOSED: dict[str, tuple[at.Penalty, Callable[[Tensor], Tensor], float]] = {
     "absolute": (at.Absolute(5.0), lambda z: z - 1, 5.0),
     "power 1.5": (at.Power(1.5), lambda z: (z - 1) ** 1.5, 1.0),
     "power 3": (at.Power(3.0, 2.0), lambda z: (z - 1) ** 3, 2.0),
-    "log squared": (at.LogSquared(0.1), lambda z: z.log() ** 2, 0.1),
+    "log squared": (at.penalties.LogSquared(0.1), lambda z: z.log() ** 2, 0.1),
     "no adaptation": (at.NoAdaptation(), lambda z: torch.where(z > 1, torch.inf, 0.0).to(z.dtype), 1.0),
 }
 
@@ -71,7 +71,7 @@ def test_each_closed_form_is_what_its_function_gives(name: str, route: type[at.P
 
 
 @pytest.mark.usefixtures("searched_once")
-@pytest.mark.parametrize("other", [at.Absolute(0.4), at.LogSquared(2.0), at.NoAdaptation()])
+@pytest.mark.parametrize("other", [at.Absolute(0.4), at.penalties.LogSquared(2.0), at.NoAdaptation()])
 @pytest.mark.parametrize("route", [at.Penalty, Searched], ids=["by level", "by search"])
 @pytest.mark.parametrize("name", ["quadratic", "power 3"])
 def test_functions_compose_with_closed_forms_as_closed_forms_do(

@@ -281,13 +281,13 @@ def test_quantities_keep_the_dtype_and_shape_they_are_given() -> None:
 FAMILY: dict[str, tuple[at.Penalty, tuple[reference.PrecisePart, ...]]] = {
     "power 1.5": (at.Power(1.5, 0.4), (reference.precise_power(1.5, 0.4),)),
     "power 3": (at.Power(3.0, 7.0), (reference.precise_power(3.0, 7.0),)),
-    "log squared": (at.LogSquared(0.3), (reference.precise_log_squared(0.3),)),
+    "log squared": (at.penalties.LogSquared(0.3), (reference.precise_log_squared(0.3),)),
     "power 2.5 and power 6": (
         at.Power(2.5).compose(at.Power(6.0, 20.0)),
         (reference.precise_power(2.5, 1.0), reference.precise_power(6.0, 20.0)),
     ),
     "three kinds": (
-        at.Quadratic(0.2).compose(at.LogSquared(5.0), at.Absolute(2.0)),
+        at.Quadratic(0.2).compose(at.penalties.LogSquared(5.0), at.Absolute(2.0)),
         (reference.precise_power(2, 0.2), reference.precise_log_squared(5.0), reference.precise_power(1, 2.0)),
     ),
     "kinked and fixed": (at.Absolute(3.0).compose(at.NoAdaptation()), (reference.precise_power(1, 3.0),)),
@@ -308,7 +308,7 @@ def test_value_and_minimizer_agree_with_forty_digits_at_every_scale(name: str, v
 @given(strength=strengths, v=magnitudes)
 def test_log_squared_follows_from_lamberts_function(strength: float, v: float) -> None:
     w = float(mpmath.lambertw(2 * mpmath.mpf(v) ** 2 / strength).real)
-    induced = at.LogSquared(strength).induced()
+    induced = at.penalties.LogSquared(strength).induced()
     assert float(induced.value(scalar(v))) == pytest.approx(strength * (w * w / 4 + w / 2), rel=1e-12)
     assert float(induced.minimizer(scalar(v))) == pytest.approx(math.exp(w / 2), rel=1e-12)
 
@@ -431,7 +431,7 @@ PROXIMAL = {
     "quadratic": (at.Quadratic(0.5), reference.quadratic(0.5)),
     "absolute": (at.Absolute(2.0), reference.absolute(2.0)),
     "power 3": (at.Power(3.0), reference.power(3.0, 1.0)),
-    "log squared": (at.LogSquared(0.2), reference.logarithm_squared(0.2)),
+    "log squared": (at.penalties.LogSquared(0.2), reference.logarithm_squared(0.2)),
 }
 
 
@@ -498,7 +498,7 @@ def test_a_power_below_one_is_refused_with_the_way_out(q: float) -> None:
         at.Power(q)
 
 
-@pytest.mark.parametrize("make", [at.Quadratic, at.Absolute, at.LogSquared, lambda s: at.Power(3.0, s)])
+@pytest.mark.parametrize("make", [at.Quadratic, at.Absolute, at.penalties.LogSquared, lambda s: at.Power(3.0, s)])
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.inf, math.nan])
 def test_a_strength_that_is_not_positive_and_finite_is_refused(
     make: Callable[[float], at.Penalty], strength: float

@@ -21,13 +21,13 @@ from registry import by_name
 
 PENALTIES = {
     "Quadratic": at.Quadratic(0.3), "Absolute": at.Absolute(0.7), "Power": at.Power(2.5, strength=0.4),
-    "LogSquared": at.LogSquared(0.2), "NoAdaptation": at.NoAdaptation(),
+    "LogSquared": at.penalties.LogSquared(0.2), "NoAdaptation": at.NoAdaptation(),
     "Composition": at.Quadratic(1 / 3).compose(at.Power(3.0), at.NoAdaptation()),
 }  # fmt: skip
 STRUCTURES: dict[str, at.structures.Structure] = {
     "Fixed": at.Fixed(), "Full": at.Full(at.Quadratic(0.5)), "LayerScale": at.LayerScale(at.Absolute(0.5)),
     "Rows": at.Rows(), "Columns": at.Columns(scale_invariant=True), "Diagonal": at.Diagonal(at.Power(2.0)),
-    "Left": at.Left(), "Right": at.Right(at.LogSquared()), "TwoSided": at.TwoSided(at.Quadratic(0.1), at.Quadratic(0.7)),
+    "Left": at.Left(), "Right": at.Right(at.penalties.LogSquared()), "TwoSided": at.TwoSided(at.Quadratic(0.1), at.Quadratic(0.7)),
     "Modes": at.Modes({"out": at.Quadratic(0.5), "spatial": at.Quadratic(4.0)}), "Modes of one": at.Modes(at.Quadratic(2.0)),
     "Mixed": at.Mixed({"0": at.Modes(), "*": at.Full(at.Quadratic(0.5))}),
 }  # fmt: skip

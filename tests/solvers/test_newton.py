@@ -32,7 +32,7 @@ STRUCTURES: dict[str, at.structures.Structure] = {
     "Absolute": at.TwoSided(at.Absolute(0.3)),
     "Diagonal": at.Diagonal(at.Quadratic(0.05)),
     "Full": at.Full(at.Quadratic(0.2)),
-    "LayerScale": at.LayerScale(at.LogSquared(0.1)),
+    "LayerScale": at.LayerScale(at.penalties.LogSquared(0.1)),
 }
 
 
@@ -162,7 +162,7 @@ def test_tempering_is_the_structure_at_smaller_coefficients(name: str) -> None:
         "Absolute": at.TwoSided(at.Absolute(2.1)),
         "Diagonal": at.Diagonal(at.Quadratic(0.35)),
         "Full": at.Full(at.Quadratic(1.4)),
-        "LayerScale": at.LayerScale(at.LogSquared(0.7)),
+        "LayerScale": at.LayerScale(at.penalties.LogSquared(0.7)),
     }
     tempered = Problem(case.feats, STRUCTURES[name], SquaredError(case.r.flatten(), 1.0), "dense", 1, temper=7.0)
     found, expected = tempered.solution(beta), scaled[name].solution(beta)

@@ -81,7 +81,7 @@ def test_the_proximal_point_is_the_global_minimum_where_the_penalty_is_not_conve
     step=steps,
     one=strengths,
     other=strengths,
-    kind=st.sampled_from([at.Quadratic, at.Absolute, at.LogSquared]),
+    kind=st.sampled_from([at.Quadratic, at.Absolute, at.penalties.LogSquared]),
     invariant=st.booleans(),
 )
 def test_no_point_is_better_than_the_proximal_one_and_it_is_stationary(
@@ -168,7 +168,7 @@ def test_convex_fits_have_the_objective_of_a_first_order_method_from_zero(name: 
     torch.testing.assert_close(found.predict(feats), fitted.predict(feats), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("penalty", [at.Quadratic(0.3), at.Absolute(0.3), at.LogSquared(0.3)], ids=repr)
+@pytest.mark.parametrize("penalty", [at.Quadratic(0.3), at.Absolute(0.3), at.penalties.LogSquared(0.3)], ids=repr)
 @pytest.mark.parametrize("name", ["TwoSided", "Left", "Diagonal"])
 def test_a_first_order_method_finds_nothing_below_a_fit_it_starts_from(name: str, penalty: at.Penalty) -> None:
     """Its steps reach global minima of the proximal problem, so it would leave a fit that is no local minimum."""

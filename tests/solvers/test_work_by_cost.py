@@ -119,7 +119,11 @@ def test_a_structure_with_its_own_solution_is_asked_block_by_block() -> None:
 
 @pytest.mark.parametrize(
     "penalties",
-    [(at.Quadratic(0.5),), (at.Quadratic(0.2), at.Absolute(1.0)), (at.Quadratic(1.0).compose(at.LogSquared(2.0)),)],
+    [
+        (at.Quadratic(0.5),),
+        (at.Quadratic(0.2), at.Absolute(1.0)),
+        (at.Quadratic(1.0).compose(at.penalties.LogSquared(2.0)),),
+    ],
 )
 def test_the_bend_of_joint_values_is_the_induced_second_derivative(penalties: tuple[at.Penalty, ...]) -> None:
     values = [torch.tensor([0.0, 1e-9, 0.3]), torch.tensor([[2.0], [40.0]])]

@@ -12,6 +12,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.evaluation import in_evaluation
 from adaptive_tangents.inspection.given import name_of, opened
 from adaptive_tangents.inspection.kept import Kept
+from adaptive_tangents.inspection.lora import advised
 from adaptive_tangents.inspection.plan import Plan
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.inspection.results import Inspection, made
@@ -140,7 +141,9 @@ def inspect_states(
     """
     found = run(model, states, data, config, progress=progress, show=show, kept=kept, names=names or {})
     limits = [*found.results["limits"], *map(doubted, doubts)]
-    return made({**found.results, **said, "limits": limits}, found.arrays)
+    advice = advised(found.results, found.arrays)
+    told = None if advice is None else advice.sentence()
+    return made({**found.results, **said, "limits": limits, "adapters": told}, found.arrays)
 
 
 def _typed(config: InspectConfig, quick: bool) -> str:

@@ -15,7 +15,8 @@ _ALL_OURS = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern
 
 
 def advised(results: Results, arrays: Arrays) -> LoraAdvice | None:
-    """The advice of an inspection: ranks that hold 90% of each layer's change; None if adapters would save nothing.
+    """The advice of an inspection: ranks that hold 90% of each layer's change; None if adapters would save nothing, or are
+    what was trained.
 
     >>> import numpy as np
     >>> results = {"blocks": {"layer.query": {"shape": [8, 8]}}}
@@ -23,6 +24,8 @@ def advised(results: Results, arrays: Arrays) -> LoraAdvice | None:
     >>> advice.rank_pattern
     {'layer.query': 1}
     """
+    if any(".lora_" in name for name in results["blocks"]):
+        return None
     try:
         found = lora_advice(SimpleNamespace(results=results, arrays=arrays))
     except TangentError:  # no layer with a matrix changed

@@ -27,12 +27,17 @@ from adaptive_tangents.runtime.progress import duration
 
 def findings(results: Results) -> list[str]:
     """The findings, one or two sentences each, most important first: the first says in words what happened."""
-    made = (_held_out, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _missing)
+    made = (_held_out, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _adapters, _missing)
     return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
 
 
 def _held_out(results: Results) -> str:
     return (results.get("held_out") or {}).get("sentence") or ""
+
+
+def _adapters(results: Results) -> str:
+    told = results.get("adapters")
+    return f"{told} They are in lora.json, as PEFT takes them." if told else ""
 
 
 def _growth(results: Results) -> str:

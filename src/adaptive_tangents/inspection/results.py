@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.inspection.lora import write_advice
 from adaptive_tangents.inspection.measures import STRUCTURES
 from adaptive_tangents.inspection.rows import Rows
 from adaptive_tangents.inspection.showing import needed, picture, plotted, saved, shown, worded, write_with_table
@@ -145,7 +146,7 @@ class Inspection:
         )
 
     def write(self, directory: str | os.PathLike[str]) -> None:
-        """Write results, arrays and the table of blocks, without figures and page.
+        """Write results, arrays, the table of blocks and the advice on adapters, without figures and page.
 
         Args:
             directory: the folder, made if needed.
@@ -154,6 +155,7 @@ class Inspection:
             TangentError: when a file in the way is not the library's own.
         """
         write_with_table(self.results, self.arrays, self.blocks, Path(directory))
+        write_advice(self.results, self.arrays, directory)
 
     def __repr__(self) -> str:
         return "\n".join([self._title(), f"  {worded(lambda: self.headline)}", f"  see {_HANDLES}"])
