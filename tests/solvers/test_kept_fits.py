@@ -27,7 +27,8 @@ PENALTIES = {
 STRUCTURES: dict[str, at.structures.Structure] = {
     "Fixed": at.Fixed(), "Full": at.Full(at.Quadratic(0.5)), "LayerScale": at.LayerScale(at.Absolute(0.5)),
     "Rows": at.Rows(), "Columns": at.Columns(scale_invariant=True), "Diagonal": at.Diagonal(at.Power(2.0)),
-    "Left": at.Left(), "Right": at.Right(at.penalties.LogSquared()), "TwoSided": at.TwoSided(at.Quadratic(0.1), at.Quadratic(0.7)),
+    "Left": at.Left(), "Right": at.Right(at.penalties.LogSquared()),
+    "TwoSided": at.TwoSided(at.Quadratic(0.1), at.Quadratic(0.7)),
     "Modes": at.Modes({"out": at.Quadratic(0.5), "spatial": at.Quadratic(4.0)}), "Modes of one": at.Modes(at.Quadratic(2.0)),
     "Mixed": at.Mixed({"0": at.Modes(), "*": at.Full(at.Quadratic(0.5))}),
 }  # fmt: skip
