@@ -70,7 +70,13 @@ def network_of(folder: Path, call: str, *, task: str | None = None, labels: int 
             f"{call}: the weights of {folder} are quantized, and have no derivatives; give the folder before quantization"
         )
     transformers = optional("transformers", f"{folder}, a folder of Hugging Face transformers,", call)
-    kind = getattr(transformers, name, None) if name is not None else None
+    try:
+        kind = getattr(transformers, name, None) if name is not None else None
+    except Exception as error:  # what transformers imports may be broken
+        raise TangentError(
+            f"{call}: transformers cannot import {name}, which {folder} is ({told(error)}); mend that installation, or give "
+            "--model, a factory that makes the network"
+        ) from error
     if name is not None and kind is None and task is None:
         own = "auto_map" in found
         raise TangentError(
