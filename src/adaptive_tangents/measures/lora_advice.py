@@ -209,7 +209,7 @@ def lora_advice(
         TangentError: if the source is none of these, nothing changed, or an option is out of range.
 
     >>> import torch
-    >>> change = torch.diag(torch.tensor([3.0, 1.0, 0.1, 0.0]))
+    >>> change = torch.diag(torch.tensor([4.0, 1.0, 0.1, 0.0]))
     >>> advice = lora_advice({"encoder.0.query": torch.kron(change, torch.ones(8, 8))})
     >>> advice.rank_pattern
     {'encoder.0.query': 1}
