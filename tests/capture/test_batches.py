@@ -1,6 +1,7 @@
 """Batches in every container that a model may take: right numbers everywhere, or words about the user's own batch."""
 
 import dataclasses
+import inspect
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_a_batch_that_cannot_be_divided_into_samples_is_refused_by_its_place(
 ) -> None:
     x, message = REFUSED[name]
     function = getattr(at, call)
-    function = getattr(function, "__wrapped__", function)
+    function = inspect.unwrap(function)
     rest = (tmp_path / "k",) if call == "kernel_to_store" else ()
     with pytest.raises(at.TangentError, match=f"^{call}: .*{message}"):
         function(nn.Linear(3, 2).double(), x, *rest)

@@ -361,7 +361,7 @@ def tanh_state() -> dict[str, Tensor]:
         ({"9.weight": torch.ones(2)}, "unknown 9.weight; pass a state dict of this architecture"),
         ({"2.bias": None}, "missing 2.bias; pass a state dict"),
         ({"2.bias": torch.ones(4)}, r"of another shape: 2.bias \(4,\) for \(5,\)"),
-        ({"9.weight": torch.ones(2), "0.bias": None}, "unknown 9.weight; missing 0.bias"),
+        ({"9.weight": torch.ones(2), "0.bias": None}, "missing 0.bias; unknown 9.weight"),
         ({"0.bias": torch.ones(6)}, "'0.bias' as torch.float32 on cpu, the model as torch.float64 on cpu; convert"),
         ({"0.bias": normal(6).to("meta")}, "'0.bias' as torch.float64 on meta, the model as torch.float64 on cpu"),
         ({"0.bias": normal(6) * torch.nan}, "holds a non-finite value in '0.bias'; use another checkpoint"),

@@ -1,5 +1,6 @@
 """Average features equal a dense average of Jacobians and obey the path identity."""
 
+import inspect
 import math
 
 import numpy as np
@@ -281,7 +282,7 @@ def test_buffers_that_stay_give_no_change_by_buffers() -> None:
 
 def test_other_words_for_buffers_are_refused() -> None:
     model, x, start, end = segment("Tanh")
-    unchecked = getattr(at.average_features, "__wrapped__", at.average_features)
+    unchecked = inspect.unwrap(at.average_features)
     with pytest.raises(at.TangentError, match="average_features: buffers is 'same' or 'path', got 'end'"):
         unchecked(model, start, end, x, buffers="end")
 

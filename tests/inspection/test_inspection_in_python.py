@@ -180,7 +180,7 @@ def test_of_several_calls_in_threads_the_last_puts_the_modes_back() -> None:
 def test_what_is_saved_comes_back_equal_and_is_drawn_again(found: at.inspection.Inspection, tmp_path: Path) -> None:
     path = found.save(tmp_path / "kept")
     assert path == tmp_path / "kept" / "report.html"
-    assert {"results.json", "arrays.npz", "blocks.csv", "report.html", "figures"} == {
+    assert {"results.json", "arrays.npz", "blocks.csv", "lora.json", "report.html", "figures"} == {
         p.name for p in path.parent.iterdir()
     }
     back = at.inspection.load_inspection(path.parent)

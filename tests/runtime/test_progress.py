@@ -26,7 +26,7 @@ WORK: dict[str, tuple[Callable[[Progress], object], str, int]] = {
     "a sketched kernel": (lambda p: at.tangent_kernel(MODEL, X, sketch=SKETCH, progress=p), "samples", 1),
     "sketched features": (lambda p: at.sketch_features(MODEL, X, SKETCH, progress=p), "samples", 1),
     "a path average": (lambda p: at.average_features(MODEL, START, END, X, nodes=5, progress=p), "5 nodes", 5),
-    "an explanation": (lambda p: at.explain(FEATS, MOVED, progress=p), "blocks", 12),
+    "an explanation": (lambda p: at.explain(FEATS, MOVED, progress=p), "blocks", 14),
 }
 
 
@@ -62,6 +62,7 @@ SHOWN: dict[str, Callable[[Any, Path], object]] = {
     "kernel_regression": lambda p, folder: at.kernel_regression(
         FEATS.kernel(), Y, ridge=1.0, form="matrix-free", progress=p
     ),
+    "inspect": lambda p, folder: at.inspect(MODEL, START, END, X, nodes=1, progress=p),
     "forecast": lambda p, folder: at.forecast(MODEL, X, Y, structure=at.Fixed(), steps=1, progress=p),
 }
 

@@ -114,7 +114,7 @@ def test_a_fit_on_kernels_tells_what_a_fit_on_features_tells() -> None:
     shared = [line.split()[0] for line in on_features.summary().splitlines()]
     assert [line.split()[0] for line in on_kernels.summary().splitlines()] == shared
     assert "products with the kernel" in on_kernels.summary()
-    assert repr(on_kernels).startswith("KernelFit(structure=LayerScale(")
+    assert repr(on_kernels).startswith("KernelFit(LayerScale(")
     assert "history" not in repr(on_kernels)
 
 

@@ -19,12 +19,13 @@ from adaptive_tangents.inspection.results import Inspection, made
 from adaptive_tangents.inspection.run import NAME, run
 from adaptive_tangents.loading import Data, as_data, check_runs, fit_data, output_of
 from adaptive_tangents.loading.checkpoint_order import doubted
-from adaptive_tangents.runtime.progress import Progress, silent
+from adaptive_tangents.runtime.progress import Asked, Progress, silent, told, with_bar
 
 State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
 """Parameters and buffers of a network: a state dict, a module that holds them, or the path of a checkpoint."""
 
 
+@with_bar
 def inspect(
     model: nn.Module | str | None,
     start: State,
@@ -44,7 +45,7 @@ def inspect(
     wrt: str | Sequence[str] | None = None,
     nodes: int | None = None,
     quick: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Inspection:
     """Measure what training did to a network, as ``adaptive-tangents inspect`` does, with the same numbers.
 
@@ -77,7 +78,7 @@ def inspect(
         wrt: patterns of parameter names; None measures all. The others must be the same in all states.
         nodes: of the path average; None takes as many as it needs, at most 8.
         quick: few samples and nodes, to see it work.
-        progress: called with a stage's name and the share of the expected time that has passed.
+        progress: called with a stage's name and the share of the expected time that has passed; True shows a bar.
 
     Returns:
         An ``Inspection``: ``findings`` in sentences, ``blocks``, ``kernels``, ``plot()``, ``save(DIR)``.
@@ -115,7 +116,7 @@ def inspect(
         network, fitted = output_of(output, found.model, fitted, NAME, causal=found.causal or None)
         return inspect_states(
             network, found.states, fitted, config.quick() if quick else config, doubts=found.doubts,
-            progress=silent if progress is None else progress, names=found.names,
+            progress=told(progress) or silent, names=found.names,
             said={"command": _typed(config, quick), "model": found.source, "data_file": named},
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ def study_tiles(results: Results) -> list[Tile]:
         sizes = [f"{data[key]:,} {words}" for key, words in (("train", "to train on"), ("test", "to test"))
                  if isinstance(data.get(key), int)]  # fmt: skip
         tiles.append(Tile("Data", str(data["name"]), note=", ".join(sizes), wordy=True))
-    seeds = results["config"].get("seeds")
+    seeds = results.get("config", {}).get("seeds")
     if isinstance(seeds, int):
         tiles.append(
             Tile(
