@@ -149,7 +149,8 @@ def _performance(results: Results) -> str:
         kind, _, when = row["number"].removeprefix("held_out.").rpartition("_")
         if kind in ("accuracy", "mse", "loss") and when == "end":
             held = ", on samples held out" if row["number"].startswith("held_out.") else ""
-            parts.append(f"{row['words'].partition(',')[0]}{held}: {_each(results, row)}")
+            words = row["words"].partition(",")[0].replace("mse", "mean squared error")
+            parts.append(f"{words}{held}: {_each(results, row)}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
