@@ -26,6 +26,7 @@ def declare_operators() -> None:
     from pathlib import Path
 
     import torch
+    from torch import library
 
     found = importlib.util.find_spec("torchvision")
     if torch.version.cuda is not None or found is None:
@@ -36,7 +37,7 @@ def declare_operators() -> None:
         if hasattr(torch.ops.torchvision, "nms"):  # declared before
             return
         for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 sys.meta_path.insert(0, _Declares())
