@@ -74,6 +74,8 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     assert done.exit_code == 0, done.output
     results = json.loads((here / "out" / "results.json").read_text("utf-8"))
     assert results["experiment"] == "foretold"
+    assert results["adapters"].startswith("LoRA adapters of rank")
+    assert json.loads((here / "out" / "lora.json").read_text("utf-8"))["rank_pattern"]
     assert results["forecast"]["loss"] == "cross-entropy"
     assert len(results["forecast"]["steps"]) <= 2
     happened = results["happened"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import adaptive_tangents as at
 from adaptive_tangents.inspection import InspectConfig, run
+from adaptive_tangents.inspection.first_screen import tiles
 from adaptive_tangents.inspection.held_out import sentence
 from adaptive_tangents.inspection.sampling import sampled
 from adaptive_tangents.loading import Data, as_data, output_of
@@ -69,6 +70,17 @@ def test_numbers_of_both_kinds_are_those_of_an_inspection_of_these_samples_alone
     assert found["held_out"]["sentence"].startswith("On 10 samples that training did not see, accuracy goes from ")
     assert any("10 of the 40 samples measured are held out" in limit for limit in found["limits"])
     assert any("10 samples are held out" in limit for limit in found["limits"])
+
+
+def test_the_second_finding_and_the_first_tile_tell_of_samples_held_out(
+    case: tuple[nn.Module, dict[str, Mapping[str, Tensor]], Data],
+) -> None:
+    model, states, data = case
+    found = at.inspect(model, states["start"], states["end"], data, nodes=1)
+    held = found.results["held_out"]
+    assert found.findings[1] == held["sentence"]
+    before, after = (held["held_out"]["performance"][end]["accuracy"] for end in ("start", "end"))
+    assert f"{100 * before:.0f} % → {100 * after:.0f} % on the 10 of them held out" in tiles(found.results)[0].note
 
 
 def test_without_samples_held_out_nothing_is_told_of_them(

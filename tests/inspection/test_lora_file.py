@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inspection.lora import LORA_FILE, advised, write_advice
 from adaptive_tangents.measures import lora_advice
@@ -52,6 +54,26 @@ def test_advice_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
 def test_without_matrices_there_is_no_file(tmp_path: Path) -> None:
     assert write_advice({"blocks": {"norm.weight": {"shape": [16, 1]}}}, {}, tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_an_older_advice_goes_where_there_is_none_now(tmp_path: Path) -> None:
+    write_advice(RESULTS, ARRAYS, tmp_path)
+    assert write_advice({"blocks": {}}, {}, tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    (tmp_path / LORA_FILE).write_text('{"mine": 1}')
+    with pytest.raises(TangentError, match="not replaced"):
+        write_advice({"blocks": {}}, {}, tmp_path)
+
+
+def test_a_lora_file_of_the_users_is_refused_before_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / LORA_FILE).write_text('{"mine": 1}')
+    for command, options in (("inspect", ["--start", "a.pt", "--end", "b.pt"]), ("forecast", [])):
+        done = CliRunner().invoke(cli.app, [command, "--data", "none.npz", "--out", ".", *options])
+        assert done.exit_code == 1
+        assert "lora.json was not written by adaptive-tangents" in " ".join(done.output.split())
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

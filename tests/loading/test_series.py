@@ -340,6 +340,10 @@ def test_folders_that_are_no_checkpoints_are_refused_with_what_they_hold(place: 
         unchecked("inspect", start=3)
 
 
+def unimportable(module: Any, name: str) -> Any:
+    raise ModuleNotFoundError("no detectron")
+
+
 def test_folders_that_do_not_say_their_network_are_refused_with_the_remedy(place: Path, tmp_path: Path) -> None:
     base = place / "base"
     bare = altered(base, tmp_path / "bare", lambda config: config.pop("architectures"))
@@ -355,6 +359,10 @@ def test_folders_that_do_not_say_their_network_are_refused_with_the_remedy(place
     refused("is a MyNet, which needs code from its own folder .*never run; give --model, a factory", start=code)
     lacking = altered(base, tmp_path / "lacking", lambda config: config.update(architectures=["NoNetOfThisName"]))
     refused("is a NoNetOfThisName, which transformers lacks; give --model", start=lacking)
+    broken = altered(base, tmp_path / "broken", lambda config: config.update(architectures=["BrokenNet"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(library("transformers")), "__getattr__", unimportable)
+        refused("transformers cannot import BrokenNet, .*ModuleNotFoundError: no detectron.*mend that", start=broken)
     odd = altered(base, tmp_path / "odd", lambda config: config.update(num_attention_heads=3))
     refused("transformers cannot make the network of .*odd.*give --model", start=odd)
     packed = altered(

@@ -11,9 +11,11 @@ from adaptive_tangents.commands.reading import Reading, check_trained, opened, r
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection.foretold import KIND, LOSSES, NAME, run_forecast
+from adaptive_tangents.inspection.lora import advised, write_advice
 from adaptive_tangents.inspection.names import renamed
 from adaptive_tangents.inspection.problem import InspectConfig
 from adaptive_tangents.loading import as_state
+from adaptive_tangents.runs.own_files import LORA_FILE
 from adaptive_tangents.runs.results import write_results
 
 
@@ -44,7 +46,7 @@ def forecast(
         raise TangentError(f"{NAME}: --samples must be at least 4, got {samples}")
     if weights is not None and end is not None and weights.resolve() == end.resolve():
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
-    check_folder(NAME, out, PAGES[KIND]().figures)
+    check_folder(NAME, out, PAGES[KIND]().figures, (LORA_FILE,))
     check_exists(NAME, data)
     series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
     states = list(series.states.values())
@@ -68,6 +70,9 @@ def forecast(
         warnings.simplefilter("ignore", TangentWarning)
         result = run_forecast(network, start, loaded, config, end=after, loss=loss, steps=steps, progress=progress)
     result = renamed(result, series.names)
-    results = result.results | {"command": typed(), "model": series.source, "data_file": data.name}
+    advice = advised(result.results, result.arrays)
+    said = {"command": typed(), "model": series.source, "data_file": data.name}
+    results = result.results | said | {"adapters": None if advice is None else advice.sentence()}
     write_results(results, result.arrays, out)
+    write_advice(results, result.arrays, out)
     finish(out)

@@ -16,7 +16,7 @@ from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
 from adaptive_tangents.inspection.api import inspect_states as run_inspection
 from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
-from adaptive_tangents.runs.own_files import BLOCKS_FILE
+from adaptive_tangents.runs.own_files import BLOCKS_FILE, LORA_FILE
 
 INTERRUPTED = 130
 """What the command ends with after Ctrl-C."""
@@ -48,7 +48,7 @@ def inspect(
         checkpoints, start = str(start), None
     if (checkpoints is None) == (start is None or end is None) or (checkpoints is not None and (start or end)):
         raise TangentError("inspect: give either --start and --end, or --checkpoints 'run/*.pt'")
-    check_folder("inspect", out, PAGES["inspect"]().figures, (BLOCKS_FILE,))
+    check_folder("inspect", out, PAGES["inspect"]().figures, (BLOCKS_FILE, LORA_FILE))
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     check_exists("inspect", data)

@@ -13,7 +13,7 @@ from adaptive_tangents.inspection.lora import write_advice
 from adaptive_tangents.inspection.measures import STRUCTURES
 from adaptive_tangents.inspection.rows import Rows
 from adaptive_tangents.inspection.showing import needed, picture, plotted, saved, shown, worded, write_with_table
-from adaptive_tangents.runs.own_files import BLOCKS_FILE
+from adaptive_tangents.runs.own_files import BLOCKS_FILE, LORA_FILE
 from adaptive_tangents.runs.results import Arrays, Results, load_results, plain
 
 if TYPE_CHECKING:
@@ -142,7 +142,12 @@ class Inspection:
             TangentError: when a file in the way is not the library's own.
         """
         return saved(
-            "save", Path(directory), self.results["experiment"], _page(self.results, "save"), self.write, (BLOCKS_FILE,)
+            "save",
+            Path(directory),
+            self.results["experiment"],
+            _page(self.results, "save"),
+            self.write,
+            (BLOCKS_FILE, LORA_FILE),
         )
 
     def write(self, directory: str | os.PathLike[str]) -> None:

@@ -12,9 +12,10 @@ from adaptive_tangents.errors import TangentError
 
 PROGRAM = "adaptive-tangents"
 RESULTS_FILE, ARRAYS_FILE, PAGE_FILE, FIGURES_FOLDER = "results.json", "arrays.npz", "report.html", "figures"
-BLOCKS_FILE = "blocks.csv"
+BLOCKS_FILE, LORA_FILE = "blocks.csv", "lora.json"
 BLOCKS_HEAD = "block,rows,columns,trace_share_start,"
 """How a table of blocks begins."""
+_LORA_KEYS = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
 _PAGE_MARK = f'class="eyebrow">{PROGRAM}'
 
 
@@ -54,6 +55,9 @@ def _ours(path: Path) -> bool:
             return _comment(path).startswith(PROGRAM.encode()) or _ours(path.with_name(RESULTS_FILE))
         if path.name == BLOCKS_FILE:
             return path.read_text("utf-8").startswith(BLOCKS_HEAD)
+        if path.name == LORA_FILE:
+            held = json.loads(path.read_text("utf-8"))
+            return isinstance(held, dict) and _LORA_KEYS <= held.keys() <= _LORA_KEYS | {"modules_to_save"}
         if path.name == PAGE_FILE:
             return _PAGE_MARK in path.read_text("utf-8")
         # A figure's two files are written SVG first; its identifiers begin with its name.
