@@ -121,7 +121,7 @@ def test_what_is_special_about_the_start_is_said_in_words() -> None:
     assert "so 1 of their first factors (lora_A) have no kernel at the start" in told
     assert "not told as a ratio" in told
     scratch = results([row("layer 0", 1.0)]) | {"blocks": {"0": block("new"), "2": block("new"), "4": block(None)}}
-    assert start_words(scratch) == "Most weights start as freshly drawn ones: the network was trained from scratch."
+    assert start_words(scratch) == "Most weights start as freshly drawn ones: the network starts from scratch."
     odd = results([row("layer 0", 1.0)]) | {"blocks": {"a": block("zero"), "b": block("no kernel"), "c": block(None)}}
     assert start_words(odd).startswith("a starts with weights of zero. b has nearly no kernel at the start.")
     assert start_words(results([row("layer 0", 1.0)]) | {"blocks": {"a": block(None)}}) == ""

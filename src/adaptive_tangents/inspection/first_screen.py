@@ -139,7 +139,7 @@ def start_words(results: Results) -> str:
             f"{head[0].upper()}{head[1:]} is new: its weights start as freshly drawn ones, not as trained ones."
         )
     elif from_scratch(matrices):
-        told.append("Most weights start as freshly drawn ones: the network was trained from scratch.")
+        told.append("Most weights start as freshly drawn ones: the network starts from scratch.")
     firsts = sum(start == NO_KERNEL for name, start in starts.items() if "lora_A" in name)
     if firsts:
         told.append(

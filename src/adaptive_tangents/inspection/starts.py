@@ -90,7 +90,7 @@ def new_head(kind: str, starts: Sequence[str | None], others: Sequence[str | Non
 
 
 def from_scratch(starts: Sequence[str | None]) -> bool:
-    """Whether most of a network's matrices start as new ones, hence was trained from scratch.
+    """Whether most of a network's matrices start as new ones, so that it starts from scratch.
 
     >>> from_scratch(["new", "new", None])
     True
