@@ -1,6 +1,6 @@
-"""The recipes for users of other libraries: ours against torch.func, theirs where a peer is installed; figures as measured."""
+"""Recipes for users of other libraries: ours against torch.func, theirs where a peer is installed; figures as measured."""
 
-import importlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +88,9 @@ def test_every_section_has_code_of_both(made: dict[str, Any]) -> None:
 @pytest.mark.parametrize("title", [title for title, (_, tolerance) in PEERS.items() if tolerance])
 def test_the_peer_and_we_find_the_same_numbers(title: str, made: dict[str, Any]) -> None:
     module, tolerance = PEERS[title]
-    pytest.importorskip(module, reason=f"{title} is no dependency of this project; the recipe runs where it is installed")
+    pytest.importorskip(
+        module, reason=f"{title} is no dependency of this project; the recipe runs where it is installed"
+    )
     run(SECTION[title], made, theirs=True)
     assert tolerance is not None
     assert off(made["ours"], made["theirs"]) < tolerance
@@ -96,7 +98,7 @@ def test_the_peer_and_we_find_the_same_numbers(title: str, made: dict[str, Any])
 
 def test_for_torch_func_and_nngeometry_and_curvlinops_products_are_those_of_the_jacobian(made: dict[str, Any]) -> None:
     J, ones = jacobian(made["model"], made["x"]), torch.ones(323)
-    n, c = J.shape[:2]
+    n = len(J)
     run(SECTION["torch.func"], made)
     assert off(made["ours"], [kernel(J).transpose(1, 2), J, J @ ones]) < 1e-12
     run(SECTION["nngeometry"], made)
@@ -108,7 +110,9 @@ def test_for_torch_func_and_nngeometry_and_curvlinops_products_are_those_of_the_
     assert off(made["ours"], [J @ ones, J.sum((0, 1)), kernel(J), ggn]) < 1e-12
 
 
-def test_for_neural_tangents_kernels_regression_and_linearization_are_those_of_the_jacobian(made: dict[str, Any]) -> None:
+def test_for_neural_tangents_kernels_regression_and_linearization_are_those_of_the_jacobian(
+    made: dict[str, Any],
+) -> None:
     J, J_test = jacobian(made["model"], made["x"]), jacobian(made["model"], made["x_test"])
     run(SECTION["neural-tangents"], made)
     K = kernel(J)
@@ -152,7 +156,9 @@ def test_for_trak_kernel_and_scores_are_those_of_the_margins_gradients(made: dic
     assert (told.kernel - J @ J.T).norm() < 3 * told.standard_error.norm()
 
 
-def test_for_xrfm_the_first_layer_turns_to_the_two_inputs_and_the_agop_is_that_of_the_gradients(made: dict[str, Any]) -> None:
+def test_for_xrfm_the_first_layer_turns_to_the_two_inputs_and_the_agop_is_that_of_the_gradients(
+    made: dict[str, Any],
+) -> None:
     run(SECTION["xRFM and the AGOP"], made)
     assert set(made["ours"].topk(2).indices.tolist()) == {0, 1}
     assert made["fit"].converged
@@ -172,3 +178,41 @@ def test_for_scikit_learn_the_prediction_is_ridge_regression_with_the_trace(made
     K, k = (torch.einsum("ncmc->nm", kernel(left, J)) for left in (J, J_test))
     dual = torch.linalg.solve(K + 0.1 * torch.eye(12), made["y"] - made["f"])
     assert off(made["ours"], made["f_test"] + k @ dual) < 1e-11
+
+
+def test_ratios_and_errors_are_those_of_the_benchmarks() -> None:
+    cells = {row[0]: row for line in COMPARISON.splitlines() if line.startswith("|") for row in [_cells(line)]}
+    measured = {row[0]: row for line in BENCHMARKS.splitlines() if line.startswith("|") for row in [_cells(line)]}
+    compared = 0
+    for title, peer in {"torch.func, `vmap(jacrev)`": "torch.func"}.items() | {(p, p) for p in (*PEERS, "asdfghjkl")}:
+        for network, found in zip(("MLP", "CNN", "ResNet-18"), cells.get(title, [])[3:], strict=False):
+            if found and "not run" not in found:
+                told = measured[f"{network}: {peer}"]
+                assert ("given up after 300 s" in told[1]) if "over" in found else (float(found) == approx(told[2]))
+                compared += 1
+    assert compared == 12
+    memory = [measured[f"MLP: {name}"][3] for name in ("neural-tangents", "adaptive-tangents")]
+    assert " GB against ".join(memory) in COMPARISON
+    errors = [measured[f"small GPT: {kind}"][6] for kind in ("TRAK 4096", "dim 4096", "dim 4096, fitted")]
+    assert [error for error in errors if error not in COMPARISON] == []
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def approx(told: str) -> Any:
+    return pytest.approx(float(told), rel=5e-3)
+
+
+def test_errors_beside_recursive_feature_machines_are_those_of_the_results() -> None:
+    results = json.loads((DOCS / "results" / "low-rank-targets.json").read_text())
+    targets = dict(part.split(": ", 1) for part in results["claims"]["beside.RFM"]["evidence"].split(" · "))
+    page = " ".join(COMPARISON.split())
+    for target, n, ours, theirs in (("product", 200, "0.20", "0.64"), ("four", 200, "0.49", "0.83")):
+        assert f"n = {n}: {ours} against {theirs}" in targets[target]
+        assert f"{ours} against {theirs}" in page
+    assert "n = 800: 0.06 against 0.01" in targets["product"]
+    assert "0.01 against 0.06 for the product" in page
+    at_last = [re.search(r"n = 800: (\S+) against ([\d.]+)", told) for told in targets.values()]
+    assert all(found is not None and float(found[2]) < float(found[1]) for found in at_last)
