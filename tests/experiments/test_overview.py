@@ -1,11 +1,7 @@
 """The overview of all experiments: one complete table of claims, in the report and in the docs."""
 
-import importlib.util
-import json
 import re
-import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,20 +13,6 @@ from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.reporting.report import build_report
 from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.summary import KEPT, collect, summary
-
-ROOT = Path(__file__).parents[2]
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_results = _load()
 
 
 def _results(name: str) -> dict[str, Any]:
@@ -85,37 +67,3 @@ def test_a_summary_keeps_claims_settings_machine_and_total_seconds_only(runs: Pa
 def test_a_folder_without_experiments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TangentError, match=r"overview: no experiment's folder in .*reproduce all first"):
         collect(tmp_path, STUDIES, command="")
-
-
-def test_docs_keep_no_folder_of_a_machine_and_show_every_claim(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(make_results, "KEPT", tmp_path / "results")
-    monkeypatch.setattr(make_results, "PAGE", tmp_path / "results.md")
-    monkeypatch.setattr(make_results, "ROOT", tmp_path)
-    shutil.copytree(runs / "penalties", runs / "penalties-again")
-    assert make_results.main([str(runs)]) == 0
-    assert (tmp_path / "results" / "penalties-again.json").is_file()
-    (tmp_path / "results" / "penalties-again.json").unlink()
-    assert make_results.main([]) == 0
-    kept = json.loads((tmp_path / "results" / "penalties.json").read_text("utf-8"))
-    assert kept["command"] == "adaptive-tangents reproduce penalties --data mnist --data-dir DIR"
-    page = (tmp_path / "results.md").read_text("utf-8")
-    assert page.count(" is good |") == page.count(" is best |") == 2
-    assert "| 1 \\| 2 | holds |" in page
-    # A claim shows those of other experiments that are to be read beside it, where they were kept.
-    beside = "Beside it, what the coefficients foretell (penalties): penalties is good: 1 \\| 2 |"
-    assert page.count(f"| **holds in part**: not always. {beside}") == 2
-    assert page.count("Beside it") == 2
-    assert "| 1.5 | cpu | 2 | 2 | 2.6.0 |" in page
-    assert make_results.main(["--check"]) == 0
-    (tmp_path / "results" / "penalties.json").unlink()
-    assert make_results.main(["--check"]) == 1
-    (tmp_path / "results.md").unlink()
-    assert make_results.main(["--check"]) == 1
-
-
-def test_the_page_in_docs_is_what_the_kept_results_say_and_lacks_no_experiment() -> None:
-    assert make_results.main(["--check"]) == 0
-    kept = [path.stem for path in make_results.KEPT.glob("*.json")]
-    assert {next(name for name in STUDIES if stem.startswith(name)) for stem in kept} == set(STUDIES) <= set(kept)
