@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ from adaptive_tangents.features.summands import Index, Shared, sum_tensors, tens
 from adaptive_tangents.features.transforms import Entrywise, Joint, Sides, Transform
 from adaptive_tangents.runtime.figures import bars, heat, lines, panels
 from adaptive_tangents.runtime.memory import format_bytes, limit_for, require_memory
-from adaptive_tangents.runtime.told import few, html
+from adaptive_tangents.runtime.told import few, html, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +122,34 @@ class TangentFeatures:
         bars(right, {name: 100 * traces[name] / whole for name in names}, "Blocks", "share of the trace, %")
         return figure
 
-    def __getitem__(self, index: Index) -> "TangentFeatures":
-        """The features of some of the samples: a slice or a vector of indices."""
+    def __getitem__(self, index: Any) -> "TangentFeatures":
+        """The features of some of the samples.
+
+        Args:
+            index: a slice, a list, array or tensor of sample indices, or a mask of n booleans.
+
+        Raises:
+            TangentError: when the index is none of these, or names samples that are not there.
+        """
+        index = self._samples(index)
         blocks = {name: block.map(index=index) for name, block in self.blocks.items()}
         n = torch.empty(self.n, device=self.device)[index].shape[0]
         return TangentFeatures(n, self.c, blocks, self.parameters, self.limit)
+
+    def _samples(self, index: Any) -> Index:
+        if isinstance(index, slice):
+            return index
+        try:
+            given = torch.as_tensor(index, device=self.device)
+            chosen = torch.arange(self.n, device=self.device)[given if given.numel() else given.long()]
+        except (IndexError, TypeError, ValueError, RuntimeError):
+            chosen = torch.empty(())
+        if chosen.ndim != 1:
+            raise TangentError(
+                f"features: samples are chosen by a slice, a vector of indices below {self.n} or a mask of {self.n} "
+                f"booleans, got {short(repr(index))}"
+            )
+        return chosen
 
     def to(self, dtype: torch.dtype) -> "TangentFeatures":
         """The features in another floating dtype.

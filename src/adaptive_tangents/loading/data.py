@@ -67,7 +67,8 @@ def fit_data(data: Data, model: nn.Module, call: str = INSPECT) -> Data:
         first = tensors(data.x)[0]
         raise TangentError(
             f"{call}: x holds integers ({first.dtype}, {int(first.min())} to {int(first.max())}) and the network has no "
-            "embedding for them; convert x to float and normalize it as in training, e.g. (x / 255 - mean) / deviation"
+            "embedding for them; convert x to float and normalize it as in training, e.g. (x / 255 - mean) / deviation; if "
+            "they are indices, give x.double() and let the network take index.long()"
         )
 
     def fitted(value: Tensor) -> Tensor:
