@@ -21,7 +21,12 @@ import adaptive_tangents as at
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "adaptive_tangents"
-TOOLS = {"build": "build", "hatchling": "hatchling", "hatch_fancy_pypi_readme": "hatch-fancy-pypi-readme", "twine": "twine"}
+TOOLS = {
+    "build": "build",
+    "hatchling": "hatchling",
+    "hatch_fancy_pypi_readme": "hatch-fancy-pypi-readme",
+    "twine": "twine",
+}
 ADDRESS = "https://github.com/adaptive-tangents/adaptive-tangents"
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 IN_MARKDOWN, IN_HTML = re.compile(r"\]\(([^)\s]+)"), re.compile(r"<\w+\b[^>]*?\b(?:src|srcset|href)=\"([^\"]+)\"")
