@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import tensors
+from adaptive_tangents.features.layer_names import plain_names
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.layer_rows import layer_rows
-from adaptive_tangents.inspection.layers import plain_names
 from adaptive_tangents.inspection.measures import defined, spectrum
 from adaptive_tangents.inspection.outputs import PREFIX, Reduction
 from adaptive_tangents.inspection.problem import Problem
