@@ -20,7 +20,7 @@ explore: export HYPOTHESIS_PROFILE = explore
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore lint format theory results bench bench-neural-tangents clean
+.PHONY: help demo test explore lint format theory results bench bench-neural-tangents dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,11 @@ bench: $(BENCH) ## run the benchmarks one by one, and put their tables into docs
 bench-neural-tangents: $(BENCH) $(NEURAL)/.installed ## compare with neural-tangents; make bench includes it from then on
 	$(BIN)/python benchmarks/bench_kernel.py --matching '(adaptive|neural)-tangents'
 	$(BIN)/python benchmarks/bench_convolutions.py --matching 'CNN: (adaptive|neural)-tangents'
+
+dist: $(DEV) ## build the sdist and the wheel into dist/, and check them as a package index does
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and build outputs; keep environments and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

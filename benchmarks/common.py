@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from adaptive_tangents import __version__
 from counting import peak_rate
 
 OUT = Path("runs") / "benchmarks"
@@ -143,7 +144,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "GFLOP/s in products of 2048": round(peak_rate() / 1e9),
         "torch": metadata.version("torch"),
-        "adaptive-tangents": metadata.version("adaptive-tangents"),
+        "adaptive-tangents": __version__,
     } | {name: metadata.version(name) for name in PEERS if find_spec(PEERS[name])}
 
 

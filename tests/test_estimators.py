@@ -309,3 +309,18 @@ for kind in (at.AdaptiveTangentRegressor, at.AdaptiveTangentClassifier):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     said = "scikit-learn is not installed; pip install 'adaptive-tangents[report]' installs it"
     assert done.stdout.splitlines() == [f"AdaptiveTangent{kind}: {said}" for kind in ("Regressor", "Classifier")]
+
+
+def test_progress_rises_to_the_end_and_changes_nothing() -> None:
+    heard: list[tuple[str, float]] = []
+    options: dict[str, Any] = {"folds": 2, "choice_samples": 30, "random_state": 0}
+    est = at.AdaptiveTangentRegressor(tiny, progress=lambda *told: heard.append(told), **options)
+    assert clone(est).get_params()["progress"] is est.progress, "a function is kept as it is"
+    est.fit(X, Y)
+    fractions = [fraction for _, fraction in heard]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0, 1)
+    choice = [fraction for stage, fraction in heard if stage == "ridge and strength"]
+    assert len(choice) == len(est.cv_results_["params"])
+    assert len(choice) < len(heard), "the last fit is told of, too"
+    assert np.array_equal(est.predict(NEW), at.AdaptiveTangentRegressor(tiny, **options).fit(X, Y).predict(NEW))

@@ -4,10 +4,12 @@ This module holds only options and help. The work is in ``commands``, which is i
 completion and the version respond at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,6 +71,11 @@ Normalize = Annotated[
     str | None,
     typer.Option(help="Of images: none, imagenet, or means/deviations of the channels, 0.5,0.5,0.5/0.5,0.5,0.5."),
 ]
+DATA = {
+    "text": Text, "label": Label, "held_out": HeldOut, "output": Output, "max_length": MaxLength,
+    "tokenizer": TokenizerFolder, "image_size": ImageSize, "normalize": Normalize,
+}  # fmt: skip
+"""What `commands.reading.Reading` takes."""
 Seed = Annotated[int, typer.Option(help="Seed of weights, samples and batches; with several seeds, the first.")]
 
 
@@ -84,6 +91,25 @@ def _extra(call: str) -> Iterator[None]:
             f"{call}: {error.name} is not installed; pip install 'adaptive-tangents[report]' installs what reports and "
             "experiments need"
         ) from error
+
+
+def _reads_data(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the options of DATA where a command has the parameter ``reading``, which gets them by name."""
+    options = {name: kind for name, kind in DATA.items() if name not in without}
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in options.items()]
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def called(**given: Any) -> None:
+            reading = {name: given.pop(name) for name in options}
+            command(**given, reading=reading)
+
+        own = signature(command).parameters.values()
+        parts = [part for one in own for part in (added if one.name == "reading" else [one])]
+        called.__signature__ = Signature(parts)  # type: ignore[attr-defined]
+        return called
+
+    return with_options
 
 
 @app.callback(invoke_without_command=True, help=ABOUT)
@@ -146,7 +172,9 @@ def reproduce(
 
 
 @app.command()
+@_reads_data()
 def inspect(
+    *,
     data: DataPath,
     model: Model = None,
     start: Annotated[
@@ -178,14 +206,7 @@ def inspect(
         int | None, typer.Option(help="Nodes of the path average (default: as many as it needs, at most 8).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
-    text: Text = None,
-    label: Label = None,
-    held_out: HeldOut = None,
-    output: Output = None,
-    max_length: MaxLength = None,
-    tokenizer: TokenizerFolder = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = None,
+    reading: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and nodes, to see it work.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take what an interrupted run into OUT has finished.")
@@ -199,7 +220,7 @@ def inspect(
         command.inspect(
             model, data, out, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, samples=samples,
             seed=seed, outputs=outputs, wrt=wrt, nodes=nodes, device=device, quick=quick, resume=resume,
-            reading=Reading(text, label, held_out, output, max_length, tokenizer, image_size, normalize),
+            reading=Reading(**reading),
         )  # fmt: skip
 
 
@@ -220,7 +241,9 @@ def compare(
 
 
 @app.command()
+@_reads_data()
 def forecast(
+    *,
     data: DataPath,
     model: Model = None,
     weights: Annotated[
@@ -249,14 +272,7 @@ def forecast(
     ] = "all",
     wrt: Wrt = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.", autocompletion=lambda: ["cpu", "cuda"])] = "cpu",
-    text: Text = None,
-    label: Label = None,
-    held_out: HeldOut = None,
-    output: Output = None,
-    max_length: MaxLength = None,
-    tokenizer: TokenizerFolder = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = None,
+    reading: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="Use few samples and steps, to see it work.")] = False,
 ) -> None:
     """Foretell what training will do to your network, without training it."""
@@ -267,12 +283,14 @@ def forecast(
         command.forecast(
             model, data, out, weights=weights, end=end, base=base, merged=merged, loss=loss, steps=steps, samples=samples,
             seed=seed, outputs=outputs, wrt=wrt, device=device, quick=quick,
-            reading=Reading(text, label, held_out, output, max_length, tokenizer, image_size, normalize),
+            reading=Reading(**reading),
         )  # fmt: skip
 
 
 @app.command()
+@_reads_data("held_out")
 def kernel(
+    *,
     data: DataPath,
     out: Annotated[Path, typer.Option(help="Folder of the new store, e.g. K.zarr.")],
     model: Model = None,
@@ -301,13 +319,7 @@ def kernel(
     sketch: Annotated[int | None, typer.Option(help="Sketch features to this many coordinates; not exact.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process uses its own.")] = "cpu",
-    text: Text = None,
-    label: Label = None,
-    output: Output = None,
-    max_length: MaxLength = None,
-    tokenizer: TokenizerFolder = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = None,
+    reading: dict[str, Any],
     plan: Annotated[bool, typer.Option("--plan", help="Print the expected cost and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the store in OUT, if there is one.")] = False,
 ) -> None:
@@ -320,7 +332,7 @@ def kernel(
             model, data, out, weights=weights, base=base, merged=merged, data2=data2, outputs=outputs, wrt=wrt,
             by_block=by_block, tile=tile, memory_limit=memory_limit, float64=float64, sketch=sketch, seed=seed,
             device=device, plan=plan, resume=resume,
-            reading=Reading(text, label, None, output, max_length, tokenizer, image_size, normalize),
+            reading=Reading(**reading),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from adaptive_tangents.checks import check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.runtime.chunks import ranges
+from adaptive_tangents.runtime.progress import Progress, shown, silent
 from adaptive_tangents.runtime.recursion import deep_copy
 from adaptive_tangents.solvers.fold_choice import Choice, Task, chosen, strengthened_to, temperature
 from adaptive_tangents.solvers.losses import LossName
@@ -73,12 +74,12 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self, model: Any, structure: Any, ridge: Any, strength: Any, folds: Any, choice_samples: Any, fit_intercept: Any,
-        wrt: Any, dtype: Any, device: Any, memory_limit: Any, tol: Any, max_rounds: Any, random_state: Any,
+        wrt: Any, dtype: Any, device: Any, memory_limit: Any, tol: Any, max_rounds: Any, random_state: Any, progress: Any,
     ) -> None:  # fmt: skip
         self.model, self.structure, self.ridge, self.strength = model, structure, ridge, strength
         self.folds, self.choice_samples, self.fit_intercept = folds, choice_samples, fit_intercept
         self.wrt, self.dtype, self.device, self.memory_limit = wrt, dtype, device, memory_limit
-        self.tol, self.max_rounds, self.random_state = tol, max_rounds, random_state
+        self.tol, self.max_rounds, self.random_state, self.progress = tol, max_rounds, random_state, progress
 
     def _fitted(self, X: Any, targets: Any, outputs: int, loss: LossName, *, predictions: bool = False) -> Choice:
         """Make the network, choose ridge and strength, and fit; ``targets`` are (n, c), or labels for cross-entropy."""
@@ -99,7 +100,7 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
                 f"{call}: the model returns {tuple(start.shape)} for {len(x)} samples, and y needs ({len(x)}, {outputs}); "
                 "give a model with as many outputs, or a factory of (n_inputs, n_outputs)"
             )
-        with raised_as(call, "fit", "tangent_features"):
+        with raised_as(call, "fit", "tangent_features"), shown(self.progress) as told:
             feats = tangent_features(self.model_, x, wrt=self.wrt, memory_limit=self.memory_limit)
             task = Task(
                 feats,
@@ -112,14 +113,19 @@ class _AdaptiveTangent(BaseEstimator):  # type: ignore[misc]
                 int(random.randint(_MOST_SEED)),
             )
             choice = chosen(
-                task, structure, self.ridge, self.strength, self.folds, self.choice_samples, predictions=predictions
-            )
-            self._finish(task, choice, structure)
+                task, structure, self.ridge, self.strength, self.folds, self.choice_samples, predictions=predictions,
+                progress=told or silent,
+            )  # fmt: skip
+            self._finish(task, choice, structure, told or silent)
         return choice
 
-    def _finish(self, task: Task, choice: Choice, structure: Structure) -> None:
+    def _finish(self, task: Task, choice: Choice, structure: Structure, told: Progress) -> None:
         everything = torch.arange(task.feats.n, device=task.feats.device)
-        found = task.fit(everything, strengthened_to(structure, choice.strength), choice.ridge)
+
+        def watch(stage: str, fraction: float) -> None:
+            told(f"fit, {stage}", choice.part + (1 - choice.part) * fraction)
+
+        found = task.fit(everything, strengthened_to(structure, choice.strength), choice.ridge, watch=watch)
         if not found.converged:
             warnings.warn(f"{type(self).__name__}.fit: {found.reason}", TangentWarning, stacklevel=4)
         self.fit_: Fit = found
@@ -196,6 +202,7 @@ class AdaptiveTangentRegressor(RegressorMixin, _AdaptiveTangent):  # type: ignor
         tol: of the fits, as for ``fit``.
         max_rounds: of the fits, as for ``fit``.
         random_state: an integer makes everything repeatable; None draws from NumPy's global generator.
+        progress: called with the name of a stage and the fraction of ``fit`` that is done; True shows a bar, None nothing.
 
     Attributes:
         fit_: the ``Fit``, with coefficients, transforms and certificates.
@@ -223,11 +230,11 @@ class AdaptiveTangentRegressor(RegressorMixin, _AdaptiveTangent):  # type: ignor
     def __init__(
         self, model: Any = None, *, structure: Any = None, ridge: Any = None, strength: Any = None, folds: Any = 3,
         choice_samples: Any = 500, fit_intercept: Any = True, wrt: Any = None, dtype: Any = "float64", device: Any = "cpu",
-        memory_limit: Any = None, tol: Any = 1e-6, max_rounds: Any = 100, random_state: Any = None,
+        memory_limit: Any = None, tol: Any = 1e-6, max_rounds: Any = 100, random_state: Any = None, progress: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, structure, ridge, strength, folds, choice_samples, fit_intercept, wrt, dtype, device, memory_limit,
-            tol, max_rounds, random_state,
+            tol, max_rounds, random_state, progress,
         )  # fmt: skip
 
     def fit(self, X: Any, y: Any) -> "AdaptiveTangentRegressor":
@@ -275,7 +282,7 @@ class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ign
             classes.
         fit_intercept: whether predictions have an unpenalized part: the mean of targets − f(x;θ₀); for cross-entropy, the log
             odds of the classes' shares.
-        wrt, dtype, device, memory_limit, tol, max_rounds, random_state: as in ``AdaptiveTangentRegressor``.
+        wrt, dtype, device, memory_limit, tol, max_rounds, random_state, progress: as in ``AdaptiveTangentRegressor``.
 
     Attributes:
         classes_: the labels, sorted.
@@ -299,10 +306,11 @@ class AdaptiveTangentClassifier(ClassifierMixin, _AdaptiveTangent):  # type: ign
         self, model: Any = None, *, loss: Any = "squared", structure: Any = None, ridge: Any = None, strength: Any = None,
         folds: Any = 3, choice_samples: Any = 500, fit_intercept: Any = True, wrt: Any = None, dtype: Any = "float64",
         device: Any = "cpu", memory_limit: Any = None, tol: Any = 1e-6, max_rounds: Any = 100, random_state: Any = None,
+        progress: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, structure, ridge, strength, folds, choice_samples, fit_intercept, wrt, dtype, device, memory_limit,
-            tol, max_rounds, random_state,
+            tol, max_rounds, random_state, progress,
         )  # fmt: skip
         self.loss = loss
 

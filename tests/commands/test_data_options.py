@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
+from adaptive_tangents.commands.reading import Reading
 from adaptive_tangents.loading import as_data, load_tokenizer
 
 runner = CliRunner()
@@ -190,3 +193,12 @@ def test_data_that_leave_something_open_end_in_one_line(folder: Path) -> None:
         done = runner.invoke(cli.app, [*given, *options])
         assert done.exit_code == 1
         assert words in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(("name", "without"), [("inspect", set()), ("forecast", set()), ("kernel", {"held_out"})])
+def test_a_command_takes_every_option_of_data_in_one_place(name: str, without: set[str]) -> None:
+    taken = [option.name for option in get_command(cli.app).commands[name].params]
+    wanted = [field.name for field in fields(Reading) if field.name not in without]
+    first = taken.index(wanted[0])
+    assert taken[first : first + len(wanted)] == wanted
+    assert not without & set(taken)

@@ -87,6 +87,8 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     page = (here / "out" / "report.html").read_text("utf-8")
     assert "What training will do to Sequential" in page
     assert "Nothing was trained" in page
+    (structure,) = re.findall(r"\(structure (.*), chosen by held-out samples", page)
+    assert not re.search(r"\d\.\d{5}", structure), "no more digits than a reader wants"
     assert "What training did" not in page
     assert "Beside what happened" in re.sub(r"<[^>]+>", "", page)
     told = re.sub(r"\s+", " ", done.output)

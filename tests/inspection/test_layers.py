@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptive_tangents as at
-from adaptive_tangents.inspection.layers import layers_of, phrase, plain_names
+from adaptive_tangents.features.layer_names import layers_of, phrase, plain_names
 from adaptive_tangents.inspection.measures import change_shares, rank_of
 from adaptive_tangents.inspection.starts import from_scratch, looks_new, new_head, start_of, without_kernel
 
@@ -150,6 +150,7 @@ NETWORKS: dict[str, tuple[list[str], list[str]]] = {
     "a sequential network": (["0", "1.weight", "1.bias", "3", "5"], ["layer 0", "layer 1", "layer 3", "layer 5"]),
     "a sequential part": (["net.0", "net.2", "readout"], ["net.0", "net.2", "head"]),
     "plain names": (["hidden1", "hidden2", "out"], ["hidden1", "hidden2", "out"]),
+    "a network in a wrapper": (["net.fc1", "net.act.weight", "net.fc2"], ["fc1", "act", "fc2"]),
     "one block": (["weight"], ["weight"]),
 }  # fmt: skip
 

@@ -98,11 +98,11 @@ def test_a_hugging_face_training_logs_curves_and_is_bit_for_bit_that_without_the
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6], "the loss is logged as before"
     assert callback.tracker is not None
     records = callback.tracker.records
-    assert list(records[0].groups) == ["embeddings", "layer.0", "layer.1", "pooler", "classifier"]
+    assert list(records[0].groups) == ["embeddings", "layer 0", "layer 1", "pooler", "head"]
     read = scalars(tmp_path / "watched")
     for name, of in (
         ("tangents/alignment_centered", lambda r: r.whole.alignment_centered),
-        ("tangents/layer.1/trace", lambda r: r.groups["layer.1"].trace),
+        ("tangents/layer.1/trace", lambda r: r.groups["layer 1"].trace),
         ("tangents/loss", lambda r: r.loss),
     ):
         assert read[f"train/{name}"] == [(r.step, pytest.approx(of(r), rel=1e-6)) for r in records]
@@ -282,7 +282,7 @@ class TestLightning:
         named = at.integrations.LightningTracker(module="net")
         lightning_fit(tmp_path, named, own_forward=False, epochs=1)
         assert named.tracker is not None
-        assert list(named.tracker.records[0].groups) == ["0", "1", "4"]
+        assert list(named.tracker.records[0].groups) == ["layer 0", "layer 1", "layer 4"]
 
     def test_several_loaders_need_a_batch(self, tmp_path: Path) -> None:
         loader = DataLoader(TensorDataset(*numbers()), batch_size=8)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import adaptive_tangents as at
-from adaptive_tangents.runtime.told import few, short
+from adaptive_tangents.runtime.told import few, few_digits, short
 from adaptive_tangents.runtime.told import html as told_html
 from prepared import draw
 
@@ -164,6 +164,11 @@ def test_a_forecast_without_matplotlib_says_so(monkeypatch: pytest.MonkeyPatch) 
     [
         (lambda: short("one\ntwo"), "one two"),
         (lambda: short("x" * 300), "x" * 99 + "…"),
+        (lambda: few_digits(at.TwoSided(at.Quadratic(1 / 3))), "TwoSided(left=Quadratic(strength=0.3333), right=None)"),
+        (
+            lambda: few_digits(at.Rows(at.Quadratic(1e-7 / 3))),
+            "Rows(penalty_on_transform=Quadratic(strength=3.333e-08))",
+        ),
         (lambda: few(["a", "b"]), "a, b"),
         (lambda: few([str(k) for k in range(9)]), "0, 1, 2, 3 and 5 more"),
         (lambda: told_html("<b>", {"k&": 0.123456})[:24], "<div><b>&lt;b&gt;</b><ta"),

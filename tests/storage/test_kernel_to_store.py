@@ -396,7 +396,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_store_of_another_version_or_network_is_not_resumed(begun: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(storing, "__version__", "9.9")
-    with pytest.raises(at.TangentError, match=rf"was made by another version \({at.__version__[:0]}0.1.0, now 9.9\)"):
+    with pytest.raises(at.TangentError, match=rf"was made by another version \({at.__version__}, now 9.9\)"):
         store(begun, outputs="full", resume=True)
     monkeypatch.undo()
     # Another function with the same parameters and data; no hash can tell them apart.

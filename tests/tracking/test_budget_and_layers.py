@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import adaptive_tangents as at
+from adaptive_tangents.features.layer_names import layers_of
 from adaptive_tangents.tracking.layers import grouped
 from adaptive_tangents.tracking.measuring import Question, Seen
 
@@ -110,28 +111,29 @@ def test_the_first_and_the_last_record_are_taken_whatever_they_cost_and_it_is_sa
 @pytest.mark.parametrize(
     ("names", "groups"),
     [
-        (["0", "2", "4"], ["0", "2", "4"]),
+        (["0", "2", "4"], ["layer 0", "layer 2", "layer 4"]),
         (["net.0", "net.2", "net.4"], ["net.0", "net.2", "net.4"]),
         (["net.fc1", "net.act.weight", "net.fc2"], ["fc1", "act", "fc2"]),
         (["fc1", "fc2"], ["fc1", "fc2"]),
         (["conv1", "bn1.weight", "layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "fc"],
-            ["conv1", "bn1", "layer1.0", "layer1.1", "layer2.0", "fc"]),
+            ["conv1", "bn1", "layer1.0", "layer1.1", "layer2.0", "head"]),
         (["0.model.embeddings.word", "0.model.encoder.layer.0.a", "0.model.encoder.layer.1.a",
-            "0.model.encoder.layer.2.a", "2.linear"], ["embeddings", "layer.0", "layer.1", "layer.2", "2"]),
-        (["0.0", "0.1", "0.2", "1"], ["0.0", "0.1", "0.2", "1"]),
+            "0.model.encoder.layer.2.a", "2.linear"], ["embeddings", "layer 0", "layer 1", "layer 2", "2"]),
+        (["0.0", "0.1", "0.2", "1"], ["layer 0", "layer 1"]),
         (["encoder.block.0.layer.0.q", "encoder.block.1.layer.1.q", "decoder.block.0.layer.0.q", "shared.weight"],
-            ["encoder.block.0", "encoder.block.1", "decoder.block.0", "shared"]),
+            ["encoder block 0", "encoder block 1", "decoder block 0", "embeddings"]),
         (["layers.0.blocks.0.a", "layers.0.blocks.1.a", "layers.0.blocks.2.a", "layers.1.blocks.0.a", "head"],
-            ["layers.0.blocks.0", "layers.0.blocks.1", "layers.0.blocks.2", "layers.1.blocks.0", "head"]),
+            ["layer 0 block 0", "layer 0 block 1", "layer 0 block 2", "layer 1 block 0", "head"]),
         (["base_model.model.h.0.lora_A.default", "base_model.model.h.1.lora_A.default", "base_model.model.score"],
-            ["h.0", "h.1", "score"]),
+            ["layer 0", "layer 1", "head"]),
         (["weight"], ["weight"]),
         (["all.weight", "b.weight"], ["all_", "b"]),
     ],
 )  # fmt: skip
-def test_blocks_are_grouped_by_layer_and_by_what_is_beside_the_layers(names: list[str], groups: list[str]) -> None:
+def test_blocks_are_grouped_by_the_layers_that_inspect_names(names: list[str], groups: list[str]) -> None:
     found = grouped("f", names)
     assert list(found) == groups
+    assert [name.removesuffix("_") for name in found] == [layer.name for layer in layers_of(names)]
     assert sorted(name for members in found.values() for name in members) == sorted(names)
 
 

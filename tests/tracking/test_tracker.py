@@ -95,7 +95,7 @@ def test_the_numbers_of_a_record_are_those_of_the_kernel_of_jacobians_at_that_st
     f = copy.deepcopy(model).double().eval()(x.double()).detach()
     labels = nn.functional.one_hot(y, C).double().numpy()
     change = (f - f0).numpy()
-    assert list(found.groups) == ["0", "1", "4"] == [name for name in kernels if name != "all"]
+    assert list(found.groups) == ["layer 0", "layer 1", "layer 4"] == [name for name in kernels if name != "all"]
     for group, numbers in {"all": found.whole, **found.groups}.items():
         K = kernels[group]
         expected = {
@@ -130,7 +130,7 @@ def test_the_numbers_are_those_of_the_librarys_own_measures_of_its_own_kernel() 
     assert record.whole.alignment == pytest.approx(at.alignment(K, y), rel=1e-12)
     assert record.whole.alignment_centered == pytest.approx(at.alignment(K, y, centered=True), rel=1e-12)
     head = at.tangent_kernel(model, x, outputs="trace", wrt="4.*").double()
-    assert record.groups["4"].trace == pytest.approx(float(head.trace()), rel=1e-6)
+    assert record.groups["layer 4"].trace == pytest.approx(float(head.trace()), rel=1e-6)
     assert sum(numbers.trace for numbers in record.groups.values()) == pytest.approx(record.whole.trace, rel=1e-12)
 
 
@@ -364,8 +364,8 @@ def test_parameters_that_require_a_gradient_only_later_are_said_in_the_record() 
     assert third is not None
     assert fourth is not None
     assert "2 more parameters require a gradient (0.weight, 0.bias), so K is of other parameters" in second.note
-    assert list(second.groups) == ["0", "1", "4"]
-    assert second.groups["0"].cka_start == pytest.approx(1), "a group starts where it is first seen"
+    assert list(second.groups) == ["layer 0", "layer 1", "layer 4"]
+    assert second.groups["layer 0"].cka_start == pytest.approx(1), "a group starts where it is first seen"
     assert "1 no longer require a gradient (4.bias)" in third.note
     assert fourth.note == ""
 
@@ -469,7 +469,7 @@ def test_records_as_a_table_a_frame_text_and_a_picture(tmp_path: Path) -> None:
     frame = tracker.to_frame()
     assert isinstance(frame, pandas.DataFrame)
     assert len(frame) == 4 * (1 + 3)
-    assert list(frame["group"][:4]) == ["all", "0", "1", "4"]
+    assert list(frame["group"][:4]) == ["all", "layer 0", "layer 1", "layer 4"]
     picture = tracker.plot()
     picture.savefig(tmp_path / "curve.png", dpi=50)
     assert (tmp_path / "curve.png").stat().st_size > 5000
@@ -500,8 +500,8 @@ def test_numbers_go_to_a_writer_of_tensorboard_or_to_a_function(tmp_path: Path) 
     writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    read = [(event.step, event.value) for event in events.Scalars("tangents/4/trace")]
-    assert read == [(r.step, pytest.approx(r.groups["4"].trace, rel=1e-6)) for r in tracker.records]
+    read = [(event.step, event.value) for event in events.Scalars("tangents/layer.4/trace")]
+    assert read == [(r.step, pytest.approx(r.groups["layer 4"].trace, rel=1e-6)) for r in tracker.records]
     assert {"tangents/trace", "tangents/alignment_centered", "tangents/cka_start", "tangents/loss"} <= set(
         events.Tags()["scalars"]
     )

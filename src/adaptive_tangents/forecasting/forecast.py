@@ -21,6 +21,7 @@ from adaptive_tangents.forecasting.trust_region import Ground, Step, Walk, outpu
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.runtime.progress import Asked, Progress, silent, with_bar
 from adaptive_tangents.runtime.progress import told as told_to
+from adaptive_tangents.runtime.told import few_digits
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Fixed, Structure
@@ -190,7 +191,7 @@ def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walk
     for found in walk.steps(most):
         steps.append(found.step)
         fits.append(found.fit)
-        told(f"{walk.structure}", (place + len(steps) / most) / of)
+        told(few_digits(walk.structure), (place + len(steps) / most) / of)
         if initial is None or found.step.held_out < least:
             best, least, end, held = len(steps), found.step.held_out, found.parameters, found.held_losses
         elif len(steps) - best >= _PATIENCE:

@@ -18,7 +18,7 @@ from adaptive_tangents.features.kernel_layout import Outputs
 from adaptive_tangents.forecasting.files import read_forecast, write_forecast
 from adaptive_tangents.forecasting.trust_region import Step
 from adaptive_tangents.measures.alignment import alignment, cka, effective_rank
-from adaptive_tangents.runtime.told import html, short
+from adaptive_tangents.runtime.told import few_digits, html, short
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
@@ -155,14 +155,14 @@ class Forecast:
     def __repr__(self) -> str:
         last = self.steps[-1].loss if self.steps else self.initial_loss
         return (
-            f"Forecast({len(self.steps)} steps of {short(self.structure)}, {self.loss}: loss {self.initial_loss:.4g} → "
-            f"{last:.4g}, {len(self.blocks)} blocks)"
+            f"Forecast({len(self.steps)} steps of {short(few_digits(self.structure))}, {self.loss}: loss "
+            f"{self.initial_loss:.4g} → {last:.4g}, {len(self.blocks)} blocks)"
         )
 
     def _repr_html_(self) -> str:
         last = self.steps[-1] if self.steps else None
         facts = {
-            "structure": self.structure, "steps": f"{len(self.steps)}; {self.reason}",
+            "structure": few_digits(self.structure), "steps": f"{len(self.steps)}; {self.reason}",
             "loss": f"{self.initial_loss:.4g} → {self.initial_loss if last is None else last.loss:.4g}",
             "held out": f"{self.initial_held_out:.4g} → {self.initial_held_out if last is None else last.held_out:.4g}",
             "cost": f"{self.epochs:.1f} epochs",
@@ -219,7 +219,9 @@ class Forecast:
     def summary(self) -> str:
         """The forecast as text to read."""
         kind = {"squared": "squared error"}.get(self.loss, self.loss)
-        lines = [f"forecast of training on {kind}: {len(self.steps)} steps of {self.structure}; {self.reason}"]
+        lines = [
+            f"forecast of training on {kind}: {len(self.steps)} steps of {few_digits(self.structure)}; {self.reason}"
+        ]
         if not self.steps:
             return "\n".join([*lines, "  no change is foretold"])
         last = self.steps[-1]
@@ -231,7 +233,9 @@ class Forecast:
         )
         for each in self.candidates if len(self.candidates) > 1 else ():
             mark = "*" if each.structure is self.structure else " "
-            lines.append(f"{mark} held out    {each.held_out:.4g} after {each.chosen} steps of {each.structure}")
+            lines.append(
+                f"{mark} held out    {each.held_out:.4g} after {each.chosen} steps of {few_digits(each.structure)}"
+            )
         largest = sorted(self.blocks, key=lambda name: -self.blocks[name].share)[:8]
         for name in largest:
             block = self.blocks[name]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_tangents.inspection.layers import layers_of, phrase
+from adaptive_tangents.features.layer_names import layers_of, phrase
 from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch
 from adaptive_tangents.reporting.drawing import real
 from adaptive_tangents.reporting.frame import Tile

@@ -6,6 +6,7 @@ from typing import Any
 from adaptive_tangents.inspection.page import PAGE as INSPECTED
 from adaptive_tangents.reporting.pages import fixed, number
 from adaptive_tangents.runs.results import Results
+from adaptive_tangents.runtime.told import few_digits
 
 AS_IF = "All that follows treats the foretold end as the end of training: what it says of the kernel is foretold."
 
@@ -61,6 +62,7 @@ def _context(results: Results) -> dict[str, Any]:
         rows = [(name, beside["shares"][name], beside["ranks"][name]) for name in names]
     return context | {
         "foretold": foretold(results),
+        "structure": few_digits(results["forecast"]["structure"]),
         "rows": rows,
         "verdict": context["verdict"].removesuffix(".") + ", if training goes as foretold.",
     }

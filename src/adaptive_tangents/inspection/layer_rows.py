@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive_tangents.features.layer_names import Layer, layers_of
 from adaptive_tangents.inspection import measures
-from adaptive_tangents.inspection.layers import Layer, layers_of
 from adaptive_tangents.inspection.measures import STAGES, Kernels, defined, rank_of, total
 from adaptive_tangents.inspection.starts import NO_KERNEL, ZERO, new_head, without_kernel
 from adaptive_tangents.measures.alignment import alignment, cka

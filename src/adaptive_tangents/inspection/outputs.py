@@ -20,8 +20,8 @@ from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.outputs import pick
+from adaptive_tangents.loading.reduced import LOSS, Reduced, Target
 
-PREFIX = "network."
 _CHUNK = 100
 
 
@@ -33,20 +33,6 @@ def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> 
     net = Network(model, parameters, buffers, (), pick, "inspect")
     with torch.no_grad():
         return torch.cat([net(take(x, slice(k, k + _CHUNK)), {}) for k in range(0, samples(x), _CHUNK)])
-
-
-class _Margin(nn.Module):
-    """Σ_j f_j(x) a_j with weights a (n, c) for each sample, passed as the last argument."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.train(network.training)
-
-    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        weights = keywords.pop("margin_weights") if keywords else arguments[-1]
-        out = pick(self.network(**keywords) if keywords else self.network(*arguments[:-1]))
-        return (out * weights).sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,8 @@ class Reduction:
         if self.kind != "margin":
             weights = self.weights
             return model, x, lambda out: pick(out) @ weights.to(pick(out))
-        if isinstance(x, Mapping):
-            return _Margin(model), {**x, "margin_weights": self.weights}, pick
-        given = x if isinstance(x, tuple | list) else (x,)
-        return _Margin(model), (*given, self.weights), pick
-
-    def state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict with the names of the arranged model."""
-        return {f"{PREFIX}{name}": value for name, value in state.items()} if self.kind == "margin" else dict(state)
-
-    def patterns(self, wrt: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """Name patterns for the arranged model."""
-        return tuple(PREFIX + name for name in wrt) if wrt and self.kind == "margin" else wrt
+        margins = Reduced(model, LOSS, Target("weighted sum", given=True))
+        return margins, margins.with_targets(x, self.weights), pick
 
 
 def reduce_outputs(

@@ -92,8 +92,8 @@ def pose(
         gained = outputs[-1] - outputs[0]
         reduction = reduce_outputs(config.outputs, gained, chosen.labels, data.classes)
         arranged, x, output = reduction.arrange(model, chosen.x)
-        tangents = Tangents(arranged, x, output, reduction.patterns(config.wrt))
-        start, end = (reduction.state(state) for state in (*states.values(),)[:: len(states) - 1])
+        tangents = Tangents(arranged, x, output, config.wrt)
+        start, end = (*states.values(),)[:: len(states) - 1]
         known = config.nodes if before is None else int(before.numbers["nodes"])
         nodes, seconds = tangents.nodes(start, end, known, tol=config.tol, most=config.max_nodes)
         layout = tangents.layout(start)

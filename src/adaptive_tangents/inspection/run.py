@@ -48,7 +48,7 @@ class _Stages:
     def __init__(self, problem: Problem, states: Mapping[str, Mapping[str, Tensor]], pace: Pace, kept: Kept) -> None:
         first, *_, last = states
         self.problem, self.pace, self.kept = problem, pace, kept
-        self.start, self.end = (problem.reduction.state(states[name]) for name in (first, last))
+        self.start, self.end = (states[name] for name in (first, last))
         self.missing: list[str] = []
         self._held: dict[str, TangentFeatures] = {}
 
@@ -282,7 +282,7 @@ def _trajectory(
     found = []
 
     def kernel_at(name: str, tick: Tick) -> Record:
-        feats = problem.tangents.at(problem.reduction.state(states[name]), tick)
+        feats = problem.tangents.at(states[name], tick)
         return Record({}, {"kernel": feats.kernel(outputs="trace").double()})
 
     for name, performance in zip(states, performances, strict=True):

@@ -1,6 +1,6 @@
 """What an inspection tells: the numbers and arrays of the report, from what was measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import tensors
+from adaptive_tangents.features.layer_names import plain_names
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.layer_rows import layer_rows
-from adaptive_tangents.inspection.layers import plain_names
 from adaptive_tangents.inspection.measures import defined, spectrum
-from adaptive_tangents.inspection.outputs import PREFIX, Reduction
+from adaptive_tangents.inspection.outputs import Reduction
 from adaptive_tangents.inspection.problem import Problem
 from adaptive_tangents.inspection.sampling import order_of
 from adaptive_tangents.inspection.starts import start_of
@@ -49,7 +49,7 @@ def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> 
     """The numbers of the page."""
     reduction, wholes = problem.reduction, measured.wholes
     blocks = _block_numbers(problem, measured)
-    plain = names_of(blocks, reduction)
+    plain = plain_names([*blocks])
     growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal().clamp_min(1e-300)
     scale = measured.explained["layer_scale"]["total"]
     found = {
@@ -101,13 +101,6 @@ def _block_numbers(problem: Problem, measured: Measured) -> dict[str, dict[str, 
         numbers["explain"] = {key: r2.get(name) for key, r2 in measured.explained.items()}
         numbers["model_rank"] = {k: m["effective_rank"][name] for k, m in measured.models.numbers["models"].items()}
     return blocks
-
-
-def names_of(blocks: Iterable[str], reduction: Reduction) -> dict[str, str]:
-    """The blocks' names in the user's own model, without what adapters add."""
-    own = {name: name.removeprefix(PREFIX) if reduction.kind == "margin" else name for name in blocks}
-    plain = plain_names([*own.values()])
-    return {name: plain[of] for name, of in own.items()}
 
 
 def _network(model: nn.Module, blocks: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +215,7 @@ def _image_like(data: Data) -> Tensor | None:
 def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
     """What the figures draw."""
     data, kernels, wholes = problem.data, measured.kernels, measured.wholes
-    plain = names_of(measured.changes, problem.reduction)
+    plain = plain_names([*measured.changes])
     arrays: dict[str, Tensor] = {f"kernel.{stage}": kernel.float() for stage, kernel in wholes.items()}
     arrays |= {f"spectrum.{stage}": spectrum(kernel) for stage, kernel in wholes.items()}
     arrays |= {f"diagonal.{s}.{plain[k]}": K.diagonal() for s in kernels for k, K in kernels[s].items()}

@@ -100,6 +100,8 @@ def at_last_token(logits: Tensor, mask: Tensor | None) -> Tensor:
 class Target:
     """What the loss compares the output with: next tokens, tokens, class numbers, two classes, or real targets.
 
+    "weighted sum" is no loss, but Σ_j f_j(x) y_j with weights y (n, c) for each sample.
+
     ``given`` says that targets are in the batch; next tokens are also the inputs themselves.
     """
 
@@ -156,6 +158,8 @@ class Target:
         assert y is not None
         if self.kind == "tokens":
             return mean_over_tokens(out, y)
+        if self.kind == "weighted sum":
+            return (out * y).sum(1)
         if self.kind == "classes":
             return functional.cross_entropy(out, y, reduction="none")
         flat = out if out.ndim == 2 else out[:, None]

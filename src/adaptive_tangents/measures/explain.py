@@ -24,7 +24,7 @@ from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.figures import bars, lines, panels
 from adaptive_tangents.runtime.memory import limit_for
 from adaptive_tangents.runtime.progress import Asked, Progress, shown
-from adaptive_tangents.runtime.told import html, short
+from adaptive_tangents.runtime.told import few_digits, html, short
 from adaptive_tangents.structures.base import Fixed, Full, Structure, check_sketch
 from adaptive_tangents.structures.described import read_with_structure, write_with_structure
 from adaptive_tangents.structures.grouped import Grouped
@@ -68,12 +68,13 @@ class Explanation:
 
     def __repr__(self) -> str:
         return (
-            f"Explanation({short(self.structure)}: R² {self.total:.4g} over {len(self.r2)} blocks, on {self.samples[2]} "
-            f"samples held out)"
+            f"Explanation({short(few_digits(self.structure))}: R² {self.total:.4g} over {len(self.r2)} blocks, on "
+            f"{self.samples[2]} samples held out)"
         )
 
     def _repr_html_(self) -> str:
-        facts = {"structure": self.structure, "R²": f"{self.total:.4g}", "samples": " + ".join(map(str, self.samples))}
+        samples = " + ".join(map(str, self.samples))
+        facts = {"structure": few_digits(self.structure), "R²": f"{self.total:.4g}", "samples": samples}
         rows = ((name, self.r2[name], self.fit_r2[name], self.ranks.get(name, ""), self.strengths[name])
                 for name in self._largest)  # fmt: skip
         return html("Explanation", facts, ("block", "R²", "fitted", "rank", "ridge"), rows)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptive_tangents._version import __version__
 from adaptive_tangents.runtime.progress import Progress
 
 
@@ -45,8 +46,8 @@ class Clock:
 
 def versions() -> dict[str, str]:
     """The versions of the software that made the numbers."""
-    names = ("adaptive-tangents", "torch", "numpy", "scipy")
-    return {name.replace("-", "_"): metadata.version(name) for name in names} | {"python": platform.python_version()}
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    return {"adaptive_tangents": __version__} | others | {"python": platform.python_version()}
 
 
 def settings(config: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Objects told in short: one line for ``repr``, and a small table for notebooks. Names are escaped, and lists end early."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import islice
@@ -16,6 +17,15 @@ def short(value: object, most: int = _WIDEST) -> str:
     """
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def few_digits(value: object) -> str:
+    """A structure or a penalty with its numbers to four digits.
+
+    >>> few_digits("TwoSided(Quadratic(strength=0.012345678))")
+    'TwoSided(Quadratic(strength=0.01235))'
+    """
+    return re.sub(r"\d+\.\d{4,}(?:e[+-]?\d+)?", lambda found: f"{float(found[0]):.4g}", str(value))
 
 
 def few(parts: Sequence[str], most: int = 4) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.solvers.fit import unwarned
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
@@ -52,7 +54,7 @@ class Task:
 
     def fit(
         self, index: Int[Tensor, " _k"], structure: Structure, ridge: float,
-        *, start: Fit | None = None, tol: float | None = None,
+        *, start: Fit | None = None, tol: float | None = None, watch: Progress = silent,
     ) -> Fit:  # fmt: skip
         """A fit to some of the samples."""
         whole = len(index) == self.feats.n
@@ -62,6 +64,7 @@ class Task:
         found = unwarned(
             feats, self.targets[index] - base if squared else self.targets[index], structure=structure, loss=self.loss,
             offset=None if squared else base, ridge=ridge, tol=tol or self.tol, max_rounds=self.max_rounds, start=start,
+            watch=watch,
         )  # fmt: skip
         assert isinstance(found, Fit)
         return found
@@ -79,13 +82,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Choice:
-    """The ridge and strength chosen, the table of candidates, and the best one's held-out predictions of some samples."""
+    """The ridge and strength chosen, the table of candidates, and the best one's held-out predictions of some samples.
+
+    ``part`` is the share of the choice in the work of choice and fit, which grows with the square of samples.
+    """
 
     ridge: float
     strength: float
     table: dict[str, Any] = field(default_factory=lambda: {"params": [], "mean_test_loss": np.empty(0), "chosen": None})
     index: Int[Tensor, " _k"] | None = None
     values: Float[Tensor, "_k c"] | None = None
+    part: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def strengthened_to(structure: Structure, strength: float) -> Structure:
 
 def chosen(
     task: Task, structure: Structure, ridge: float | None, strength: float | None, folds: int, most: int | None,
-    *, predictions: bool,
+    *, predictions: bool, progress: Progress = silent,
 ) -> Choice:  # fmt: skip
     """The candidate with the least held-out loss; None of ridge and strength is to be chosen, a number is kept.
 
@@ -120,13 +127,24 @@ def chosen(
     parts = dealt(task, some, folds)
     if not parts or (len(ridges) == 1 and strength is not None and not predictions):
         return Choice(ridges[len(ridges) // 2], math.inf if strength is None else strength)
+    count = len(ridges) + (len(_SHARES) * (1 if ridge is not None else 2) if strength is None else 0)
+    work = count * len(parts) * ((len(some) - len(parts[0])) / task.feats.n) ** 2
+    part = work / (1 + work)
     trial = _Trial(task, structure, some, parts)
-    tried = [trial(each, math.inf if strength is None else strength) for each in ridges]
+    tried: list[_Tried] = []
+
+    def attempt(ridge: float, strength: float) -> None:
+        progress("ridge and strength", part * len(tried) / count)
+        tried.append(trial(ridge, strength))
+
+    for each in ridges:
+        attempt(each, math.inf if strength is None else strength)
     if strength is None:
         best = min(tried, key=lambda one: one.loss).ridge
         strengths = _strengths(structure, task.feats, task.fit(some, Fixed(), best, tol=_COARSE))
         near = [best] if ridge is not None else [best, _MORE * best]
-        tried += [trial(each, one) for each in near for one in strengths]
+        for each, one in product(near, strengths):
+            attempt(each, one)
     index = min(range(len(tried)), key=lambda k: tried[k].loss)
     table = {
         "params": [{"ridge": one.ridge, "strength": one.strength} for one in tried],
@@ -134,7 +152,7 @@ def chosen(
         "chosen": index,
     }
     found = tried[index]
-    return Choice(found.ridge, found.strength, table, torch.cat(parts), found.values)
+    return Choice(found.ridge, found.strength, table, torch.cat(parts), found.values, part)
 
 
 @dataclass(frozen=True)

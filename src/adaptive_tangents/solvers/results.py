@@ -17,7 +17,7 @@ from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, blocks_of, ti
 from adaptive_tangents.measures.alignment import effective_rank
 from adaptive_tangents.measures.kernel_change import KernelChange, kernel_change
 from adaptive_tangents.runtime.figures import MOST_LINES, bars, lines, panels
-from adaptive_tangents.runtime.told import html, short
+from adaptive_tangents.runtime.told import few_digits, html, short
 from adaptive_tangents.solvers.files import read_fit, write_fit
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.targets import check_features
@@ -97,14 +97,14 @@ class Certified:
         task = "interpolation" if self.ridge == 0 else f"{self.loss}, ridge {self.ridge:g}"
         state = "converged" if self.converged else "NOT converged"
         return (
-            f"{type(self).__name__}({short(self.structure)}, {task}, {len(self._named)} blocks, {len(self.dual)} samples: "
-            f"objective {self.objective:.6g}, stationarity {self.stationarity:.1e}, {state})"
+            f"{type(self).__name__}({short(few_digits(self.structure))}, {task}, {len(self._named)} blocks, "
+            f"{len(self.dual)} samples: objective {self.objective:.6g}, stationarity {self.stationarity:.1e}, {state})"
         )
 
     def _repr_html_(self) -> str:
         bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.6g} (gap {self.gap:.1e})"
         facts = {
-            "structure": self.structure, "loss": self.loss, "ridge": f"{self.ridge:g}",
+            "structure": few_digits(self.structure), "loss": self.loss, "ridge": f"{self.ridge:g}",
             "state": f"{'converged' if self.converged else 'NOT converged'}: {self.reason}",
             "objective": f"{self.objective:.6g}", "lower bound": bound, "stationarity": f"{self.stationarity:.1e}",
             "rounds": self.rounds,
@@ -123,7 +123,7 @@ class Certified:
         loss = {"squared": "squared error"}.get(self.loss, self.loss)
         task = "interpolation" if self.ridge == 0 else f"{loss}, ridge {self.ridge:g}"
         lines = [
-            f"{self.structure}, {task}: {'converged' if self.converged else 'NOT converged'}, {self.reason}",
+            f"{few_digits(self.structure)}, {task}: {'converged' if self.converged else 'NOT converged'}, {self.reason}",
             f"  objective     {self.objective:.8g}",
             f"  lower bound   {bound}",
         ]

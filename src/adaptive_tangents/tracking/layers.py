@@ -5,20 +5,20 @@ from fnmatch import fnmatchcase
 
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.layer_names import layers_of
 
 Groups = Mapping[str, str | Sequence[str]]
 """Patterns of block names by the name of a group."""
 
 ALL, REST = "all", "rest"
-_Path = tuple[str, ...]
 
 
 def grouped(call: str, names: Sequence[str], groups: Groups | None = None) -> dict[str, tuple[str, ...]]:
     """The blocks of each group, in the order of ``names``; by layer if ``groups`` is None.
 
     >>> grouped("f", ["bert.embeddings.word", "bert.encoder.layer.0.query", "bert.encoder.layer.1.query", "classifier"])
-    {'embeddings': ('bert.embeddings.word',), 'layer.0': ('bert.encoder.layer.0.query',),
-     'layer.1': ('bert.encoder.layer.1.query',), 'classifier': ('classifier',)}
+    {'embeddings': ('bert.embeddings.word',), 'layer 0': ('bert.encoder.layer.0.query',),
+     'layer 1': ('bert.encoder.layer.1.query',), 'head': ('classifier',)}
     """
     homes = _layers(names) if groups is None else _matched(call, names, groups)
     found: dict[str, list[str]] = {}
@@ -64,44 +64,6 @@ def _matched(call: str, names: Sequence[str], groups: Groups) -> dict[str, str]:
 
 
 def _layers(names: Sequence[str]) -> dict[str, str]:
-    """The group of each name: its numbered layer, or else the module beside what holds the layers."""
-    paths = {name: tuple(name.split(".")) for name in names}
-    numbered = _numbered(list(paths.values()))
-    ends = {name: _layer_end(path, numbered) for name, path in paths.items()}
-    opened = {paths[name][:k] for name, end in ends.items() if end for k in range(end)}
-    if len({path[0] for path in paths.values()}) == 1:
-        opened |= {path[:1] for path in paths.values() if len(path) > 1}
-    homes = {name: path[: ends[name]] if ends[name] else _beside(path, opened) for name, path in paths.items()}
-    found = {name: ".".join(path) for name, path in _shortened(homes).items()}
-    return {name: f"{ALL}_" if home == ALL else home for name, home in found.items()}
-
-
-def _numbered(paths: Sequence[_Path]) -> dict[_Path, set[str]]:
-    """The containers whose entries are numbered, with their numbers."""
-    found: dict[_Path, set[str]] = {}
-    for path in paths:
-        for k, part in enumerate(path):
-            if part.isdigit():
-                found.setdefault(path[:k], set()).add(part)
-    return found
-
-
-def _layer_end(path: _Path, numbered: Mapping[_Path, set[str]]) -> int:
-    """Where the name of the layer ends: after the number in the first container that no larger one is inside of; 0: none."""
-    for k, part in enumerate(path):
-        if part.isdigit():
-            inside = [len(held) for other, held in numbered.items() if len(other) > k and other[:k] == path[:k]]
-            if len(numbered[path[:k]]) >= max(inside, default=0):
-                return k + 1
-    return 0
-
-
-def _beside(path: _Path, opened: set[_Path]) -> _Path:
-    return next((path[:k] for k in range(1, len(path)) if path[:k] not in opened), path)
-
-
-def _shortened(homes: Mapping[str, _Path]) -> dict[str, _Path]:
-    """Groups by the ends of their names, where these are different."""
-    short = {home: home[-2:] if home[-1].isdigit() else home[-1:] for home in homes.values()}
-    clear = len(set(short.values())) == len(short)
-    return {name: short[home] if clear else home for name, home in homes.items()}
+    """The group of each name: its layer, by the rule of ``inspect``."""
+    found = {name: layer.name for layer in layers_of(names) for name in layer.blocks}
+    return {name: f"{ALL}_" if layer == ALL else layer for name, layer in found.items()}

@@ -58,7 +58,7 @@ class Record:
     note: str = ""
 
     def scalars(self, prefix: str = "tangents", *, groups: bool = True) -> dict[str, float]:
-        """The numbers by name, for a logger; those that are not defined are left out.
+        """The numbers by name, for a logger, with dots for spaces; those that are not defined are left out.
 
         Args:
             prefix: of every name.
@@ -69,7 +69,8 @@ class Record:
         """
         found = {f"{prefix}/{name}": value for name, value in self._defined()}
         for group, numbers in self.groups.items() if groups else ():
-            found |= {f"{prefix}/{group}/{name}": value for name, value in defined_numbers(numbers)}
+            tag = group.replace(" ", ".")  # loggers take no spaces
+            found |= {f"{prefix}/{tag}/{name}": value for name, value in defined_numbers(numbers)}
         return found
 
     def rows(self, *, groups: bool = False) -> Iterator[dict[str, Any]]:

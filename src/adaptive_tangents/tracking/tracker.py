@@ -72,7 +72,7 @@ class Tracker:
             directions of the outputs, whose kernel is the same on average; "auto" is "trace" for up to 10 outputs
             and 8 directions for more.
         output_fn: picks a tensor (n, c) from what the model returns; None takes the tensor or the logits.
-        groups: patterns of block names by the name of a group; None groups blocks by layer.
+        groups: patterns of block names by the name of a group; None groups blocks by layer, named as ``inspect`` does.
         seed: of samples and directions.
         log: where the numbers of each record go: a TensorBoard ``SummaryWriter``, or a function of the numbers by name
             and the step.
@@ -92,7 +92,7 @@ class Tracker:
     ...     torch.nn.functional.cross_entropy(model(x), y).backward()
     ...     optimizer.step()
     >>> [row["step"] for row in tracker.table()], list(tracker.records[0].groups)
-    ([0, 5, 10], ['0', '2'])
+    ([0, 5, 10], ['layer 0', 'layer 2'])
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 Path = tuple[str, ...]
 
@@ -78,7 +79,10 @@ def layers_of(names: Sequence[str], *, last: str | None = None) -> list[Layer]:
     skipped = _wrappers(paths.values()) | _inside(list(paths.values()))
     places = {name: _place(path, skipped) for name, path in paths.items()}
     stacks = {place.tower for place in places.values() if place.kind == "layer"}
-    above = {stack[:k] for stack in stacks for k in range(1, len(stack) + 1)}
+    shared = tuple(
+        parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths.values(), strict=False))
+    )
+    above = {stack[:k] for stack in (*stacks, shared) for k in range(1, len(stack) + 1)}
     places = {name: _other(paths[name], place, above) for name, place in places.items()}
     words = _told_apart(paths, places, stacks)
     layers: dict[tuple[str, str], list[str]] = {}
