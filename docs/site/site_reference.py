@@ -1,0 +1,76 @@
+"""The reference: where each public name is defined, and the page of the command line."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "adaptive_tangents"
+SOURCE = ROOT / "src" / PACKAGE
+ENTRY = re.compile(r"^::: at\.(?P<name>[\w.]+)$(?P<options>(?:\n {4}.*)*)", re.MULTILINE)
+COMMANDS = re.compile(r"^::: command line$", re.MULTILINE)
+
+
+@cache
+def imported(path: Path) -> dict[str, str]:
+    """The module that each name of an ``__init__`` or its stub is imported from, as a dotted name."""
+    found = {}
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = f"{PACKAGE}.{node.module}" if node.level else node.module
+            found |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def defined(name: str) -> str:
+    """The dotted name under which ``at.NAME`` is defined: it follows imports from the front door through the wings."""
+    *wing, last = name.split(".")
+    dotted = ".".join([PACKAGE, *wing, last])
+    for _ in range(4):
+        module, _, last = dotted.rpartition(".")
+        folder = SOURCE.joinpath(*module.split(".")[1:])
+        inits = [folder / "__init__.pyi", folder / "__init__.py"]
+        target = next((imported(path)[last] for path in inits if path.exists() and last in imported(path)), None)
+        if target is None:
+            return dotted
+        dotted = target
+    return dotted
+
+
+def expanded(text: str) -> str:
+    """The text of a page with each ``::: at.NAME`` as mkdocstrings takes it."""
+
+    def entry(found: re.Match[str]) -> str:
+        name = f"at.{found['name']}"
+        more = found["options"].replace("\n    ", "\n      ")
+        anchor = f'<a id="{name}"></a>\n\n'
+        return f"{anchor}::: {defined(found['name'])}\n    options:\n      heading: {name}\n      toc_label: {name}{more}"
+
+    text = ENTRY.sub(entry, text)
+    return COMMANDS.sub(lambda _: commands(), text) if COMMANDS.search(text) else text
+
+
+def commands() -> str:
+    """Every command with its arguments and options, as its own help tells them."""
+    from typer import Context
+    from typer.main import get_command
+
+    from adaptive_tangents.cli import app
+
+    group = get_command(app)
+    parts = []
+    for name in group.list_commands(Context(group)):  # type: ignore[attr-defined]
+        command = group.get_command(Context(group), name)  # type: ignore[attr-defined]
+        told = Context(command, info_name=f"adaptive-tangents {name}")
+        words = " ".join(command.collect_usage_pieces(told))
+        parts.append(f"## {name}\n\n{command.help}\n\n```console\n$ adaptive-tangents {name} {words}\n```\n")
+        records = [parameter.get_help_record(told) for parameter in command.get_params(told)]
+        rows = [f"| `{record[0]}` | {_cell(record[1])} |" for record in records if record is not None]
+        parts.append("\n".join(["| argument or option | what it is |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """Help as the cell of a table."""
+    return text.replace("|", "\\|").replace("[", "\\[").replace("*", "\\*").replace("<", "&lt;")
