@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from site_links import OUTSIDE, ROOT, rewritten
 from site_math import Formulas
-from site_reference import expanded
+from site_reference import expanded, with_names_linked, without_constructors
 
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MAP = "images/map.svg"
@@ -38,16 +38,27 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """A page's text with its links, its entries of the reference, and its drawing as the site needs them."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]  # a page alone under its tab
     repository = str(config.repo_url).rstrip("/")
     return expanded(rewritten(MERMAID.sub(_drawn, markdown), page.file.src_uri, files, repository))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A notebook without scripts, which would ask other hosts for MathJax and Mermaid, and with the site's links."""
-    if not page.file.src_uri.endswith(".ipynb"):
-        return html
-    repository = str(config.repo_url).rstrip("/")
-    return rewritten(SCRIPT.sub("", html), page.file.src_uri, files, repository, html=True)
+    """A page with the names of the reference as links; a notebook also without scripts, which ask other hosts for MathJax."""
+    place = page.file.src_uri
+
+    def address(there: str) -> str:
+        target, _, anchor = there.partition("#")
+        file = files.get_file_from_path(target)
+        return f"{file.url_relative_to(page.file) if file else target}#{anchor}"
+
+    if place.endswith(".ipynb"):
+        repository = str(config.repo_url).rstrip("/")
+        html = rewritten(SCRIPT.sub("", html), place, files, repository, html=True)
+    elif place.startswith("reference/"):
+        html = without_constructors(html, place)
+    return with_names_linked(html, place, address)
 
 
 def _drawn(found: re.Match[str]) -> str:

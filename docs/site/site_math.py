@@ -87,8 +87,9 @@ class Formula:
                 low = self.argument()
             else:
                 high = self.argument()
-        if primes:
-            high = f"<mrow><mo>{primes}</mo>{high}</mrow>"
+        if primes:  # the sign is raised by itself
+            signs = {"′": "′", "′′": "″", "′′′": "‴"}[primes]
+            base = f'<mrow>{base}<mo lspace="0" rspace="0">{signs}</mo></mrow>'
         if not low and not high:
             return base
         kind = ("munder", "mover", "munderover") if limits else ("msub", "msup", "msubsup")

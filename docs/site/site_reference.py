@@ -2,13 +2,16 @@
 
 import ast
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "adaptive_tangents"
 SOURCE = ROOT / "src" / PACKAGE
-ENTRY = re.compile(r"^::: at\.(?P<name>[\w.]+)$(?P<options>(?:\n {4}.*)*)", re.MULTILINE)
+ENTRY = re.compile(r"^::: (?P<record>record )?at\.(?P<name>[\w.]+)$", re.MULTILINE)
+SIGNATURE = r'(<h2 id="{}".*?</h2>\s*)<div class="[^"]*doc-signature.*?</div>'
+NAMED = re.compile(r"<(a|h\d|pre|script|style|summary)\b.*?</\1>|<code>(?P<name>[\w.]+)(?P<call>\([^<]*\))?</code>", re.DOTALL)
 COMMANDS = re.compile(r"^::: command line$", re.MULTILINE)
 
 
@@ -38,17 +41,47 @@ def defined(name: str) -> str:
     return dotted
 
 
+@cache
+def placed() -> dict[str, str]:
+    """The page of the site, and the place on it, of every name of the reference."""
+    found = {}
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        for entry in ENTRY.finditer(page.read_text("utf-8")):
+            found[entry["name"]] = f"reference/{page.name}#{defined(entry['name'])}"
+    return found
+
+
 def expanded(text: str) -> str:
     """The text of a page with each ``::: at.NAME`` as mkdocstrings takes it."""
 
     def entry(found: re.Match[str]) -> str:
         name = f"at.{found['name']}"
-        more = found["options"].replace("\n    ", "\n      ")
-        anchor = f'<a id="{name}"></a>\n\n'
-        return f"{anchor}::: {defined(found['name'])}\n    options:\n      heading: {name}\n      toc_label: {name}{more}"
+        return f"::: {defined(found['name'])}\n    options:\n      heading: {name}\n      toc_label: {name}"
 
     text = ENTRY.sub(entry, text)
     return COMMANDS.sub(lambda _: commands(), text) if COMMANDS.search(text) else text
+
+
+def without_constructors(html: str, page: str) -> str:
+    """A page of the reference without the signatures of its records: calls return them, and nobody makes one."""
+    for entry in ENTRY.finditer((ROOT / "docs" / page).read_text("utf-8")):
+        if entry["record"]:
+            html = re.sub(SIGNATURE.format(re.escape(defined(entry["name"]))), r"\1", html, count=1, flags=re.DOTALL)
+    return html
+
+
+def with_names_linked(html: str, page: str, address: Callable[[str], str]) -> str:
+    """A page on which each name of the reference in running text leads to its entry; ``at.`` may be left out there."""
+    within = page.startswith("reference/")
+
+    def leads(found: re.Match[str]) -> str:
+        name = found["name"] or ""
+        known = name.removeprefix("at.")
+        if known not in placed() or not (within or name.startswith("at.")):
+            return found[0]
+        return f'<a href="{address(placed()[known])}">{found[0]}</a>'
+
+    return NAMED.sub(leads, html)
 
 
 def commands() -> str:
