@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGE = """<!doctype html><meta charset="utf-8"><body><pre class="mermaid">{source}</pre><script>{mermaid}</script><script>
 mermaid.initialize({{startOnLoad: true, deterministicIds: true, theme: "neutral", fontFamily: "sans-serif", htmlLabels: false,
-  flowchart: {{htmlLabels: false, useMaxWidth: false}}}});
+  themeVariables: {{fontSize: "24px"}}, flowchart: {{htmlLabels: false, useMaxWidth: false, nodeSpacing: 20, rankSpacing: 34,
+    subGraphTitleMargin: {{top: 6, bottom: 16}}}}}});
 </script>"""
 
 

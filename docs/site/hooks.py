@@ -66,7 +66,7 @@ def _drawn(found: re.Match[str]) -> str:
     if (made := drawing_of(found[1])) is None:
         log.warning("docs/%s was not drawn from this source; docs/site/draw_map.py says how to draw it again", MAP)
         return found[0].replace("```mermaid", "```text")
-    return f"![The wings, and which imports from which]({made})"
+    return f"[![The wings, and which imports from which]({made})]({made})"
 
 
 def drawing_of(source: str) -> str | None:
