@@ -33,8 +33,14 @@ def drawn(source: str, mermaid: str) -> str:
         page = Path(folder, "page.html")
         page.write_text(PAGE.format(source=source.replace("&", "&amp;").replace("<", "&lt;"), mermaid=mermaid), "utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        options += ["--disable-background-networking", f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000"]
-        done = subprocess.run([browser, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True)
+        options += [
+            "--disable-background-networking",
+            f"--user-data-dir={folder}/profile",
+            "--virtual-time-budget=20000",
+        ]
+        done = subprocess.run(
+            [browser, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True
+        )
     found = re.search(r"<svg\b.*?</svg>", done.stdout, re.DOTALL)
     if found is None or "syntax error" in found[0].lower():
         raise SystemExit(f"nothing was drawn: {done.stdout[-2000:]}")

@@ -8,6 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
 from site_links import OUTSIDE, ROOT, rewritten
 from site_math import Formulas
 from site_reference import expanded, with_names_linked, without_constructors
@@ -74,4 +75,3 @@ def drawing_of(source: str) -> str | None:
     path = ROOT / "docs" / MAP
     mark = hashlib.sha256(source.encode()).hexdigest()
     return MAP if path.exists() and mark in path.read_text("utf-8") else None
-

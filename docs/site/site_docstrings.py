@@ -1,8 +1,8 @@
 """How the package writes docstrings, for griffe's Google parser.
 
-Three habits of the package are put as that parser reads them: several names on one line of Args or Attributes get a line each;
-examples that end a docstring get the section Examples; and a page of the docs that is named becomes a link. Names of types
-that stand for a few choices are replaced by the choices.
+Three habits of the package are put as that parser reads them: several names on one line of Args or Attributes get a line
+each; examples that end a docstring get the section Examples; and a page of the docs that is named becomes a link. Names of
+types that stand for a few choices are replaced by the choices.
 """
 
 import re

@@ -11,16 +11,20 @@ from xml.etree import ElementTree
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
 
-LETTERS = dict(
-    alpha="α", beta="β", gamma="γ", delta="δ", epsilon="ε", eta="η", theta="θ", kappa="κ", lambda_="λ", mu="μ", nu="ν",
-    pi="π", rho="ρ", sigma="σ", tau="τ", varphi="φ", phi="ϕ", psi="ψ", omega="ω", ell="ℓ", partial="∂", infty="∞",
-    nabla="∇", Delta="Δ", Theta="Θ", Lambda="Λ", Sigma="Σ", Phi="Φ", Psi="Ψ", Omega="Ω", top="⊤", bot="⊥",
-)  # fmt: skip
-SIGNS = dict(
-    cdot="⋅", times="×", ge="≥", le="≤", ne="≠", approx="≈", sim="∼", propto="∝", to="→", leftarrow="←", mapsto="↦",
-    otimes="⊗", oplus="⊕", odot="⊙", circ="∘", ast="∗", in_="∈", subset="⊂", cup="∪", cap="∩", pm="±", ldots="…",
-    cdots="⋯", mid="∣", setminus="∖",
-)  # fmt: skip
+
+def _pairs(text: str) -> dict[str, str]:
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+LETTERS = _pairs("""
+    alpha α beta β gamma γ delta δ epsilon ε eta η theta θ kappa κ lambda λ mu μ nu ν pi π rho ρ sigma σ tau τ varphi φ
+    phi ϕ psi ψ omega ω ell ℓ partial ∂ infty ∞ nabla ∇ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Psi Ψ Omega Ω top ⊤ bot ⊥
+""")
+SIGNS = _pairs("""
+    cdot ⋅ times × ge ≥ le ≤ ne ≠ approx ≈ sim ∼ propto ∝ to → leftarrow ← mapsto ↦ otimes ⊗ oplus ⊕ odot ⊙ circ ∘ ast ∗
+    in ∈ subset ⊂ cup ∪ cap ∩ pm ± ldots … cdots ⋯ mid ∣ setminus ∖
+""")
 FENCES = {"lVert": "‖", "rVert": "‖", "lvert": "|", "rvert": "|", "langle": "⟨", "rangle": "⟩", "{": "{", "}": "}"}
 LARGE = {"sum": "∑", "prod": "∏", "int": "∫"}
 LIMITS = {"min", "max", "sup", "inf"}
@@ -114,11 +118,10 @@ class Formula:
         return _sign("−" if token == "-" else token), False
 
     def command(self, name: str) -> tuple[str, bool]:
-        safe = f"{name}_" if name in ("lambda", "in") else name
-        if safe in LETTERS:
-            return f"<mi>{LETTERS[safe]}</mi>", False
-        if safe in SIGNS:
-            return _sign(SIGNS[safe]), False
+        if name in LETTERS:
+            return f"<mi>{LETTERS[name]}</mi>", False
+        if name in SIGNS:
+            return _sign(SIGNS[name]), False
         if name in FENCES:
             return _sign(FENCES[name]), False
         if name in LARGE:
@@ -135,20 +138,25 @@ class Formula:
         if name == "mathcal":
             return f"<mi>{''.join(map(_script, self.words()))}</mi>", False
         if name in ACCENTS:
-            inner = self.argument()
-            return f'<mover accent="true">{inner}<mo stretchy="{str(name == "overline").lower()}">{ACCENTS[name]}</mo></mover>', False
+            inner, stretchy = self.argument(), str(name == "overline").lower()
+            return f'<mover accent="true">{inner}<mo stretchy="{stretchy}">{ACCENTS[name]}</mo></mover>', False
         if name == "frac":
             return f"<mfrac>{self.argument()}{self.argument()}</mfrac>", False
         if name == "sqrt":
             return f"<msqrt>{self.argument()}</msqrt>", False
         if name == "left":
-            first = self._fence()
-            inner = self.row("\\right")
-            self.take()
-            return f'<mrow><mo fence="true" stretchy="true">{first}</mo>{inner}<mo fence="true" stretchy="true">{self._fence()}</mo></mrow>', False
+            return self.between(), False
         raise UnknownCommand(f"\\{name} is unknown to docs/site/site_math.py: {self.source!r}")
 
-    def _fence(self) -> str:
+    def between(self) -> str:
+        """What stands between left and right, and the fences, as high as it."""
+        first = self.fence()
+        inner = self.row("\\right")
+        self.take()
+        before, after = (f'<mo fence="true" stretchy="true">{sign}</mo>' for sign in (first, self.fence()))
+        return f"<mrow>{before}{inner}{after}</mrow>"
+
+    def fence(self) -> str:
         token = self.take()
         return FENCES[token[1:]] if token.startswith("\\") else "" if token == "." else escape(token)
 

@@ -11,7 +11,9 @@ PACKAGE = "adaptive_tangents"
 SOURCE = ROOT / "src" / PACKAGE
 ENTRY = re.compile(r"^::: (?P<record>record )?at\.(?P<name>[\w.]+)$", re.MULTILINE)
 SIGNATURE = r'(<h2 id="{}".*?</h2>\s*)<div class="[^"]*doc-signature.*?</div>'
-NAMED = re.compile(r"<(a|h\d|pre|script|style|summary)\b.*?</\1>|<code>(?P<name>[\w.]+)(?P<call>\([^<]*\))?</code>", re.DOTALL)
+NAMED = re.compile(
+    r"<(a|h\d|pre|script|style|summary)\b.*?</\1>|<code>(?P<name>[\w.]+)(?P<call>\([^<]*\))?</code>", re.DOTALL
+)
 COMMANDS = re.compile(r"^::: command line$", re.MULTILINE)
 
 
