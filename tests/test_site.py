@@ -44,6 +44,7 @@ WINGS = (
     "tracking",
 )
 LOADING = {"stylesheet", "icon", "shortcut icon", "preload", "preconnect", "prefetch", "modulepreload", "manifest"}
+pytestmark = pytest.mark.xdist_group("site")  # one process builds it
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -18,10 +18,16 @@ COMMANDS = re.compile(r"^::: command line$", re.MULTILINE)
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax of a file."""
+    return ast.parse(path.read_text("utf-8"))
+
+
+@cache
 def imported(path: Path) -> dict[str, str]:
     """The module that each name of an ``__init__`` or its stub is imported from, as a dotted name."""
     found = {}
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             module = f"{PACKAGE}.{node.module}" if node.level else node.module
             found |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names}
@@ -53,12 +59,24 @@ def placed() -> dict[str, str]:
     return found
 
 
+def inherits(dotted: str) -> bool:
+    """Whether a class has a base that is in the reference itself, so that what it inherits is described there."""
+    module, _, last = dotted.rpartition(".")
+    file = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    classes = {node.name: node for node in parsed(file).body if isinstance(node, ast.ClassDef)}
+    bases = {ast.unparse(base).rpartition(".")[2] for base in classes[last].bases} if last in classes else set()
+    above = any(inherits(f"{module}.{base}") for base in bases & classes.keys())
+    return above or bool(bases & {name.rpartition(".")[2] for name in placed()})
+
+
 def expanded(text: str) -> str:
     """The text of a page with each ``::: at.NAME`` as mkdocstrings takes it."""
 
     def entry(found: re.Match[str]) -> str:
         name = f"at.{found['name']}"
-        return f"::: {defined(found['name'])}\n    options:\n      heading: {name}\n      toc_label: {name}"
+        dotted = defined(found["name"])
+        options = {"heading": name, "toc_label": name, "inherited_members": str(not inherits(dotted)).lower()}
+        return f"::: {dotted}\n    options:\n" + "\n".join(f"      {key}: {value}" for key, value in options.items())
 
     text = ENTRY.sub(entry, text)
     return COMMANDS.sub(lambda _: commands(), text) if COMMANDS.search(text) else text
@@ -74,12 +92,12 @@ def without_constructors(html: str, page: str) -> str:
 
 def with_names_linked(html: str, page: str, address: Callable[[str], str]) -> str:
     """A page on which each name of the reference in running text leads to its entry; ``at.`` may be left out there."""
-    within = page.startswith("reference/")
+    short = {name.rpartition(".")[2]: name for name in placed()} if page.startswith("reference/") else {}
 
     def leads(found: re.Match[str]) -> str:
         name = found["name"] or ""
-        known = name.removeprefix("at.")
-        if known not in placed() or not (within or name.startswith("at.")):
+        known = name.removeprefix("at.") if name.startswith("at.") else short.get(name)
+        if known not in placed():
             return found[0]
         return f'<a href="{address(placed()[known])}">{found[0]}</a>'
 
