@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 MADE := $(VENV)/.made
 PACKAGE := $(VENV)/.installed-package
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
 NEURAL := .venv-neural-tangents
 INPUTS := pyproject.toml constraints.txt
@@ -43,6 +44,10 @@ format: $(DEV) ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
+.PHONY: docs
+docs: $(DOCS) ## build the site into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 theory: ## write docs/theory.md from docs/theory.in.md; needed after source lines move
 	$(PYTHON) docs/make_theory.py
 
@@ -67,7 +72,7 @@ dist: $(DEV) ## build the sdist and the wheel into dist/, and check them as a pa
 	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and build outputs; keep environments and runs
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(MADE):
@@ -84,7 +89,11 @@ $(PACKAGE): $(MADE) $(INPUTS)
 # The extras include the package, so it need not be installed separately.
 $(DEV): $(MADE) $(INPUTS)
 	$(PIP) -e '.[dev]'
-	@touch $(PACKAGE) $@
+	@touch $(PACKAGE) $(DOCS) $@
+
+$(DOCS): $(MADE) $(INPUTS)
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 $(BENCH): $(MADE) $(INPUTS)
 	$(PIP) -e '.[bench]'
