@@ -283,7 +283,9 @@ def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: 
         (180, 50, "8 samples; give --samples 6, measure fewer outputs"),
         (1000, 4, "4 samples; measure"),
     ):
-        with pytest.raises(at.TangentError, match=rf"features of one sample take .* too little for {re.escape(advice)}"):
+        with pytest.raises(
+            at.TangentError, match=rf"features of one sample take .* too little for {re.escape(advice)}"
+        ):
             fitting_chunk(tangents, Cost(1, size, 7 * size // 2), wanted)
 
 
