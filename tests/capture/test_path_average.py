@@ -312,7 +312,8 @@ def test_too_little_memory_for_the_nodes_is_refused() -> None:
     model, x, start, end = segment("tokens")
     size = at.tangent_features(model, x).bytes
     message = (
-        r"needs .* of memory and the limit is .*; take fewer samples, narrow wrt, or lower max_nodes \(now at 8 nodes\)"
+        r"needs .* of memory and the limit is .*; take fewer samples or outputs, narrow wrt, or lower max_nodes "
+        r"\(now at 8 nodes\)"
     )
     refused(message, model, start, end, x, nodes=8, memory_limit=size)
     assert at.average_features(model, start, end, x, nodes=8, memory_limit=16 * size).nodes == 8

@@ -278,8 +278,43 @@ def test_samples_that_memory_does_not_hold_are_left_out_or_refused(monkeypatch: 
     limit = "adaptive_tangents.inspection.tangents.limit_for"
     monkeypatch.setattr(limit, lambda *_: 10_000)
     assert fitting_chunk(tangents, Cost(1, 100, 350), 50)[1] < 50
-    with pytest.raises(at.TangentError, match=r"features of one sample take .* too little for 8 samples; narrow --wrt"):
-        fitting_chunk(tangents, Cost(1, 1000, 3500), 50)
+    for size, wanted, advice in (
+        (1000, 50, "8 samples; measure fewer outputs (--outputs main is one), lower --nodes, narrow --wrt, or use"),
+        (180, 50, "8 samples; give --samples 6, measure fewer outputs"),
+        (1000, 4, "4 samples; measure"),
+    ):
+        with pytest.raises(
+            at.TangentError, match=rf"features of one sample take .* too little for {re.escape(advice)}"
+        ):
+            fitting_chunk(tangents, Cost(1, size, 7 * size // 2), wanted)
+
+
+def test_the_nodes_are_found_on_as_few_samples_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, start, end, data = problem("mlp")
+    asked: list[int] = []
+    whole = Tangents._average
+
+    def watched(self: Tangents, part: torch.Tensor, *given: Any, **options: Any) -> Any:
+        asked.append(len(part))
+        return whole(self, part, *given, **options)
+
+    monkeypatch.setattr(Tangents, "_average", watched)
+    for free, count in ((10**12, 8), (350, 3), (1, 1)):
+        monkeypatch.setattr(Tangents, "limit", property(lambda _, free=free: free))
+        Tangents(model, data.x, lambda out: out, None, making=100).nodes(start, end, None, tol=0.01, most=8)
+        assert asked[-1] == count
+
+
+def test_a_network_too_large_is_refused_before_any_average_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, start, end, data = problem("mlp")
+    monkeypatch.setattr("adaptive_tangents.inspection.tangents.limit_for", lambda *_: 1000)
+    monkeypatch.setattr(Tangents, "_average", None)
+    with pytest.raises(at.TangentError, match="inspect: features of one sample take"):
+        run(model, {"start": start, "end": end}, data, InspectConfig(samples=20))
+
+
+def test_quick_keeps_nodes_that_are_given() -> None:
+    assert (InspectConfig().quick().nodes, InspectConfig(nodes=2).quick().nodes) == (4, 2)
 
 
 def test_chunks_shrink_where_memory_has_become_scarce(monkeypatch: pytest.MonkeyPatch) -> None:

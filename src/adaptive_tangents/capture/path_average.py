@@ -199,7 +199,7 @@ def _average(
     a_sample = probe.held_bytes(count) + probe.held_bytes() + count * probe.largest_bytes + 2 * probe.whole_bytes
     require_memory(
         call, samples(x) * a_sample, limit,
-        remedy=f"take fewer samples, narrow wrt, or lower max_nodes (now at {count} nodes)",
+        remedy=f"take fewer samples or outputs, narrow wrt, or lower max_nodes (now at {count} nodes)",
     )  # fmt: skip
     collected: dict[str, list[Block]] = {}
     by_buffers: Tensor | None = None

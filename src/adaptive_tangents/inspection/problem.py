@@ -12,7 +12,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
 from adaptive_tangents.inspection.sampling import held_out_note, sampled
-from adaptive_tangents.inspection.tangents import Cost, Tangents, cost_of, fitting_chunk
+from adaptive_tangents.inspection.tangents import FEWEST_NODES, Cost, Tangents, cost_of, fitting_chunk, making_of
 from adaptive_tangents.loading import Data, fit_data
 
 _SAMPLES = 128
@@ -44,8 +44,8 @@ class InspectConfig:
             raise TangentError(f"inspect: nodes and tol must be positive, got {self}")
 
     def quick(self) -> "InspectConfig":
-        """The same inspection with few samples and nodes, to see it work."""
-        return replace(self, samples=min(self.samples, 32), nodes=4)
+        """The same inspection with few samples and, unless they are given, few nodes, to see it work."""
+        return replace(self, samples=min(self.samples, 32), nodes=self.nodes or 4)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,11 @@ def pose(
         tangents = Tangents(arranged, x, output, config.wrt)
         start, end = (*states.values(),)[:: len(states) - 1]
         known = config.nodes if before is None else int(before.numbers["nodes"])
-        nodes, seconds = tangents.nodes(start, end, known, tol=config.tol, most=config.max_nodes)
         layout = tangents.layout(start)
+        if before is None:
+            fitting_chunk(tangents, cost_of(layout, known or FEWEST_NODES), count)
+        tangents = replace(tangents, making=making_of(layout, known or config.max_nodes))
+        nodes, seconds = tangents.nodes(start, end, known, tol=config.tol, most=config.max_nodes)
         cost = cost_of(layout, nodes)
         if before is not None:
             tangents = replace(tangents, chunk=int(before.numbers["chunk"]), making=cost.making)

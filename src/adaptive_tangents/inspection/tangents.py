@@ -21,6 +21,8 @@ from adaptive_tangents.runtime.memory import format_bytes, limit_for
 from adaptive_tangents.runtime.progress import Progress
 
 Tick = Callable[[float], None]
+_FEW = 8  # samples, of which the nodes are chosen; an inspection has no fewer, unless fewer are wanted
+FEWEST_NODES = 2  # of an average: what does not fit with these does not fit at all
 _PROBED = 16  # samples of a chunk, if memory allows: each chunk checks and probes the network again
 _CHUNK_BYTES = 2_500_000_000  # of a chunk being made; above _PROBED samples, a larger one saves little
 
@@ -85,7 +87,8 @@ class Tangents:
         self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], nodes: int | None, *, tol: float, most: int
     ) -> tuple[int, float]:
         """The nodes, if not given those at which the identity holds to ``tol`` on a few samples; seconds of one sample."""
-        few = take(self.x, torch.linspace(0, samples(self.x) - 1, min(8, samples(self.x))).long())
+        count = max(1, min(_FEW, samples(self.x), self.limit // self.making))
+        few = take(self.x, torch.linspace(0, samples(self.x) - 1, count).long())
         marks: list[float] = []
         found = self._average(
             few, start, end, nodes=None if nodes is None else 2, tol=tol, max_nodes=most,
@@ -115,23 +118,31 @@ class Tangents:
         """The batch in chunks; they shrink if less memory is free than planned."""
         n, first = samples(self.x), 0
         while first < n:
-            room = limit_for(None, next(self.model.parameters()).device) // self.making
-            last = min(n, first + max(1, min(self.chunk, room)))
+            last = min(n, first + max(1, min(self.chunk, self.limit // self.making)))
             yield take(self.x, slice(first, last)), last / n
             first = last
+
+    @property
+    def limit(self) -> int:
+        """The bytes that features may take now."""
+        return limit_for(None, next(self.model.parameters()).device)
 
 
 def _within(tick: Tick, before: float, share: float, stage: str, fraction: float) -> None:
     tick(before + share * fraction)
 
 
-def cost_of(one: TangentFeatures, nodes: int) -> Cost:
-    """The memory per sample, from the features of one."""
+def making_of(one: TangentFeatures, nodes: int) -> int:
+    """The memory per sample while an average is made, from the features of one."""
     size = torch.finfo(one.dtype).bits // 8
     whole = sum(block.bytes for block in one.blocks.values() if block.kind == "materialized")
     factored, summed = one.bytes - whole, size * one.c * one.p
-    making = 2 * (min(nodes * factored, summed + factored) + 2 * whole)
-    return Cost(max(1, making), collapsed(one).bytes, averaged(one, nodes).bytes)
+    return max(1, 2 * (min(nodes * factored, summed + factored) + 2 * whole))
+
+
+def cost_of(one: TangentFeatures, nodes: int) -> Cost:
+    """The memory per sample, from the features of one."""
+    return Cost(making_of(one, nodes), collapsed(one).bytes, averaged(one, nodes).bytes)
 
 
 def averaged(one: TangentFeatures, nodes: int) -> TangentFeatures:
@@ -145,17 +156,25 @@ def fitting_chunk(tangents: Tangents, cost: Cost, wanted: int) -> tuple[Tangents
 
     Raises TangentError if fewer than eight fit.
     """
-    limit = limit_for(None, next(tangents.model.parameters()).device)
+    limit = tangents.limit
+    chunk, n = _fitting(limit, cost, wanted)
+    if n < min(_FEW, wanted):
+        fewer = next((k for k in range(min(_FEW, wanted) - 1, 3, -1) if _fitting(limit, cost, k)[1] == k), None)
+        raise TangentError(
+            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)}, and "
+            f"the {format_bytes(limit)} allowed are too little for {min(_FEW, wanted)} samples; "
+            + (f"give --samples {fewer}, " if fewer else "")
+            + "measure fewer outputs (--outputs main is one), lower --nodes, narrow --wrt, or use a machine with more memory"
+        )
+    return replace(tangents, chunk=chunk, making=cost.making), n
+
+
+def _fitting(limit: int, cost: Cost, wanted: int) -> tuple[int, int]:
+    """The samples of a chunk, and how many of those wanted fit beside one."""
     room = min(limit // 3, max(_CHUNK_BYTES, _PROBED * cost.making))
     spare = max(limit - wanted * (cost.kept + 2 * cost.kept_average), _PROBED * cost.making)
     chunk = max(1, min(wanted, room // cost.making, spare // cost.making))
-    n = min(wanted, cost.samples(limit, chunk))
-    if n < min(8, wanted):
-        raise TangentError(
-            f"inspect: features of one sample take {format_bytes(cost.kept + 2 * cost.kept_average)}, and "
-            f"the {format_bytes(limit)} allowed are too little for 8 samples; narrow --wrt or use a machine with more memory"
-        )
-    return replace(tangents, chunk=chunk, making=cost.making), n
+    return chunk, min(wanted, cost.samples(limit, chunk))
 
 
 def collapsed(feats: TangentFeatures) -> TangentFeatures:
