@@ -62,11 +62,12 @@ _Parts = dict[str, dict[str, Tensor]]
 class ForecastConfig:
     """The experiment's settings.
 
-    ``seeds`` of every network, ``varied_seeds`` of the other temperatures τ, ways of training and widths. The first
-    ``controls`` seeds have every comparison, the others the forecast, Fixed, TwoSided and the network's own course. The MLP
-    learns at most ``digits`` digits of ``data``, the CNN and the transformer ``samples`` images of ``classes`` classes of
-    ``images``. Kernels are on ``kernel_samples`` samples, and averages have ``path_nodes`` nodes. On every side of at least
-    ``least_width`` units, ``directions`` directions are compared. ``strengths`` are further λ of TwoSided.
+    ``seeds`` of every network, ``varied_seeds`` of the encoder, the other temperatures τ, ways of training and widths.
+    The first ``controls`` seeds have every comparison, the others the forecast, Fixed, TwoSided and the network's own
+    course. The MLP learns at most ``digits`` digits of ``data``, the CNN and the transformer ``samples`` images of
+    ``classes`` classes of ``images``. Kernels are on ``kernel_samples`` samples, and averages have ``path_nodes`` nodes.
+    On every side of at least ``least_width`` units, ``directions`` directions are compared. ``strengths`` are further λ
+    of TwoSided.
     """
 
     data: str = "mnist5k"
@@ -76,7 +77,7 @@ class ForecastConfig:
     seeds: int = 2
     controls: int = 1
     varied_seeds: int = 1
-    networks: tuple[str, ...] = ("mlp", "cnn", "transformer")
+    networks: tuple[str, ...] = ("mlp", "cnn", "transformer", "encoder")
     temperatures: tuple[float, ...] = (0.25,)
     ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (("sgd", 0.01), ("adam", 0.001))
     width: int = 256
@@ -186,9 +187,8 @@ def configured(asked: Asked) -> ForecastConfig:
         epochs=asked.epochs or asked.sized(ForecastConfig.epochs, quick=20),
     )
     if asked.size == "full":
-        networks = ("mlp", "cnn", "transformer", "encoder")
         ways: tuple[tuple[Literal["sgd", "adam"], float], ...] = (*config.ways, ("sgd", 0.2), ("adam", 0.01))
-        config = replace(config, networks=networks, ways=ways, widths=(64, 512, 1024), strengths=(3.0, 0.3))
+        config = replace(config, ways=ways, widths=(64, 512, 1024), strengths=(3.0, 0.3))
         config = replace(config, temperatures=(1.0, 0.5, 0.25, 0.1))
         return replace(config, controls=config.seeds, kernel_samples=300, path_nodes=16)
     if asked.size == "quick":
@@ -217,7 +217,8 @@ def run(
     units = units or Units()
     why = absent() if "encoder" in config.networks else ""
     cases = [case for case in config.cases() if not (why and case.kind == "encoder")]
-    seeds = {case.key: config.varied_seeds if case.varied else config.seeds for case in cases}
+    few = {case.key for case in cases if case.varied or case.kind == "encoder"}
+    seeds = {case.key: config.varied_seeds if case.key in few else config.seeds for case in cases}
     clock = Clock(progress, sum(_work(config, case, k) for case in cases for k in range(seeds[case.key])))
     found: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
