@@ -230,8 +230,8 @@ _ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
 _WORDS = frozenset({str, bool})
 
 # Few and fixed examples in every run; `make explore` draws ten times as many new ones.
-settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
-settings.register_profile("explore", deadline=None, max_examples=400, print_blob=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None, max_examples=250, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
