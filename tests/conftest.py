@@ -1,5 +1,6 @@
 """Check shapes at run time, in tests only, and provide the folder with real data if one is named."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -27,7 +28,7 @@ runpy.run_path(f"{_operators}/sitecustomize.py")
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking small functions, which are called a million times, would take longer than running them. So a call is checked
-# only if the form of its arguments or result is new: their types and, if annotations name shapes, also dtypes, shapes and
+# only if the form of its arguments or result is new: their types and, where annotations name shapes, also dtypes, shapes and
 # strings. Which calls are checked does not depend on how tests are spread over processes. The first one compiles the check.
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -40,27 +41,108 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+# The look-up of a form takes the function's own parameters, so that nothing is packed and each one is looked at as its
+# annotation asks: most of what the tests call takes no longer than this.
+_LOOK_UP = """
+def bind(_made, _seen, _form, _new, _again, _defaults):
+    def sampled({signature}):
+        _key = None
+        try:
+            _results = _seen[_key := {key}]
+        except (KeyError, AttributeError, TypeError):
+            return _new(_made, _key, {values})
+        _result = _made({passed})
+        try:
+            if {result} in _results:
+                return _result
+        except AttributeError:  # no array
+            pass
+        return _again(_result, _results, {values})
+    return sampled
+"""
+
+
+@functools.cache
+def _compiled(text: str) -> Any:
+    space: dict[str, Any] = {}
+    exec(compile(text, __file__, "exec"), space)
+    return space["bind"]
 
 
 class _Check:
-    """The compiled check of one function, and the result forms seen for each form of arguments."""
+    """The check of one function, compiled when first needed, and the result forms seen for each form of arguments."""
 
     def __init__(self, made: Any, options: dict[str, Any]) -> None:
-        calls = _calls
+        self.code, self.made, self.options = made.__code__, made, options
+        self.seen: dict[Any, set[Any]] = {}
+        self.parameters = [*inspect.signature(made).parameters.values()]
+        kinds = made.__annotations__
+        shaped = any(map(_names_shapes, kinds.values()))
+        looks = {p.name: _look(p.name, kinds.get(p.name)) if shaped else f"type({p.name})" for p in self.parameters}
+        result = f"({_look('_result', kinds.get('return', ()))})" if shaped else "type(_result)"
+        self.form_of_result = eval(f"lambda _result: {result}", {"_form": _form})
+        self.form = _form if shaped else type
+        self.bind = _compiled(self._look_up(looks, result))
+
+    def _look_up(self, looks: dict[str, str], result: str) -> str:
+        signature, key, passed, before = [], [], [], None
+        for p in self.parameters:
+            if before is p.POSITIONAL_ONLY is not p.kind:
+                signature.append("/")
+            if p.kind is p.KEYWORD_ONLY and before not in (p.VAR_POSITIONAL, p.KEYWORD_ONLY):
+                signature.append("*")
+            before = p.kind
+            star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+            signature.append(star + p.name + ("" if p.default is p.empty else f"=_defaults[{p.name!r}]"))
+            passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else star + p.name)
+            if p.kind is p.VAR_KEYWORD:
+                key.append(f"*{p.name}, *map(_form, {p.name}.values()), ")
+            else:
+                key.append(f"*map(_form, {p.name}), " if star else f"{looks[p.name]}, ")
+        if before is inspect.Parameter.POSITIONAL_ONLY:
+            signature.append("/")
+        return _LOOK_UP.format(
+            signature=", ".join(signature), key=f"({''.join(key)})", passed=", ".join(passed),
+            values=f"({''.join(p.name + ', ' for p in self.parameters)})",
+            result=result,
+        )  # fmt: skip
+
+    def bound(self, made: Any) -> Any:
+        """A function of this code, checked where the form of a call is new."""
+        defaults = made.__kwdefaults__ or {}
+        if made.__defaults__:
+            positional = made.__code__.co_varnames[: made.__code__.co_argcount]
+            defaults = {**defaults, **dict(zip(reversed(positional), reversed(made.__defaults__), strict=False))}
+        return self.bind(made, self.seen, self.form, self._new, self._again, defaults)
+
+    def _new(self, made: Any, key: Any, values: tuple[Any, ...]) -> Any:
+        """The result of a call of a new form, with arguments checked before and the result after."""
+        result = self._run(made, values)
+        with contextlib.suppress(TypeError):  # a size that is a symbol has no hash
+            self.seen.setdefault(key, set()).add(self.form_of_result(result))
+        return result
+
+    def _again(self, result: Any, results: set[Any], values: tuple[Any, ...]) -> Any:
+        """The result, checked since its form is new."""
+        self._run(lambda *_, **__: result, values)
+        results.add(self.form_of_result(result))
+        return result
+
+    @functools.cached_property
+    def _checked(self) -> Any:
+        calls, made = _calls, self.made
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             return calls.waiting.pop()(*arguments, **keywords)
 
         # String annotations are looked up in the function's own globals.
         run = types.FunctionType(run.__code__, made.__globals__, closure=run.__closure__)
-        self._checked = _jaxtyped(functools.update_wrapper(run, made), **options)
-        del run.__wrapped__  # does not keep closure variables alive
-        self.code = made.__code__
-        self.form = _form if any("jaxtyping" in repr(kind) for kind in made.__annotations__.values()) else type
-        self.seen: dict[Any, set[Any]] = {}
+        checked = _jaxtyped(functools.update_wrapper(run, made), **self.options)
+        del run.__wrapped__, self.made  # does not keep closure variables alive
+        return checked
 
-    def __call__(self, call: Any, arguments: Any, keywords: Any) -> Any:
-        """The result of ``call``, with arguments checked before and the result after."""
+    def _run(self, call: Any, values: tuple[Any, ...]) -> Any:
+        arguments, keywords = self._given(values)
         depth = len(_calls.waiting)
         _calls.waiting.append(call)
         try:
@@ -68,8 +150,41 @@ class _Check:
         finally:
             del _calls.waiting[depth:]
 
+    def _given(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments by position and by name, without defaults: these may be stand-ins, as for the lists of a dataclass."""
+        arguments: list[Any] = []
+        keywords: dict[str, Any] = {}
+        starred = any(p.kind is p.VAR_POSITIONAL and value for p, value in zip(self.parameters, values, strict=True))
+        for p, value in zip(self.parameters, values, strict=True):
+            if p.kind is p.VAR_POSITIONAL:
+                arguments += value
+            elif p.kind is p.VAR_KEYWORD:
+                keywords |= value
+            elif p.kind is p.POSITIONAL_ONLY or (
+                p.kind is p.POSITIONAL_OR_KEYWORD and (starred or p.default is p.empty)
+            ):
+                arguments.append(value)
+            elif value is not p.default:
+                keywords[p.name] = value
+        return arguments, keywords
+
 
 _checks: dict[int, _Check] = {}  # by code object: a nested function is a new object at every call
+
+
+def _names_shapes(kind: Any) -> bool:
+    return "jaxtyping" in repr(kind) or (isinstance(kind, str) and "Tensor, " in kind)
+
+
+def _look(name: str, kind: Any) -> str:
+    """What of an argument tells its form, given its annotation: arrays most often, and values of classes have no more."""
+    if getattr(kind, "array_type", None) in _ARRAYS:
+        return f"type({name}), {name}.dtype, {name}.shape"
+    if isinstance(kind, types.UnionType) and len(kind.__args__) == 2 and kind.__args__[1] is types.NoneType:
+        return f"(None if {name} is None else ({_look(name, kind.__args__[0])}))"
+    if kind is None or kind is Any or (isinstance(kind, type) and kind not in (str, tuple, list, dict)):
+        return f"type({name})"
+    return f"_form({name})"
 
 
 def _form(value: Any) -> Any:
@@ -96,29 +211,9 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
     if not inspect.isfunction(made):
         return _jaxtyped(made, **options)
     check = _checks.get(id(made.__code__))
-
-    @functools.wraps(made)
-    def sampled(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal check
-        if check is None:
-            check = _checks[id(made.__code__)] = _Check(made, options)
-        form = check.form
-        given = tuple(map(form, arguments))
-        if keywords:
-            given += (*keywords, *map(form, keywords.values()))
-        results = check.seen.get(given)
-        if results is None:
-            result = check(made, arguments, keywords)
-            check.seen.setdefault(given, set()).add(form(result))
-            return result
-        result = made(*arguments, **keywords)
-        found = form(result)
-        if found not in results:
-            check(lambda *_, **__: result, arguments, keywords)
-            results.add(found)
-        return result
-
-    return sampled
+    if check is None:
+        check = _checks[id(made.__code__)] = _Check(made, options)
+    return functools.update_wrapper(check.bound(made), made)
 
 
 jaxtyping.jaxtyped = _checked_where_new
@@ -135,8 +230,8 @@ _ARRAYS = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray})
 _WORDS = frozenset({str, bool})
 
 # Few and fixed examples in every run; `make explore` draws ten times as many new ones.
-settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
-settings.register_profile("explore", deadline=None, max_examples=400, print_blob=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None, max_examples=250, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -369,13 +369,13 @@ class JointProblem:
     def minimize(
         self, starts: int = 3, seed: int = 0, spread: float = 0.5, near: tuple[Tensor, list[Tensor]] | None = None
     ) -> list[float]:
-        """Minima that L-BFGS finds from random starts: over (θ, M) with a ridge, over M when interpolating.
+        """Minima that L-BFGS finds from random starts: over M, with the best θ for each.
 
-        ``near`` gives θ (p,) and factors to start near, instead of any θ and the identity.
+        ``near`` gives θ (p,) and factors to start near, instead of the identity; with a ridge, over (θ, M) then.
         """
         generator = np.random.default_rng(seed)
         shapes = [shape for _, shape, _ in self.factors()]
-        p = self.problem.rows.shape[1] if self.ridge > 0 else 0
+        p = self.problem.rows.shape[1] if self.ridge > 0 and near is not None else 0
         sizes = [math.prod(shape) for shape in shapes]
 
         def unpack(x: Tensor) -> tuple[Tensor | None, list[Tensor]]:
@@ -447,6 +447,8 @@ def bisected_gain(strength: float, v: np.ndarray, power: float = 3.0) -> np.ndar
         high = high * 2
     for _ in range(200):
         middle = (low + high) / 2
+        if ((middle == low) | (middle == high)).all():
+            break
         below = strength * (middle - 1) * middle**power < v**2
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2

@@ -93,6 +93,16 @@ def test_functions_compose_with_closed_forms_as_closed_forms_do(
         torch.testing.assert_close(1 + found, 1 + expected, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("name", ["quadratic", "absolute"])
+def test_equal_functions_share_a_value_as_their_closed_forms_do(name: str) -> None:
+    closed, function, strength = CLOSED[name]
+    own = at.Penalty(function, strength=strength)
+    for count in (2, 3):
+        one, two = own.compose(*[own] * (count - 1)).induced(), closed.compose(*[closed] * (count - 1)).induced()
+        for quantity in Quantities:
+            torch.testing.assert_close(getattr(one, quantity)(V), getattr(two, quantity)(V), rtol=1e-13, atol=0.0)
+
+
 @pytest.mark.usefixtures("searched_once")
 def test_two_functions_searched_together_are_the_composition_of_their_closed_forms() -> None:
     v = torch.tensor([0.0, 1e-3, 0.7, 20.0, 1e4], dtype=torch.float64)

@@ -317,7 +317,7 @@ def test_log_squared_follows_from_lamberts_function(strength: float, v: float) -
 def test_powers_of_one_and_two_are_absolute_and_quadratic(strength: float, v: float) -> None:
     for q, other in ((1.0, at.Absolute(strength)), (2.0, at.Quadratic(strength))):
         one, two = at.Power(q, strength).induced(), other.induced()
-        for quantity in ("value", "derivative", "second_derivative", "minimizer", "level"):
+        for quantity in ("value", "derivative", "second_derivative", "minimizer", "level", "dual"):
             found, expected = getattr(one, quantity)(scalar(v)), getattr(two, quantity)(scalar(v))
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
 

@@ -169,6 +169,8 @@ def test_control_groups_of_the_first_version_count_in_a_container_that_does_not_
         memory__stat="total_inactive_file 250",
     )
     assert memory._group_bytes(tmp_path, own) == 5_250
+    group(tmp_path / "memory", memory__limit_in_bytes=9_223_372_036_854_771_712)  # as a group without a limit says it
+    assert memory._group_bytes(tmp_path, own) is None
 
 
 @pytest.mark.parametrize("text", ["", "0::/nowhere\n"])

@@ -1,5 +1,6 @@
 """The proximal operators of structures, and the proximal gradient method as an independent check of fit()."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -143,8 +144,9 @@ def test_modes_with_one_mode_take_the_proximal_point_of_its_unfolding() -> None:
 # ---------------------------------------------------------------------------------------------------- the same fits
 
 
+@functools.cache
 def network() -> tuple[at.TangentFeatures, Tensor]:
-    """A small network with biases, two outputs."""
+    """A small network with biases, two outputs; captured once, as features are never changed."""
     generator = torch.Generator().manual_seed(5)
     model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 2)).double()
     with torch.no_grad():
@@ -258,12 +260,19 @@ def test_neither_a_kernel_nor_the_features_are_ever_formed(monkeypatch: pytest.M
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@functools.cache
+def descended() -> at.solvers.ProximalFit:
+    """The network's fit, made once for the tests that compare others with it."""
+    feats, r = network()
+    return at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
+
+
 def test_single_precision_features_are_fitted_in_double() -> None:
     feats, r = network()
     single = at.solvers.proximal_gradient(
-        feats.to(torch.float32), r.float(), structure=at.Left(), ridge=RIDGE, tol=1e-6
+        feats.to(torch.float32), r.float(), structure=at.Left(), ridge=RIDGE, tol=1e-5
     )
-    double = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-6)
+    double = descended()
     assert {matrix.dtype for matrix in single.coefficients.values()} == {torch.float64}
     assert single.objective == pytest.approx(double.objective, rel=1e-5)
 
@@ -276,8 +285,7 @@ def test_targets_of_zero_are_met_by_the_model_of_zero() -> None:
 
 
 def test_a_largest_eigenvalue_taken_too_small_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    feats, r = network()
-    wanted = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
+    (feats, r), wanted = network(), descended()
     monkeypatch.setattr("adaptive_tangents.solvers.proximal._Descent._largest_eigenvalue", lambda self: 1e-3)
     found = at.solvers.proximal_gradient(feats, r, structure=at.Left(), ridge=RIDGE, tol=1e-5)
     assert found.objective == pytest.approx(wanted.objective, rel=1e-8)

@@ -177,6 +177,9 @@ class Power(_Closed):
     def limit_elasticity(self) -> float:
         return 1 / self.q
 
+    def dual(self, s: Tensor) -> Tensor:
+        return Quadratic(self.strength).dual(s) if self.q == 2 else super().dual(s)
+
 
 @dataclass(frozen=True)
 class LogSquared(_Closed):

@@ -63,6 +63,8 @@ def minimizers(parts: Sequence[Part], v: Tensor, shift: Tensor | None = None) ->
     if own is None:
         moves = v > _SMALLEST
         positive = torch.where(moves, v, 1.0)
+        if shift is None and len(set(parts)) == 1 and parts[0].limit_elasticity is None:
+            return [torch.where(moves, _even(parts, positive), 0.0)] * len(parts)
         u = _level(parts, positive) if shift is None else _shifted_level(parts, positive, shift)
         return [torch.where(moves, part.log_gain(u), 0.0) for part in parts]
     shift = torch.zeros_like(v) if shift is None else shift
@@ -96,6 +98,16 @@ def _nested(parts: Sequence[Part], own: int, v: Tensor, shift: Tensor) -> list[T
     best = to_identity(global_minimum(cost, lambda x: part.value(x.exp()), low, low + LARGEST, slope))
     logs = others(best[:, None])[2] if rest else []
     return [*logs[:own], best, *logs[own:]]
+
+
+def _even(parts: Sequence[Part], v: Tensor) -> Tensor:
+    """The log z of each of k equal parts, whose pull is v²/z^{2k}, for v > 0: one root, not one within another."""
+    zero, target = torch.zeros_like(v), 2 * v.log()
+
+    def error(x: Tensor) -> Tensor:
+        return parts[0].pull(x.exp()).clamp_min(0).log() + 2 * len(parts) * x - target
+
+    return to_identity(increasing_root(error, zero, zero + LARGEST))
 
 
 def _sum_of(parts: Sequence[Part], u: Tensor, quantity: str) -> Tensor:
