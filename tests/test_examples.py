@@ -5,10 +5,8 @@ A notebook is tested because it is there. What its runs must show stands in ``PR
 
 import base64
 import json
-import os
 import re
 import struct
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
-BESIDE = str(Path(__file__).parent / "torchvision_operators")
 Cells = dict[str, Any]
 
 
@@ -142,7 +139,6 @@ class TestNotebooks:
         for option in ("NOTEBOOK_FAST", "HF_HUB_OFFLINE"):
             monkeypatch.setenv(option, "1")
         monkeypatch.setenv("MPLBACKEND", "agg")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([BESIDE, *sys.path]))  # of the commands that a notebook runs
         here: Cells = {"__name__": "__main__"}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a tiny training may not learn
