@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adaptive_tangents.runs.results import Arrays, Results
+from adaptive_tangents.runtime.notebook_figure import Figure
 
 Draw = Callable[[Results, Arrays], Figure]
 

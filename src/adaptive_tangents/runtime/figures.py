@@ -1,13 +1,15 @@
 """Small figures of results in memory. Matplotlib is imported when one is drawn, and its settings stay as they are."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adaptive_tangents.errors import TangentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from adaptive_tangents.runtime.notebook_figure import Figure
 
 _INK, _MUTED = "#1b1f24", "#6a717c"
 # Okabe-Ito: distinct under every common color-vision deficiency, and in gray.
@@ -18,11 +20,13 @@ MOST_LINES, MOST_BARS = len(_COLORS), 16
 def panels(call: str, count: int, bars: int = 0) -> "tuple[Figure, list[Axes]]":
     """A figure of panels side by side, high enough for so many bars; raises TangentError where matplotlib is absent."""
     try:
-        from matplotlib.figure import Figure
+        import_module("matplotlib.figure")
     except ImportError as error:
         raise TangentError(
             f"{call}: matplotlib is not installed; pip install 'adaptive-tangents[report]' installs it"
         ) from error
+    from adaptive_tangents.runtime.notebook_figure import Figure
+
     figure = Figure(figsize=(1.0 + 3.4 * count, 1.4 + max(1.8, 0.2 * min(bars, MOST_BARS))), layout="constrained")
     axes = [figure.add_subplot(1, count, k + 1) for k in range(count)]
     for each in axes:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adaptive_tangents.reporting.drawing import COLORS, DASHES, INK, named, real
+from adaptive_tangents.runtime.notebook_figure import Figure
 from adaptive_tangents.tracking.records import Record
 
 _TICKS, _LABELS = 6, 24
