@@ -8,8 +8,7 @@ from adaptive_tangents.errors import TangentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from adaptive_tangents.runtime.notebook_figure import Figure
+    from matplotlib.figure import Figure
 
 _INK, _MUTED = "#1b1f24", "#6a717c"
 # Okabe-Ito: distinct under every common color-vision deficiency, and in gray.
@@ -25,9 +24,11 @@ def panels(call: str, count: int, bars: int = 0) -> "tuple[Figure, list[Axes]]":
         raise TangentError(
             f"{call}: matplotlib is not installed; pip install 'adaptive-tangents[report]' installs it"
         ) from error
-    from adaptive_tangents.runtime.notebook_figure import Figure
+    from adaptive_tangents.runtime import notebook_figure
 
-    figure = Figure(figsize=(1.0 + 3.4 * count, 1.4 + max(1.8, 0.2 * min(bars, MOST_BARS))), layout="constrained")
+    figure = notebook_figure.Figure(
+        figsize=(1.0 + 3.4 * count, 1.4 + max(1.8, 0.2 * min(bars, MOST_BARS))), layout="constrained"
+    )
     axes = [figure.add_subplot(1, count, k + 1) for k in range(count)]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)

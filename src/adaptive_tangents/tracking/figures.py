@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from adaptive_tangents.reporting.drawing import COLORS, DASHES, INK, named, real
-from adaptive_tangents.runtime.notebook_figure import Figure
+from adaptive_tangents.runtime import notebook_figure
 from adaptive_tangents.tracking.records import Record
 
 # A page shows a figure at 700 pixels: 8 inches at 100 dots keep letters of 8.5 points at 10 pixels.
@@ -31,9 +32,9 @@ def draw_history(records: Sequence[Record]) -> Figure:
     kept = [record for record in records if record.whole is not None]
     groups = list(dict.fromkeys(group for record in kept for group in record.groups))
     below = 1.3 + 0.2 * min(len(groups), _LABELS)
-    figure = Figure(figsize=(_WIDTH, 3.6 + below), layout="constrained")
-    above, maps = figure.subfigures(2, 1, height_ratios=[3.6, below])
-    upper, lower = above.subplots(1, 3), maps.subplots(1, 3, sharey=True)
+    figure = notebook_figure.Figure(figsize=(_WIDTH, 3.6 + below), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, below])
+    upper, lower = parts[0].subplots(1, 3), parts[1].subplots(1, 3, sharey=True)
     _curves(upper[0], kept, _ALIGNED, "Alignment of the kernel")
     _curves(upper[1], kept, _TURNED, "CKA of the kernel")
     _sizes(upper[2], kept)
@@ -71,7 +72,7 @@ def _headed(axes: Axes, title: str, entries: Sequence[Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     if entries:
-        under_label = ScaledTranslation(0, -3.6 * _TEXT / 72, axes.get_figure(root=True).dpi_scale_trans)
+        under_label = ScaledTranslation(0, -3.6 * _TEXT / 72, axes.figure.dpi_scale_trans)
         axes.legend(
             entries, [str(line.get_label()) for line in entries], loc="upper left", bbox_to_anchor=(-0.06, 0.0),
             bbox_transform=axes.transAxes + under_label, fontsize=_TEXT, frameon=False, handlelength=2.4, borderaxespad=0,
