@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from adaptive_tangents.datasets.images import Dataset, load_digits, load_images, normalize_digits
 from adaptive_tangents.errors import TangentError
 
+pytestmark = pytest.mark.xdist_group("images")
+
 FILES = {
     "train-images": "train-images-idx3-ubyte",
     "train-labels": "train-labels-idx1-ubyte",

@@ -5,6 +5,8 @@ import pytest
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig, run
 from study_cases import explained_in_rounds
 
+pytestmark = pytest.mark.xdist_group("published alignment")
+
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, float]:

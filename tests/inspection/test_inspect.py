@@ -37,6 +37,8 @@ NETWORKS = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.xdist_group("inspect")
+
 def mlp():
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
 

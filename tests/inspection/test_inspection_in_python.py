@@ -33,6 +33,8 @@ NETWORK = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.xdist_group("inspection in Python")
+
 def network():
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))

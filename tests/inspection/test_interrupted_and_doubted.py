@@ -29,6 +29,8 @@ NETWORK = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.xdist_group("interrupted and doubted")
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()

@@ -29,6 +29,8 @@ from adaptive_tangents.reporting.pages import given, number
 from adaptive_tangents.runs.results import PAGE_FILE, load_results, write_results
 from study_cases import of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("report")
+
 BLOCKS = ["hidden1", "hidden2", "readout"]
 STAGES = ("initial", "average", "final")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
