@@ -144,7 +144,7 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(folder: tuple[s
 
 
 # Drawing works the same for every study; these are quick to draw.
-@pytest.mark.parametrize("folder", each(["penalties", "exact-solvers", "low-rank-targets"]), indirect=True)
+@pytest.mark.parametrize("folder", each(["penalties", "low-rank-targets"]), indirect=True)
 def test_report_draws_the_page_again_the_same(folder: tuple[str, Path, str]) -> None:
     _, out, _ = folder
     before = (out / "report.html").read_bytes()
