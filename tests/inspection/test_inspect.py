@@ -30,14 +30,14 @@ from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("inspect")
+
 runner = CliRunner()
 State = dict[str, Tensor]
 
 NETWORKS = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.xdist_group("inspect")
 
 def mlp():
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
