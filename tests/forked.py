@@ -27,7 +27,7 @@ from adaptive_tangents.storage.passing import Passing
 from adaptive_tangents.storage.store import KernelStore, read_meta
 from stored import LIMIT, data, files, network
 
-KILLS = 20
+KILLS = 10
 
 
 def make(path: Path, **options: Any) -> at.storage.KernelStore:

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adaptive_tangents.commands.report import PAGES
@@ -32,7 +33,6 @@ from adaptive_tangents.experiments.training import SGD
 from adaptive_tangents.forecasting import forecast
 from adaptive_tangents.measures.explain import explain
 from adaptive_tangents.reporting import drawing
-from adaptive_tangents.reporting.drawing import grid
 from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.units import Tensors, Units
 
@@ -150,6 +150,11 @@ class Run:
     fractions: list[float]
 
 
+def each(names: Iterable[str]) -> list[Any]:
+    """Studies as parameters. All tests of one study run in one process (``--dist loadgroup``), which runs it once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
 @cache
 def small_run(name: str) -> Run:
     """The one small run of a study in this process, never changed by a test."""
@@ -194,9 +199,9 @@ def explained_in_rounds(rounds: int) -> Iterator[None]:
 
 @contextmanager
 def plain_figures(experiment: str, *, but: str = "") -> Iterator[None]:
-    """Replace a page's figures, all but one, by empty axes, for tests that do not depend on figures."""
+    """Replace a page's figures, all but one, by empty ones, for tests that do not depend on figures."""
     page = PAGES[experiment]()
-    figures = {name: draw if name == but else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.figures.items()}
+    figures = {name: draw if name == but else lambda *_: Figure(figsize=(1, 1)) for name, draw in page.figures.items()}
     plain: Callable[[], Any] = lambda: replace(page, figures=figures)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PAGES, experiment, plain)

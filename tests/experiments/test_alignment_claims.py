@@ -24,6 +24,8 @@ from adaptive_tangents.runs.results import write_results
 from study_cases import SMALL as CONFIGS
 from study_cases import made_up_data, plain_figures, small_run
 
+pytestmark = pytest.mark.xdist_group("kernel-alignment")
+
 SMALL = CONFIGS["kernel-alignment"]
 
 

@@ -22,6 +22,8 @@ from adaptive_tangents.runs.record import RunResult
 from study_cases import SMALL as CONFIGS
 from study_cases import as_vectors, made_up_data, made_up_digits, small_run
 
+pytestmark = pytest.mark.xdist_group("exact-solvers")
+
 SMALL = CONFIGS["exact-solvers"]
 CLAIMS = ["agree", "certified", "monotone", "rounds", "bound", "rank.Left", "rank.TwoSided"]
 

@@ -24,6 +24,8 @@ from adaptive_tangents.runs.record import RunResult
 from study_cases import SMALL as CONFIGS
 from study_cases import made_up_data, small_run
 
+pytestmark = pytest.mark.xdist_group("feature-change")
+
 SMALL = CONFIGS["feature-change"]
 
 

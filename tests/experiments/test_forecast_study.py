@@ -24,6 +24,8 @@ from adaptive_tangents.experiments.study import Asked
 from adaptive_tangents.runs.units import Units
 from study_cases import SMALL, made_up_data, small_run
 
+pytestmark = pytest.mark.xdist_group("forecast")
+
 TINY = SMALL["forecast"]
 
 

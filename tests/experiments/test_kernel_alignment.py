@@ -19,6 +19,8 @@ from adaptive_tangents.runs.record import RunResult, flatten
 from study_cases import SMALL as CONFIGS
 from study_cases import made_up_data, small_run
 
+pytestmark = pytest.mark.xdist_group("kernel-alignment")
+
 SMALL = CONFIGS["kernel-alignment"]
 
 

@@ -23,6 +23,8 @@ from adaptive_tangents.runs.record import RunResult
 from study_cases import SMALL as CONFIGS
 from study_cases import Remembered, made_up_data, small_run
 
+pytestmark = pytest.mark.xdist_group("kernel-spectra")
+
 SMALL = CONFIGS["kernel-spectra"]
 
 

@@ -16,6 +16,8 @@ from adaptive_tangents.experiments.lora_ranks.run import LoraRanksConfig, config
 from adaptive_tangents.experiments.study import Asked
 from study_cases import SMALL, small_run
 
+pytestmark = pytest.mark.xdist_group("lora-ranks")
+
 absent = adapters.absent(pretrained=False)
 needs_peft = pytest.mark.skipif(bool(absent), reason=absent or "adapters can be made")
 needs_weights = pytest.mark.skipif(

@@ -23,6 +23,8 @@ from adaptive_tangents.runs.record import RunResult
 from study_cases import SMALL as CONFIGS
 from study_cases import small_run
 
+pytestmark = pytest.mark.xdist_group("low-rank-targets")
+
 SMALL = CONFIGS["low-rank-targets"]
 TINY = replace(
     SMALL, seeds=1, sizes=(10, 20), beyond=(), targets=("product",), other_inputs=(), units=10, repetitions=1

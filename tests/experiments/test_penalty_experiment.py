@@ -10,6 +10,8 @@ from adaptive_tangents.experiments.penalties.run import PenaltiesConfig, run
 from adaptive_tangents.experiments.registry import STUDIES
 from study_cases import small_run
 
+pytestmark = pytest.mark.xdist_group("penalties")
+
 OMEGA = {"omega1": reference.quadratic, "omega2": reference.absolute}
 CLAIMS = ["near", "far", *(f"omega{k}.{kind}" for k in (1, 2, 3) for kind in ("slope", "convex"))]
 

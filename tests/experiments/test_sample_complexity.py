@@ -47,6 +47,8 @@ from adaptive_tangents.runs.results import write_results
 from adaptive_tangents.runs.units import Tensors
 from study_cases import SMALL, Remembered, ended, plain_figures, small_run, toy
 
+pytestmark = pytest.mark.xdist_group("sample-complexity")
+
 TINY = SMALL["sample-complexity"]
 
 

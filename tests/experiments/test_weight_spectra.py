@@ -21,6 +21,8 @@ from adaptive_tangents.structures.spectral import TwoSided
 from study_cases import SMALL as CONFIGS
 from study_cases import made_up_data, made_up_digits, small_run
 
+pytestmark = pytest.mark.xdist_group("weight-spectra")
+
 SMALL = CONFIGS["weight-spectra"]
 WIDTH, PIXELS = SMALL.width, 81
 

@@ -20,6 +20,8 @@ from adaptive_tangents.inspection import Comparison, Inspection, comparison_told
 from adaptive_tangents.inspection.places import by_layer, by_place, place_of
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("comparison")
+
 runner = CliRunner()
 
 

@@ -28,6 +28,8 @@ from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import load_results, write_results
 from study_cases import explained_in_rounds, plain_figures
 
+pytestmark = pytest.mark.xdist_group("first screen")
+
 Numbers = dict[str, Any]
 
 

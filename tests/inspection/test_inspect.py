@@ -30,6 +30,8 @@ from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("inspect")
+
 runner = CliRunner()
 State = dict[str, Tensor]
 

@@ -28,6 +28,8 @@ from adaptive_tangents.runs.own_files import BLOCKS_HEAD
 from snapshots import Snapshot
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("inspection in Python")
+
 runner = CliRunner()
 NETWORK = """
 import torch

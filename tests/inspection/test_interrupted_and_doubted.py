@@ -25,6 +25,8 @@ from adaptive_tangents.runs.record import RunResult
 from adaptive_tangents.runs.results import write_results
 from study_cases import explained_in_rounds, plain_figures
 
+pytestmark = pytest.mark.xdist_group("interrupted and doubted")
+
 NETWORK = """
 import torch
 from torch import nn

@@ -29,6 +29,8 @@ from adaptive_tangents.reporting.pages import given, number
 from adaptive_tangents.runs.results import PAGE_FILE, load_results, write_results
 from study_cases import of_few_pixels, plain_figures
 
+pytestmark = pytest.mark.xdist_group("report")
+
 BLOCKS = ["hidden1", "hidden2", "readout"]
 STAGES = ("initial", "average", "final")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -514,17 +516,25 @@ def test_the_same_results_give_the_same_page(built: Path, tmp_path: Path) -> Non
     assert len(pages[0]) > 50_000
 
 
-def test_a_figure_is_laid_out_once_for_both_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_is_laid_out_once_for_both_of_its_files_and_drawn_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     execute, executed = ConstrainedLayoutEngine.execute, list[Figure]()
+    draw_figure, times = Figure.draw, list[Figure]()
 
     def counted(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
         executed.append(figure)
         execute(engine, figure)
 
+    def drawn_once(figure: Figure, renderer: Any) -> None:
+        times.append(figure)
+        draw_figure(figure, renderer)
+
     monkeypatch.setattr(ConstrainedLayoutEngine, "execute", counted)
+    monkeypatch.setattr(Figure, "draw", drawn_once)
     draw = PAGES["kernel-alignment"]().figures["diagonal"]
     drawn = drawing.render(draw, "diagonal", _results(), _arrays())
-    assert len(executed) == 1
+    assert (len(executed), len(times)) == (1, 2)
     assert drawn.png.startswith(b"\x89PNG")
     assert "<svg " in drawn.svg
 

@@ -3,8 +3,6 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from multiprocessing import popen_fork
@@ -57,14 +55,15 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpawnContext, "Process", Forked)
 
 
+@pytest.mark.usefixtures("forked")
 def test_each_work_has_a_process_and_its_threads_and_is_heard_under_its_name(tmp_path) -> None:
     heard = []
     works = {name: partial(parallel_works.write, tmp_path, name) for name in ("a", "b")}
-    side_by_side(works, at_once=2, threads=1, progress=lambda *told: heard.append(told))
+    side_by_side(works, at_once=2, threads=2, progress=lambda *told: heard.append(told))
     assert sorted(heard) == [("a", "writing", 0.5), ("b", "writing", 0.5)]
     processes, threads = zip(*((tmp_path / name).read_text().split() for name in works), strict=True)
     assert len({*processes, str(os.getpid())}) == 3
-    assert threads == ("1", "1")
+    assert threads == ("2", "2")
 
 
 @pytest.mark.usefixtures("forked")
@@ -99,17 +98,23 @@ def test_a_work_that_fails_ends_the_others_and_its_error_is_raised(work, message
     assert _ended([int(path.name) for path in tmp_path.iterdir()])
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_the_processes_end_with_the_one_that_began_them(ending, tmp_path) -> None:
-    parent = subprocess.Popen([sys.executable, parallel_works.__file__, str(tmp_path)])
+@pytest.mark.parametrize(("ending", "kind"), [(signal.SIGKILL, SpawnProcess), (signal.SIGINT, Forked)])
+def test_the_processes_end_with_the_one_that_began_them(ending, kind, tmp_path, monkeypatch) -> None:
+    """New processes, as users have them, end with one that is killed; copies do with one that is interrupted."""
+    monkeypatch.setattr(SpawnContext, "Process", kind)
+    parent = Forked(target=parallel_works.wait_in_two, args=(tmp_path,))
+    parent.start()
+    assert parent.pid is not None
     end = time.monotonic() + 120
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
+    while len(list(tmp_path.iterdir())) < 4 and time.monotonic() < end:
         time.sleep(0.05)
-    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert {path.name for path in tmp_path.glob("heard *")} == {"heard a", "heard b"}
+    pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
     assert len(pids) == 2
     assert all(map(_alive, pids))
-    parent.send_signal(ending)
-    assert parent.wait(30) != 0
+    os.kill(parent.pid, ending)
+    parent.join(30)
+    assert parent.exitcode not in (0, None)
     assert _ended(pids)
 
 

@@ -17,6 +17,8 @@ from adaptive_tangents.runtime.told import few, few_digits, short
 from adaptive_tangents.runtime.told import html as told_html
 from prepared import draw
 
+pytestmark = pytest.mark.xdist_group("told")
+
 NAME = "a<script>&'\"$x$"  # a module's name may hold anything but a dot
 
 

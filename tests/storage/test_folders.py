@@ -20,6 +20,8 @@ from adaptive_tangents.storage import locks
 from adaptive_tangents.storage.folders import PART
 from stored import LIMIT, data, files, network
 
+pytestmark = pytest.mark.xdist_group("folders of stores")
+
 OUTPUTS = ("full", "trace", "diagonal")
 
 

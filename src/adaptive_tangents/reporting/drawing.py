@@ -47,8 +47,11 @@ def render(draw: Draw, name: str, results: Results, arrays: Arrays) -> Drawing:
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
         figure = draw(results, arrays)
+        if (engine := figure.get_layout_engine()) is not None:
+            figure.dpi = mpl.rcParams["savefig.dpi"]
+            engine.execute(figure)
+            figure.set_layout_engine(None)  # else each file draws the figure once more, without pixels, for its layout
         figure.savefig(raster, format="png", metadata={"Software": None})
-        figure.set_layout_engine("none")  # keeps the layout, which takes about as long as drawing
         figure.savefig(vector, format="svg", metadata=undated)
     return Drawing(png=raster.getvalue(), svg=re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", vector.getvalue()))
 
