@@ -58,6 +58,7 @@ ONLY_IN = {
     "mlxtend": {"datasets.images"},
     "matplotlib": {
         "runtime.figures",
+        "runtime.notebook_figure",
         "features.tangent_features",
         "measures.explain",
         "solvers.results",

@@ -25,14 +25,15 @@ from rich.progress import (
 from rich.text import Text
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runtime.progress import duration
+from adaptive_tangents.runtime.progress import duration, in_notebook, redrawn
 
 
 class _Plain(Console):
     """A console that prints text as it is: brackets and colons are no markup, and what cannot be shown is spelled out."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, **options)
+        # A kernel sets FORCE_COLOR for all that it starts; its user, who may read what a command prints, did not ask for it.
+        super().__init__(markup=False, emoji=False, force_terminal=False if in_notebook() else None, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text, self.encoding), **options)
@@ -78,7 +79,8 @@ def bars(*, timed: bool = False) -> Iterator[Callable[[str, str, float], None]]:
         TextColumn("{task.description:<18}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left", markup=False), _ExpectedTimeLeft() if timed else TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
+    live = redrawn(console.file)
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=120, disable=not live) as bar:
         tasks: dict[str, TaskID] = {}
         seen: set[tuple[str, str]] = set()
 
@@ -87,7 +89,7 @@ def bars(*, timed: bool = False) -> Iterator[Callable[[str, str, float], None]]:
                 tasks[name] = bar.add_task(name, total=1.0)
             described = shown(f"{name}: {stage}" if name else stage, console.encoding)
             bar.update(tasks[name], description=described, completed=fraction)
-            if (name, stage) not in seen and not console.is_terminal:
+            if (name, stage) not in seen and not live:
                 left = left_of(bar.tasks[tasks[name]].elapsed or 0.0, fraction) if timed else None
                 words = "" if left is None else f", about {duration(left)} left"
                 console.print(f"{fraction:4.0%} {described}{words}")

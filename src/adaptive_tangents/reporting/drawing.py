@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adaptive_tangents.runs.results import Arrays, Results
+from adaptive_tangents.runtime import notebook_figure
 
 Draw = Callable[[Results, Arrays], Figure]
 
@@ -66,7 +67,7 @@ def grid(
     rows: int, columns: int, height: float, *, sharex: Any = False, sharey: Any = False, **space: float
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure as wide as the page and its (rows, columns) axes; spacing is manual if heat maps must line up."""
-    figure = Figure(figsize=(10, height), layout=None if space else "constrained")
+    figure = notebook_figure.Figure(figsize=(10, height), layout=None if space else "constrained")
     if space:
         figure.subplots_adjust(**{"left": 0.07, "right": 0.995, **space})
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)

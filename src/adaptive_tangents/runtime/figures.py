@@ -1,6 +1,7 @@
 """Small figures of results in memory. Matplotlib is imported when one is drawn, and its settings stay as they are."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adaptive_tangents.errors import TangentError
@@ -18,12 +19,16 @@ MOST_LINES, MOST_BARS = len(_COLORS), 16
 def panels(call: str, count: int, bars: int = 0) -> "tuple[Figure, list[Axes]]":
     """A figure of panels side by side, high enough for so many bars; raises TangentError where matplotlib is absent."""
     try:
-        from matplotlib.figure import Figure
+        import_module("matplotlib.figure")
     except ImportError as error:
         raise TangentError(
             f"{call}: matplotlib is not installed; pip install 'adaptive-tangents[report]' installs it"
         ) from error
-    figure = Figure(figsize=(1.0 + 3.4 * count, 1.4 + max(1.8, 0.2 * min(bars, MOST_BARS))), layout="constrained")
+    from adaptive_tangents.runtime import notebook_figure
+
+    figure = notebook_figure.Figure(
+        figsize=(1.0 + 3.4 * count, 1.4 + max(1.8, 0.2 * min(bars, MOST_BARS))), layout="constrained"
+    )
     axes = [figure.add_subplot(1, count, k + 1) for k in range(count)]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)

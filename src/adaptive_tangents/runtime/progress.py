@@ -1,6 +1,8 @@
 """How long work tells how far it is, as a call or as a bar, and how times are told."""
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -21,6 +23,18 @@ _Given = ParamSpec("_Given")
 
 def silent(stage: str, fraction: float) -> None:
     """Progress that nobody watches."""
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel started this process."""
+    return "JPY_PARENT_PID" in os.environ
+
+
+def redrawn(file: Any) -> bool:
+    """Whether a bar may move there: on a terminal, but not on that of a notebook's `!command`, which keeps every frame."""
+    # What rich goes by, FORCE_COLOR, says nothing of this: kernels and CI set it where output is kept.
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return bool(getattr(file, "isatty", bool)()) and not in_notebook() and not dumb
 
 
 class Bar:
@@ -62,8 +76,10 @@ def _rich_bar() -> Any:
         TimeRemainingColumn,
     )
 
-    # In a notebook, rich draws with ipywidgets; without it, the last state is printed.
-    console = Console(force_jupyter=None if importlib.util.find_spec("ipywidgets") else False)
+    # In a notebook, rich draws with ipywidgets; without it, as in a file, the last state is printed.
+    console = Console(
+        force_jupyter=None if importlib.util.find_spec("ipywidgets") else False, force_terminal=redrawn(sys.stdout)
+    )
     return Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left", markup=False), TimeRemainingColumn(), console=console,
