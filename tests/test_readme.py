@@ -73,7 +73,7 @@ def test_figures_of_trust_are_those_of_the_tests_and_results() -> None:
     assert f"of {len(verdicts)} claims {whole} hold, {part} in part, {no} do not |" in README
     assert README.count(f"{len(CASES)} models") == 2
     smooth, sign = re.findall(r"(−\S+) ± \S+ dB", results["kernel-alignment"]["path"]["evidence"])
-    assert f"| off by {smooth} dB and {sign} dB |" in README
+    assert f"| off by {smooth} dB and {sign} dB, 0.2 % of the change |" in README
     (apart,) = re.findall(r"(\S+) apart, relative", results["exact-solvers"]["agree"]["evidence"])
     (above,) = re.findall(r"is (\S+) above a lower bound", results["exact-solvers"]["bound"]["evidence"])
     assert f"| {apart} apart; {above} above it |" in README

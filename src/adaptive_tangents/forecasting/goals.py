@@ -121,7 +121,8 @@ def goal_of(call: str, y: object, outputs: Float[Tensor, "n c"], loss: str) -> G
         shape = tuple(given.shape)
         given = given[:, None] if given.ndim == 1 and c == 1 else given
         if tuple(given.shape) != (n, c):
-            raise TangentError(f"{call}: targets have shape {shape}, expected ({n}, {c}): n samples, c outputs")
+            hint = "" if shape != (n,) or given.is_floating_point() else "; class numbers need loss='cross-entropy'"
+            raise TangentError(f"{call}: targets have shape {shape}, expected ({n}, {c}): n samples, c outputs{hint}")
         if given.is_complex():
             raise TangentError(f"{call}: targets are {given.dtype}; give real ones, such as y.real")
         check_real(call, given, "real numbers, e.g. y.double()")

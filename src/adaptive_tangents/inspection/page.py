@@ -27,12 +27,35 @@ from adaptive_tangents.runtime.progress import duration
 
 def findings(results: Results) -> list[str]:
     """The findings, one or two sentences each, most important first: the first says in words what happened."""
-    made = (_held_out, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _adapters, _missing)
+    made = (
+        _held_out,
+        _uncalibrated,
+        start_words,
+        _growth,
+        _turn,
+        _along,
+        _ranks,
+        _explained,
+        _path,
+        _milestones,
+        _adapters,
+        _missing,
+    )
     return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
 
 
 def _held_out(results: Results) -> str:
     return (results.get("held_out") or {}).get("sentence") or ""
+
+
+def _uncalibrated(results: Results) -> str:
+    count = results.get("uncalibrated", 0)
+    if not count:
+        return ""
+    return (
+        f"Part of this growth is calibration, not training: {count} norms start with the statistics of a new network; save "
+        "the start after a few batches in training mode, without optimizer steps."
+    )
 
 
 def _adapters(results: Results) -> str:
@@ -48,7 +71,7 @@ def _growth(results: Results) -> str:
     sentence += ")" if average is None else f"; averaged over the path {number(average)}×)"
     if len(ratios) > 1:
         most = max(ratios, key=lambda name: ratios[name])
-        sentence += f"; {most} grew most, {number(float(ratios[most]))}×"
+        sentence += f"; {most} {'grew most' if ratios[most] > 1 else 'shrank least'}, {number(float(ratios[most]))}×"
     if len(rows) < 2:
         return sentence + "."
     heavy = max(rows, key=lambda row: real(row["trace_share"]["final"]))
@@ -99,9 +122,10 @@ def _along(results: Results) -> str:
     along = percent(found["change_along_target"])
     sentence = f"Of the kernel’s change K_T − K_0, {along} lies along the kernel of what was learned, K_y"
     if found["explained"] is not None:
+        weight = found["target_weight"]
         sentence += (
             f"; K_0 and K_y together make up {percent(found['explained'])} of K_T "
-            f"(K_T ≈ {number(found['initial_weight'])} K_0 + {number(found['target_weight'])} K_y)"
+            f"(K_T ≈ {number(found['initial_weight'])} K_0 {'−' if weight < 0 else '+'} {number(abs(weight))} K_y)"
         )
     return sentence + "."
 

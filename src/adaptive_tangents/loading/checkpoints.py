@@ -221,7 +221,8 @@ def _read(path: Path, device: torch.device, call: str) -> object:
         raise TangentError(
             f"{call}: {path} is not a checkpoint of tensors alone{f' (it holds {held[1]})' if held else ''}, and pickles are "
             "never loaded; save model.state_dict() alone, with torch.save or as .safetensors; of a file that you trust, "
-            f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt') keeps the tensors"
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt') keeps the tensors (of a "
+            "whole module, .state_dict() in place of ['state_dict'])"
         ) from error
     except UnpacksToTooMuch as error:
         raise TangentError(f"{call}: {path} {error}; save the checkpoint again, as torch.save writes it") from error

@@ -168,8 +168,10 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = INSPECT) ->
     except Exception as error:
         shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
         named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
+        remedy = "save them in the shape that it was trained on, with channels first, (1, 28, 28) for gray images"
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            remedy = "name them x, or as the network's forward names its arguments (and the labels y)"
         raise TangentError(
             f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
-            f"({told(error)}); save them in the shape that it was trained on, with "
-            "channels first, (1, 28, 28) for gray images, or write a factory whose network takes these"
+            f"({told(error)}); {remedy}, or write a factory whose network takes these"
         ) from error

@@ -84,8 +84,10 @@ def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: fl
     given = tuple(r.shape)
     r = r[:, None] if r.ndim == 1 and feats.c == 1 else r
     if tuple(r.shape) != (feats.n, feats.c):
+        numbers = given == (feats.n,) and not r.is_floating_point()
         raise TangentError(
             f"fit: targets have shape {given}, features are of n = {feats.n} samples, c = {feats.c} outputs"
+            + ("; class numbers need loss='cross-entropy', offset=f(x;θ₀) and a ridge" if numbers else "")
         )
     _check_device(feats, "targets", r)
     check_real("fit", r)
