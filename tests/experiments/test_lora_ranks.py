@@ -19,7 +19,6 @@ from study_cases import SMALL, small_run
 pytestmark = pytest.mark.xdist_group("lora-ranks")
 
 
-
 def skipped_if_absent(*, pretrained: bool) -> None:
     if reason := adapters.absent(pretrained=pretrained):
         pytest.skip(reason)
