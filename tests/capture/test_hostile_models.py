@@ -273,3 +273,12 @@ def test_the_tangent_module_is_the_derivative_and_stays(case: Case) -> None:
                 parameter.add_(0.5)
         assert torch.equal(adaptive(x).detach(), out.detach())
         assert close(adaptive.initial(x), expected, case.tolerance)
+
+
+def test_a_counter_that_has_counted_is_put_back_and_copied_as_it_is() -> None:
+    model, x = next(case for case in CASES if case.name == "logs of every kind").build()
+    model(x), model(x)
+    at.tangent_kernel(model, x, tile=2)
+    adaptive = at.TangentModule(model)
+    assert model.total == {"calls": 2}
+    assert [held.total for held in adaptive.modules() if hasattr(held, "total")] == [{"calls": 2}]
