@@ -77,17 +77,17 @@ DEEP = textwrap.dedent("""
 
 USES = textwrap.dedent("""
     right(Recurrent(nn.GRU), torch.randn(3, 1000, 2))
-    right(Deep(4500, tanh), x)
-    right(Deep(4500, lambda h, u, w: h + u), x)
-    right(Deep(1500, lambda h, u, w: torch.tanh(h @ w + u)), x)
+    right(Deep(6000, tanh), x)
+    right(Deep(6000, lambda h, u, w: h + u), x)
+    right(Deep(2500, lambda h, u, w: torch.tanh(h @ w + u)), x)
 
-    at.tangent_features(Deep(4500, tanh, keeps=True), x)
+    at.tangent_features(Deep(8000, tanh, keeps=True), x)
     assert held_nodes._graphs
     kept.clear()
     gc.collect()
     assert not held_nodes._graphs and held_nodes._at_collection not in gc.callbacks
     try:
-        at.tangent_features(Deep(4500, tanh, finite=False), x)
+        at.tangent_features(Deep(8000, tanh, finite=False), x)
     except at.TangentError as error:
         held = error
     assert held_nodes._graphs
@@ -96,15 +96,15 @@ USES = textwrap.dedent("""
     assert not held_nodes._graphs
 
     try:
-        at.tangent_features(Deep(4500, tanh, fails=True), x)
+        at.tangent_features(Deep(8000, tanh, fails=True), x)
     except KeyError as error:
         held = error
     assert "in forward" in str(held)
     print("right and freed", flush=True)
 
-    at.tangent_features(Deep(4500, tanh, keeps=True), x)
+    at.tangent_features(Deep(8000, tanh, keeps=True), x)
     print("in use at the end", flush=True)
-    at.tangent_features(Deep(4500, tanh, finite=False), x)
+    at.tangent_features(Deep(8000, tanh, finite=False), x)
 """)
 
 
