@@ -19,6 +19,10 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+# Every worker imports all tests and the package, with checks compiled in, and so do many processes that tests start: all read
+# what the first one compiles, also where Python was told to keep nothing (folders that Git ignores hold it).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Here and in processes that tests start, torchvision must be importable (see the file in that folder).
 _operators = str(Path(__file__).parent / "torchvision_operators")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_operators, os.environ.get("PYTHONPATH"))))

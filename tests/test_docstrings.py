@@ -48,6 +48,8 @@ def docstrings(node: ast.AST, name: str) -> list[tuple[str, str, int]]:
     if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node, clean=False)):
         found.append((name, text, node.body[0].lineno - 1))
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue
         inner = f"{name}.{child.name}" if isinstance(child, DOCUMENTED) and hasattr(child, "name") else name
         found += docstrings(child, inner)
     return found

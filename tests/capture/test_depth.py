@@ -1,5 +1,6 @@
 """Deep graphs and deeply nested models: they take the time of their passes, and no recursion ends the process."""
 
+import functools
 import gc
 import resource
 import subprocess
@@ -16,6 +17,8 @@ import adaptive_tangents as at
 import reference
 from adaptive_tangents.capture import held_nodes as held_file
 from cases import Forward, normal
+
+pytestmark = pytest.mark.xdist_group("depth")
 
 DEEP = textwrap.dedent("""
     import gc
@@ -72,57 +75,61 @@ DEEP = textwrap.dedent("""
 """)
 
 
-def _ends_well(code: str, *, code_of_exit: int = 0) -> str:
-    """Run a script in a process of its own, so that a crash is a failed test; 4000 nodes overflow its small stack."""
+USES = textwrap.dedent("""
+    right(Recurrent(nn.GRU), torch.randn(3, 1000, 2))
+    right(Deep(6000, tanh), x)
+    right(Deep(6000, lambda h, u, w: h + u), x)
+    right(Deep(2500, lambda h, u, w: torch.tanh(h @ w + u)), x)
+
+    at.tangent_features(Deep(8000, tanh, keeps=True), x)
+    assert held_nodes._graphs
+    kept.clear()
+    gc.collect()
+    assert not held_nodes._graphs and held_nodes._at_collection not in gc.callbacks
+    try:
+        at.tangent_features(Deep(8000, tanh, finite=False), x)
+    except at.TangentError as error:
+        held = error
+    assert held_nodes._graphs
+    del held
+    gc.collect()
+    assert not held_nodes._graphs
+
+    try:
+        at.tangent_features(Deep(8000, tanh, fails=True), x)
+    except KeyError as error:
+        held = error
+    assert "in forward" in str(held)
+    print("right and freed", flush=True)
+
+    at.tangent_features(Deep(8000, tanh, keeps=True), x)
+    print("in use at the end", flush=True)
+    at.tangent_features(Deep(8000, tanh, finite=False), x)
+""")
+
+
+@functools.cache
+def _ended() -> subprocess.CompletedProcess[str]:
+    """Run all in a process of its own, so that a crash is a failed test; 4000 nodes overflow its small stack."""
 
     def shrink() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
-    command = [sys.executable, "-W", "ignore", "-c", DEEP + textwrap.dedent(code)]
-    made = subprocess.run(command, capture_output=True, text=True, preexec_fn=shrink)
-    assert made.returncode == code_of_exit, made.stderr[-2000:]
-    return made.stderr
+    command = [sys.executable, "-W", "ignore", "-c", DEEP + USES]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=shrink)
 
 
 def test_features_of_deep_networks_are_right_and_graphs_are_freed_with_their_last_holder() -> None:
     """An error within the forward pass reaches the user, too."""
-    _ends_well("""
-        right(Recurrent(nn.GRU), torch.randn(3, 1000, 2))
-        right(Deep(6000, tanh), x)
-        right(Deep(6000, lambda h, u, w: h + u), x)
-        right(Deep(2500, lambda h, u, w: torch.tanh(h @ w + u)), x)
-
-        at.tangent_features(Deep(8000, tanh, keeps=True), x)
-        assert held_nodes._graphs
-        kept.clear()
-        gc.collect()
-        assert not held_nodes._graphs and held_nodes._at_collection not in gc.callbacks
-        try:
-            at.tangent_features(Deep(8000, tanh, finite=False), x)
-        except at.TangentError as error:
-            held = error
-        assert held_nodes._graphs
-        del held
-        gc.collect()
-        assert not held_nodes._graphs
-
-        try:
-            at.tangent_features(Deep(8000, tanh, fails=True), x)
-        except KeyError as error:
-            held = error
-        assert "in forward" in str(held)
-    """)
+    made = _ended()
+    assert "right and freed" in made.stdout, made.stderr[-2000:]
 
 
 def test_a_deep_graph_that_is_in_use_at_the_end_of_the_process_does_no_harm() -> None:
-    errors = _ends_well(
-        """
-        at.tangent_features(Deep(8000, tanh, keeps=True), x)
-        at.tangent_features(Deep(8000, tanh, finite=False), x)
-        """,
-        code_of_exit=1,
-    )
-    assert "TangentError" in errors
+    made = _ended()
+    assert "in use at the end" in made.stdout, made.stderr[-2000:]
+    assert made.returncode == 1, made.stderr[-2000:]
+    assert "TangentError" in made.stderr
 
 
 def test_an_interrupt_while_a_graph_is_freed_loses_no_node() -> None:

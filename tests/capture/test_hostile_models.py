@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from snapshots import Snapshot, contained, shared_state
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:torch", "ignore::FutureWarning", "ignore::DeprecationWarning"
 )
+Made = TypeVar("Made")
 
 
 def every_case(promise: str, *, only: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
@@ -96,22 +97,20 @@ def test_what_is_warned_of_is_so(case: Case) -> None:
 
 @every_case("params")
 def test_features_at_other_parameters_are_the_derivative_there(case: Case) -> None:
-    model, x = case.build()
-    given, twin = other_state(case), other_state(case)
-    before = Snapshot(given)
+    here, twin = used(case), other_state(case)
     try:
         with as_promised(case):
-            check_features(case, capture(case, model, x, params=given), elsewhere=True)
+            check_features(case, here.elsewhere(), elsewhere=True)
     finally:
-        assert not before.changes(Snapshot(given))
-        assert all(torch.equal(given[name], twin[name]) for name in twin)
+        assert here.given_changes == []
+        assert all(torch.equal(here.given[name], twin[name]) for name in twin)
 
 
 @every_case("kernel")
 def test_the_kernel_is_made_of_the_derivatives(case: Case) -> None:
-    model, x = case.build()
+    kernel = used(case).kernel
     with as_promised(case):
-        made = at.tangent_kernel(model, x, output_fn=case.output_fn, outputs="full", tile=2)
+        made = kernel()
         true = truth(case)
         phi = true.autograd if case.warns else true.jacobian
         if phi is None:
@@ -123,28 +122,26 @@ def test_the_kernel_is_made_of_the_derivatives(case: Case) -> None:
         assert close(made, expected, case.gap if true.jacobian is None or case.complex else 2 * case.tolerance)
 
 
-def every_call(case: Case, model: nn.Module, x: Any) -> Callable[[], at.TangentFeatures]:
-    """What a user may ask of a model, whatever comes of it; and what came of the first call, errors and warnings too."""
-    error, feats = None, None
+def came_of(call: Callable[[], Made]) -> Callable[[], Made]:
+    """What comes of a call now, to be had as often as wanted: the result, the error, and the warnings."""
+    made: list[Made] = []
+    error: Exception | None = None
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            feats = capture(case, model, x)
+            made.append(call())
         except Exception as refused:
             error = refused
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        at.tangent_kernel(model, x, output_fn=case.output_fn, outputs="trace", tile=2, params=other_state(case))
 
-    def first() -> at.TangentFeatures:
+    def again() -> Made:
         for warning in told:
             if issubclass(warning.category, at.TangentWarning):
                 warnings.warn(warning.message, stacklevel=2)
-        if feats is None:
-            raise error or AssertionError
-        return feats
+        if error is not None:
+            raise error
+        return made[0]
 
-    return first
+    return again
 
 
 @dataclass(frozen=True)
@@ -154,18 +151,26 @@ class Used:
     model: nn.Module
     x: Any
     first: Callable[[], at.TangentFeatures]
+    elsewhere: Callable[[], at.TangentFeatures]  # at the parameters given
+    kernel: Callable[[], Tensor]
     changes: list[str]
     shared: list[str]
+    given: dict[str, Tensor]
+    given_changes: list[str]
 
 
 @functools.cache
 def used(case: Case) -> Used:
     model, x = case.build()
-    before, shared = Snapshot(model, x), shared_state()
-    first = every_call(case, model, x)
+    given = other_state(case)
+    before, of_given, shared = Snapshot(model, x), Snapshot(given), shared_state()
+    first = came_of(lambda: capture(case, model, x))
+    elsewhere = came_of(lambda: capture(case, model, x, params=given))
+    kernel = came_of(lambda: at.tangent_kernel(model, x, output_fn=case.output_fn, outputs="full", tile=2))
     now = shared_state()
     changed = [name for name in shared if shared[name] != now[name]]
-    return Used(model, x, first, before.changes(Snapshot(model, x)), changed)
+    changes, given_changes = before.changes(Snapshot(model, x)), of_given.changes(Snapshot(given))
+    return Used(model, x, first, elsewhere, kernel, changes, changed, given, given_changes)
 
 
 @every_case("left")
@@ -190,7 +195,11 @@ def trained(case: Case, *, captured: bool) -> list[Any]:
         with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
             loss = case.run(model, _copied(x)).square().sum()
         if captured and step == 1:
-            every_call(case, model, x)
+            came_of(lambda: capture(case, model, x))
+            options = {"output_fn": case.output_fn, "outputs": "trace", "tile": 2, "params": other_state(case)}
+            before = Snapshot(model, x)
+            came_of(lambda given=options: at.tangent_kernel(model, x, **given))
+            assert before.changes(Snapshot(model, x)) == []
         if loss is not None:
             try:
                 loss.backward()
@@ -264,3 +273,12 @@ def test_the_tangent_module_is_the_derivative_and_stays(case: Case) -> None:
                 parameter.add_(0.5)
         assert torch.equal(adaptive(x).detach(), out.detach())
         assert close(adaptive.initial(x), expected, case.tolerance)
+
+
+def test_a_counter_that_has_counted_is_put_back_and_copied_as_it_is() -> None:
+    model, x = next(case for case in CASES if case.name == "logs of every kind").build()
+    model(x), model(x)
+    at.tangent_kernel(model, x, tile=2)
+    adaptive = at.TangentModule(model)
+    assert model.total == {"calls": 2}
+    assert [held.total for held in adaptive.modules() if hasattr(held, "total")] == [{"calls": 2}]

@@ -18,11 +18,25 @@ from study_cases import SMALL, small_run
 
 pytestmark = pytest.mark.xdist_group("lora-ranks")
 
-absent = adapters.absent(pretrained=False)
-needs_peft = pytest.mark.skipif(bool(absent), reason=absent or "adapters can be made")
-needs_weights = pytest.mark.skipif(
-    bool(adapters.absent(pretrained=True)), reason=adapters.absent(pretrained=True) or "there"
-)
+
+def skipped_if_absent(*, pretrained: bool) -> None:
+    if reason := adapters.absent(pretrained=pretrained):
+        pytest.skip(reason)
+
+
+# Asked within the tests: peft takes seconds to import, and every process collects all tests.
+@pytest.fixture(scope="module")
+def peft_there() -> None:
+    skipped_if_absent(pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def weights_there() -> None:
+    skipped_if_absent(pretrained=True)
+
+
+needs_peft = pytest.mark.usefixtures("peft_there")
+needs_weights = pytest.mark.usefixtures("weights_there")
 
 
 def test_sentences_are_prose_of_the_package_and_no_signature() -> None:

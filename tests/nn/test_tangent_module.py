@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 from adaptive_tangents.nn import tangent_module as modules
 from cases import Case, Forward, mlp
-from prepared import every_case
+from prepared import every_case, prepare
 
 Q = at.Quadratic(0.3)
 STRUCTURES: dict[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
@@ -70,15 +70,16 @@ def joint_objective(adaptive: at.TangentModule, x: Any, r: Tensor, ridge: float)
 
 @every_case
 def test_the_output_is_the_network_plus_adapted_features_times_inner_coefficients(case: Case) -> None:
-    model, x = case.build()
-    adaptive = wander(at.TangentModule(model, at.TwoSided(), wrt=case.wrt, output_fn=case.output_fn))
+    p = prepare(case)
+    x = p.x
+    adaptive = wander(at.TangentModule(p.model, at.TwoSided(), wrt=case.wrt, output_fn=case.output_fn))
     feats = adaptive.adapted_features(x)
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
     change = feats.inner(adaptive.inner_coefficients())
     out, initial = adaptive(x), adaptive.initial(x)
     scale = float(change.abs().max()) + float(initial.abs().max()) * tolerance
     assert float((out.detach() - initial - change).abs().max()) <= 30 * tolerance * scale
-    plain = adaptive.features(x).inner(adaptive.effective_coefficients())
+    plain = p.feats.inner(adaptive.effective_coefficients())
     assert float((plain - change).abs().max()) <= 30 * tolerance * scale
     signal = normal(*out.shape, seed=2).to(out)
     (out * signal).sum().backward()

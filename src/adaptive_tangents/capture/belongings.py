@@ -4,7 +4,7 @@ import copy
 import functools
 import random
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -93,7 +93,7 @@ class Belongings:
             for key in [key for key in held if key not in keys]:
                 del held[key]
             before = dict(zip(keys, values, strict=True))
-            held.update(before)
+            _put(held, before)
             if tuple(held) != keys:
                 for key in keys:
                     held[key] = held.pop(key)
@@ -140,7 +140,7 @@ def _rewired(made: _Made, memo: dict[int, Any]) -> _Made:
     """Python's deep copy ``made`` of something, after replacing every function in it by one that holds copies."""
     there = _noted([made], set(), closures=False)
     for held, keys, values in there.dicts:
-        held.update({key: _own_callable(value, memo) for key, value in zip(keys, values, strict=True)})
+        _put(held, {key: _own_callable(value, memo) for key, value in zip(keys, values, strict=True)})
     for entries, kept in there.lists:
         entries[:] = [_own_callable(value, memo) for value in kept]
     return made
@@ -351,6 +351,13 @@ def _contents(cell: CellType) -> Any:
 def _set_slot(value: Any, name: str, there: Any) -> None:
     if getattr(value, name, None) is not there:
         object.__setattr__(value, name, there)
+
+
+def _put(held: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    if isinstance(held, Counter):  # its own update adds
+        dict.update(held, entries)
+    else:
+        held.update(entries)
 
 
 def _refill(held: Any, kept: list[Any]) -> None:
