@@ -207,12 +207,14 @@ def test_proximal_point_of_an_odd_penalty_is_the_least_of_all(name: str, step: f
         assert least * (1 - 1e-4) <= found <= least * (1 + 1e-9)
 
 
+@pytest.mark.usefixtures("searched_once")
 def test_one_of_two_equal_sides_may_take_it_all() -> None:
     root = at.Penalty(lambda z: z.log().sqrt())  # concave in log z: two half transforms cost more than one whole
-    (first, second), v = shares((root, root), torch.tensor([50.0], dtype=torch.float64)), 50.0
+    v = torch.tensor([50.0, 0.1], dtype=torch.float64)
+    first, second = (share[0] for share in shares((root, root), v))
     assert min(float(first), float(second)) == 0
     assert max(float(first), float(second)) > 5
-    coefficients = {"w": torch.diag(torch.tensor([v, 0.1], dtype=torch.float64))}
+    coefficients = {"w": torch.diag(v)}
     sides = at.TwoSided(root).update(coefficients)["w"]
     moved = sorted(float(side.matrix().det()) for side in (sides.left, sides.right))
     assert moved == pytest.approx([1.0, 1 + float(first + second)], rel=1e-12)
@@ -271,7 +273,7 @@ def test_all_penalties_are_penalties_and_fit_takes_a_function() -> None:
     feats = at.tangent_features(model, x)
     own, closed = at.Penalty(lambda z: (z - 1) ** 2, strength=0.5), at.Quadratic(0.5)
     assert all(isinstance(p, at.Penalty) for p in (own, closed, at.Absolute(), at.NoAdaptation(), own.compose(closed)))
-    found = [at.fit(feats, x**2, structure=at.TwoSided(p), ridge=0.1).objective for p in (own, closed)]
+    found = [at.fit(feats, x**2, structure=at.TwoSided(p), ridge=0.1, tol=1e-2).objective for p in (own, closed)]
     assert found[0] == pytest.approx(found[1], rel=1e-10)
 
 

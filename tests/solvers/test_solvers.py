@@ -69,8 +69,8 @@ def test_fit_reaches_the_minimum_of_the_joint_problem(name: str, ridge: float, c
     joint = JointProblem(
         case, name, [torch_quadratic(0.5), torch_quadratic(2.0)][: 2 if name in COMPOSED else 1], ridge
     )
-    for reached in joint.minimize(starts=2):
-        assert reached == pytest.approx(found.objective, rel=1e-8)
+    (reached,) = joint.minimize(starts=1)
+    assert reached == pytest.approx(found.objective, rel=1e-8)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
@@ -93,7 +93,7 @@ def test_no_random_start_beats_the_fit_where_the_penalty_is_not_convex(name: str
 def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecker_products(ridge: float) -> None:
     """Three modes of a convolution's kernel with three penalties, a bias column, and a block without modes."""
     modes = {"block0": (("in", 2), ("spatial", 2))}
-    case = problem(3, n=3, c=2, shapes=((2, 5, 2), (2, 2, 1)), modes=modes, scale=3.0)
+    case = problem(3, n=3, c=2, shapes=((2, 5, 2), (2, 2, 1)), modes=modes, scale=1.5)
     penalties = {"out": at.Quadratic(0.5), "in": at.Quadratic(2.0), "spatial": at.Quadratic(0.1)}
     found = at.fit(case.feats, case.r, structure=at.Modes(penalties), ridge=ridge, **EXACT)
     joint = JointProblem(case, "Modes", [torch_quadratic(0.5), torch_quadratic(2.0), torch_quadratic(0.1)], ridge)
@@ -103,7 +103,7 @@ def test_fit_of_modes_reaches_the_minimum_of_the_joint_problem_with_its_kronecke
     assert rises(found) <= 1e-12
 
 
-@examples(15)
+@examples(8)
 @given(
     seed=seeds, name=names, ridge=st.sampled_from([0.0, 0.05, 1.0]), one=st.sampled_from([0.05, 0.5, 5.0]),
     other=st.sampled_from([0.2, 2.0]), n=st.integers(2, 4), c=st.integers(1, 2), kinds=st.permutations(reference.SHAPES),
@@ -564,12 +564,13 @@ def test_running_out_of_rounds_warns_and_says_so() -> None:
     # The state reached is still returned completely.
     assert found.feasibility < 1e-9
     # Whether it stops during or after the tempering stages, it gives the reason.
-    for rounds in range(1, 9):
+    fixed = at.fit(case.feats, case.r, structure=at.Fixed())
+    for rounds in (1, 2, 5, 8):
         with pytest.warns(at.TangentWarning, match=rf"stopped after {rounds} rounds"):
             early = at.fit(case.feats, case.r, structure=structure("TwoSided", 0.01, 0.01), max_rounds=rounds)
         assert not early.converged
         assert len(early.history) == rounds + 1
-        assert early.objective <= at.fit(case.feats, case.r, structure=at.Fixed()).objective
+        assert early.objective <= fixed.objective
     with pytest.warns(at.TangentWarning, match=r"stopped after 1 rounds"):
         assert len(at.fit(case.feats, case.r, max_rounds=1).history) == 2
 
