@@ -46,22 +46,22 @@ class _Calls(threading.local):
 
 _calls = _Calls()
 # The look-up of a form takes the function's own parameters, so that nothing is packed and each one is looked at as its
-# annotation asks: most of what the tests call takes no longer than this.
+# annotation asks: most of what the tests call takes no longer than this. Names begin so that no parameter has one of them.
 _LOOK_UP = """
-def bind(_made, _seen, _form, _new, _again, _defaults):
+def bind(_checked_made, _checked_seen, _checked_form, _checked_new, _checked_again, _checked_defaults):
     def sampled({signature}):
-        _key = None
+        _checked_key = None
         try:
-            _results = _seen[_key := {key}]
+            _checked_results = _checked_seen[_checked_key := {key}]
         except (KeyError, AttributeError, TypeError):
-            return _new(_made, _key, {values})
-        _result = _made({passed})
+            return _checked_new(_checked_made, _checked_key, {values})
+        _checked_result = _checked_made({passed})
         try:
-            if {result} in _results:
-                return _result
+            if {result} in _checked_results:
+                return _checked_result
         except AttributeError:  # no array
             pass
-        return _again(_result, _results, {values})
+        return _checked_again(_checked_result, _checked_results, {values})
     return sampled
 """
 
@@ -83,8 +83,8 @@ class _Check:
         kinds = made.__annotations__
         shaped = any(map(_names_shapes, kinds.values()))
         looks = {p.name: _look(p.name, kinds.get(p.name)) if shaped else f"type({p.name})" for p in self.parameters}
-        result = f"({_look('_result', kinds.get('return', ()))})" if shaped else "type(_result)"
-        self.form_of_result = eval(f"lambda _result: {result}", {"_form": _form})
+        result = f"({_look('_checked_result', kinds.get('return', ()))})" if shaped else "type(_checked_result)"
+        self.form_of_result = eval(f"lambda _checked_result: {result}", {"_checked_form": _form})
         self.form = _form if shaped else type
         self.bind = _compiled(self._look_up(looks, result))
 
@@ -97,12 +97,12 @@ class _Check:
                 signature.append("*")
             before = p.kind
             star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-            signature.append(star + p.name + ("" if p.default is p.empty else f"=_defaults[{p.name!r}]"))
+            signature.append(star + p.name + ("" if p.default is p.empty else f"=_checked_defaults[{p.name!r}]"))
             passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else star + p.name)
             if p.kind is p.VAR_KEYWORD:
-                key.append(f"*{p.name}, *map(_form, {p.name}.values()), ")
+                key.append(f"*{p.name}, *map(_checked_form, {p.name}.values()), ")
             else:
-                key.append(f"*map(_form, {p.name}), " if star else f"{looks[p.name]}, ")
+                key.append(f"*map(_checked_form, {p.name}), " if star else f"{looks[p.name]}, ")
         if before is inspect.Parameter.POSITIONAL_ONLY:
             signature.append("/")
         return _LOOK_UP.format(
@@ -188,7 +188,7 @@ def _look(name: str, kind: Any) -> str:
         return f"(None if {name} is None else ({_look(name, kind.__args__[0])}))"
     if kind is None or kind is Any or (isinstance(kind, type) and kind not in (str, tuple, list, dict)):
         return f"type({name})"
-    return f"_form({name})"
+    return f"_checked_form({name})"
 
 
 def _form(value: Any) -> Any:
