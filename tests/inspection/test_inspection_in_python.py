@@ -5,7 +5,6 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typer.testing import CliRunner
 
 import adaptive_tangents as at
 from adaptive_tangents import cli
+from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.inspection import measures, page
 from adaptive_tangents.inspection.evaluation import in_evaluation
 from adaptive_tangents.inspection.given import opened
 from adaptive_tangents.inspection.run import sample_fingerprint
 from adaptive_tangents.loading import Data, as_data
-from adaptive_tangents.reporting.drawing import grid
 from adaptive_tangents.runs.own_files import BLOCKS_HEAD
 from snapshots import Snapshot
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
@@ -73,13 +72,10 @@ def samples() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """Explanations in few rounds, and figures without content except the kernels."""
-    empty = {
-        name: draw if name == "kernels" else lambda *_: grid(1, 1, 1.0)[0] for name, draw in page.PAGE.figures.items()
-    }
     plain = plain_figures("inspect", but="kernels")
     with pytest.MonkeyPatch.context() as patch, explained_in_rounds(1), of_few_pixels(), plain:
         patch.setattr(measures, "fit_operations", lambda *_: 1e30)  # no exact models
-        patch.setattr(page, "PAGE", replace(page.PAGE, figures=empty))
+        patch.setattr(page, "PAGE", PAGES["inspect"]())
         yield
 
 

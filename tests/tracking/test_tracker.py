@@ -67,7 +67,7 @@ def twin_kernels(model: nn.Module, x: Tensor) -> dict[str, np.ndarray[Any, Any]]
     kernels: dict[str, np.ndarray[Any, Any]] = {}
     for name, jacobian in jacobians.items():
         flat = jacobian.flatten(1).detach().numpy()
-        group = name.partition(".")[0]
+        group = f"layer {name.partition('.')[0]}"
         kernels[group] = kernels.get(group, 0) + flat @ flat.T
     return {"all": np.sum(list(kernels.values()), axis=0), **kernels}
 
