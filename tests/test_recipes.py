@@ -250,7 +250,7 @@ def places(model: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def test_graphs_and_nodes_by_index_have_the_kernels_of_graphs_and_nodes() -> None:
-    pytest.importorskip("torch_geometric", reason="PyTorch Geometric is not a dependency: pip install torch_geometric")
+    pytest.importorskip("torch_geometric", reason="PyTorch Geometric is in the extra dev")
     made = ran("graphs")
     network = made["network"]
 
