@@ -142,7 +142,9 @@ def found(runs: Runs, where: str, pattern: str) -> dict[str, str]:
     else:
         name, _, part = where.partition("|")
         text = str(claim_at(runs, name)[part or "evidence"])
-    match = re.search(pattern, text)
+    # Evidence tells of one network after another. What is skipped ends in the same part or where another one begins,
+    # so that a figure is never that of a network which the pattern does not name.
+    match = re.search(re.sub(r"(?<!\\)\.\*\??", lambda _: r"(?:[^;]*?|.*?; )", pattern), text)
     if match is None:
         raise Turned(f"{where} reads {text!r}, in which {pattern!r} finds nothing; read the row again")
     return match.groupdict()

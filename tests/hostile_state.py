@@ -229,6 +229,14 @@ def logged(m: Any, x: Tensor) -> Tensor:
     return m.b(h)
 
 
+class Sums(dict[str, int]):
+    """Adds to what it holds, however it is updated."""
+
+    def update(self, *others: Any, **named: int) -> None:
+        for key, value in dict(*others, **named).items():
+            self[key] = self.get(key, 0) + value
+
+
 def logged_everywhere(m: Any, x: Tensor) -> Tensor:
     h = torch.tanh(m.a(x))
     m.recent.append(h.mean().item())
@@ -237,6 +245,7 @@ def logged_everywhere(m: Any, x: Tensor) -> Tensor:
     m.ordered["last"] = h
     m.ordered.move_to_end("last", last=False)
     m.total["calls"] += 1
+    m.sums.update(calls=1)
     m.plain["h"] = [h]
     return m.b(h)
 
@@ -522,7 +531,7 @@ CASES = (
     Case("counters and flags", with_attributes(counted, calls=int, ready=bool)),
     Case("a log of activations", with_attributes(logged, log=list)),
     Case("logs of every kind", with_attributes(logged_everywhere, recent=lambda: collections.deque(maxlen=2), seen=set,
-        by_size=lambda: collections.defaultdict(list), ordered=collections.OrderedDict, total=collections.Counter,
+        by_size=lambda: collections.defaultdict(list), ordered=collections.OrderedDict, total=collections.Counter, sums=Sums,
         plain=dict)),
     Case("statistics updated in eval mode", with_buffers(statistics_updated)),
     Case("statistics replaced in eval mode", with_buffers(statistics_replaced)),

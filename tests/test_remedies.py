@@ -1,5 +1,6 @@
 """What new users meet first is told with the next step: names of samples, class numbers, whole modules, new norms."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from adaptive_tangents.loading.models import check_runs
 
 
 @pytest.fixture
-def classifier() -> nn.Module:
+def classifier() -> Iterator[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        yield nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
 
 
 def test_class_numbers_given_as_amounts_are_told_of_the_loss_they_need(classifier: nn.Module) -> None:
@@ -29,6 +30,10 @@ def test_class_numbers_given_as_amounts_are_told_of_the_loss_they_need(classifie
         at.fit(at.tangent_features(classifier, x), y)
     with pytest.raises(TangentError, match=r"c = 3 outputs$"):
         at.fit(at.tangent_features(classifier, x), y.double())
+    kernel = at.tangent_kernel(classifier, x)
+    for call in (lambda: at.fit(kernel, y, structure=at.Fixed()), lambda: at.kernel_regression(kernel, y)):
+        with pytest.raises(TangentError, match=r"of class numbers y those of torch\.nn\.functional\.one_hot\(y\)$"):
+            call()
 
 
 def test_arrays_of_other_names_are_told_the_names_to_take(tmp_path: Path) -> None:
@@ -66,9 +71,12 @@ def test_growth_from_uncalibrated_norms_is_said_among_the_first_findings(classif
         optimizer.zero_grad()
     y = classifier.eval()(x).argmax(1)
     new = at.inspect(classifier, start, data=(x, y), samples=16, nodes=2)
-    assert new.findings[1].startswith("Part of this growth is calibration, not training: 1 norms start with")
+    assert new.findings[1].startswith("Part of this change is calibration, not training: a norm starts with")
     known = at.inspect(classifier, calibrated, data=(x, y), samples=16, nodes=2)
     assert not any("calibration" in finding for finding in known.findings)
+    trained = {name: start[name] if "running" in name else value for name, value in classifier.state_dict().items()}
+    never = at.inspect(classifier, start, trained, data=(x, None), samples=16, nodes=2)
+    assert not any("calibration" in finding for finding in never.findings), "nothing was calibrated on the way"
 
 
 def test_a_kernel_that_shrank_everywhere_is_said_to_have_shrunk_least_somewhere(classifier: nn.Module) -> None:

@@ -2,32 +2,19 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import re
 from html import escape
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from markdown_it import MarkdownIt
 from matplotlib.mathtext import MathTextParser
 
 import adaptive_tangents as at
+from docs_scripts import ROOT, script
 
-ROOT = Path(__file__).parents[1]
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_theory", ROOT / "docs" / "make_theory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_theory = _load()
+make_theory = script("make_theory")
 SOURCE = make_theory.SOURCE.read_text("utf-8")
 TEXT = make_theory.COMMENT.sub("", SOURCE)
 STATEMENTS = make_theory.statements(SOURCE)

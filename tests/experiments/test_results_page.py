@@ -1,12 +1,10 @@
 """The page of results: rows whose figures are those of the results, every claim, and words that a turned verdict stops."""
 
-import importlib.util
 import json
 import re
 import shutil
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,20 +12,9 @@ import pytest
 from adaptive_tangents.experiments.claims import claim
 from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.runs.results import write_results
+from docs_scripts import ROOT, script
 
-ROOT = Path(__file__).parents[2]
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_results = _load()
+make_results = script("make_results")
 PAGE = (ROOT / "docs" / "results.md").read_text("utf-8")
 ROWS = tomllib.loads((ROOT / "docs" / "results" / "headline.toml").read_text("utf-8"))["row"]
 
@@ -177,6 +164,19 @@ def test_cells_are_short_and_nothing_of_a_claim_is_lost() -> None:
         assert f"**{each['claim']}**: {each['verdict']}.\n    - What would refute it: {each['refuted_by']}." in PAGE
         for part in (each["published"], each["evidence"], each["why"]):
             assert f": {part}." in PAGE or not part
+
+
+def test_a_figure_is_never_that_of_a_network_which_the_pattern_does_not_name() -> None:
+    text = "cnn: K_0 0.1, K_T 0.2; transformer: K_0 0.3, K_T 0.4; encoder: K_0 0.5, K_T 0.6"
+    runs = {"study": {"config": {}, "claims": {"key": {"evidence": text}}}}
+
+    def found(pattern: str) -> dict[str, str]:
+        return make_results.found(runs, "study.key", pattern)
+
+    assert found(r"cnn: .*K_T (?P<a>[^;]+)") == {"a": "0.2"}
+    assert found(r"cnn: .*?K_T (?P<a>[^;]+);.*encoder: .*?K_T (?P<b>\S+)$") == {"a": "0.2", "b": "0.6"}
+    with pytest.raises(make_results.Turned, match="finds nothing; read the row again"):
+        found(r"transformer: K_0 (?P<a>\S+), .*?K_T (?P<b>\S+)$")
 
 
 def test_links_within_the_page_lead_to_headings_and_folded_parts_render() -> None:

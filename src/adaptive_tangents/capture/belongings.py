@@ -4,7 +4,7 @@ import copy
 import functools
 import random
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -354,10 +354,8 @@ def _set_slot(value: Any, name: str, there: Any) -> None:
 
 
 def _put(held: dict[Any, Any], entries: dict[Any, Any]) -> None:
-    if isinstance(held, Counter):  # its own update adds
-        dict.update(held, entries)
-    else:
-        held.update(entries)
+    # A subclass may have an update of its own, as Counter's, which adds.
+    (OrderedDict if isinstance(held, OrderedDict) else dict).update(held, entries)
 
 
 def _refill(held: Any, kept: list[Any]) -> None:

@@ -28,19 +28,9 @@ from adaptive_tangents.runtime.progress import duration
 def findings(results: Results) -> list[str]:
     """The findings, one or two sentences each, most important first: the first says in words what happened."""
     made = (
-        _held_out,
-        _uncalibrated,
-        start_words,
-        _growth,
-        _turn,
-        _along,
-        _ranks,
-        _explained,
-        _path,
-        _milestones,
-        _adapters,
+        _held_out, _calibrated, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _adapters,
         _missing,
-    )
+    )  # fmt: skip
     return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
 
 
@@ -48,13 +38,14 @@ def _held_out(results: Results) -> str:
     return (results.get("held_out") or {}).get("sentence") or ""
 
 
-def _uncalibrated(results: Results) -> str:
-    count = results.get("uncalibrated", 0)
+def _calibrated(results: Results) -> str:
+    count = results.get("calibrated", 0)
     if not count:
         return ""
+    norms = "a norm starts" if count == 1 else f"{count} norms start"
     return (
-        f"Part of this growth is calibration, not training: {count} norms start with the statistics of a new network; save "
-        "the start after a few batches in training mode, without optimizer steps."
+        f"Part of this change is calibration, not training: {norms} with the statistics of a new network; save the start "
+        "after a few batches in training mode, without optimizer steps."
     )
 
 

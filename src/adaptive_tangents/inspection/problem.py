@@ -64,7 +64,8 @@ class Problem:
     target_words: str
     nodes: int
     limits: list[str]
-    fresh: list[str]
+    fresh: list[str]  # norms that start with the statistics of a new network
+    calibrated: int  # of these, how many end with others
     index: Tensor  # of the samples among those given
 
 
@@ -116,11 +117,12 @@ def pose(
     choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk}
     if before is None:
         kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))
-    fresh = _fresh_norms(model, states[next(iter(states))])
+    first, *_, last = states.values()
+    fresh = _fresh_norms(model, first)
     target, words = targets(reduction, chosen.y, gained.shape[1])
     return Problem(
         chosen, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes, limits,
-        fresh, index,
+        fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
     )  # fmt: skip
 
 

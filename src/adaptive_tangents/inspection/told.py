@@ -84,7 +84,7 @@ def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> 
             for key, numbers in measured.models.numbers["models"].items()
         },
         "sample_growth": {"median": float(growth.median()), "largest": float(growth.max()), "smallest": float(growth.min())},
-        "uncalibrated": len(problem.fresh),
+        "calibrated": problem.calibrated,
         "limits": problem.limits + _left_out(measured.models, problem),
     }  # fmt: skip
     metrics = flatten({k: found[k] for k in ("growth", "alignment", "alignment_centered", "cka", "path")})

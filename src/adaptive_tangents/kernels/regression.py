@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import Values, as_tensor, check_finite, check_real
+from adaptive_tangents.checks import OF_CLASSES, Values, as_tensor, check_finite, check_real
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
 from adaptive_tangents.kernels.derived_kernels import check_symmetric, in_range, largest, power_of_two
 from adaptive_tangents.kernels.products import KernelProducts
@@ -252,6 +252,7 @@ def residual_targets(call: str, r: object, kernel: Tiled) -> Float[Tensor, "n c"
         raise TangentError(
             f"{call}: targets have shape {tuple(r.shape)}, the kernel is of n = {kernel.n} samples"
             + (f", c = {outputs} outputs" if coupled else "")
+            + ("" if r.is_floating_point() or r.ndim != 1 else f"; give real targets, {OF_CLASSES}")
         )
     check_real(call, targets)
     check_finite(call, "the target", [targets])
