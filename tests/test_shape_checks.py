@@ -1,7 +1,7 @@
 """The tests' shape checks find a wrong annotation no matter which tests ran before in the process."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jaxtyping
 import pytest
@@ -80,3 +80,22 @@ def test_fields_of_a_dataclass_are_checked_whenever_their_form_is_new() -> None:
         Pair(torch.ones(2, 3), torch.ones(2))
     with pytest.raises(jaxtyping.TypeCheckError, match="Pair"):
         Pair(torch.ones(2, 3), torch.ones(3))
+
+
+def test_arguments_may_have_any_name_with_defaults_of_any_kind() -> None:
+    @dataclass(frozen=True)
+    class Held:
+        given: Float[Tensor, " n"]
+        _made: list[int] = field(default_factory=list)
+
+    @checked
+    def run(
+        _made: int, _seen: int, _new: Float[Tensor, " n"], /, *_result: int, _key: int = 0, **_defaults: int
+    ) -> int:
+        return _made + _seen + len(_new) + sum(_result) + _key + sum(_defaults.values())
+
+    for _ in range(3):
+        assert checked(Held)(torch.ones(2))._made == []
+        assert run(1, 2, torch.ones(3), 4, 5, _key=6, _again=7, sampled=8) == 36
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"parameters of .*run"):
+        run(1, 2, torch.ones(3, 3), 4)
