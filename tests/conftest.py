@@ -32,8 +32,9 @@ runpy.run_path(f"{_operators}/sitecustomize.py")
 for _module in [name for name in sys.modules if name.partition(".")[0] == "adaptive_tangents"]:
     del sys.modules[_module]
 # Checking small functions, which are called a million times, would take longer than running them. So a call is checked
-# only if the form of its arguments or result is new: their types and, where annotations name shapes, also dtypes, shapes and
-# strings. Which calls are checked does not depend on how tests are spread over processes. The first one compiles the check.
+# only if the form of its arguments or result is new: types, dtypes, shapes and strings. Which calls are checked does not
+# depend on how tests are spread over processes. The first one compiles the check. Functions whose annotations name no shapes
+# are not checked here: types alone are the type checker's.
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -81,11 +82,9 @@ class _Check:
         self.seen: dict[Any, set[Any]] = {}
         self.parameters = [*inspect.signature(made).parameters.values()]
         kinds = made.__annotations__
-        shaped = any(map(_names_shapes, kinds.values()))
-        looks = {p.name: _look(p.name, kinds.get(p.name)) if shaped else f"type({p.name})" for p in self.parameters}
-        result = f"({_look('_checked_result', kinds.get('return', ()))})" if shaped else "type(_checked_result)"
+        looks = {p.name: _look(p.name, kinds.get(p.name)) for p in self.parameters}
+        result = f"({_look('_checked_result', kinds.get('return', ()))})"
         self.form_of_result = eval(f"lambda _checked_result: {result}", {"_checked_form": _form})
-        self.form = _form if shaped else type
         self.bind = _compiled(self._look_up(looks, result))
 
     def _look_up(self, looks: dict[str, str], result: str) -> str:
@@ -117,7 +116,7 @@ class _Check:
         if made.__defaults__:
             positional = made.__code__.co_varnames[: made.__code__.co_argcount]
             defaults = {**defaults, **dict(zip(reversed(positional), reversed(made.__defaults__), strict=False))}
-        return self.bind(made, self.seen, self.form, self._new, self._again, defaults)
+        return self.bind(made, self.seen, _form, self._new, self._again, defaults)
 
     def _new(self, made: Any, key: Any, values: tuple[Any, ...]) -> Any:
         """The result of a call of a new form, with arguments checked before and the result after."""
@@ -214,6 +213,8 @@ def _checked_where_new(made: Any = jaxtyping.jaxtyped, **options: Any) -> Any:
         return made
     if not inspect.isfunction(made):
         return _jaxtyped(made, **options)
+    if not any(map(_names_shapes, made.__annotations__.values())):
+        return made
     check = _checks.get(id(made.__code__))
     if check is None:
         check = _checks[id(made.__code__)] = _Check(made, options)
