@@ -42,25 +42,25 @@ def factored_product(block: Block) -> float:
     return total
 
 
-def patience(feats: TangentFeatures, form: str, products: float, *, curved: bool = False) -> tuple[float, float]:
+def patience(feats: TangentFeatures, form: str, products: float) -> tuple[float, float]:
     """How many products with the curvature a step may take before its kernel is remade, and before it is factorized again.
 
-    ``products`` is the cost of φx and φᵀa; ``curved`` says that systems are made from the curvature.
+    ``products`` is the cost of φx and φᵀa; the form "curved" is that of systems made from the curvature.
     """
     size, shapes = feats.n * feats.c, [block.shape for block in feats.blocks.values()]
     p = sum(o * i for o, i in shapes)
     step = products + sum(2 * o * i * (o + i) for o, i in shapes) + _STEP_CALLS * _CALL * len(shapes)
-    kernel = size**2 * p / 2 if curved else _held_kernel(feats)
+    kernel = size**2 * p / 2 if form == "curved" else _held_kernel(feats)
     factor = _FACTORIZED * size**3 / 6
     if form == "primal":
         kernel, factor = 0.0, size * p**2 / 2 + _FACTORIZED * p**3 / 6
         step += _ENTRY * (2 * size * p + p**2)
-    elif form == "dense":
+    elif form in ("dense", "curved"):
         step += 2 * _ENTRY * size**2
     else:
         kernel, factor = _ROUNDED * kernel, _ROUNDED * factor
         step += _INSIDE * (products + _ROUNDED * _ENTRY * size**2)
-    worth = _WORTH_CURVED if curved else _WORTH
+    worth = _WORTH_CURVED if form == "curved" else _WORTH
     return max(_LEAST, worth * (kernel + factor) / step), max(_LEAST, factor / step)
 
 

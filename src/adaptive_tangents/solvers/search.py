@@ -84,9 +84,8 @@ class Newton(Continuation):
         self.plain = system.kernel if curved else None  # K₀, if systems are made from the curvature
         self.products, self.stale, self.moved = 0, True, True
         self.due = self.solved = False  # a new system was put off, or made before this round
-        self.patience, self.patience_of_factor = costs.patience(
-            problem.feats, problem.form, problem.held.cost, curved=curved
-        )
+        form = "curved" if curved else problem.form
+        self.patience, self.patience_of_factor = costs.patience(problem.feats, form, problem.held.cost)
 
     def enter(self) -> None:
         self.point = self.problem.point(self.point.vector, self.point.outputs)
