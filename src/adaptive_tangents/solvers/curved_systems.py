@@ -5,7 +5,7 @@ system with 2E₀⁻¹ in place of MᵀM, and its kernel is φ·2E₀⁻¹·φ�
 one column of C for each direction in which E₀ is less than 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from adaptive_tangents.solvers.problem import Point, Problem, System
 from adaptive_tangents.structures.base import JoinedCurvature, Solution
 from adaptive_tangents.structures.spectral import SpectralCurvature
 
+Entries = Callable[[Tensor, Tensor], Tensor]  # of Y, at rows and columns
 _LEAST = 0.3  # eigenvalues of E₀ are at least this share of the smaller of 2/z_i² and 2/z_j²
 _LITTLE = 1.3  # directions in which 2E₀⁻¹ is below this are taken to be unadapted
 _ROWS = 128  # of the kernel at once
@@ -62,23 +63,33 @@ class InverseCurvature:
         """C of this block, from its features (nc, o, i)."""
         first, (k, i) = self.adapted, (self.u.shape[1], self.v.shape[0])
         basis = torch.cat([self.v, torch.linalg.qr(self.v, mode="complete").Q[:, k:]], 1) if k < i else self.v
+        entries = self._entries(features, basis)
+        a, b = torch.triu_indices(first, k, device=basis.device)
+        parts = [self._pairs(entries, a, b, self.symmetric, 1), self._pairs(entries, a, b, self.antisymmetric, -1)]
+        rows = torch.arange(first, device=basis.device).repeat_interleave(i - k)
+        beside = torch.arange(k, i, device=basis.device).repeat(first)
+        return torch.cat([*parts, entries(rows, beside) * (self.outside[rows] - 1).sqrt()], 1)
+
+    def _entries(self, features: Tensor | Factored, basis: Float[Tensor, "i i"]) -> Entries:
+        """The entries (nc, m) of Y at given rows and columns, of which one is among those that adapt."""
+        first = self.adapted
         if isinstance(features, Factored):
             sides = features.signals, features.inputs[:, None]
-            left, right = sides[::-1] if self.turned else sides
-            left, right = left @ self.u, right @ basis
-            rows = (left[..., :first, None] * right[..., None, :]).flatten(0, 1)
-            beside = (right[..., :first, None] * left[..., None, :]).flatten(0, 1)
-        else:
-            features = features.mT if self.turned else features
-            rows = (self.u[:, :first].mT @ features) @ basis
-            beside = (self.u.mT @ (features @ self.v[:, :first])).mT
-        a, b = torch.triu_indices(first, k, device=rows.device)
-        one, other = rows[:, a, b], beside[:, a, b]
-        whole = torch.where(a == b, 4.0, 2.0)  # a pair of one entry is twice that entry
-        pairs = [(one + other, (self.symmetric[a, b] - 1) / whole)]
-        pairs += [(one - other, torch.where(a == b, 0.0, (self.antisymmetric[a, b] - 1) / 2))]
-        found = [part[:, more > 0] * more[more > 0].sqrt() for part, more in pairs]
-        return torch.cat([*found, (rows[:, :, k:] * (self.outside[:first, None] - 1).sqrt()).flatten(1)], 1)
+            outer, inner = sides[::-1] if self.turned else sides
+            left, right = outer @ self.u, inner @ basis
+            return lambda a, b: (left[..., a] * right[..., b]).flatten(0, 1)
+        features = features.mT if self.turned else features
+        rows = (self.u[:, :first].mT @ features) @ basis
+        columns = self.u.mT @ (features @ self.v[:, :first])
+        return lambda a, b: rows[:, a, b] if not len(a) or int(a.max()) < first else columns[:, a, b]
+
+    def _pairs(self, entries: Entries, a: Tensor, b: Tensor, factors: Tensor, sign: int) -> Float[Tensor, "k m"]:
+        """The columns of the symmetric or antisymmetric parts of the pairs (a, b)."""
+        more = factors[a, b] - 1
+        kept = (more > 0) & ((a < b) | (sign > 0))
+        a, b, more = a[kept], b[kept], more[kept]
+        # A pair of one entry is twice that entry.
+        return torch.add(entries(a, b), entries(b, a), alpha=sign) * (more / torch.where(a == b, 4.0, 2.0)).sqrt()
 
 
 def _thresholded(factors: Tensor) -> Tensor:
