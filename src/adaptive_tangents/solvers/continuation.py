@@ -19,6 +19,7 @@ from adaptive_tangents.structures.base import Matrices
 
 ZERO_TARGETS = "the targets are zero, and so is the model"
 _STAGE = 3.0  # the factor by which τ falls
+_NEAR_STAGE = 2.0  # the factor where systems know the curvature: every stage then takes a step or two
 _LOOSE = 0.1  # stages before the last end at this stationarity
 _MOST_STAGES = 34
 _WEAK = 0.7  # the first stage has a penalty of at least this share of ‖β‖²: little adapts
@@ -60,6 +61,7 @@ class Continuation(ABC):
         self._problem, self.course = problem, course
         self.gained, self.still = math.inf, 0  # the last step's relative decrease; steps in a row without any
         self.share = (0.0, 1.0)  # of all the work, where the stage starts and ends
+        self.aim = course.wanted  # the stationarity at which the stage ends
 
     def follow(self, tempers: list[float]) -> tuple[bool, str]:
         """Run all stages; returns whether the optimum at τ = 1 was reached, and why the search stopped."""
@@ -81,7 +83,7 @@ class Continuation(ABC):
         self.gained, self.still = math.inf, 0
         self.begin()
         (start, end), first, least = self.share, 0.0, math.inf
-        aim = self.course.wanted if last else _LOOSE
+        aim = self.aim = self.course.wanted if last else _LOOSE
         while True:
             self.refresh()
             change, stationarity = self.measure()
@@ -133,13 +135,13 @@ class Continuation(ABC):
         return None
 
 
-def stages(problem: Tempered, coefficients: Matrices) -> list[float]:
-    """τ = …, 9, 3, 1, starting where little adapts at these coefficients."""
+def stages(problem: Tempered, coefficients: Matrices, *, near: bool = False) -> list[float]:
+    """τ = …, 9, 3, 1, or …, 4, 2, 1 if ``near``, starting where little adapts at these coefficients."""
     whole = sum(float((matrix**2).sum()) for matrix in coefficients.values())
     found = [1.0]
     while len(found) < _MOST_STAGES:
         problem.temper = found[0]
         if problem.solution(coefficients).penalty >= _WEAK * whole:
             break
-        found.insert(0, found[0] * _STAGE)
+        found.insert(0, found[0] * (_NEAR_STAGE if near else _STAGE))
     return found

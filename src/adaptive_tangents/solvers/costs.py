@@ -17,6 +17,9 @@ _FACTORIZED = 2.0  # a multiply-add of a Cholesky factor
 _ROUNDED = 0.5  # of the work, in single precision
 _INSIDE = 6  # products of the inner conjugate gradients, where no system is factorized in float64
 _WORTH = 0.3  # a system is remade if that costs less than this share of a step's products: later steps gain as well
+_WORTH_CURVED = 0.07  # the same where the system is made from the curvature: it saves more
+_CURVED = 4.0  # such systems are made where that costs up to so many times as much as from a held transform
+_COLUMNS = 5  # copies of all features while their columns are made, and as a matrix
 _LEAST = 3  # products that a step with a new system takes
 
 
@@ -42,23 +45,37 @@ def factored_product(block: Block) -> float:
 def patience(feats: TangentFeatures, form: str, products: float) -> tuple[float, float]:
     """How many products with the curvature a step may take before its kernel is remade, and before it is factorized again.
 
-    ``products`` is the cost of φx and φᵀa.
+    ``products`` is the cost of φx and φᵀa; the form "curved" is that of systems made from the curvature.
     """
     size, shapes = feats.n * feats.c, [block.shape for block in feats.blocks.values()]
     p = sum(o * i for o, i in shapes)
     step = products + sum(2 * o * i * (o + i) for o, i in shapes) + _STEP_CALLS * _CALL * len(shapes)
-    kernel = sum(part.effort for part in feats.plan().blocks) / 2
-    kernel += sum(
-        block.samples * block.positions * (block.outputs * block.shape[0] ** 2 + block.shape[1] ** 2)
-        for block in feats.blocks.values()
-    )
+    kernel = size**2 * p / 2 if form == "curved" else _held_kernel(feats)
     factor = _FACTORIZED * size**3 / 6
     if form == "primal":
         kernel, factor = 0.0, size * p**2 / 2 + _FACTORIZED * p**3 / 6
         step += _ENTRY * (2 * size * p + p**2)
-    elif form == "dense":
+    elif form in ("dense", "curved"):
         step += 2 * _ENTRY * size**2
     else:
         kernel, factor = _ROUNDED * kernel, _ROUNDED * factor
         step += _INSIDE * (products + _ROUNDED * _ENTRY * size**2)
-    return max(_LEAST, _WORTH * (kernel + factor) / step), max(_LEAST, factor / step)
+    worth = _WORTH_CURVED if form == "curved" else _WORTH
+    return max(_LEAST, worth * (kernel + factor) / step), max(_LEAST, factor / step)
+
+
+def curved(feats: TangentFeatures, form: str, room: float) -> bool:
+    """Whether systems are made from the curvature, given the bytes that there are for its columns."""
+    size, p = feats.n * feats.c, sum(o * i for o, i in (block.shape for block in feats.blocks.values()))
+    if form != "dense" or 8 * size * (_COLUMNS * p + size) > room:
+        return False
+    return size**2 * p / 2 <= _CURVED * (_held_kernel(feats) + _FACTORIZED * size**3 / 6)
+
+
+def _held_kernel(feats: TangentFeatures) -> float:
+    """K_M of a held transform, in the dense form."""
+    transformed = sum(
+        block.samples * block.positions * (block.outputs * block.shape[0] ** 2 + block.shape[1] ** 2)
+        for block in feats.blocks.values()
+    )
+    return sum(part.effort for part in feats.plan().blocks) / 2 + transformed

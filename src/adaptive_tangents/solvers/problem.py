@@ -61,6 +61,7 @@ class System:
     root: "Float[Tensor, 'n c c'] | None"
     inverse: Solve
     layout: Layout
+    metric: Solve | None = None  # 2E₀⁻¹ in place of MᵀM: see ``curved_systems``
 
     @cached_property
     def _squared(self) -> Mapping[str, Transform]:
@@ -68,6 +69,8 @@ class System:
 
     def square(self, x: Coefficients) -> Coefficients:
         """MᵀM x."""
+        if self.metric is not None:
+            return self.metric(x)
         if not self.transforms:
             return x
         return self.layout.join(transform_matrices(self.layout.split(x), self._squared))
@@ -177,12 +180,18 @@ class Problem(Tempered):
             kernel = self.kernel(transforms)
         return self.inverted(transforms, kernel, outputs)
 
-    def inverted(self, transforms: Mapping[str, Transform], kernel: KernelSystem, outputs: Vector) -> System:
+    def inverted(
+        self,
+        transforms: Mapping[str, Transform],
+        kernel: KernelSystem,
+        outputs: Vector,
+        metric: Solve | None = None,
+    ) -> System:
         """The system of a kernel, with the inverse for the loss at these outputs."""
         with self.timed("factorizations"):
             root = self.loss.root(outputs)
             inverse = kernel.shifted(self.loss.ridge) if root is None else kernel.rooted(root)
-        return System(transforms, kernel, root, inverse, self.held.layout)
+        return System(transforms, kernel, root, inverse, self.held.layout, metric)
 
     def kernel(self, transforms: Mapping[str, Transform]) -> KernelSystem:
         """K_M in the form chosen."""

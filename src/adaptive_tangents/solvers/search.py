@@ -16,6 +16,7 @@ from adaptive_tangents.solvers import costs
 from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
 from adaptive_tangents.solvers.certificates import certified
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
+from adaptive_tangents.solvers.curved_systems import curved_system, serves
 from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.newton import line_search, newton_direction
 from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
@@ -48,8 +49,9 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     if solver == "newton" and point.solution.curvature is not None:
         problem.temper = math.inf
         course.record(problem, problem.point(beta, outputs).objective, 0.0 if start is None else math.nan)
-        tempers = stages(problem, point.coefficients) if start is None else tempers
-        search = Newton(problem, course, point, system)
+        curved = serves(problem, point.solution)
+        tempers = stages(problem, point.coefficients, near=curved) if start is None else tempers
+        search = Newton(problem, course, point, system, curved=curved)
     else:
         search = Alternation(problem, course, point, system, extrapolated=solver != "alternation")
     converged, reason = search.follow(tempers)
@@ -76,11 +78,14 @@ class Newton(Continuation):
     alpha: Vector
     stationarity: float
 
-    def __init__(self, problem: Problem, course: Course, point: Point, system: System) -> None:
+    def __init__(self, problem: Problem, course: Course, point: Point, system: System, *, curved: bool = False) -> None:
         super().__init__(problem, course)
         self.problem, self.point, self.system = problem, point, system
+        self.plain = system.kernel if curved else None  # K₀, if systems are made from the curvature
         self.products, self.stale, self.moved = 0, True, True
-        self.patience, self.patience_of_factor = costs.patience(problem.feats, problem.form, problem.held.cost)
+        self.due = self.solved = False  # a new system was put off, or made before this round
+        form = "curved" if curved else problem.form
+        self.patience, self.patience_of_factor = costs.patience(problem.feats, form, problem.held.cost)
 
     def enter(self) -> None:
         self.point = self.problem.point(self.point.vector, self.point.outputs)
@@ -88,7 +93,7 @@ class Newton(Continuation):
     def begin(self) -> None:
         # Reuse the previous stage's system; the iteration count of conjugate gradients shows when it is stale.
         adapts = bool(self.system.transforms) or not is_identity(self.point.solution.transforms)
-        self.products, self.stale = 0, False
+        self.products, self.stale = 0, self.due
         # Where anything adapts, take at least one step: it squares the error.
         self.moved = not adapts
 
@@ -98,26 +103,39 @@ class Newton(Continuation):
             # Outputs tracked through the steps gather rounding, which may look like a lower objective: from here on,
             # compute them from the coefficients and the step.
             point = problem.point(point.vector, problem.inner(point.vector))
-        if self.stale:
-            self.system = problem.system(point.solution.transforms, point.outputs)
+        # At the end of a stage, a new system is for the next one.
+        put_off = self.stale and not self.due and self._ends(point)
+        self.solved = (self.stale or self.due) and not put_off
+        self.due = put_off
+        if self.solved:
+            curved = None if self.plain is None else curved_system(problem, point, self.plain)
+            self.system = curved or problem.system(point.solution.transforms, point.outputs)
         elif self.system.root is not None and self.products > self.patience_of_factor:
-            self.system = problem.inverted(self.system.transforms, self.system.kernel, point.outputs)
+            old = self.system
+            self.system = problem.inverted(old.transforms, old.kernel, point.outputs, old.metric)
         beta, outputs = problem.restored(self.system, point.vector, point.outputs)
         self.point = point if beta is point.vector else problem.point(beta, outputs)
+
+    def _ends(self, point: Point) -> bool:
+        """Whether the stage ends at this point, as far as is known without a system."""
+        if self.problem.loss.interpolates:
+            return False
+        alpha = -self.problem.loss.slope(point.outputs) / 2
+        return self.problem.stationarity(point, alpha) <= self.aim
 
     def measure(self) -> tuple[float, float]:
         problem, point = self.problem, self.point
         self.reduced = problem.reduce(self.system, point.gradient, problem.loss.slope(point.outputs))
         self.alpha = problem.dual(point, self.reduced)
         self.stationarity = problem.stationarity(point, self.alpha)
-        self.course.record(problem, point.objective, self.stationarity, solved=self.stale, products=self.products)
+        self.course.record(problem, point.objective, self.stationarity, solved=self.solved, products=self.products)
         change = self.reduced.size / 2 / max(abs(point.objective), 1e-300)
         return change if self.moved or problem.temper != 1.0 else math.inf, self.stationarity
 
     def step(self) -> float:
         before = self.point
         # With an old system there is no more to a step than what would remake it.
-        most = [] if self.stale else [math.ceil(2 * self.patience)]
+        most = [] if self.solved else [math.ceil(2 * self.patience)]
         direction = newton_direction(self.problem, self.system, before, self.reduced, self.stationarity, *most)
         if self.still:
             direction = replace(direction, outputs=self.problem.inner(direction.step))

@@ -303,15 +303,11 @@ def kernel_scales(feats: TangentFeatures) -> dict[str, float]:
 def joined_solution(parts: list[Solution]) -> Solution:
     """The solution of a sum of regularizers on different blocks."""
     curvatures = [part.curvature for part in parts if part.curvature is not None]
-
-    def curvature(x: Matrices) -> dict[str, Tensor]:
-        return {name: matrix for function in curvatures for name, matrix in function(x).items()}
-
     return Solution(
         {name: transform for part in parts for name, transform in part.transforms.items()},
         sum(part.penalty for part in parts),
         {name: matrix for part in parts for name, matrix in part.gradient.items()},
-        curvature if len(curvatures) == len(parts) else None,
+        JoinedCurvature(tuple(curvatures)) if len(curvatures) == len(parts) else None,
     )
 
 
@@ -325,6 +321,27 @@ def _of_block(name: str, found: BlockSolution, s: float) -> Solution:
 def scaled(factor: float, matrix: Tensor) -> Tensor:
     """The matrix times a factor."""
     return matrix if factor == 1 else factor * matrix
+
+
+@dataclass(frozen=True)
+class JoinedCurvature:
+    """The curvature of a sum of regularizers on different blocks."""
+
+    parts: tuple[Callable[[Matrices], dict[str, Tensor]], ...]
+
+    @property
+    def blocks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The curvature of each block that has one of its own."""
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        for part in self.parts:
+            if isinstance(part, JoinedCurvature):
+                found |= part.blocks
+            elif isinstance(part, _OfBlock):
+                found[part.name] = part.function
+        return found
+
+    def __call__(self, x: Matrices) -> dict[str, Tensor]:
+        return {name: matrix for part in self.parts for name, matrix in part(x).items()}
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class SpectralCurvature:
     inner: Inner
 
     @cached_property
-    def _inside(self) -> tuple[Tensor, Tensor]:
-        """The multipliers of Y and of Yᵀ."""
+    def multipliers(self) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k k"]]:
+        """The multipliers of the symmetric and the antisymmetric part of each pair."""
         sigma, bend = self.inner.values, self.inner.bend
         slope = sigma * self.inner.slope
         gap, total = sigma[:, None] - sigma, sigma[:, None] + sigma
@@ -93,7 +93,12 @@ class SpectralCurvature:
         quotient = (slope[:, None] - slope) / torch.where(close, 1.0, gap)
         symmetric = torch.where(close, (bend[:, None] + bend) / 2, quotient)
         sums = (slope[:, None] + slope) / torch.where(total > 0, total, 1.0)
-        antisymmetric = torch.where(total > 0, sums, 2.0)
+        return symmetric, torch.where(total > 0, sums, 2.0)
+
+    @cached_property
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """The multipliers of Y and of Yᵀ."""
+        symmetric, antisymmetric = self.multipliers
         return (symmetric + antisymmetric) / 2, (symmetric - antisymmetric) / 2
 
     @cached_property
