@@ -112,5 +112,6 @@ def fingerprint(model: nn.Module, x: Any) -> list[Any]:
         held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
     held += [(raw(t), t.requires_grad, t.grad if t.is_leaf else None) for t in tensors_of(x)]
     # Python's own generator is left out: the run-time type checks of the tests draw from it.
-    drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    drawn = [torch.get_rng_state().numpy().tobytes(), kind, keys.tobytes(), *rest]
     return [*held, *drawn, torch.is_grad_enabled()]
