@@ -104,6 +104,24 @@ def induced(omega: Omega, v: float) -> tuple[float, float]:
     return value, 1 + excess
 
 
+def induced_values(omega: Omega, v: np.ndarray) -> np.ndarray:
+    """ω̃ of many v: the grid and the golden section of ``minimum_over_excess`` for all of them at once."""
+    grid = np.linspace(math.log(1e-60), math.log(1e30), 4001)
+    costs = omega(np.exp(grid)) + (v[:, None] / (1 + np.exp(grid))) ** 2
+    best = costs.argmin(1)
+    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
+
+    def cost(s: np.ndarray) -> np.ndarray:
+        return omega(np.exp(s)) + (v / (1 + np.exp(s))) ** 2
+
+    share = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        one, two = high - share * (high - low), low + share * (high - low)
+        left = cost(one) <= cost(two)
+        low, high = np.where(left, low, one), np.where(left, two, high)
+    return np.minimum.reduce([cost((low + high) / 2), costs.min(1), omega(np.zeros(1)) + v**2])
+
+
 def induced_by_two(first: Omega, second: Omega, v: float) -> float:
     """min over a, b ≥ 1 of ω₁(a) + ω₂(b) + v²/(ab)², the two-sided inner problem in one block's singular value."""
 
@@ -112,7 +130,7 @@ def induced_by_two(first: Omega, second: Omega, v: float) -> float:
         return float(first(np.array([a - 1]))[0]) + induced(second, v / a)[0]
 
     grid = np.linspace(0, math.log(1 + v) + 15, 201)
-    values = [given(x) for x in grid]
+    values = first(np.exp(grid) - 1) + induced_values(second, v / np.exp(grid))
     best = int(np.argmin(values))
     bounds = (grid[max(0, best - 1)], grid[min(200, best + 1)])
     return min(minimize_scalar(given, bounds=bounds, method="bounded", options={"xatol": 1e-11}).fun, values[best])
@@ -125,7 +143,7 @@ def proximal(omega: Omega, v: float, step: float) -> tuple[float, float]:
         return (w - v) ** 2 / (2 * step) + induced(omega, w)[0]
 
     grid = np.unique(np.concatenate([np.linspace(0, v, 201), np.geomspace(v * 1e-5, v, 201), [1.01 * v]]))
-    values = np.array([objective(w) for w in grid])
+    values = (grid - v) ** 2 / (2 * step) + induced_values(omega, grid)
     valleys = [k for k in range(1, len(grid) - 1) if values[k] <= min(values[k - 1], values[k + 1])]
     found = [
         minimize_scalar(objective, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-11})
