@@ -25,7 +25,8 @@ import adaptive_tangents as at
 torch.set_num_threads(1)
 with torch.random.fork_rng(devices=[]):
     model, x = torch.nn.Linear(2, 1), torch.ones(3, 2)
-    at.tangent_features(model, x)
+    at.tangent_features(model, x).kernel()
+    before_a_module = ("torch._dynamo" in sys.modules, hasattr(at.TangentModule.forward, "_torchdynamo_disable"))
     at.TangentModule(model, at.Fixed())(x)
     with tempfile.TemporaryDirectory() as folder:
         at.kernel_to_store(model, x, folder + "/K", outputs="trace")
@@ -39,7 +40,7 @@ def become(script, arguments, env, stack, files):
     if stack is not None:
         resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     sys.argv = ["-c", *arguments]
-    space = {"__name__": "__main__"}
+    space = {"__name__": "__main__", "before_a_module": before_a_module}
     exec(compile(script, "<string>", "exec"), space)
 
 
