@@ -3,6 +3,7 @@
 A penalty is a function of the excess e = z − 1 of a singular value, so that v = 1e-12 loses no precision.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -317,6 +318,7 @@ class JointProblem:
     ridge: float
     symmetric: bool = False
 
+    @functools.cached_property
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """For each factor, its block, its shape ((d, d), or (d,) if diagonal) and its penalty."""
         p = self.problem.rows.shape[1]
@@ -350,7 +352,7 @@ class JointProblem:
             values = [1 + a**2 if a.ndim == 1 else torch.eye(len(a), dtype=a.dtype) + a @ a.mT for a in values]
         cost = torch.zeros((), dtype=torch.float64)
         held: dict[str, list[Tensor]] = {}
-        for (name, _, k), value in zip(self.factors(), values, strict=True):
+        for (name, _, k), value in zip(self.factors, values, strict=True):
             # The singular values of a diagonal matrix are the sizes of its entries.
             cost = cost + self.omegas[k](value.abs() if value.ndim == 1 else torch.linalg.svdvals(value))
             held.setdefault(name, []).append(torch.diag(value) if value.ndim == 1 else value)
@@ -392,7 +394,7 @@ class JointProblem:
         ``near`` gives θ (p,) and factors to start near, instead of the identity; with a ridge, over (θ, M) then.
         """
         generator = np.random.default_rng(seed)
-        shapes = [shape for _, shape, _ in self.factors()]
+        shapes = [shape for _, shape, _ in self.factors]
         p = self.problem.rows.shape[1] if self.ridge > 0 and near is not None else 0
         sizes = [math.prod(shape) for shape in shapes]
 
