@@ -35,11 +35,13 @@ def derivative(
     at_once: bool = False,
 ) -> Estimate:
     """f′(0), or f″(0) with ``order=2``, from five points; ``at_once`` passes them to an elementwise f as one vector.
+    Then f may also have several values at each point, (5, …): one derivative for each.
 
     Truncation: the five-point rule has error O(step⁴), the three-point rule O(step²), so their difference exceeds the error
     of the first. If f″ jumps by J nearby, the five-point rule for f′ is off by up to J·step/6, at most twice their
     difference; three times is allowed.
-    Rounding: each value is off by ``rounding`` times the largest value, or times ``least`` if larger.
+    Rounding: each value is off by ``rounding`` times the largest value (of its derivative if there are several), or times
+    ``least`` if larger.
     """
     points = step * torch.arange(-2, 3, dtype=torch.float64)
     if at_once:
@@ -51,4 +53,5 @@ def derivative(
         torch.tensordot(torch.tensor(rule, dtype=torch.float64), values, 1) / step**order for rule in RULES[order]
     )
     passed_on = sum(map(abs, RULES[order][1])) / step**order
-    return Estimate(five, 3 * (five - three).abs() + passed_on * rounding * values.abs().max().clamp_min(least))
+    largest = values.abs().amax(0) if at_once else values.abs().max()
+    return Estimate(five, 3 * (five - three).abs() + passed_on * rounding * largest.clamp_min(least))

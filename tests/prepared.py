@@ -43,7 +43,7 @@ def every_case_and(name: str, *choices: Sequence[Any]) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case with features on two batches, and dense references for both."""
+    """A case with features on two batches, and dense references for both; and whether making them changed the model."""
 
     model: nn.Module
     x: object
@@ -53,6 +53,7 @@ class Prepared:
     phi: reference.Array
     other_phi: reference.Array
     tolerance: float
+    left_as_found: bool
 
     def agrees(self, made: Tensor, expected: reference.Array, *, scale: float | None = None) -> bool:
         gap = np.abs(made.detach().double().numpy() - expected)
@@ -67,9 +68,19 @@ def prepare(case: Case) -> Prepared:
     other_x = take(other_x, slice(0, 2))
     ready = case.reference_model(model)
     phi, other_phi = (reference.jacobian(ready, z, output_fn=case.output_fn, names=case.names) for z in (x, other_x))
+    with_gradients(model)
+    before = fingerprint(model, x)
     feats, other = (at.tangent_features(model, z, wrt=case.wrt, output_fn=case.output_fn) for z in (x, other_x))
+    left = fingerprint(model, x) == before
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
-    return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance)
+    return Prepared(model, x, other_x, feats, other, phi, other_phi, tolerance, left)
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    """A model with a gradient at every parameter, as one has in training."""
+    for k, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, k)
+    return model
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -112,5 +123,6 @@ def fingerprint(model: nn.Module, x: Any) -> list[Any]:
         held += [(list(found), [id(hook) for hook in found.values()]) for found in hooks]
     held += [(raw(t), t.requires_grad, t.grad if t.is_leaf else None) for t in tensors_of(x)]
     # Python's own generator is left out: the run-time type checks of the tests draw from it.
-    drawn = [torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())]  # noqa: NPY002
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    drawn = [torch.get_rng_state().numpy().tobytes(), kind, keys.tobytes(), *rest]
     return [*held, *drawn, torch.is_grad_enabled()]

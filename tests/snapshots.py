@@ -121,6 +121,7 @@ DRAWING = ("seed", "getstate", "setstate", "random", "gauss", "uniform", "randin
 def shared_state() -> dict[str, Any]:
     """What one process has once: flags, random states, patched functions, handlers."""
     cuda, tensors_kept = torch.backends.cuda, torch._C._autograd
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     found: dict[str, Any] = {
         "flags": (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark,
             torch.backends.cudnn.deterministic, torch.backends.mha.get_fastpath_enabled(),
@@ -133,7 +134,7 @@ def shared_state() -> dict[str, Any]:
         "saved": tensors_kept._saved_tensors_hooks_is_enabled(),
         "process": (sys.getrecursionlimit(), [signal.getsignal(k) for k in signal.valid_signals()], list(warnings.filters)),
         "torch's draws": torch.get_rng_state().numpy().tobytes(),
-        "numpy's draws": str(np.random.get_state()),  # noqa: NPY002
+        "numpy's draws": (kind, keys.tobytes(), *rest),
         "Python's draws": random.getstate(),
     }  # fmt: skip
     for place in WATCHED:

@@ -3,6 +3,7 @@
 A penalty is a function of the excess e = z − 1 of a singular value, so that v = 1e-12 loses no precision.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,24 @@ def induced(omega: Omega, v: float) -> tuple[float, float]:
     return value, 1 + excess
 
 
+def induced_values(omega: Omega, v: np.ndarray) -> np.ndarray:
+    """ω̃ of many v: the grid and the golden section of ``minimum_over_excess`` for all of them at once."""
+    grid = np.linspace(math.log(1e-60), math.log(1e30), 4001)
+    costs = omega(np.exp(grid)) + (v[:, None] / (1 + np.exp(grid))) ** 2
+    best = costs.argmin(1)
+    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
+
+    def cost(s: np.ndarray) -> np.ndarray:
+        return omega(np.exp(s)) + (v / (1 + np.exp(s))) ** 2
+
+    share = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        one, two = high - share * (high - low), low + share * (high - low)
+        left = cost(one) <= cost(two)
+        low, high = np.where(left, low, one), np.where(left, two, high)
+    return np.minimum.reduce([cost((low + high) / 2), costs.min(1), omega(np.zeros(1)) + v**2])
+
+
 def induced_by_two(first: Omega, second: Omega, v: float) -> float:
     """min over a, b ≥ 1 of ω₁(a) + ω₂(b) + v²/(ab)², the two-sided inner problem in one block's singular value."""
 
@@ -112,7 +131,7 @@ def induced_by_two(first: Omega, second: Omega, v: float) -> float:
         return float(first(np.array([a - 1]))[0]) + induced(second, v / a)[0]
 
     grid = np.linspace(0, math.log(1 + v) + 15, 201)
-    values = [given(x) for x in grid]
+    values = first(np.exp(grid) - 1) + induced_values(second, v / np.exp(grid))
     best = int(np.argmin(values))
     bounds = (grid[max(0, best - 1)], grid[min(200, best + 1)])
     return min(minimize_scalar(given, bounds=bounds, method="bounded", options={"xatol": 1e-11}).fun, values[best])
@@ -125,7 +144,7 @@ def proximal(omega: Omega, v: float, step: float) -> tuple[float, float]:
         return (w - v) ** 2 / (2 * step) + induced(omega, w)[0]
 
     grid = np.unique(np.concatenate([np.linspace(0, v, 201), np.geomspace(v * 1e-5, v, 201), [1.01 * v]]))
-    values = np.array([objective(w) for w in grid])
+    values = (grid - v) ** 2 / (2 * step) + induced_values(omega, grid)
     valleys = [k for k in range(1, len(grid) - 1) if values[k] <= min(values[k - 1], values[k + 1])]
     found = [
         minimize_scalar(objective, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-11})
@@ -299,6 +318,7 @@ class JointProblem:
     ridge: float
     symmetric: bool = False
 
+    @functools.cached_property
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """For each factor, its block, its shape ((d, d), or (d,) if diagonal) and its penalty."""
         p = self.problem.rows.shape[1]
@@ -332,7 +352,7 @@ class JointProblem:
             values = [1 + a**2 if a.ndim == 1 else torch.eye(len(a), dtype=a.dtype) + a @ a.mT for a in values]
         cost = torch.zeros((), dtype=torch.float64)
         held: dict[str, list[Tensor]] = {}
-        for (name, _, k), value in zip(self.factors(), values, strict=True):
+        for (name, _, k), value in zip(self.factors, values, strict=True):
             # The singular values of a diagonal matrix are the sizes of its entries.
             cost = cost + self.omegas[k](value.abs() if value.ndim == 1 else torch.linalg.svdvals(value))
             held.setdefault(name, []).append(torch.diag(value) if value.ndim == 1 else value)
@@ -374,7 +394,7 @@ class JointProblem:
         ``near`` gives θ (p,) and factors to start near, instead of the identity; with a ridge, over (θ, M) then.
         """
         generator = np.random.default_rng(seed)
-        shapes = [shape for _, shape, _ in self.factors()]
+        shapes = [shape for _, shape, _ in self.factors]
         p = self.problem.rows.shape[1] if self.ridge > 0 and near is not None else 0
         sizes = [math.prod(shape) for shape in shapes]
 

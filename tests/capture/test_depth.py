@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import resource
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptive_tangents as at
+import clean_process
 import reference
 from adaptive_tangents.capture import held_nodes as held_file
 from cases import Forward, normal
@@ -77,17 +77,17 @@ DEEP = textwrap.dedent("""
 
 USES = textwrap.dedent("""
     right(Recurrent(nn.GRU), torch.randn(3, 1000, 2))
-    right(Deep(6000, tanh), x)
-    right(Deep(6000, lambda h, u, w: h + u), x)
-    right(Deep(2500, lambda h, u, w: torch.tanh(h @ w + u)), x)
+    right(Deep(5000, tanh), x)
+    right(Deep(5000, lambda h, u, w: h + u), x)
+    right(Deep(1700, lambda h, u, w: torch.tanh(h @ w + u)), x)
 
-    at.tangent_features(Deep(8000, tanh, keeps=True), x)
+    at.tangent_features(Deep(5000, tanh, keeps=True), x)
     assert held_nodes._graphs
     kept.clear()
     gc.collect()
     assert not held_nodes._graphs and held_nodes._at_collection not in gc.callbacks
     try:
-        at.tangent_features(Deep(8000, tanh, finite=False), x)
+        at.tangent_features(Deep(5000, tanh, finite=False), x)
     except at.TangentError as error:
         held = error
     assert held_nodes._graphs
@@ -96,35 +96,32 @@ USES = textwrap.dedent("""
     assert not held_nodes._graphs
 
     try:
-        at.tangent_features(Deep(8000, tanh, fails=True), x)
+        at.tangent_features(Deep(5000, tanh, fails=True), x)
     except KeyError as error:
         held = error
     assert "in forward" in str(held)
     print("right and freed", flush=True)
 
-    at.tangent_features(Deep(8000, tanh, keeps=True), x)
+    at.tangent_features(Deep(5000, tanh, keeps=True), x)
     print("in use at the end", flush=True)
-    at.tangent_features(Deep(8000, tanh, finite=False), x)
+    at.tangent_features(Deep(5000, tanh, finite=False), x)
 """)
 
 
 @functools.cache
 def _ended() -> subprocess.CompletedProcess[str]:
     """Run all in a process of its own, so that a crash is a failed test; 4000 nodes overflow its small stack."""
-
-    def shrink() -> None:
-        resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
-
-    command = [sys.executable, "-W", "ignore", "-c", DEEP + USES]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=shrink)
+    return clean_process.run(DEEP + USES, stack=1 << 20)
 
 
+@clean_process.in_one_group
 def test_features_of_deep_networks_are_right_and_graphs_are_freed_with_their_last_holder() -> None:
     """An error within the forward pass reaches the user, too."""
     made = _ended()
     assert "right and freed" in made.stdout, made.stderr[-2000:]
 
 
+@clean_process.in_one_group
 def test_a_deep_graph_that_is_in_use_at_the_end_of_the_process_does_no_harm() -> None:
     made = _ended()
     assert "in use at the end" in made.stdout, made.stderr[-2000:]

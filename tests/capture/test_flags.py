@@ -1,8 +1,8 @@
 """Flags of torch that are switched during a loan: no warning reaches the user, and the user's settings stay."""
 
-import subprocess
-import sys
 import textwrap
+
+import clean_process
 
 SCRIPT = textwrap.dedent("""
     import os, sys, warnings
@@ -91,6 +91,7 @@ SETTINGS = (
 )
 
 
+@clean_process.in_one_group
 def test_no_warning_of_torch_reaches_the_user_and_settings_stay() -> None:
-    made = subprocess.run([sys.executable, "-c", SCRIPT, *SETTINGS], capture_output=True, text=True)
+    made = clean_process.run(SCRIPT, *SETTINGS)
     assert made.returncode == 0, made.stderr[-2000:]

@@ -1,8 +1,6 @@
 """What is no model, and models that fail on a batch or on a sample of it: one sentence with cause and remedy."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptive_tangents as at
+import clean_process
 import reference
 from cases import Forward, normal
 
@@ -67,9 +66,11 @@ INSTEAD = {
 }
 
 
+@clean_process.in_one_group
 def test_what_is_no_module_is_refused_by_every_call_with_what_to_pass() -> None:
-    # In a process of its own: here, annotations are checked before the functions can.
-    done = subprocess.run([sys.executable, "-c", NO_MODELS], capture_output=True, text=True, check=True)
+    # Here, annotations are checked before the functions can.
+    done = clean_process.run(NO_MODELS)
+    assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert len(said) == 7 * len(INSTEAD)
     for place, words in said.items():

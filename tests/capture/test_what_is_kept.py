@@ -1,8 +1,10 @@
 """Nothing of a model is kept after a call: memory does not grow, and no reference is left."""
 
-import subprocess
-import sys
 import textwrap
+
+import clean_process
+
+pytestmark = clean_process.in_one_group
 
 # 50 models of 4 MB; each kind of call in turn, so that a leak of any of them is ten models.
 GROWTH = textwrap.dedent("""
@@ -66,7 +68,8 @@ GROWTH = textwrap.dedent("""
 
 
 def test_fifty_captures_of_models_that_are_gone_grow_by_less_than_one_model() -> None:
-    made = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    made = clean_process.run(GROWTH)
+    assert made.returncode == 0, made.stderr
     assert float(made.stdout.split()[-1]) < 1, made.stdout
 
 
@@ -159,5 +162,5 @@ REFERENCES = textwrap.dedent("""
 
 
 def test_no_reference_to_a_model_its_parameters_or_outputs_is_left() -> None:
-    made = subprocess.run([sys.executable, "-c", REFERENCES], capture_output=True, text=True)
+    made = clean_process.run(REFERENCES)
     assert made.returncode == 0, made.stdout + made.stderr

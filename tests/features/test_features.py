@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,9 @@ def test_blocks_are_in_factors_exactly_where_layers_allow_it(case: Case) -> None
 
 
 @every_case
-def test_every_selected_parameter_is_in_exactly_one_block(case: Case) -> None:
+def test_every_selected_parameter_is_in_exactly_one_block_and_vectors_split_into_blocks_and_join_again(
+    case: Case,
+) -> None:
     p = prepare(case)
     named = dict(p.model.named_parameters())
     chosen = [name for name, v in named.items() if (v.requires_grad if case.names is None else name in case.names)]
@@ -83,6 +86,11 @@ def test_every_selected_parameter_is_in_exactly_one_block(case: Case) -> None:
         assert (block.samples, block.outputs) == p.phi.shape[:2]
         assert block.features().shape == (*p.phi.shape[:2], *block.shape)
         assert sum(slot.width for slot in block.slots) == block.shape[1]
+    vector = draw(p.feats.p)
+    matrices = p.feats.split(vector)
+    shapes = {name: block.shape for name, block in p.feats.blocks.items()}
+    assert {name: tuple(matrix.shape) for name, matrix in matrices.items()} == shapes
+    assert torch.equal(p.feats.join(matrices), vector)
 
 
 @every_case
@@ -94,17 +102,6 @@ def test_products_with_features_are_those_of_the_dense_ones_and_adjoint(case: Ca
     assert p.agrees(back, np.tensordot(a.double().numpy(), p.phi, 2), scale=float(np.abs(p.phi).sum()))
     gap = float((forward * a).sum() - (back * v).sum())
     assert abs(gap) <= p.tolerance * float(np.abs(p.phi).sum())
-
-
-@every_case
-def test_split_and_join_are_inverse(case: Case) -> None:
-    feats = prepare(case).feats
-    vector = draw(feats.p)
-    matrices = feats.split(vector)
-    assert {name: tuple(matrix.shape) for name, matrix in matrices.items()} == {
-        name: block.shape for name, block in feats.blocks.items()
-    }
-    assert torch.equal(feats.join(matrices), vector)
 
 
 def test_a_block_matrix_is_the_weight_with_the_bias_as_its_last_column() -> None:
@@ -139,23 +136,23 @@ def test_converted_features_are_the_same_to_rounding(case: Case) -> None:
 
 
 @every_case
-@every_outputs
-def test_kernel_equals_that_of_the_dense_features(case: Case, outputs: str) -> None:
+def test_kernel_equals_that_of_the_dense_features(case: Case) -> None:
     """Whole and by block, with blocks adding up; with itself, exactly symmetric; and with another batch."""
     p = prepare(case)
-    for partner, other in ((None, p.phi), (p.other, p.other_phi)):
+    scale = float(np.abs(p.phi).max() ** 2 * 100)
+    for outputs, (partner, other) in product(OUTPUTS, ((None, p.phi), (p.other, p.other_phi))):
+        where = f"outputs {outputs}, {'one batch' if partner is None else 'two batches'}"
         whole, expected = p.feats.kernel(partner, outputs=outputs), reference.kernel(p.phi, other, outputs)
         kernels = p.feats.kernel(partner, outputs=outputs, by_block=True)
         assert list(kernels) == list(p.feats.blocks)
-        assert p.agrees(whole, expected), "the whole kernel"
-        assert p.agrees(sum(kernels.values()), expected), "the sum of blocks"
+        assert p.agrees(whole, expected), f"the whole kernel, {where}"
+        assert p.agrees(sum(kernels.values()), expected), f"the sum of blocks, {where}"
         for name, kernel in kernels.items():
             parts = [reference.restricted(z, p.feats.parameters, slots(p.feats.blocks[name])) for z in (p.phi, other)]
-            scale = float(np.abs(p.phi).max() ** 2 * 100)
-            assert p.agrees(kernel, reference.kernel(*parts, outputs), scale=scale), f"block {name}"
+            assert p.agrees(kernel, reference.kernel(*parts, outputs), scale=scale), f"block {name}, {where}"
         for name, kernel in {"whole": whole, **kernels}.items() if partner is None else ():
             mirrored = kernel.permute(2, 3, 0, 1) if outputs == "full" else kernel.transpose(0, 1)
-            assert torch.equal(kernel, mirrored), f"symmetry of {name}"
+            assert torch.equal(kernel, mirrored), f"symmetry of {name}, {where}"
 
 
 @every_case

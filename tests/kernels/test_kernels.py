@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,10 +44,19 @@ def two_batches(rows: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray, np.nd
     return model, x, other, reference.jacobian(model, x), reference.jacobian(model, other)
 
 
-@pytest.mark.parametrize("outputs", OUTPUTS)
-@pytest.mark.parametrize("tile", [None, 12, 5])
-@pytest.mark.parametrize("rows", [12, 30])
-def test_two_batches_of_as_many_samples_are_two_batches(outputs: str, tile: int | None, rows: int) -> None:
+def in_turn(name: str, values: Sequence[Any], tiles: Sequence[int | None], each: int = 1) -> pytest.MarkDecorator:
+    """Every value with every kind of outputs, and tiles in turn, so that over the values each kind comes with each tile."""
+    rows = [
+        (value, outputs, tiles[(i + j + turn) % len(tiles)])
+        for i, value in enumerate(values)
+        for j, outputs in enumerate(OUTPUTS)
+        for turn in range(each)
+    ]
+    return pytest.mark.parametrize((name, "outputs", "tile"), rows)
+
+
+@in_turn("rows", [12, 30], [None, 12, 5], each=2)
+def test_two_batches_of_as_many_samples_are_two_batches(rows: int, outputs: str, tile: int | None) -> None:
     model, x, other, phi, other_phi = two_batches(rows)
     made = at.tangent_kernel(model, x, other, outputs=outputs, tile=tile)
     np.testing.assert_allclose(made.numpy(), reference.kernel(phi, other_phi, outputs), rtol=1e-9, atol=1e-12)
@@ -53,10 +64,8 @@ def test_two_batches_of_as_many_samples_are_two_batches(outputs: str, tile: int 
     np.testing.assert_allclose(turned.numpy(), reference.kernel(other_phi, phi, outputs), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("outputs", OUTPUTS)
-@pytest.mark.parametrize("tile", [3, 4])
-@pytest.mark.parametrize("name", ["Tanh", "attention", "a gate that sorts the batch"])
-def test_ragged_tiles_of_two_batches_fall_into_place(name: str, tile: int, outputs: str) -> None:
+@in_turn("name", ["Tanh", "attention", "a gate that sorts the batch"], [3, 4])
+def test_ragged_tiles_of_two_batches_fall_into_place(name: str, outputs: str, tile: int) -> None:
     p = prepare(by_name[name])
     made = at.tangent_kernel(p.model, p.other_x, p.x, outputs=outputs, tile=tile)
     assert p.agrees(made, reference.kernel(p.other_phi, p.phi, outputs))
@@ -64,9 +73,7 @@ def test_ragged_tiles_of_two_batches_fall_into_place(name: str, tile: int, outpu
     assert p.agrees(made, reference.kernel(p.phi, p.phi, outputs))
 
 
-@pytest.mark.parametrize("outputs", OUTPUTS)
-@pytest.mark.parametrize("tile", [1, 2, None])
-@pytest.mark.parametrize("name", ["tokens", "LayerNorm", "two layers with one weight", "experts"])
+@in_turn("name", ["tokens", "LayerNorm", "two layers with one weight", "experts"], [1, 2, None])
 def test_kernels_by_block_in_tiles_are_those_of_their_parameters(name: str, outputs: str, tile: int | None) -> None:
     p = prepare(by_name[name])
     for x2, phi2 in ((None, p.phi), (p.other_x, p.other_phi)):

@@ -4,8 +4,6 @@ import copy
 import functools
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import adaptive_tangents as at
+import clean_process
 from adaptive_tangents.nn import tangent_module as modules
 from cases import Case, Forward, mlp
 from prepared import every_case, prepare
+from registry import CASES
 
 Q = at.Quadratic(0.3)
 STRUCTURES: dict[str, at.structures.Structure | Mapping[str, at.structures.Structure]] = {
@@ -73,7 +73,8 @@ def test_the_output_is_the_network_plus_adapted_features_times_inner_coefficient
     p = prepare(case)
     x = p.x
     adaptive = wander(at.TangentModule(p.model, at.TwoSided(), wrt=case.wrt, output_fn=case.output_fn))
-    feats = adaptive.adapted_features(x)
+    # Every other case takes the features from the module itself; those of the model must serve as well.
+    feats = adaptive.adapted_features(x) if case in CASES[::2] else p.feats.transformed(adaptive.transforms())
     tolerance = case.tolerance or (1e-9 if feats.dtype == torch.float64 else 1e-4)
     change = feats.inner(adaptive.inner_coefficients())
     out, initial = adaptive(x), adaptive.initial(x)
@@ -126,12 +127,13 @@ EVERY = STRUCTURES | {
 
 
 @functools.cache
-def wandered() -> tuple[Tensor, at.TangentFeatures, dict[str, at.TangentModule]]:
-    """A batch, its features in a network with a convolution, and that network's module of every structure."""
+def wandered() -> tuple[Tensor, at.TangentFeatures, dict[str, tuple[at.TangentModule, at.TangentFeatures]]]:
+    """A batch, its features in a network with a convolution, and that network's module of every structure with its own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)).double()
     x = normal(6, 2, 3, 3)
-    modules_of = {name: wander(at.TangentModule(model, structure)) for name, structure in EVERY.items()}
+    made = {name: wander(at.TangentModule(model, structure)) for name, structure in EVERY.items()}
+    modules_of = {name: (adaptive, adaptive.features(x)) for name, adaptive in made.items()}
     return x, at.tangent_features(model, x), modules_of
 
 
@@ -140,7 +142,7 @@ def test_a_fit_of_any_structure_is_taken_over_as_it_is_or_refused_and_nothing_ch
     x, feats, modules_of = wandered()
     fit = at.fit(feats, 10 * normal(6, 1, seed=1), structure=EVERY[of_fit], ridge=0.1)
     wanted, taken, refusals = fit.transform(feats).kernel(), set(), list[str]()
-    for name, adaptive in modules_of.items():
+    for name, (adaptive, own) in modules_of.items():
         before = {key: value.clone() for key, value in adaptive.state_dict().items()}
         try:
             adaptive.load_fit(fit)
@@ -150,7 +152,8 @@ def test_a_fit_of_any_structure_is_taken_over_as_it_is_or_refused_and_nothing_ch
                 torch.testing.assert_close(value, before[key], rtol=0, atol=0)
             continue
         taken.add(name)
-        torch.testing.assert_close(adaptive.adapted_features(x).kernel(), wanted)
+        adapted = adaptive.adapted_features(x) if name == of_fit else own.transformed(adaptive.transforms())
+        torch.testing.assert_close(adapted.kernel(), wanted)
         for block, matrix in adaptive.effective_coefficients().items():
             torch.testing.assert_close(matrix, fit.coefficients[block])
         adaptive.load_state_dict(before)
@@ -317,17 +320,13 @@ def test_compiled_it_gives_the_same() -> None:
     assert all(p.grad is not None for p in adaptive.parameters())
 
 
+@clean_process.in_one_group
 def test_the_compiler_is_imported_with_the_first_module_and_not_with_the_package() -> None:
-    script = """
-import sys, torch, adaptive_tangents as at
-model = torch.nn.Linear(3, 2)
-at.tangent_features(model, torch.randn(4, 3)).kernel()
-print("torch._dynamo" in sys.modules, hasattr(at.TangentModule.forward, "_torchdynamo_disable"))
-at.TangentModule(model, at.Fixed())
-print(at.TangentModule.forward._torchdynamo_disable)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["False False", "True"]
+    # The process has made features before its first module, and has seen then whether the compiler was there.
+    done = clean_process.run(
+        "import adaptive_tangents as at; print(*before_a_module, at.TangentModule.forward._torchdynamo_disable)"
+    )
+    assert done.stdout.split() == ["False", "False", "True"], done.stderr
 
 
 def test_training_mode_leaves_the_frozen_network_in_evaluation_mode() -> None:

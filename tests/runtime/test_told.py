@@ -1,7 +1,6 @@
 """Results print in a line, show as escaped tables, and draw figures that leave matplotlib's settings alone."""
 
 import html.parser
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 import adaptive_tangents as at
+import clean_process
 from adaptive_tangents.runtime.told import few, few_digits, short
 from adaptive_tangents.runtime.told import html as told_html
 from prepared import draw
@@ -134,6 +134,7 @@ def test_a_plot_is_a_figure_that_can_be_saved_and_leaves_the_settings_alone(name
     assert len(labels) < 60
 
 
+@clean_process.in_one_group
 def test_drawing_imports_no_pyplot_and_its_absence_is_said_in_words() -> None:
     script = """
 import sys, torch, adaptive_tangents as at
@@ -150,7 +151,8 @@ for one in every:
     except at.TangentError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = clean_process.run(script)
+    assert done.returncode == 0, done.stderr
     wanted = "plot: matplotlib is not installed; pip install 'adaptive-tangents[report]' installs it"
     assert done.stdout.splitlines() == ["False", *[wanted] * 3]
 

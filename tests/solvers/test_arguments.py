@@ -1,5 +1,6 @@
 """Arguments of `fit` in other shapes: accepted if their meaning is clear, else refused with what to pass."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -33,40 +34,58 @@ proximal, regression = unchecked(at.solvers.proximal_gradient), unchecked(at.ker
 # ------------------------------------------------------------------------------------------------------------ taken
 
 
+def told_of_targets(r: object) -> dict[str, object]:
+    """What every call makes of targets, to the last bit."""
+    K, found = CASE.feats.kernel(), at.fit(CASE.feats, r, ridge=0.1)
+    (path,) = at.fit_path(CASE.feats, r, ridges=(0.1,), folds=2).fits
+    return {
+        "fit": found.dual.tolist(),
+        "certify": at.certify(CASE.feats, r, coefficients=found.coefficients, ridge=0.1).dual.tolist(),
+        "fit_path": path.dual.tolist(),
+        "fit to a kernel": at.fit(K, r, structure=at.Fixed(), ridge=0.1).dual.tolist(),
+        "kernel_regression": at.kernel_regression(K, r, ridge=0.1).dual.tolist(),
+        "proximal": at.solvers.proximal_gradient(CASE.feats, r, structure=at.Left(), ridge=5.0, tol=1e-4).objective,
+    }
+
+
+@functools.cache
+def expected_of_targets() -> dict[str, object]:
+    return told_of_targets(CASE.r)
+
+
 @pytest.mark.parametrize(
     "given",
     [CASE.r.numpy(), CASE.r.tolist(), tuple(CASE.r), CASE.r.numpy()[::-1, ::-1][::-1, ::-1], CASE.r.numpy().T.copy().T],
 )
 def test_targets_may_be_arrays_and_lists(given: object) -> None:
-    expected = at.fit(CASE.feats, CASE.r, ridge=0.1)
-    assert torch.equal(at.fit(CASE.feats, given, ridge=0.1).dual, expected.dual)
-    first, second = (at.certify(CASE.feats, r, coefficients=expected.coefficients, ridge=0.1) for r in (given, CASE.r))
-    assert torch.equal(first.dual, second.dual)
-    (path,) = at.fit_path(CASE.feats, given, ridges=(0.1,)).fits
-    assert torch.equal(path.dual, expected.dual)
-    K = CASE.feats.kernel()
-    assert torch.equal(
-        at.fit(K, given, structure=at.Fixed(), ridge=0.1).dual, at.fit(K, CASE.r, structure=at.Fixed(), ridge=0.1).dual
-    )
-    assert torch.equal(at.kernel_regression(K, given, ridge=0.1).dual, at.kernel_regression(K, CASE.r, ridge=0.1).dual)
-    first, second = (
-        at.solvers.proximal_gradient(CASE.feats, r, structure=at.Left(), ridge=5.0, tol=1e-4) for r in (given, CASE.r)
-    )
-    assert first.objective == second.objective
+    found, expected = told_of_targets(given), expected_of_targets()
+    assert found == expected
+    assert found["fit_path"] == expected["fit"]
 
 
-@pytest.mark.parametrize("labels", [LABELS.numpy(), LABELS.tolist(), LABELS.numpy().astype(np.uint8), LABELS.int()])
-@pytest.mark.parametrize("offset", [OFFSET.numpy(), OFFSET.tolist(), OFFSET.float()])
+def told_of_labels(labels: object, offset: object) -> list[object]:
+    """What a fit and a path of fits make of labels and offsets, to the last bit."""
+    path = at.fit_path(
+        CASE.feats, labels, structures=[at.Left()], ridges=(0.5,), folds=2, loss="cross-entropy", offset=offset
+    )
+    return [at.fit(CASE.feats, labels, offset=offset, **ENTROPY).dual.tolist(), path.errors]
+
+
+@functools.cache
+def expected_of_labels() -> list[object]:
+    return told_of_labels(LABELS, OFFSET)
+
+
+# Every form of labels and every form of offsets: each is converted by itself.
+@pytest.mark.parametrize(
+    ("labels", "offset"),
+    [
+        (LABELS.numpy(), OFFSET.numpy()), (LABELS.tolist(), OFFSET.tolist()),
+        (LABELS.numpy().astype(np.uint8), OFFSET.float()), (LABELS.int(), OFFSET.numpy()),
+    ],
+)  # fmt: skip
 def test_labels_and_offsets_may_be_arrays_and_lists(labels: object, offset: object) -> None:
-    expected = at.fit(CASE.feats, LABELS, offset=OFFSET, **ENTROPY)
-    assert torch.equal(at.fit(CASE.feats, labels, offset=offset, **ENTROPY).dual, expected.dual)
-    paths = [
-        at.fit_path(
-            CASE.feats, r, structures=[at.Left()], ridges=(0.5,), folds=2, loss="cross-entropy", offset=f
-        ).errors
-        for r, f in ((labels, offset), (LABELS, OFFSET))
-    ]
-    assert paths[0] == paths[1]
+    assert told_of_labels(labels, offset) == expected_of_labels()
 
 
 def test_the_structure_is_two_sided_unless_another_is_given() -> None:

@@ -75,8 +75,16 @@ def fitted(structure: at.structures.Structure, loss: str, ridge: float, feats: a
     return found
 
 
-@pytest.mark.parametrize(("loss", "ridge"), [("squared", 0.1), ("cross-entropy", 0.3), ("squared", 0.0)])
-@pytest.mark.parametrize("name", STRUCTURES)
+LOSSES = [("squared", 0.1), ("cross-entropy", 0.3), ("squared", 0.0)]
+# A file describes structure and loss apart from each other: structures take the losses in turn, and two take them all.
+KEPT = [
+    (name, *loss)
+    for k, name in enumerate(STRUCTURES)
+    for loss in (LOSSES if name in ("TwoSided", "Mixed") else [LOSSES[k % 3]])
+]
+
+
+@pytest.mark.parametrize(("name", "loss", "ridge"), KEPT)
 def test_a_fit_read_again_predicts_transforms_and_certifies_the_same_bits(
     name: str, loss: str, ridge: float, tmp_path: Path
 ) -> None:

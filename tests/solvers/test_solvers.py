@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptive_tangents as at
+import clean_process
 import theory_reference as reference
 from adaptive_tangents.linalg import kernel_systems as systems
 from adaptive_tangents.linalg.cholesky import factorize
@@ -596,6 +595,7 @@ def test_rounds_that_move_nothing_are_not_extrapolated(name: str) -> None:
     assert found.stationarity < 1e-14
 
 
+@clean_process.in_one_group
 def test_the_warning_points_at_the_line_that_called() -> None:
     script = (
         "import torch, adaptive_tangents as at, warnings\n"
@@ -605,7 +605,8 @@ def test_the_warning_points_at_the_line_that_called() -> None:
         "    at.fit(feats, torch.randn(2, 2), max_rounds=1)\n"
         "print([(w.category.__name__, w.filename, w.lineno) for w in caught])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = clean_process.run(script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[('TangentWarning', '<string>', 5)]"
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 import adaptive_tangents as at
+import clean_process
 import reference
 from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.features.transforms import Sides
@@ -317,6 +317,7 @@ def test_times_are_written_for_people(seconds: float, text: str) -> None:
 
 
 @pytest.mark.slow
+@clean_process.in_one_group
 def test_a_limit_of_the_process_is_kept_where_not_even_the_kernel_fits(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch, zarr, adaptive_tangents as at
@@ -334,11 +335,7 @@ store = at.kernel_to_store(model, x, sys.argv[1], outputs="trace")
 some = torch.tensor([0, 3000, 5999])
 print(store.complete, torch.allclose(store.read(some, some), at.tangent_kernel(model, x[some], outputs="trace"), rtol=1e-4))
 """
-    # Each thread's own arena would use address space, which the limit counts, but no memory.
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "K.zarr")], capture_output=True, text=True,
-        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
+    run = clean_process.run(script, str(tmp_path / "K.zarr"))
     assert run.returncode == 0, run.stderr
     refused, made = run.stdout.strip().splitlines()
     assert refused.startswith("tangent_kernel: needs 144 MB of memory and the limit is")
