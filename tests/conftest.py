@@ -256,6 +256,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::adaptive_tangents.errors.TangentWarning:")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
+    """Under ``--dist loadgroup``, count what waits from the units handed out last: xdist looks through all of them."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Scheduling(LoadGroupScheduling):
+        def _pending_of(self, workload: dict[str, dict[str, bool]]) -> int:
+            pending = 0
+            for unit in reversed(workload.values()):  # a process runs units in the order in which it gets them
+                waiting = sum(not done for done in unit.values())
+                if not waiting:
+                    break
+                pending += waiting
+            return pending
+
+    return Scheduling(config)
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: no garbage collection need look through it."""
     gc.collect()
