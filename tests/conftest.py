@@ -257,7 +257,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``--dist loadgroup``, count what waits from the units handed out last: xdist looks through all of them."""
     if config.getvalue("dist") != "loadgroup":
         return None
@@ -273,7 +273,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
                 pending += waiting
             return pending
 
-    return Scheduling(config)
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
