@@ -4,9 +4,11 @@ A notebook is tested because it is there. What its runs must show stands in ``PR
 """
 
 import base64
+import contextlib
 import json
 import re
 import struct
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from adaptive_tangents import cli
+from study_cases import in_outline
 
 FOLDER = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
@@ -98,6 +104,19 @@ def promised(name: str) -> Promise:
     return PROMISES[name]
 
 
+_start = subprocess.run
+
+
+def _run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run``; the command line in this process, and the figures of its page as shapes alone."""
+    if words[1:3] != ["-m", "adaptive_tangents"]:
+        return _start(words, **options)
+    with in_outline(), contextlib.chdir(options["cwd"]):
+        done = CliRunner().invoke(cli.app, words[3:])
+    assert done.exit_code == 0, done.output
+    return subprocess.CompletedProcess(words, 0, done.stdout, done.stderr)
+
+
 def test_every_promise_is_of_a_notebook() -> None:
     assert set(PROMISES) == set(NOTEBOOKS)
 
@@ -140,6 +159,7 @@ class TestNotebooks:
         for option in ("NOTEBOOK_FAST", "HF_HUB_OFFLINE"):
             monkeypatch.setenv(option, "1")
         monkeypatch.setenv("MPLBACKEND", "agg")
+        monkeypatch.setattr(subprocess, "run", _run)
         here: Cells = {"__name__": "__main__"}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a tiny training may not learn

@@ -293,14 +293,18 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs_and_shows_what_it_prints(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if name == "get_started.md":
         for package in ("sklearn", "matplotlib", "jinja2"):
             pytest.importorskip(package, reason=f"{package} is in the extra 'report'")
+        from study_cases import in_outline
+
+        drawn = in_outline()  # figures of the page that is saved are drawn in full elsewhere
     monkeypatch.chdir(tmp_path)
     parts = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / name).read_text("utf-8"), re.DOTALL | re.MULTILINE)
     made: dict[str, object] = {"__name__": "docs"}
     shown, printed = "", ""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), drawn:
         for kind, text in parts:
             if kind != "python":
                 shown += text if not kind else ""
