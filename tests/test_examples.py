@@ -122,6 +122,7 @@ def test_every_promise_is_of_a_notebook() -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.xdist_group("notebooks")  # several import the same large libraries
 class TestNotebooks:
     def test_it_is_kept_with_its_outputs_small_and_without_errors(self, name: str) -> None:
         assert NOTEBOOKS[name].stat().st_size < 250_000
