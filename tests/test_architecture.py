@@ -316,17 +316,41 @@ print([name for name in ("torch", "numpy", "scipy", "matplotlib", "sklearn", "za
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_using_every_public_name_loads_no_part_of_scipy_and_nothing_of_reports() -> None:
-    script = """
+# In a new process: names, then the same names where the libraries that they need are missing.
+USED = """
 import sys, adaptive_tangents as at
 for name in dir(at):
     if not name.startswith("AdaptiveTangent"):  # subclasses of scikit-learn's
         getattr(at, name)
-heavy = ("scipy.optimize", "scipy.sparse", "scipy.linalg", "matplotlib", "jinja2", "sklearn", "mlxtend", "zarr", "typer")
+at.integrations.HuggingFaceTracker, at.integrations.LightningTracker
+heavy = ("scipy.optimize", "scipy.sparse", "scipy.linalg", "matplotlib", "jinja2", "sklearn", "mlxtend", "zarr", "typer",
+         "transformers", "lightning", "pytorch_lightning", "pandas")
 print([name for name in heavy if name in sys.modules])
+for name in ("transformers", "lightning", "lightning.pytorch", "pytorch_lightning", "sklearn", "sklearn.base"):
+    sys.modules[name] = None
+for name in ("integrations.HuggingFaceTracker", "integrations.LightningTracker", "AdaptiveTangentRegressor",
+             "AdaptiveTangentClassifier"):
+    try:
+        eval(f"at.{name}()")
+    except at.TangentError as error:
+        print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_using_every_public_name_loads_nothing_heavy_and_where_a_library_is_missing_it_says_what_to_install() -> None:
+    done = subprocess.run([sys.executable, "-c", USED], capture_output=True, text=True, check=True)
+    loaded, *said = done.stdout.splitlines()
+    assert loaded == "[]", "nothing of scipy, of reports and of trainers"
+    extra = (
+        "pip install 'adaptive-tangents[integrations]', or call record(step) of an at.Tracker in the loop of training"
+    )
+    learn = "scikit-learn is not installed; pip install 'adaptive-tangents[report]' installs it"
+    assert said == [
+        f"HuggingFaceTracker: transformers is not installed; {extra}",
+        f"LightningTracker: lightning is not installed; {extra}",
+        f"AdaptiveTangentRegressor: {learn}",
+        f"AdaptiveTangentClassifier: {learn}",
+    ]
 
 
 # helpers of the tests
