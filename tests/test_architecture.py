@@ -210,7 +210,7 @@ def test_the_map_shows_every_wing_and_every_module_and_names_nothing_else() -> N
 
 
 def test_a_heavy_dependency_is_named_only_where_it_belongs() -> None:
-    for path, name in ((path, name) for path in SOURCES for name in imported(path)):
+    for path, name in [(source, name) for source in SOURCES for name in imported(source)]:
         top, module = name.partition(".")[0], module_of(path)
         homes = ONLY_IN.get(top, {module})
         assert any(f"{module}.".startswith(f"{home}.") for home in homes), (
