@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {"ridge": 0.1, "strength": 100.0, "folds": 2, "tol": 1e-
 @parametrize_with_checks(
     [
         at.AdaptiveTangentRegressor(tiny, **QUICK),
-        at.AdaptiveTangentClassifier(tiny, **QUICK),
+        at.AdaptiveTangentClassifier(tiny, structure=at.Fixed(), **QUICK),  # transforms are the regressor's
         at.AdaptiveTangentClassifier(tiny, loss="cross-entropy", structure=at.Fixed(), ridge=0.1),
     ]
 )
