@@ -1,5 +1,6 @@
 """Small studies: random images instead of digits, settings that take a second or two, and one shared run of each."""
 
+import base64
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,6 +72,12 @@ SMALL: dict[str, Any] = {
         rates=(0.01,), told=4,
     ),
 }  # fmt: skip
+
+
+# A picture of one pixel.
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 def made_up_digits(
@@ -213,6 +220,23 @@ def of_few_pixels() -> Iterator[None]:
     """Figures as they are, in few pixels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "_style", lambda style=drawing._style: {**style(), "savefig.dpi": 50})
+        yield
+
+
+@contextmanager
+def in_outline() -> Iterator[None]:
+    """Figures as they are, as shapes alone: without pixels, and with axes where they stand before they are laid out."""
+    save = Figure.savefig
+
+    def saved(figure: Figure, file: Any, **options: Any) -> None:
+        if options["format"] == "png":
+            file.write(PIXEL)
+        else:
+            save(figure, file, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", saved)
+        patch.setattr(Figure, "get_layout_engine", lambda figure: None)
         yield
 
 

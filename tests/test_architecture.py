@@ -160,15 +160,15 @@ def test_every_file_has_its_place_in_the_house() -> None:
     assert folders == set(WINGS), "list a new wing in WINGS, after all it imports, and in docs/architecture.md"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_wings_import_one_way(path: Path) -> None:
+def test_wings_import_one_way() -> None:
     order = ("", *BELOW, *WINGS, *ABOVE)
-    place = wing_of(module_of(path))
-    for module in internal(path) if place else ():
-        wing = wing_of(module)
-        assert wing == place or order.index(wing) < order.index(place), (
-            f"{name_of(path)} imports {module}, which does not come before {place!r} in the order of wings"
-        )
+    for path in SOURCES:
+        place = wing_of(module_of(path))
+        for module in internal(path) if place else ():
+            wing = wing_of(module)
+            assert wing == place or order.index(wing) < order.index(place), (
+                f"{name_of(path)} imports {module}, which does not come before {place!r} in the order of wings"
+            )
 
 
 def test_no_wing_imports_in_a_circle() -> None:
@@ -186,11 +186,11 @@ def test_no_wing_imports_in_a_circle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_a_wing_says_what_is_in_it_and_hands_on_names_of_its_own(wing: str) -> None:
-    path = PACKAGE / wing / "__init__.py"
-    assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{wing}/__init__.py does not say what is in it"
-    assert all(wing_of(module) == wing for module in internal(path)), f"{wing} hands on names of another wing"
+def test_a_wing_says_what_is_in_it_and_hands_on_names_of_its_own() -> None:
+    for wing in WINGS:
+        path = PACKAGE / wing / "__init__.py"
+        assert ast.get_docstring(parsed(path)), f"{wing}/__init__.py does not say what is in it"
+        assert all(wing_of(module) == wing for module in internal(path)), f"{wing} hands on names of another wing"
 
 
 def test_the_map_shows_every_wing_and_every_module_and_names_nothing_else() -> None:
@@ -209,9 +209,8 @@ def test_the_map_shows_every_wing_and_every_module_and_names_nothing_else() -> N
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), f"the map names {name}, which is not there"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_heavy_dependency_is_named_only_where_it_belongs(path: Path) -> None:
-    for name in imported(path):
+def test_a_heavy_dependency_is_named_only_where_it_belongs() -> None:
+    for path, name in [(source, name) for source in SOURCES for name in imported(source)]:
         top, module = name.partition(".")[0], module_of(path)
         homes = ONLY_IN.get(top, {module})
         assert any(f"{module}.".startswith(f"{home}.") for home in homes), (
@@ -219,24 +218,26 @@ def test_a_heavy_dependency_is_named_only_where_it_belongs(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_dependency_used_in_one_function_is_imported_there(path: Path) -> None:
-    eager = {module.partition(".")[0] for module in imported_at_module_level(path)} & LAZY
-    eager -= {SUBCLASSES.get(module_of(path))}
-    assert not eager, f"{name_of(path)} imports {sorted(eager)} when it is itself imported; move that into the function"
+def test_a_dependency_used_in_one_function_is_imported_there() -> None:
+    for path in SOURCES:
+        eager = {module.partition(".")[0] for module in imported_at_module_level(path)} & LAZY
+        eager -= {SUBCLASSES.get(module_of(path))}
+        assert not eager, (
+            f"{name_of(path)} imports {sorted(eager)} when it is itself imported; move that into the function"
+        )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_only_what_runs_as_a_program_changes_the_filters_of_warnings(path: Path) -> None:
+def test_only_what_runs_as_a_program_changes_the_filters_of_warnings() -> None:
     # They belong to the process: where threads silence warnings at a time, they may stay silent.
-    if path.relative_to(PACKAGE).parts[0] not in ("commands", "reporting"):
-        assert not re.search(r"catch_warnings|simplefilter|filterwarnings", path.read_text("utf-8"))
+    changing = re.compile(r"catch_warnings|simplefilter|filterwarnings")
+    found = [name_of(path) for path in SOURCES if changing.search(path.read_text("utf-8"))]
+    assert [name for name in found if not name.startswith(("commands/", "reporting/"))] == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_source_file_is_too_long(path: Path) -> None:
-    lines = len(path.read_text("utf-8").splitlines())
-    assert lines <= LONGEST, f"{name_of(path)} has {lines} lines, more than {LONGEST}; find the cut in it"
+def test_no_source_file_is_too_long() -> None:
+    for path in SOURCES:
+        lines = len(path.read_text("utf-8").splitlines())
+        assert lines <= LONGEST, f"{name_of(path)} has {lines} lines, more than {LONGEST}; find the cut in it"
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
@@ -282,12 +283,10 @@ def own_docstring(value: object) -> str | None:
     return None if written is None or written.startswith(f"{value.__name__}(") else written
 
 
-@pytest.mark.parametrize("name", getattr(at, "__all__", ["__all__"]))
-def test_every_public_name_has_a_docstring(name: str) -> None:
-    value = getattr(at, name)
-    if name == "__version__":
-        assert re.fullmatch(r"\d+\.\d+\.\d+\w*", value)
-    else:
+def test_every_public_name_has_a_docstring() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w*", at.__version__)
+    for name in sorted({*at.__all__} - {"__version__"}):
+        value = getattr(at, name)
         assert (own_docstring(value) or "").strip(), f"adaptive_tangents.{name} has no docstring of its own"
 
 
@@ -316,26 +315,50 @@ print([name for name in ("torch", "numpy", "scipy", "matplotlib", "sklearn", "za
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_using_every_public_name_loads_no_part_of_scipy_and_nothing_of_reports() -> None:
-    script = """
+# In a new process: names, then the same names where the libraries that they need are missing.
+USED = """
 import sys, adaptive_tangents as at
 for name in dir(at):
     if not name.startswith("AdaptiveTangent"):  # subclasses of scikit-learn's
         getattr(at, name)
-heavy = ("scipy.optimize", "scipy.sparse", "scipy.linalg", "matplotlib", "jinja2", "sklearn", "mlxtend", "zarr", "typer")
+at.integrations.HuggingFaceTracker, at.integrations.LightningTracker
+heavy = ("scipy.optimize", "scipy.sparse", "scipy.linalg", "matplotlib", "jinja2", "sklearn", "mlxtend", "zarr", "typer",
+         "transformers", "lightning", "pytorch_lightning", "pandas")
 print([name for name in heavy if name in sys.modules])
+for name in ("transformers", "lightning", "lightning.pytorch", "pytorch_lightning", "sklearn", "sklearn.base"):
+    sys.modules[name] = None
+for name in ("integrations.HuggingFaceTracker", "integrations.LightningTracker", "AdaptiveTangentRegressor",
+             "AdaptiveTangentClassifier"):
+    try:
+        eval(f"at.{name}()")
+    except at.TangentError as error:
+        print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_using_every_public_name_loads_nothing_heavy_and_where_a_library_is_missing_it_says_what_to_install() -> None:
+    done = subprocess.run([sys.executable, "-c", USED], capture_output=True, text=True, check=True)
+    loaded, *said = done.stdout.splitlines()
+    assert loaded == "[]", "nothing of scipy, of reports and of trainers"
+    extra = (
+        "pip install 'adaptive-tangents[integrations]', or call record(step) of an at.Tracker in the loop of training"
+    )
+    learn = "scikit-learn is not installed; pip install 'adaptive-tangents[report]' installs it"
+    assert said == [
+        f"HuggingFaceTracker: transformers is not installed; {extra}",
+        f"LightningTracker: lightning is not installed; {extra}",
+        f"AdaptiveTangentRegressor: {learn}",
+        f"AdaptiveTangentClassifier: {learn}",
+    ]
 
 
 # helpers of the tests
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_module_is_imported_through_the_shape_checks(path: Path) -> None:
-    name = ".".join([*dotted(path), path.stem]).removesuffix(".__init__")
-    assert type(importlib.import_module(name).__spec__.loader).__module__.startswith("jaxtyping."), name
+def test_every_module_is_imported_through_the_shape_checks() -> None:
+    for path in SOURCES:
+        name = ".".join([*dotted(path), path.stem]).removesuffix(".__init__")
+        assert type(importlib.import_module(name).__spec__.loader).__module__.startswith("jaxtyping."), name
 
 
 @pytest.mark.parametrize(

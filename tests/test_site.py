@@ -45,6 +45,8 @@ WINGS = (
 )
 LOADING = {"stylesheet", "icon", "shortcut icon", "preload", "preconnect", "prefetch", "modulepreload", "manifest"}
 pytestmark = pytest.mark.xdist_group("site")  # one process builds it
+# As ``python -m mkdocs``. Looking for garbage would be a fifth of the work.
+BUILD = "import gc; gc.disable(); from mkdocs.__main__ import cli; cli()"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -69,7 +71,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("site")
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        [sys.executable, "-c", BUILD, "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     return Built(folder, done.stdout + done.stderr, done.returncode)
@@ -293,14 +295,18 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs_and_shows_what_it_prints(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if name == "get_started.md":
         for package in ("sklearn", "matplotlib", "jinja2"):
             pytest.importorskip(package, reason=f"{package} is in the extra 'report'")
+        from study_cases import in_outline
+
+        drawn = in_outline()  # figures of the page that is saved are drawn in full elsewhere
     monkeypatch.chdir(tmp_path)
     parts = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / name).read_text("utf-8"), re.DOTALL | re.MULTILINE)
     made: dict[str, object] = {"__name__": "docs"}
     shown, printed = "", ""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), drawn:
         for kind, text in parts:
             if kind != "python":
                 shown += text if not kind else ""

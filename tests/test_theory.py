@@ -57,11 +57,11 @@ def test_the_page_is_what_its_source_makes() -> None:
     assert made == committed, "docs/theory.md is out of date (source lines moved, or its text): run `make theory`"
 
 
-@pytest.mark.parametrize("name", CODE)
-def test_code_that_the_page_names_can_be_imported(name: str) -> None:
-    assert resolved(name)
-    path, line = make_theory.place_of_code(name)
-    assert name.rpartition(".")[2] in path.read_text("utf-8").splitlines()[line - 1]
+def test_code_that_the_page_names_can_be_imported() -> None:
+    for name in CODE:
+        assert resolved(name), name
+        path, line = make_theory.place_of_code(name)
+        assert name.rpartition(".")[2] in path.read_text("utf-8").splitlines()[line - 1], name
 
 
 def test_tests_that_the_page_names_are_collected() -> None:
@@ -70,25 +70,26 @@ def test_tests_that_the_page_names_are_collected() -> None:
         assert path.read_text("utf-8").splitlines()[line - 1].startswith(f"def {name.partition('::')[2]}(")
 
 
-@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: s.text[:40].partition(".")[0])
-def test_every_statement_has_a_formula_code_and_a_test(statement) -> None:
-    assert "$" in statement.text
-    assert statement.reference.code
-    assert statement.reference.tests
+def test_every_statement_has_a_formula_code_and_a_test() -> None:
+    for statement in STATEMENTS:
+        assert "$" in statement.text, statement.text
+        assert statement.reference.code, statement.text
+        assert statement.reference.tests, statement.text
 
 
-@pytest.mark.parametrize("name", at.__all__)
-def test_every_public_name_that_computes_something_is_on_the_page(name: str) -> None:
-    value = getattr(at, name)
-    named = any(value is found for code in CODE for found in resolved(code))
-    if name in WITHOUT_FORMULA:
-        assert not named, f"{name} is on the page: take it off the list of exceptions"
-        return
-    assert inspect.isclass(value) or callable(value)
-    assert named, (
-        f"at.{name} is not on the theory page: add its statement to docs/theory.in.md (its first lines say how) and run "
-        "`make theory`, or list it in WITHOUT_FORMULA with the reason"
-    )
+def test_every_public_name_that_computes_something_is_on_the_page() -> None:
+    found = [value for code in CODE for value in resolved(code)]
+    for name in at.__all__:
+        value = getattr(at, name)
+        named = any(value is each for each in found)
+        if name in WITHOUT_FORMULA:
+            assert not named, f"{name} is on the page: take it off the list of exceptions"
+            continue
+        assert inspect.isclass(value) or callable(value), name
+        assert named, (
+            f"at.{name} is not on the theory page: add its statement to docs/theory.in.md (its first lines say how) and "
+            "run `make theory`, or list it in WITHOUT_FORMULA with the reason"
+        )
 
 
 def test_mathematics_is_closed_on_its_own_line() -> None:

@@ -206,7 +206,8 @@ def test_quick_and_full_exclude_each_other_and_seeds_and_jobs_are_counted_from_o
 
 def test_resume_leaves_a_complete_run_as_it_is(tmp_path, monkeypatch) -> None:
     arguments = ["reproduce", "penalties", "--out", str(tmp_path)]
-    assert runner.invoke(cli.app, arguments).exit_code == 0
+    with plain_figures("penalties"):
+        assert runner.invoke(cli.app, arguments).exit_code == 0
     monkeypatch.setattr(reproduce, "run", lambda *_, **__: pytest.fail("it was run again"))
     done = runner.invoke(cli.app, [*arguments, "--resume"])
     assert done.exit_code == 0, done.output

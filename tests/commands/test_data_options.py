@@ -15,6 +15,7 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.commands.reading import Reading
 from adaptive_tangents.loading import as_data, load_tokenizer
+from study_cases import explained_in_rounds, plain_figures
 
 runner = CliRunner()
 FACTORY = """
@@ -93,7 +94,8 @@ def test_inspect_reads_a_table_and_tells_samples_held_out_apart(folder: Path) ->
     done = run("inspect", *given, "--out", "out")
     assert done.exit_code == 1
     assert "answer (text)" in " ".join(done.output.split())
-    done = run("inspect", *given, "--label", "answer", "--held-out", "unseen.csv", "--out", "out")
+    with plain_figures("inspect"), explained_in_rounds(1):
+        done = run("inspect", *given, "--label", "answer", "--held-out", "unseen.csv", "--out", "out")
     assert done.exit_code == 0, done.output
     assert "x holds the 2 numeric columns left, right of seen.csv" in done.output
     found = json.loads((folder / "out" / "results.json").read_text())
@@ -116,7 +118,8 @@ def test_forecast_learns_from_samples_that_are_not_held_out(folder: Path) -> Non
         "--steps",
         "1",
     ]
-    done = run("forecast", *given, "--held-out", "unseen.csv", "--out", "out")
+    with plain_figures("foretold"), explained_in_rounds(1):
+        done = run("forecast", *given, "--held-out", "unseen.csv", "--out", "out")
     assert done.exit_code == 0, done.output
     assert json.loads((folder / "out" / "results.json").read_text())["held_out"]["held_out"]["samples"] >= 8
     done = run("forecast", *given, "--output", "loss", "--out", "loss")

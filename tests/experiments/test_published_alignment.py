@@ -13,9 +13,9 @@ pytestmark = pytest.mark.xdist_group("published alignment")
 def published() -> dict[str, float]:
     """A shorter training than the published one, which is within the same bounds."""
     config = KernelAlignmentConfig(
-        training=SGD(epochs=200), kernel_samples=250, path_nodes=16, strengths=(100.0,), linearization_points=2
+        training=SGD(epochs=100), kernel_samples=200, path_nodes=12, strengths=(100.0,), linearization_points=2
     )
-    with explained_in_rounds(2):
+    with explained_in_rounds(1):
         return run(config).results["metrics"]
 
 

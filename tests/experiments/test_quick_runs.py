@@ -8,11 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from adaptive_tangents import cli
+from study_cases import in_outline
 
 
 @pytest.mark.slow
 def test_exact_solvers_prove_every_claim_and_show_them(tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["reproduce", "exact-solvers", "--quick", "--seed", "1", "--out", str(tmp_path)])
+    with in_outline():
+        done = CliRunner().invoke(
+            cli.app, ["reproduce", "exact-solvers", "--quick", "--seed", "1", "--out", str(tmp_path)]
+        )
     assert done.exit_code == 0, done.output
     assert done.output.count("✓") == 7
     assert "✗" not in done.output

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -293,31 +292,6 @@ class TestLightning:
 
 
 # both
-
-
-def test_importing_the_package_imports_no_trainer_and_without_one_a_callback_says_what_to_do() -> None:
-    script = """
-import sys, adaptive_tangents as at
-at.Tracker, at.integrations.HuggingFaceTracker, at.integrations.LightningTracker
-print([name for name in ("transformers", "lightning", "pytorch_lightning", "pandas", "matplotlib") if name in sys.modules])
-for name in ("transformers", "lightning", "lightning.pytorch", "pytorch_lightning"):
-    sys.modules[name] = None
-for kind in (at.integrations.HuggingFaceTracker, at.integrations.LightningTracker):
-    try:
-        kind()
-    except at.TangentError as error:
-        print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    none, first, second = done.stdout.splitlines()
-    assert none == "[]"
-    assert first == (
-        "HuggingFaceTracker: transformers is not installed; pip install 'adaptive-tangents[integrations]', or call "
-        "record(step) of an at.Tracker in the loop of training"
-    )
-    assert second.startswith(
-        "LightningTracker: lightning is not installed; pip install 'adaptive-tangents[integrations]'"
-    )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from adaptive_tangents.experiments.registry import STUDIES
 from adaptive_tangents.reporting import drawing, report
 from adaptive_tangents.reporting.pages import given, number
 from adaptive_tangents.runs.results import PAGE_FILE, load_results, write_results
-from study_cases import of_few_pixels, plain_figures
+from study_cases import in_outline, of_few_pixels, plain_figures
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -143,7 +143,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result folder with its report, never changed by a test."""
     directory = tmp_path_factory.mktemp("run")
     write_results(_results(), _arrays(), directory)
-    report.build_report(directory, PAGES)
+    with of_few_pixels():
+        report.build_report(directory, PAGES)
     return directory
 
 
@@ -549,7 +550,7 @@ def test_a_page_is_built_even_where_numbers_could_not_be_measured(tmp_path: Path
     results["targets"] = emptied(results["targets"])
     results["metrics"] = _flat(results["targets"])
     write_results(results, _arrays(), tmp_path)
-    with of_few_pixels():
+    with in_outline():
         text = report.build_report(tmp_path, PAGES).read_text(encoding="utf-8")
     assert "Unanswered" in text
 
