@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+gc.disable()  # while all is imported and collected
 # Every worker imports all tests and the package, with checks compiled in, and so do many processes that tests start: all read
 # what the first one compiles, also where Python was told to keep nothing (folders that Git ignores hold it).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -280,6 +281,8 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: no garbage collection need look through it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
