@@ -170,3 +170,21 @@ def test_the_loss_is_that_of_the_targets_unless_another_is_asked_for() -> None:
     assert torch.equal(y, nn.functional.one_hot(labels, 3).float())
     y, _ = goal_of(torch.zeros(1, 1), Data(x, torch.tensor([0, 1, 1])), "squared")
     assert torch.equal(y, torch.tensor([[-1.0], [1.0], [1.0]]))
+
+
+def test_the_command_tells_what_it_will_take_before_it_starts_and_the_time_left(here: Path) -> None:
+    given = ["--model", "nets.py:network", "--data", "data.npz", "--max-epochs", "9", "--end", "end.pt", "--out", "out"]
+    with plain_figures("foretold"):
+        done = runner.invoke(cli.app, ["forecast", *given, "--loss", "squared", "--quick"])
+    assert done.exit_code == 0, done.output
+    plan, _, rest = done.output.partition("  0% ")
+    assert "Forecast: 32 samples to fit, 8 held out, 2 outputs, 50 parameters" in plan
+    assert "  then     it, and what happened, is measured on 32 samples, as inspect does: about " in plan
+    assert "  in all   " in plan
+    assert re.search(r"two-sided, strength 1, step 1, about \d+ \S+ left", rest)
+    results = json.loads((here / "out" / "results.json").read_text("utf-8"))
+    assert results["forecast"]["epochs"] <= 9
+    assert [each["name"] for each in results["forecast"]["candidates"]] == [
+        "kernel regression",
+        "two-sided, strength 1",
+    ]

@@ -105,6 +105,11 @@ def one_bar(*, timed: bool = False) -> Iterator[Callable[[str, float], None]]:
         yield partial(update, "")
 
 
+def print_plan(plan: object) -> None:
+    """What will be done and what it takes, before it starts."""
+    console.print(str(plan), soft_wrap=True, highlight=False)
+
+
 @contextmanager
 def worded_errors(
     interrupted: str = "interrupted; the same command with --resume continues it",

@@ -8,11 +8,11 @@ import typer
 
 from adaptive_tangents.checks import listed
 from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
-from adaptive_tangents.commands.console import console, errors, one_bar, typed
+from adaptive_tangents.commands.console import console, errors, one_bar, print_plan, typed
 from adaptive_tangents.commands.reading import Reading, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
+from adaptive_tangents.inspection import InspectConfig, KeptInFolder
 from adaptive_tangents.inspection.api import inspect_states as run_inspection
 from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
@@ -76,7 +76,7 @@ def inspect(
             found = run_inspection(
                 network, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
                 said={"command": typed(), "model": series.source, "data_file": data.name},
-                progress=progress, show=_print_plan, kept=kept, names=series.names,
+                progress=progress, show=print_plan, kept=kept, names=series.names,
             )  # fmt: skip
     except KeyboardInterrupt as error:
         if not kept.written:
@@ -105,11 +105,6 @@ def _print_order(order: Order) -> None:
     for path, place in zip(order.paths, order.places, strict=True):
         line = f"  {path}" + (f"  ({place})" if place else "")
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_plan(plan: Plan) -> None:
-    """What will be done and what it takes, before it starts."""
-    console.print(str(plan), soft_wrap=True, highlight=False)
 
 
 def _shown(message: Warning | str, category: type[Warning], *place: Any, plainly: Any = warnings.showwarning) -> None:

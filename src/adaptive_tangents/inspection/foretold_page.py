@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from adaptive_tangents.forecasting.words import structure_words
 from adaptive_tangents.inspection.page import PAGE as INSPECTED
 from adaptive_tangents.reporting.pages import fixed, number
 from adaptive_tangents.runs.results import Results
-from adaptive_tangents.runtime.told import few_digits
 
 AS_IF = "All that follows treats the foretold end as the end of training: what it says of the kernel is foretold."
 
@@ -62,7 +62,7 @@ def _context(results: Results) -> dict[str, Any]:
         rows = [(name, beside["shares"][name], beside["ranks"][name]) for name in names]
     return context | {
         "foretold": foretold(results),
-        "structure": few_digits(results["forecast"]["structure"]),
+        "structure": results["forecast"].get("name") or structure_words(results["forecast"]["structure"]),
         "rows": rows,
         "verdict": context["verdict"].removesuffix(".") + ", if training goes as foretold.",
     }
