@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from adaptive_tangents.features.layer_names import layers_of, phrase
 from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch
 from adaptive_tangents.reporting.drawing import real
@@ -113,17 +111,21 @@ def _turned(results: Results) -> str:
 
 
 def _directions(results: Results) -> str:
-    rows = [row for row in layer_rows_of(results) if row["rank_90"] and row["rank_most"] > 1]
-    if not rows:
-        return ""
-    held = int(np.floor(np.median([row["rank_90"] for row in rows]) + 0.5))
-    if float(np.median([row["rank_90"] / row["rank_most"] for row in rows])) > _MANY:
-        return "the change of the weights is spread over many directions"
-    most = int(np.median([row["rank_most"] for row in rows]))
-    typical = " a layer" if len(rows) > 1 else ""
-    return (
-        f"{held} of {most:,} directions{typical} {'holds' if held == 1 else 'hold'} 90 % of the change of the weights"
+    """How few directions hold most of the change, in the matrix whose share of directions is the median."""
+    matrices = sorted(
+        (block["rank_90"] / min(block["shape"]), block["rank_90"], min(block["shape"]))
+        for block in results["blocks"].values()
+        if block.get("rank_90") and min(block["shape"]) > 1
     )
+    if not matrices:
+        return ""
+    share, held, most = matrices[(len(matrices) - 1) // 2]
+    if share > _MANY:
+        return "the change of the weights is spread over many directions"
+    hold = "holds" if held == 1 else "hold"
+    if len(matrices) == 1:
+        return f"{held} of {most:,} directions {hold} 90 % of the change of the weights"
+    return f"in the median matrix, {held} of {most:,} directions {hold} 90 % of its change"
 
 
 def start_words(results: Results) -> str:
