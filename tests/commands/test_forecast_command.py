@@ -92,9 +92,12 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     assert "What training did" not in page
     assert "Beside what happened" in re.sub(r"<[^>]+>", "", page)
     told = re.sub(r"\s+", " ", done.output)
-    assert "Training will change most, by share of the squared change:" in told
-    assert "All that follows treats the foretold end as the end of training" in told
+    assert "Foretold: training takes the loss from " in told
+    assert "• Will change most: " in told
+    assert len(re.findall("• ", told)) <= 5
+    assert "Foretold: " in re.findall(r'id="answer">([^<]*)<', page)[0]
     assert "Beside what happened: the foretold K̄ has CKA" in told
+    assert f"More on the page: {here / 'out' / 'report.html'}" in told
     with plain_figures("foretold"):
         assert runner.invoke(cli.app, ["report", "out"]).exit_code == 0
 

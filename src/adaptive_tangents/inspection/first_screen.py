@@ -16,6 +16,24 @@ _MOST = 0.5
 _MANY = 0.4  # of all directions
 
 
+FORETOLD = "foretold"
+"""The experiment of a forecast's results."""
+_TO_COME = {
+    "grew to": "grows to", "shrank to": "shrinks to", "kept its size": "keeps its size", "was zero": "is zero",
+    "hardly turned": "hardly turns", "and turned": "and turns", "was aligned": "is aligned",
+}  # fmt: skip
+
+
+def headline(results: Results) -> str:
+    """The first sentence; of a forecast, in words that say that it has not happened."""
+    sentence = first_sentence(results)
+    if results.get("experiment") != FORETOLD:
+        return sentence
+    for happened, foretold in _TO_COME.items():
+        sentence = sentence.replace(happened, foretold)
+    return f"Foretold: {sentence[0].lower()}{sentence[1:]}"
+
+
 def first_sentence(results: Results) -> str:
     """One sentence in words: where the change is, how the kernel grew and turned, and how many directions changed."""
     parts = [

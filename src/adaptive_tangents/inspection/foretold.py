@@ -15,6 +15,7 @@ from adaptive_tangents.errors import TangentError
 from adaptive_tangents.forecasting.cost import ForecastPlan
 from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.forecasting.results import Forecast
+from adaptive_tangents.inspection.first_screen import FORETOLD
 from adaptive_tangents.inspection.foretold_plan import Clock, ForetoldPlan, measuring
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.outputs import network_outputs
@@ -27,7 +28,7 @@ from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "forecast"
 # Of its results; the experiment that judges forecasts is called forecast, too.
-KIND = "foretold"
+KIND = FORETOLD
 LOSSES = ("auto", "squared", "cross-entropy")
 _CHEAP = 1.0  # operations: no models are fitted to what happened
 

@@ -9,7 +9,7 @@ from adaptive_tangents.checks import listed
 from adaptive_tangents.inspection import figures
 from adaptive_tangents.inspection.first_screen import (
     NOTICEABLE,
-    first_sentence,
+    headline,
     layer_rows_of,
     start_words,
     telling,
@@ -31,7 +31,7 @@ def findings(results: Results) -> list[str]:
         _held_out, _calibrated, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _adapters,
         _missing,
     )  # fmt: skip
-    return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
+    return [headline(results), *(sentence for make in made if (sentence := make(results)))]
 
 
 def _held_out(results: Results) -> str:
