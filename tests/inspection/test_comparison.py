@@ -387,4 +387,4 @@ def test_the_command_refuses_what_is_no_inspection_and_writes_nothing(folders: P
     assert (folders / "taken" / "report.html").read_text() == "<p>mine</p>"
     named = runner.invoke(cli.app, ["compare", "full", "full", "--out", "both", "--names", "one, two"])
     assert named.exit_code == 0, named.output
-    assert named.output.startswith("two changed the kernel as much as one")
+    assert named.stdout.startswith("two changed the kernel as much as one")

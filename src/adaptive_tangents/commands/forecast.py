@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder, tell_earlier
 from adaptive_tangents.commands.console import errors, one_bar, print_plan, typed
 from adaptive_tangents.commands.reading import Reading, check_trained, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
@@ -49,6 +49,7 @@ def forecast(
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
     check_folder(NAME, out, PAGES[KIND]().figures, (LORA_FILE,))
     check_exists(NAME, data)
+    tell_earlier(out)
     series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
     states = list(series.states.values())
     after = states.pop() if end is not None else None

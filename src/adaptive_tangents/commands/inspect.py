@@ -7,13 +7,14 @@ from typing import Any
 import typer
 
 from adaptive_tangents.checks import listed
-from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder, tell_earlier
 from adaptive_tangents.commands.console import console, errors, one_bar, print_plan, typed
 from adaptive_tangents.commands.reading import Reading, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.inspection import InspectConfig, KeptInFolder
 from adaptive_tangents.inspection.api import inspect_states as run_inspection
+from adaptive_tangents.inspection.kept import FOLDER as STAGES
 from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
 from adaptive_tangents.runs.own_files import BLOCKS_FILE, LORA_FILE
@@ -52,6 +53,7 @@ def inspect(
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     check_exists("inspect", data)
+    tell_earlier(out, parts=STAGES, resumed=resume)
     series = opened(
         "inspect", model=model, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, device=device
     )
