@@ -180,7 +180,7 @@ def test_the_command_tells_what_it_will_take_before_it_starts_and_the_time_left(
     with plain_figures("foretold"):
         done = runner.invoke(cli.app, ["forecast", *given, "--loss", "squared", "--quick"])
     assert done.exit_code == 0, done.output
-    plan, _, rest = done.output.partition("  0% ")
+    plan, _, rest = done.output.partition("  0 % ")
     assert "Forecast: 32 samples to fit, 8 held out, 2 outputs, 50 parameters" in plan
     assert "  then     it, and what happened, is measured on 32 samples, as inspect does: about " in plan
     assert "  in all   " in plan

@@ -1,12 +1,18 @@
 """What the terminal says after an inspection, a forecast and a comparison: a headline, and at most five lines."""
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_first_screen import DEEP, results
 
+import adaptive_tangents
 from adaptive_tangents.inspection.brief import MOST, told
 from adaptive_tangents.inspection.first_screen import headline
+from adaptive_tangents.reporting.report import _notation
+from adaptive_tangents.runtime.told import short
 
 Numbers = dict[str, Any]
 
@@ -76,3 +82,26 @@ def test_a_forecast_never_reads_as_if_it_had_happened(growth: float | None) -> N
     assert lines[1] == headline(found)
     assert lines[1].startswith("Foretold: ")
     assert not any(word in lines[1] for word in ("grew", "turned", "shrank", "kept", " was "))
+
+
+def test_texts_have_one_way_to_write_percent_and_the_kernel_at_the_start() -> None:
+    """As strings of the source: "90 %", and K₀ wherever no filter of a page or of matplotlib sets the index."""
+    package = Path(adaptive_tangents.__file__).parent
+    wrong = []
+    for path in package.rglob("*.py"):
+        wing = path.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FormattedValue) and isinstance(node.format_spec, ast.JoinedStr):
+                spec = "".join(str(part.value) for part in node.format_spec.values if isinstance(part, ast.Constant))
+                wrong += [f"{path.name}: {spec}"] * (spec.endswith("%") and path.name != "claims.py")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+                bare = re.search(r"\d%(?!;|\))", text) and path.name not in ("claims.py", "run.py")
+                old = wing in ("inspection", "commands") and "$" not in text and re.search(r"\bK_0\b", text)
+                wrong += [f"{path.name}: {short(text, 60)}"] * bool(bare or (old and '"""' not in text))
+    assert [each for each in wrong if "width:100%" not in each] == []
+
+
+def test_symbols_are_typeset_from_either_spelling() -> None:
+    assert _notation("K₀ and K_0, θ₀") == _notation("K_0 and K_0, θ_0")
+    assert "<sub>0</sub>" in _notation("K₀")

@@ -172,7 +172,7 @@ def test_what_was_measured_on_other_samples_is_compared_by_numbers_alone(full: I
     assert found.results["kernels"] is found.results["functions"] is None
     assert any("were measured on other samples" in sentence and "same seed" in sentence for sentence in found.findings)
     assert not any("CKA of one with the other" in sentence or "cosine" in sentence for sentence in found.findings)
-    growth = found.table()["trace of K_T over that of K_0"]
+    growth = found.table()["trace of K_T over that of K₀"]
     assert growth["A"] == pytest.approx(growth["B"], rel=1e-4)
     with pytest.raises(
         at.TangentError, match="no figure 'functions' of these results; the figures are kernels, layers"
@@ -293,7 +293,7 @@ def test_it_shows_itself_in_three_lines_in_notebooks_and_as_a_frame(seeds: Compa
     assert repr(seeds).startswith("Comparison of A and B: Sequential, on the same samples\n  B changed the kernel ")
     html = seeds._repr_html_()
     assert "data:image/png;base64," in html
-    assert "<td>‖K_T − K_0‖/n, n samples</td>" in html
+    assert "<td>‖K_T − K₀‖/n, n samples</td>" in html
     assert len(seeds.plot().axes) == 6
     assert len(seeds.plot("blocks").axes) == 2
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")

@@ -1,5 +1,6 @@
 """`report`, and the last step of every command with results: draw the page and print its findings."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,15 @@ def finish(folder: Path) -> None:
         _print_table(results, table)
     for claim in results.get("claims", {}).values():
         mark = {"holds": "✓", "holds in part": "~"}.get(claim["verdict"], "✗")
-        console.print(f"{mark} {claim['claim']}: {claim['evidence']}", highlight=False)
+        console.print(f"{mark} {_plain(claim['claim'])}: {_plain(claim['evidence'])}", highlight=False)
     # Plain text, unwrapped: a path broken over two lines cannot be opened.
     where = "More on the page" if of_users else "Report"
     console.print(f"{where}: {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _plain(text: str) -> str:
+    """Symbols as a terminal shows them, with a zero as index below the line."""
+    return re.sub(r"\b([A-Za-zθφσ])_0\b", r"\1₀", text)
 
 
 def _print_table(results: Mapping[str, Any], rows: Iterable[Finding]) -> None:
@@ -58,5 +64,5 @@ def _print_table(results: Mapping[str, Any], rows: Iterable[Finding]) -> None:
     for k, heading in enumerate(("", "this run", "paper", "project, 2,850 samples")):
         table.add_column(heading, justify="right" if k else "left", no_wrap=k > 0)
     for label, *values in rows:
-        table.add_row(label.replace("_0", "₀"), *values)
+        table.add_row(_plain(label), *values)
     console.print(table)

@@ -51,7 +51,7 @@ def happened(results: Results) -> list[str]:
         return []
     sims = beside["cka"]
     sentences = [
-        f"Beside what happened: the foretold K̄ has CKA {fixed(sims['average'])} with that of the training (K_0 alone has "
+        f"Beside what happened: the foretold K̄ has CKA {fixed(sims['average'])} with that of the training (K₀ alone has "
         f"{fixed(sims['without'])}), and the foretold K_T {fixed(sims['final'])}.",
         f"The kernel grew {number(beside['growth'][1])}×, foretold {number(beside['growth'][0])}×; its centered sim with the "
         f"network’s change became {fixed(beside['alignment'][1])}, foretold {fixed(beside['alignment'][0])}.",
