@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from test_first_screen import DEEP, results
 
 import adaptive_tangents
@@ -104,4 +105,5 @@ def test_texts_have_one_way_to_write_percent_and_the_kernel_at_the_start() -> No
 
 def test_symbols_are_typeset_from_either_spelling() -> None:
     assert _notation("K₀ and K_0, θ₀") == _notation("K_0 and K_0, θ_0")
-    assert "<sub>0</sub>" in _notation("K₀")
+    assert _notation("K₀ < 1") == "<i>K</i><sub>0</sub> &lt; 1"
+    assert _notation(Markup("<b>K₀</b>")) == "<b><i>K</i><sub>0</sub></b>"
