@@ -205,6 +205,7 @@ def results(plain: tuple[float, float], centered: tuple[float | None, float | No
     return {
         "growth": {"final": 2.0},
         "layers": [],
+        "blocks": {},
         "cka": {"final": 0.5},
         "alignment": dict.fromkeys(goals, stages(plain)),
         "alignment_centered": dict.fromkeys(goals, stages(centered)),
@@ -213,7 +214,7 @@ def results(plain: tuple[float, float], centered: tuple[float | None, float | No
 
 def test_sentences_follow_the_centered_cosine_and_name_it() -> None:
     opposite = results((0.10, 0.60), (0.50, 0.20))
-    assert page.first_sentence(opposite) == "The kernel grew to 2.0 times its size and turned away from the labels."
+    assert page.headline(opposite) == "The kernel grew to 2.0 times its size and turned away from the labels."
     told = page._turn(opposite)
     assert (
         "turned away from the labels: centered sim 0.50 (K₀) → 0.35 (K̄) → 0.20 (K_T); not centered 0.10 → 0.60" in told
@@ -226,7 +227,7 @@ def test_sentences_follow_the_centered_cosine_and_name_it() -> None:
 
 def test_sentences_name_the_plain_cosine_where_the_centered_one_is_not_defined() -> None:
     margin = results((0.1, 0.6), (None, None))
-    assert page.first_sentence(margin).endswith("turned toward the labels.")
+    assert page.headline(margin).endswith("turned toward the labels.")
     assert "turned toward the labels: sim 0.10 (K₀)" in page._turn(margin)
 
 
