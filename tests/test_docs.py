@@ -52,7 +52,7 @@ def test_the_page_on_forecasts_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "forecast.md").read_text(), re.DOTALL)
     with torch.random.fork_rng(devices=[]):
         exec(compile(block, "docs/forecast.md", "exec"), {"__name__": "docs"})
-    assert "forecast of training on squared error" in capsys.readouterr().out
+    assert "Foretold: training on squared error takes the loss" in capsys.readouterr().out
 
 
 def test_the_page_on_checkpoints_runs() -> None:

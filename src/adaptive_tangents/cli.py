@@ -264,6 +264,12 @@ def forecast(
         ),
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="The most steps of the forecast (default: 8).")] = None,
+    max_epochs: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no step that would take the passes beyond this many epochs of training (default: 60)."
+        ),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Number of samples for the kernels (default: 128).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the held-out samples, and of those for the kernels.")] = 0,
     outputs: Annotated[
@@ -281,8 +287,8 @@ def forecast(
         from adaptive_tangents.commands.reading import Reading
 
         command.forecast(
-            model, data, out, weights=weights, end=end, base=base, merged=merged, loss=loss, steps=steps, samples=samples,
-            seed=seed, outputs=outputs, wrt=wrt, device=device, quick=quick,
+            model, data, out, weights=weights, end=end, base=base, merged=merged, loss=loss, steps=steps,
+            max_epochs=max_epochs, samples=samples, seed=seed, outputs=outputs, wrt=wrt, device=device, quick=quick,
             reading=Reading(**reading),
         )  # fmt: skip
 

@@ -92,9 +92,12 @@ def test_the_command_foretells_and_shows_what_happened_beside_it(here: Path) -> 
     assert "What training did" not in page
     assert "Beside what happened" in re.sub(r"<[^>]+>", "", page)
     told = re.sub(r"\s+", " ", done.output)
-    assert "Training will change most, by share of the squared change:" in told
-    assert "All that follows treats the foretold end as the end of training" in told
+    assert "Foretold: training takes the loss from " in told
+    assert "• Will change most: " in told
+    assert len(re.findall("• ", told)) <= 5
+    assert "Foretold: " in re.findall(r'id="answer">([^<]*)<', page)[0]
     assert "Beside what happened: the foretold K̄ has CKA" in told
+    assert f"More on the page: {here / 'out' / 'report.html'}" in told
     with plain_figures("foretold"):
         assert runner.invoke(cli.app, ["report", "out"]).exit_code == 0
 
@@ -170,3 +173,21 @@ def test_the_loss_is_that_of_the_targets_unless_another_is_asked_for() -> None:
     assert torch.equal(y, nn.functional.one_hot(labels, 3).float())
     y, _ = goal_of(torch.zeros(1, 1), Data(x, torch.tensor([0, 1, 1])), "squared")
     assert torch.equal(y, torch.tensor([[-1.0], [1.0], [1.0]]))
+
+
+def test_the_command_tells_what_it_will_take_before_it_starts_and_the_time_left(here: Path) -> None:
+    given = ["--model", "nets.py:network", "--data", "data.npz", "--max-epochs", "9", "--end", "end.pt", "--out", "out"]
+    with plain_figures("foretold"):
+        done = runner.invoke(cli.app, ["forecast", *given, "--loss", "squared", "--quick"])
+    assert done.exit_code == 0, done.output
+    plan, _, rest = done.output.partition("  0 % ")
+    assert "Forecast: 32 samples to fit, 8 held out, 2 outputs, 50 parameters" in plan
+    assert "  then     it, and what happened, is measured on 32 samples, as inspect does: about " in plan
+    assert "  in all   " in plan
+    assert re.search(r"two-sided, strength 1, step 1, about \d+ \S+ left", rest)
+    results = json.loads((here / "out" / "results.json").read_text("utf-8"))
+    assert results["forecast"]["epochs"] <= 9
+    assert [each["name"] for each in results["forecast"]["candidates"]] == [
+        "kernel regression",
+        "two-sided, strength 1",
+    ]

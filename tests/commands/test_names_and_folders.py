@@ -1,7 +1,9 @@
 """The commands with odd names, and with folders that hold the user's own files: nothing of theirs is replaced or mangled."""
 
+import importlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,3 +238,52 @@ def test_errors_of_the_system_are_one_line(here: Path, monkeypatch: pytest.Monke
     done = runner.invoke(cli.app, ["kernel", "--model", "f.py:make", "--data", "d.npz", "--out", "K"])
     assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
     assert r"[Errno 13] Permission denied: 'x[red]\ny'; check that place" in done.stderr
+
+
+def told_of_earlier(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if " holds " in line]
+
+
+def test_a_run_says_before_it_starts_that_it_replaces_an_earlier_result(here: Path) -> None:
+    with explained_in_rounds(1), plain_figures("inspect"):
+        first = runner.invoke(cli.app, [*INSPECT, "--quick"])
+        again = runner.invoke(cli.app, [*INSPECT, "--quick"])
+        resumed = runner.invoke(cli.app, [*INSPECT, "--quick", "--resume"])
+    assert [done.exit_code for done in (first, again, resumed)] == [0, 0, 0]
+    made = r"out holds a result of \d{4}-\d\d-\d\d \d\d:\d\d, which this run will replace; --out FOLDER keeps it"
+    assert told_of_earlier(first.stderr) == []
+    assert re.fullmatch(rf"{made}; --resume takes what is finished in out/stages", told_of_earlier(again.stderr)[0])
+    assert re.fullmatch(made, told_of_earlier(resumed.stderr)[0])
+    os.remove(here / "out" / "results.json")  # as after an interruption
+    with explained_in_rounds(1), plain_figures("inspect"):
+        interrupted = runner.invoke(cli.app, [*INSPECT, "--quick"])
+    assert told_of_earlier(interrupted.stderr) == [
+        "out holds parts of an interrupted run, which this one will replace; --resume takes what is finished in out/stages"
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "one", "two", "--out", "out"],
+        ["forecast", "--model", "f.py:make", "--data", "d.npz", "--out", "out"],
+        ["reproduce", "penalties", "--quick", "--out", "out"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_command_says_that_it_replaces_an_earlier_result_before_the_work(
+    arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    write_results({"experiment": "inspect", "versions": {"adaptive_tangents": "1"}}, {}, here / "out")
+    for command, work in (("compare", "compared"), ("forecast", "opened"), ("reproduce", "run")):
+        module = importlib.import_module(f"adaptive_tangents.commands.{command}")
+        monkeypatch.setattr(module, work, stop)
+    done = runner.invoke(cli.app, arguments)
+    assert isinstance(done.exception, StoppedError)
+    assert re.search("out holds a result of .*, which this run will replace; --out FOLDER keeps it", done.stderr)

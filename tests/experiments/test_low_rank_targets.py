@@ -280,7 +280,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to(small: RunResult) -> None:
     assert "product.TwoSided, n = 40" in made
     told = verdict({"experiment": "low-rank-targets", "targets": targets, "claims": made})
     assert told.startswith("Only in part")
-    assert told.endswith("1 of 2 errors measured earlier are reproduced within 20%; the largest difference is 22%.")
+    assert told.endswith("1 of 2 errors measured earlier are reproduced within 20 %; the largest difference is 22 %.")
 
 
 @pytest.mark.parametrize(

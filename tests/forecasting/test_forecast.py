@@ -20,8 +20,8 @@ from cases import Case, mlp
 from prepared import draw, fingerprint, prepare
 from registry import by_name
 
-module = importlib.import_module("adaptive_tangents.forecasting.forecast")
 trust_region = importlib.import_module("adaptive_tangents.forecasting.trust_region")
+course = importlib.import_module("adaptive_tangents.forecasting.course")
 forecast = inspect.unwrap(at.forecast)  # without the tests' shape checks, which would fail first
 
 
@@ -97,7 +97,7 @@ def test_no_change_is_foretold_where_nothing_is_left_to_learn() -> None:
     assert told.alignment == {}
     assert all(torch.equal(told.params[k], value) for k, value in model.state_dict().items())
     assert "nothing is left to learn" in told.reason
-    assert "no change is foretold" in told.summary()
+    assert told.summary().startswith("Foretold: training on squared error changes nothing; ")
     kernels = told.kernels(X[:5])
     assert torch.equal(kernels.initial, kernels.average)
     assert {block.share for block in told.blocks.values()} == {0.0}
@@ -199,8 +199,9 @@ def test_of_the_steps_those_with_the_least_held_out_loss_are_taken() -> None:
 @pytest.mark.parametrize(("held", "place"), [(2.5, 1), (2.99, 1), (3.01, 0), (0.5, 1)])
 def test_what_adapts_is_chosen_unless_its_held_out_loss_is_a_fifth_higher(held: float, place: int) -> None:
     losses = (torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), torch.full((4,), held, dtype=torch.float64))
-    walks = [module._Walked(at.Fixed(), (), (), 0, {}, each, None, "") for each in losses]
-    assert module._chosen(walks) == place
+    walk = object.__new__(trust_region.Walk)
+    candidates = [course.Course("", walk, {}, each, each) for each in losses]
+    assert course.chosen(candidates) is candidates[place]
 
 
 def test_strengths_are_in_units_of_what_is_left_of_the_target() -> None:
@@ -427,11 +428,14 @@ def test_a_forecast_is_drawn() -> None:
     assert [bar.get_height() > 0 for bar in figure.axes[2].patches] == [True] * 3
 
 
-def test_progress_ends_at_one_and_never_goes_back() -> None:
+def test_progress_is_told_by_step_in_words_and_ends_at_one() -> None:
     told: list[tuple[str, float]] = []
     at.forecast(network(), X, Y, steps=2, progress=lambda stage, fraction: told.append((stage, fraction)))
-    fractions = [fraction for _, fraction in told]
-    assert fractions == sorted(fractions)
+    assert list(dict.fromkeys(stage for stage, _ in told)) == [
+        "kernel regression, step 1", "two-sided, strength 1, step 1", "kernel regression, step 2",
+        "two-sided, strength 1, step 2", "done",
+    ]  # fmt: skip
+    assert all(0 <= fraction <= 1 for _, fraction in told)
     assert told[-1] == ("done", 1.0)
 
 
@@ -456,6 +460,7 @@ def test_progress_ends_at_one_and_never_goes_back() -> None:
         ({"strength": 1.0, "structure": at.Fixed()}, r"strength is of the structures that are chosen among"),
         ({"structure": "two-sided"}, r"'two-sided' is no structure; pass one, such as structure=at.TwoSided\(\)"),
         ({"steps": 0}, r"steps is a positive whole number, got 0"),
+        ({"max_epochs": 0}, r"max_epochs is a positive, finite number, got 0"),
         ({"steps": 1.5}, r"steps is a positive whole number, got 1.5"),
         ({"validation": 1.0}, r"validation is a share of the samples, from 0 to below 1, got 1.0"),
         ({"validation": 0}, r"with validation = 0 nothing is held out to choose a structure by"),

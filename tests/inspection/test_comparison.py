@@ -172,7 +172,7 @@ def test_what_was_measured_on_other_samples_is_compared_by_numbers_alone(full: I
     assert found.results["kernels"] is found.results["functions"] is None
     assert any("were measured on other samples" in sentence and "same seed" in sentence for sentence in found.findings)
     assert not any("CKA of one with the other" in sentence or "cosine" in sentence for sentence in found.findings)
-    growth = found.table()["trace of K_T over that of K_0"]
+    growth = found.table()["trace of K_T over that of K₀"]
     assert growth["A"] == pytest.approx(growth["B"], rel=1e-4)
     with pytest.raises(
         at.TangentError, match="no figure 'functions' of these results; the figures are kernels, layers"
@@ -293,7 +293,7 @@ def test_it_shows_itself_in_three_lines_in_notebooks_and_as_a_frame(seeds: Compa
     assert repr(seeds).startswith("Comparison of A and B: Sequential, on the same samples\n  B changed the kernel ")
     html = seeds._repr_html_()
     assert "data:image/png;base64," in html
-    assert "<td>‖K_T − K_0‖/n, n samples</td>" in html
+    assert "<td>‖K_T − K₀‖/n, n samples</td>" in html
     assert len(seeds.plot().axes) == 6
     assert len(seeds.plot("blocks").axes) == 2
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
@@ -352,7 +352,7 @@ def test_the_command_prints_the_findings_and_report_redraws_the_page(
     done = runner.invoke(cli.app, ["compare", "full", "lora", "--out", "both"])
     assert done.exit_code == 0, done.output
     found = at.compare(full, lora, names=("full", "lora"))
-    assert " ".join(done.output.split()).startswith(f"• {found.findings[0]}")
+    assert " ".join(done.output.split()).startswith(found.findings[0])
     page = folders / "both" / "report.html"
     html = page.read_text()
     for part in ("full and lora side by side", "<pre>adaptive-tangents", "figure-kernels", "figure-functions"):
@@ -387,4 +387,4 @@ def test_the_command_refuses_what_is_no_inspection_and_writes_nothing(folders: P
     assert (folders / "taken" / "report.html").read_text() == "<p>mine</p>"
     named = runner.invoke(cli.app, ["compare", "full", "full", "--out", "both", "--names", "one, two"])
     assert named.exit_code == 0, named.output
-    assert named.output.startswith("• two changed the kernel as much as one")
+    assert named.stdout.startswith("two changed the kernel as much as one")

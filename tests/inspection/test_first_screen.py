@@ -50,7 +50,8 @@ def results(
     goals = {"change": stages} | ({"labels": stages} if labels else {})
     return {
         "growth": {"average": 1.5, "final": growth}, "alignment": goals, "alignment_centered": goals, "layers": layers,
-        "blocks": {}, "data": {"samples": 32}, "performance": {"start": {"accuracy": 0.25}, "end": {"accuracy": 0.9375}},
+        "blocks": {row["name"]: {"shape": [32, 64], "rank_90": row["rank_90"]} for row in layers},
+        "data": {"samples": 32}, "performance": {"start": {"accuracy": 0.25}, "end": {"accuracy": 0.9375}},
     }  # fmt: skip
 
 
@@ -62,20 +63,20 @@ DEEP = [row("embeddings", 0.02, kind="embeddings"), *(row(f"layer {k}", 0.03) fo
     ("found", "sentence"),
     [
         (results(DEEP), "Most of the change (66 %) is in layers 4 to 6; the kernel grew to 2.3 times its size and turned "
-         "toward the labels; 4 of 32 directions a layer hold 90 % of the change of the weights."),
+         "toward the labels; in the median matrix, 4 of 32 directions hold 90 % of its change."),
         (results([*DEEP[:-1], row("head", 0.4, kind="head", start="new")]),
          "Most of the change (66 %) is in layer 5 and the new head; the kernel grew to 2.3 times its size and turned toward "
-         "the labels; 4 of 32 directions a layer hold 90 % of the change of the weights."),
+         "the labels; in the median matrix, 4 of 32 directions hold 90 % of its change."),
         (results([row(f"layer {k}", 0.125) for k in range(4)] + [row("head", 0.5, kind="head", rank=1)], growth=0.43,
                  sims=(0.6, 0.1), labels=False),
          "Most of the change (50 %) is in the head; the kernel shrank to 43 % of its size and turned away from what was "
-         "learned; 4 of 32 directions a layer hold 90 % of the change of the weights."),
+         "learned; in the median matrix, 4 of 32 directions hold 90 % of its change."),
         (results([row(f"layer {k}", 0.1, rank=30) for k in range(10)], growth=1.01, sims=(0.4, 0.41)),
          "Most of the change (50 %) is in layers 0 to 4; the kernel kept its size and hardly turned; the change of the "
          "weights is spread over many directions."),
         (results([row(name, 1 / 7) for name in "abcdefg"], growth=1510.0, sims=(0.9, 0.91)),
          "The change is spread over the whole network; the kernel grew to 1,500 times its size and hardly turned (it was "
-         "aligned from the start); 4 of 32 directions a layer hold 90 % of the change of the weights."),
+         "aligned from the start); in the median matrix, 4 of 32 directions hold 90 % of its change."),
         (results([row("layer 0", 1.0, rank=1)], growth=None, sims=(None, 0.3)),
          "The kernel was zero at the start; 1 of 32 directions holds 90 % of the change of the weights."),
         (results([]), "The kernel grew to 2.3 times its size and turned toward the labels."),
@@ -84,6 +85,22 @@ DEEP = [row("embeddings", 0.02, kind="embeddings"), *(row(f"layer {k}", 0.03) fo
 def test_the_first_sentence_follows_the_numbers(found: Numbers, sentence: str) -> None:
     assert first_sentence(found) == sentence
     assert not re.search(r"[A-Za-z]_|[×→φθ̄]", sentence)  # words, no symbols
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([(2, 300), (4, 384), (200, 384)], "in the median matrix, 4 of 384 directions hold 90 % of its change"),
+        ([(1, 100), (6, 10)], "in the median matrix, 1 of 100 directions holds 90 % of its change"),
+        ([(3, 5), (3, 4)], "the change of the weights is spread over many directions"),
+        ([(1, 1), (2, 32), (None, 64)], "2 of 32 directions hold 90 % of the change of the weights"),
+    ],
+)
+def test_directions_are_those_of_one_matrix_the_median_by_their_share(
+    ranks: list[tuple[int | None, int]], words: str
+) -> None:
+    blocks = {f"b{k}": {"shape": [most, 400], "rank_90": rank} for k, (rank, most) in enumerate(ranks)}
+    assert words in first_sentence(results([row("layer 0", 1.0)]) | {"blocks": blocks})
 
 
 def test_negative_shares_leave_most_of_the_change_where_it_is() -> None:

@@ -516,8 +516,8 @@ def test_a_trajectory_of_checkpoints_gives_a_page_with_images(files: Path) -> No
     with plain_figures("inspect", but="images"):
         done = inspect(*given, "--out", "run")
     assert done.exit_code == 0, done.output
-    assert "• The kernel " in done.output
-    assert f"Report: {(files / 'run' / 'report.html').resolve()}" in done.output
+    assert "• The kernel’s trace is " in done.output
+    assert f"More on the page: {(files / 'run' / 'report.html').resolve()}" in done.output
     results = json.loads((files / "run" / "results.json").read_text())
     assert [point["name"] for point in results["trajectory"]] == ["step_0", "step_9", "step_10"]
     assert results["command"].startswith("adaptive-tangents")
@@ -525,7 +525,7 @@ def test_a_trajectory_of_checkpoints_gives_a_page_with_images(files: Path) -> No
     with plain_figures("inspect"):
         again = runner.invoke(cli.app, ["report", "run"])
     assert again.exit_code == 0
-    assert "• The kernel " in again.output
+    assert "• The kernel’s trace is " in again.output
 
 
 # The command with empty figures, which are quick to draw.

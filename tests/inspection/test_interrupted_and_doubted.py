@@ -205,6 +205,7 @@ def results(plain: tuple[float, float], centered: tuple[float | None, float | No
     return {
         "growth": {"final": 2.0},
         "layers": [],
+        "blocks": {},
         "cka": {"final": 0.5},
         "alignment": dict.fromkeys(goals, stages(plain)),
         "alignment_centered": dict.fromkeys(goals, stages(centered)),
@@ -213,23 +214,21 @@ def results(plain: tuple[float, float], centered: tuple[float | None, float | No
 
 def test_sentences_follow_the_centered_cosine_and_name_it() -> None:
     opposite = results((0.10, 0.60), (0.50, 0.20))
-    assert page.first_sentence(opposite) == "The kernel grew to 2.0 times its size and turned away from the labels."
+    assert page.headline(opposite) == "The kernel grew to 2.0 times its size and turned away from the labels."
     told = page._turn(opposite)
     assert (
-        "turned away from the labels: centered sim 0.50 (K_0) → 0.35 (K̄) → 0.20 (K_T); not centered 0.10 → 0.60" in told
+        "turned away from the labels: centered sim 0.50 (K₀) → 0.35 (K̄) → 0.20 (K_T); not centered 0.10 → 0.60" in told
     )
     assert "not centered 0.10 → 0.60, which a mean that all samples share can move" in told
     assert "turned toward" not in told
     same = page._turn(results((0.1, 0.6), (0.2, 0.5)))
-    assert (
-        "turned toward the labels: centered sim 0.20 (K_0) → 0.35 (K̄) → 0.50 (K_T); not centered 0.10 → 0.60." in same
-    )
+    assert "turned toward the labels: centered sim 0.20 (K₀) → 0.35 (K̄) → 0.50 (K_T); not centered 0.10 → 0.60." in same
 
 
 def test_sentences_name_the_plain_cosine_where_the_centered_one_is_not_defined() -> None:
     margin = results((0.1, 0.6), (None, None))
-    assert page.first_sentence(margin).endswith("turned toward the labels.")
-    assert "turned toward the labels: sim 0.10 (K_0)" in page._turn(margin)
+    assert page.headline(margin).endswith("turned toward the labels.")
+    assert "turned toward the labels: sim 0.10 (K₀)" in page._turn(margin)
 
 
 def test_half_of_the_turn_is_by_the_same_cosine(whole: RunResult) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import adaptive_tangents as at
 from adaptive_tangents.inspection import InspectConfig, Kept, KeptInFolder, Plan, run
 from adaptive_tangents.inspection.kept import Record
-from adaptive_tangents.inspection.plan import Pace, Stage, planned
+from adaptive_tangents.inspection.plan import planned
 from adaptive_tangents.inspection.problem import pose
 from adaptive_tangents.inspection.tangents import averaged, collapsed
 from adaptive_tangents.loading import Data
 from adaptive_tangents.runs.record import RunResult
+from adaptive_tangents.runtime.pace import Pace, Stage
 from adaptive_tangents.runtime.tensor_files import write_tensors
 
 State = dict[str, Tensor]

@@ -464,7 +464,7 @@ def test_summary_is_a_table_of_blocks_and_sides() -> None:
         "K_y",
     ]
     assert lines[2].startswith("all")
-    assert "100.0%" in lines[2]
+    assert "100.0 %" in lines[2]
     assert [line.split()[0] for line in lines[3:7]] == ["block0", "left", "right", "interaction"]
     assert len({len(line) for line in lines[1:]}) == 1
     one_sided = at.fit(case.feats, case.r, structure=at.Left(at.Quadratic(0.1))).kernel_change().summary()

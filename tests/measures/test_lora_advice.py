@@ -315,7 +315,7 @@ def test_the_advice_is_told_in_words_and_as_a_table() -> None:
         {"a.query": of_rank(30, 30, [3.0, 1.0]), "a.key": of_rank(30, 30, [1.0]), "a.value": torch.zeros(30, 30)}
     )
     assert advice.sentence() == (
-        "LoRA adapters of rank 1 in 2 layers (120 parameters, 6.7% of these layers) hold 91% of the layers' change of "
+        "LoRA adapters of rank 1 in 2 layers (120 parameters, 6.7 % of these layers) hold 91 % of the layers' change of "
         "weights."
     )
     assert [line.split()[0] for line in str(advice).splitlines()[1:]] == ["layer", "a.query", "a.key", "a.value"]

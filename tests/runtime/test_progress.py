@@ -92,7 +92,7 @@ def test_true_shows_one_bar_that_is_full_and_closed_at_the_end_and_false_shows_n
     SHOWN[name](True, tmp_path)
     assert len(bars) == 1
     assert not bars[0].open
-    assert "100%" in capsys.readouterr().out
+    assert "100 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -44,7 +44,7 @@ def run(
     tracker = at.Tracker(model, x, clock=clock, budget=budget, every=every, samples=samples)
     for k in range(steps):
         if tracker.record(k) is not None and k and budget is not None:
-            assert tracker.cost.share <= budget + 1e-9, f"after the record at step {k}"
+            assert tracker.cost.seconds <= max(budget * tracker.cost.training, 3.0) + 1e-9, f"after step {k}"
         clock.now += step
     tracker.close(steps)
     return tracker
@@ -57,10 +57,31 @@ def test_records_take_at_most_their_share_of_training_and_most_of_it(
 ) -> None:
     tracker = run(monkeypatch, record=0.001, step=step, steps=800, budget=budget)
     each = tracker.records[-1].seconds
-    affordable = budget * tracker.cost.training / each
-    assert min(affordable, 800) / 2.5 - 2 <= len(tracker.records) <= affordable + 2
+    affordable = max(budget * tracker.cost.training, 3.0) / each
+    earned = budget * tracker.cost.training / each
+    assert min(earned, 800) / 2.5 - 2 <= len(tracker.records) <= affordable + 2
     assert tracker.cost.seconds == pytest.approx(sum(record.seconds for record in tracker.records))
     assert tracker.cost.training == pytest.approx(800 * step)
+
+
+def test_a_training_too_short_for_its_share_has_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in (10, 30, 100, 1000):
+        tracker = run(monkeypatch, record=0.001, step=0.002, steps=steps)
+        assert 8 <= len(tracker.records) <= 24
+        assert tracker.cost.seconds <= 3.0 + 0.128  # the last one
+    tracker = run(monkeypatch, record=0.001, step=0.002, steps=30)
+    assert [record.step for record in tracker.records] == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 30]
+    tracker = run(monkeypatch, record=0.001, step=0.002, steps=30, every=5)
+    assert [record.step for record in tracker.records] == [0, 5, 10, 15, 20, 30]
+    dear = run(monkeypatch, record=1.2 / 16, step=0.002, steps=30)
+    assert [record.step for record in dear.records] == [0, 1, 30], (
+        "three seconds are two records of this size, and the last"
+    )
+
+
+def test_a_long_training_has_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = run(monkeypatch, record=0.001, step=0.1, steps=20_000)
+    assert tracker.cost.share <= 0.05
 
 
 def test_records_fall_on_multiples_of_powers_of_two_of_every(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +122,10 @@ def test_the_first_and_the_last_record_are_taken_whatever_they_cost_and_it_is_sa
 ) -> None:
     tracker = run(monkeypatch, record=1.0, step=0.1, steps=50)
     assert [record.step for record in tracker.records] == [0, 50]
-    assert "of 5 % allowed; the first and the last record are taken whatever they cost" in tracker.summary()
+    assert (
+        "of 5 % allowed; the first and the last record, and 3 s in all, are taken whatever they cost"
+        in tracker.summary()
+    )
     assert tracker.cost.share > 0.05
     lone = at.Tracker(nn.Linear(2, 1), torch.randn(3, 2), samples=3, clock=Clock())
     assert lone.cost.share == 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adaptive_tangents.commands.checks import check_folder
+from adaptive_tangents.commands.checks import check_folder, tell_earlier
 from adaptive_tangents.commands.console import typed
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError
@@ -16,6 +16,7 @@ def compare(first: Path, second: Path, out: Path, *, names: str | None) -> None:
     check_folder(NAME, out, PAGES[NAME]().figures)
     if {folder.resolve() for folder in (first, second)} & {out.resolve()}:
         raise TangentError(f"{NAME}: --out {out} is one of the inspections; give another folder")
+    tell_earlier(out)
     found = compared(first, second, names=_names(first, second, names))
     write_results({**found.results, "command": typed()}, found.arrays, out)
     finish(out)

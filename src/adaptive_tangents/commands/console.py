@@ -51,6 +51,7 @@ def shown(text: str, encoding: str = "utf-8") -> str:
 
 console = _Plain(width=None if sys.stdout.isatty() else 120)
 errors = _Plain(stderr=True)
+PERCENT = "[progress.percentage]{task.percentage:>3.0f} %"
 ALL = "all"
 """The name that means all studies."""
 
@@ -76,7 +77,7 @@ def left_of(elapsed: float, share: float) -> float | None:
 def bars(*, timed: bool = False) -> Iterator[Callable[[str, str, float], None]]:
     """One progress bar per name; ``timed`` if progress is the share of the expected time, not of the work."""
     columns = (
-        TextColumn("{task.description:<18}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<18}", markup=False), BarColumn(), TaskProgressColumn(PERCENT), TimeElapsedColumn(),
         TextColumn("left", markup=False), _ExpectedTimeLeft() if timed else TimeRemainingColumn(),
     )  # fmt: skip
     live = redrawn(console.file)
@@ -92,7 +93,7 @@ def bars(*, timed: bool = False) -> Iterator[Callable[[str, str, float], None]]:
             if (name, stage) not in seen and not live:
                 left = left_of(bar.tasks[tasks[name]].elapsed or 0.0, fraction) if timed else None
                 words = "" if left is None else f", about {duration(left)} left"
-                console.print(f"{fraction:4.0%} {described}{words}")
+                console.print(f"{100 * fraction:3.0f} % {described}{words}")
             seen.add((name, stage))
 
         yield update
@@ -103,6 +104,11 @@ def one_bar(*, timed: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A bar with the time left; without a terminal, one line per stage."""
     with bars(timed=timed) as update:
         yield partial(update, "")
+
+
+def print_plan(plan: object) -> None:
+    """What will be done and what it takes, before it starts."""
+    console.print(str(plan), soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
-from adaptive_tangents.commands.console import errors, one_bar, typed
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder, tell_earlier
+from adaptive_tangents.commands.console import errors, one_bar, print_plan, typed
 from adaptive_tangents.commands.reading import Reading, check_trained, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
@@ -30,6 +30,7 @@ def forecast(
     merged: bool,
     loss: str,
     steps: int | None,
+    max_epochs: float | None,
     samples: int | None,
     seed: int,
     outputs: str,
@@ -48,6 +49,7 @@ def forecast(
         raise TangentError(f"{NAME}: --weights and --end are the same file, {end}; give two different files")
     check_folder(NAME, out, PAGES[KIND]().figures, (LORA_FILE,))
     check_exists(NAME, data)
+    tell_earlier(out)
     series = opened(NAME, model=model, start=weights, end=end, base=base, merged=merged, device=device)
     states = list(series.states.values())
     after = states.pop() if end is not None else None
@@ -66,9 +68,12 @@ def forecast(
         config, steps = config.quick(), 2 if steps is None else steps
         chosen = torch.randperm(loaded.n, generator=torch.Generator().manual_seed(seed))[:64].sort().values
         loaded = loaded.take(chosen)
-    with one_bar() as progress, warnings.catch_warnings():
+    with one_bar(timed=True) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", TangentWarning)
-        result = run_forecast(network, start, loaded, config, end=after, loss=loss, steps=steps, progress=progress)
+        result = run_forecast(
+            network, start, loaded, config, end=after, loss=loss, steps=steps, max_epochs=max_epochs, show=print_plan,
+            progress=progress,
+        )  # fmt: skip
     result = renamed(result, series.names)
     advice = advised(result.results, result.arrays)
     said = {"command": typed(), "model": series.source, "data_file": data.name}

@@ -7,13 +7,14 @@ from typing import Any
 import typer
 
 from adaptive_tangents.checks import listed
-from adaptive_tangents.commands.checks import check_device, check_exists, check_folder
-from adaptive_tangents.commands.console import console, errors, one_bar, typed
+from adaptive_tangents.commands.checks import check_device, check_exists, check_folder, tell_earlier
+from adaptive_tangents.commands.console import console, errors, one_bar, print_plan, typed
 from adaptive_tangents.commands.reading import Reading, opened, read_data
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.inspection import InspectConfig, KeptInFolder, Plan
+from adaptive_tangents.inspection import InspectConfig, KeptInFolder
 from adaptive_tangents.inspection.api import inspect_states as run_inspection
+from adaptive_tangents.inspection.kept import FOLDER as STAGES
 from adaptive_tangents.loading.checkpoint_order import Order
 from adaptive_tangents.loading.checkpoints import is_series
 from adaptive_tangents.runs.own_files import BLOCKS_FILE, LORA_FILE
@@ -52,6 +53,7 @@ def inspect(
     if start is not None and end is not None and start.resolve() == end.resolve():
         raise TangentError(f"inspect: --start and --end are the same file, {start}; give two different files")
     check_exists("inspect", data)
+    tell_earlier(out, parts=STAGES, resumed=resume)
     series = opened(
         "inspect", model=model, start=start, end=end, checkpoints=checkpoints, base=base, merged=merged, device=device
     )
@@ -76,7 +78,7 @@ def inspect(
             found = run_inspection(
                 network, series.states, loaded, config.quick() if quick else config, doubts=series.doubts,
                 said={"command": typed(), "model": series.source, "data_file": data.name},
-                progress=progress, show=_print_plan, kept=kept, names=series.names,
+                progress=progress, show=print_plan, kept=kept, names=series.names,
             )  # fmt: skip
     except KeyboardInterrupt as error:
         if not kept.written:
@@ -105,11 +107,6 @@ def _print_order(order: Order) -> None:
     for path, place in zip(order.paths, order.places, strict=True):
         line = f"  {path}" + (f"  ({place})" if place else "")
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_plan(plan: Plan) -> None:
-    """What will be done and what it takes, before it starts."""
-    console.print(str(plan), soft_wrap=True, highlight=False)
 
 
 def _shown(message: Warning | str, category: type[Warning], *place: Any, plainly: Any = warnings.showwarning) -> None:

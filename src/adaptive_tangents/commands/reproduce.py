@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptive_tangents.commands.checks import check_device, check_folder
+from adaptive_tangents.commands.checks import check_device, check_folder, tell_earlier
 from adaptive_tangents.commands.console import bars, one_bar, typed
 from adaptive_tangents.commands.report import PAGES, finish
 from adaptive_tangents.errors import TangentError
@@ -17,6 +17,7 @@ from adaptive_tangents.runs.record import settings
 from adaptive_tangents.runs.results import ARRAYS_FILE, RESULTS_FILE, write_results
 from adaptive_tangents.runs.summary import NAME as NAME_OF_ALL
 from adaptive_tangents.runs.summary import collect
+from adaptive_tangents.runs.units import FOLDER as CHECKPOINTS
 from adaptive_tangents.runs.units import StoredUnits
 from adaptive_tangents.runtime.progress import Progress
 
@@ -44,6 +45,8 @@ def reproduce(name: str, asked: Asked, *, out: Path | None, device: str, resume:
         check_folder("reproduce", folder, PAGES[each]().figures)
     finished = {each: complete(STUDIES[each], asked, folders[each]) for each in names}
     missing = [each for each in names if not (resume and finished[each])]
+    for each in missing:
+        tell_earlier(folders[each], parts=CHECKPOINTS, resumed=resume)
     at_once = min(jobs or _jobs(device), len(missing))
     if at_once > 1:
         works = {

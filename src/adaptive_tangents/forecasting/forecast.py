@@ -1,9 +1,8 @@
 """forecast(): from a network and its data to what training will do, by steps that held-out samples choose."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,17 @@ from adaptive_tangents.capture.groups import Group
 from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, raised_as
+from adaptive_tangents.forecasting.cost import ForecastPlan, planned
+from adaptive_tangents.forecasting.course import Course, chosen, courses, run
 from adaptive_tangents.forecasting.goals import Goal, goal_of
 from adaptive_tangents.forecasting.results import BlockForecast, Candidate, Forecast, block_forecasts
-from adaptive_tangents.forecasting.trust_region import Ground, Step, Walk, outputs_at
+from adaptive_tangents.forecasting.trust_region import Ground, Point, outputs_at
+from adaptive_tangents.forecasting.words import structure_words
 from adaptive_tangents.penalties.closed_forms import Quadratic
-from adaptive_tangents.runtime.progress import Asked, Progress, silent, with_bar
+from adaptive_tangents.runtime.pace import Pace
+from adaptive_tangents.runtime.progress import Asked, silent, with_bar
 from adaptive_tangents.runtime.progress import told as told_to
-from adaptive_tangents.runtime.told import few_digits
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TwoSided
@@ -33,8 +34,7 @@ STRENGTHS = (1.0,)
 RELATIVE_RIDGE = 3.0
 MOST_STEPS = 8
 MEASURED = 200
-MARGIN = 1.2  # of held-out losses, within which the structure that adapts more is taken
-_PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
+MOST_EPOCHS = 60.0
 
 
 @with_bar
@@ -48,11 +48,13 @@ def forecast(
     ridge: float | None = None,
     strength: float | Sequence[float] | None = None,
     steps: int | None = None,
+    max_epochs: float | None = None,
     validation: float = 0.2,
     wrt: Selection | None = None,
     output_fn: OutputFn | None = None,
     seed: int = 0,
     memory_limit: int | None = None,
+    show: Callable[[ForecastPlan], Any] | None = None,
     progress: Asked = None,
 ) -> Forecast:
     r"""What training will do to a network, before it is trained: θ_{k+1} = θ_k + sβ_k, without a gradient step.
@@ -71,7 +73,10 @@ def forecast(
         ridge: κ > 0, the first step's ridge over the mean eigenvalue of its kernel; None is 3.
         strength: λ of ``TwoSided(Quadratic(λ))``, in units of the mean square of what is left of the target
             at θ₀; one or several to choose from. None is 1.
-        steps: the most steps; None is 8.
+        steps: the most steps of each candidate; None is 8.
+        max_epochs: passes over the samples, of all candidates together, in epochs of training (``Forecast.epochs``); no step
+            is begun that would go beyond, but the first of each candidate is always taken. None is 60. Every step takes
+            (1 + 2c)/3 epochs for its features.
         validation: the share of samples that are held out to choose; with 0, all steps are taken, and there must be
             nothing else to choose.
         wrt: the parameters that will be trained: a name pattern, a parameter, or several; None is all that require a
@@ -79,7 +84,8 @@ def forecast(
         output_fn: picks a tensor (n, c) from what the model returns; None takes that itself, or its `logits`.
         seed: of the choice of held-out samples.
         memory_limit: bytes that may be used; None is half of what is free.
-        progress: called with the stage and the fraction of the work that is done; True shows a bar.
+        show: called with the ``ForecastPlan`` before the first step, such as ``print``: seconds, memory and passes.
+        progress: called with the step and the share of the expected time that has passed; True shows a bar.
 
     Raises:
         TangentError: as ``tangent_features`` and ``fit`` do; when an option is out of range, or when nothing is held out and
@@ -97,6 +103,7 @@ def forecast(
     check_choice(CALL, "loss", loss, get_args(LossName))
     kappa = RELATIVE_RIDGE if ridge is None else _positive("ridge", ridge)
     most = MOST_STEPS if steps is None else _steps(steps)
+    largest = MOST_EPOCHS if max_epochs is None else _positive("max_epochs", max_epochs)
     if not _is_number(validation) or not 0 <= validation < 1:
         raise TangentError(f"{CALL}: validation is a share of the samples, from 0 to below 1, got {validation!r}")
     with raised_as(CALL, "fit"):
@@ -116,25 +123,30 @@ def forecast(
         raise TangentError(
             f"{CALL}: with validation = 0 nothing is held out to choose a structure by; give structure= or validation > 0"
         )
-    size = float((goal.taken(kept).missing(before[kept]) ** 2).mean())
+    size = float((ground.goal.missing(before[kept]) ** 2).mean())
     if given is not None:
-        structures: list[Structure] = [given]
+        candidates: list[tuple[Structure, str]] = [(given, structure_words(given))]
     elif ground.held is None:
-        structures = [_two_sided(strengths[0], size)]
+        candidates = [_two_sided(strengths[0], size)]
     else:
-        structures = [Fixed(), *(_two_sided(value, size) for value in strengths)]
-    told = told_to(progress) or silent
-    walks: list[_Walked] = []
+        candidates = [(Fixed(), structure_words(Fixed())), *(_two_sided(value, size) for value in strengths)]
+    structures, names = zip(*candidates, strict=True)
+    costs = None
+    if show is not None or progress:
+        plan, costs = planned(ground, start, structures, names, loss, most, largest)
+        if show is not None:
+            show(plan)
+    pace, outputs = Pace(told_to(progress) or silent), ground.outputs(start)
+    found = courses(ground, Point(ground, start, outputs), structures, names, kappa)
     with raised_as(CALL, "fit"):
-        for k, each in enumerate(structures):
-            walks.append(_walked(Walk(ground, each, kappa, start), most, told, k, len(structures)))
-    told("done", 1.0)
-    return _forecast(model, capture, ground, walks, x, kept, loss, kappa, validation, seed)
+        run(found, ground, outputs.shape[1], most, largest, pace, costs)
+    pace.progress("done", 1.0)
+    return _forecast(model, capture, ground, found, outputs, x, loss, kappa, validation, seed)
 
 
-def _two_sided(strength: float, size: float) -> Structure:
+def _two_sided(strength: float, size: float) -> tuple[Structure, str]:
     # For targets that the network fits already, any penalty will do.
-    return TwoSided(Quadratic(strength * size or strength))
+    return TwoSided(Quadratic(strength * size or strength)), f"two-sided, strength {strength:g}"
 
 
 def _is_number(value: object) -> bool:
@@ -169,79 +181,40 @@ def _divided(capture: Capture, x: Batch, goal: Goal, validation: float, seed: in
     return Ground(capture, take(x, kept), goal.taken(kept), take(x, held), goal.taken(held)), kept
 
 
-@dataclass(frozen=True)
-class _Walked:
-    """The steps of one structure, of which the first ``chosen`` have the least held-out loss, and where these lead."""
-
-    structure: Structure
-    steps: tuple[Step, ...]
-    fits: tuple[Fit, ...]
-    chosen: int
-    end: Mapping[str, Tensor]
-    held: Tensor | None
-    initial: Tensor | None
-    reason: str
-
-
-def _walked(walk: Walk, most: int, told: Progress, place: int, of: int) -> _Walked:
-    """All steps until the held-out loss has stopped falling."""
-    initial = held = walk.ground.held_losses(walk.parameters)
-    end, steps, fits, best = walk.parameters, list[Step](), list[Fit](), 0
-    least = math.inf if initial is None else float(initial.mean())
-    for found in walk.steps(most):
-        steps.append(found.step)
-        fits.append(found.fit)
-        told(few_digits(walk.structure), (place + len(steps) / most) / of)
-        if initial is None or found.step.held_out < least:
-            best, least, end, held = len(steps), found.step.held_out, found.parameters, found.held_losses
-        elif len(steps) - best >= _PATIENCE:
-            walk.reason = f"the held-out loss has not fallen for {_PATIENCE} steps"
-            break
-    if steps and not best:
-        walk.reason = "no step lowers the held-out loss: what the training samples teach does not carry over to others"
-    return _Walked(walk.structure, tuple(steps), tuple(fits[:best]), best, end, held, initial, walk.reason)
-
-
-def _chosen(walks: Sequence[_Walked]) -> int:
-    """The walk that adapts most of those whose held-out loss is at most a fifth above the least."""
-    means = [0.0 if walk.held is None else float(walk.held.mean()) for walk in walks]
-    return max(k for k, mean in enumerate(means) if mean <= MARGIN * min(means))
-
-
 def _forecast(
-    model: nn.Module, capture: Capture, ground: Ground, walks: Sequence[_Walked], x: Batch, kept: Tensor, loss: LossName,
+    model: nn.Module, capture: Capture, ground: Ground, found: Sequence[Course], outputs: Tensor, x: Batch, loss: LossName,
     kappa: float, validation: float, seed: int,
 ) -> Forecast:  # fmt: skip
-    walk = walks[_chosen(walks)]
+    course = chosen(found)
     start = dict(capture.network.parameters)
     few = torch.linspace(0, samples(x) - 1, min(MEASURED, samples(x))).round().long().to(tensors(x)[0].device)
     return Forecast(
         model=model,
         start=_state(model, start),
-        params=_state(model, walk.end),
-        steps=walk.steps[: walk.chosen],
-        fits=walk.fits,
-        structure=walk.structure,
+        params=_state(model, course.end),
+        steps=tuple(course.steps[: course.chosen]),
+        fits=tuple(course.fits[: course.chosen]),
+        structure=course.structure,
         loss=loss,
         ridge=kappa,
         validation=validation,
         seed=seed,
-        initial_loss=ground.goal.loss(ground.outputs(start)),
-        initial_held_out=math.nan if walk.initial is None else float(walk.initial.mean()),
-        candidates=tuple(_candidate(each) for each in walks),
-        reason=walk.reason,
+        initial_loss=ground.goal.loss(outputs),
+        initial_held_out=math.nan if course.initial is None else float(course.initial.mean()),
+        candidates=tuple(_candidate(each) for each in found),
+        reason=course.reason,
         passes=dict(ground.passes),
         wrt=capture.network.selected,
         output_fn=capture.network.output_fn,
         memory_limit=capture.requested,
         x=take(x, few),
-        blocks=_blocks(capture, walk.end),
+        blocks=_blocks(capture, course.end),
     )
 
 
-def _candidate(walk: _Walked) -> Candidate:
-    held = math.nan if walk.held is None else float(walk.held.mean())
-    return Candidate(walk.structure, walk.steps, walk.chosen, held, walk.reason)
+def _candidate(course: Course) -> Candidate:
+    held = math.nan if course.held is None else course.mean
+    return Candidate(course.structure, tuple(course.steps), course.chosen, held, course.reason, course.name)
 
 
 def _blocks(capture: Capture, end: Mapping[str, Tensor]) -> dict[str, BlockForecast]:

@@ -15,10 +15,12 @@ from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.capture.path_average import average_features
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.kernel_layout import Outputs
+from adaptive_tangents.forecasting.cost import epochs_of
 from adaptive_tangents.forecasting.files import read_forecast, write_forecast
 from adaptive_tangents.forecasting.trust_region import Step
+from adaptive_tangents.forecasting.words import structure_words
 from adaptive_tangents.measures.alignment import alignment, cka, effective_rank
-from adaptive_tangents.runtime.told import few_digits, html, short
+from adaptive_tangents.runtime.told import html, short
 from adaptive_tangents.solvers.losses import LossName
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
@@ -73,6 +75,7 @@ class Candidate:
         chosen: how many of these have the least held-out loss.
         held_out: that loss; NaN if nothing was held out.
         reason: why there were no more steps.
+        name: the structure in words; empty in a forecast that an earlier version saved.
     """
 
     structure: Structure | str
@@ -80,6 +83,12 @@ class Candidate:
     chosen: int
     held_out: float
     reason: str
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """The structure in words."""
+        return self.name or structure_words(self.structure)
 
 
 @dataclass(frozen=True)
@@ -155,14 +164,14 @@ class Forecast:
     def __repr__(self) -> str:
         last = self.steps[-1].loss if self.steps else self.initial_loss
         return (
-            f"Forecast({len(self.steps)} steps of {short(few_digits(self.structure))}, {self.loss}: loss "
+            f"Forecast({len(self.steps)} steps of {short(self.called)}, {self.loss}: loss "
             f"{self.initial_loss:.4g} → {last:.4g}, {len(self.blocks)} blocks)"
         )
 
     def _repr_html_(self) -> str:
         last = self.steps[-1] if self.steps else None
         facts = {
-            "structure": few_digits(self.structure), "steps": f"{len(self.steps)}; {self.reason}",
+            "structure": self.called, "steps": f"{len(self.steps)}; {self.reason}",
             "loss": f"{self.initial_loss:.4g} → {self.initial_loss if last is None else last.loss:.4g}",
             "held out": f"{self.initial_held_out:.4g} → {self.initial_held_out if last is None else last.held_out:.4g}",
             "cost": f"{self.epochs:.1f} epochs",
@@ -174,9 +183,15 @@ class Forecast:
         return html("Forecast", facts, ("block", "share of the change", "effective rank", "relative size"), rows)
 
     @property
+    def called(self) -> str:
+        """The structure in words, such as "kernel regression" or "two-sided, strength 1"."""
+        taken = [each.name for each in self.candidates if str(each.structure) == str(self.structure)]
+        return next(iter(taken), "") or structure_words(self.structure)
+
+    @property
     def epochs(self) -> float:
         """The passes in epochs of training, a forward and a backward pass, the latter counted as two forward passes."""
-        return (self.passes["forward"] + 2 * self.passes["backward"]) / 3
+        return epochs_of(self.passes)
 
     def kernels(self, x: Batch, *, outputs: Outputs = "full", nodes: int = NODES) -> ForecastKernels:
         """K₀, K̄ and K_T of the training that is foretold, at any samples.
@@ -219,23 +234,22 @@ class Forecast:
     def summary(self) -> str:
         """The forecast as text to read."""
         kind = {"squared": "squared error"}.get(self.loss, self.loss)
-        lines = [
-            f"forecast of training on {kind}: {len(self.steps)} steps of {few_digits(self.structure)}; {self.reason}"
-        ]
         if not self.steps:
-            return "\n".join([*lines, "  no change is foretold"])
+            return f"Foretold: training on {kind} changes nothing; {self.reason}"
         last = self.steps[-1]
         held = "" if self.validation == 0 else f", held out {self.initial_held_out:.4g} → {last.held_out:.4g}"
-        lines.append(f"  loss        {self.initial_loss:.4g} → {last.loss:.4g}{held}")
+        fits = "1 step" if len(self.steps) == 1 else f"{len(self.steps)} steps"
+        lines = [
+            f"Foretold: training on {kind} takes the loss {self.initial_loss:.4g} → {last.loss:.4g}{held}",
+            f"  by          {fits} of {self.called}; {self.reason}",
+        ]
         lines.append(
             f"  cost        {self.epochs:.1f} epochs ({self.passes['forward']:.0f} forward, {self.passes['backward']:.0f} "
             f"backward passes), {sum(step.seconds for each in self.candidates for step in each.steps):.1f} s"
         )
         for each in self.candidates if len(self.candidates) > 1 else ():
             mark = "*" if each.structure is self.structure else " "
-            lines.append(
-                f"{mark} held out    {each.held_out:.4g} after {each.chosen} steps of {few_digits(each.structure)}"
-            )
+            lines.append(f"{mark} held out    {each.held_out:.4g} after {each.chosen} steps of {each.called}")
         largest = sorted(self.blocks, key=lambda name: -self.blocks[name].share)[:8]
         for name in largest:
             block = self.blocks[name]

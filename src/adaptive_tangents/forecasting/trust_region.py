@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -122,38 +123,47 @@ class Taken:
     held_losses: Tensor | None
 
 
+class Point:
+    """Parameters θ_k with their outputs, and with features and their mean eigenvalue, which are made when first asked for.
+
+    All candidates begin at the same point, so the features at θ₀ are made once.
+    """
+
+    def __init__(self, ground: Ground, parameters: Mapping[str, Tensor], outputs: Float[Tensor, "n c"]) -> None:
+        self.ground, self.parameters, self.outputs = ground, parameters, outputs
+
+    @cached_property
+    def features(self) -> TangentFeatures:
+        """φ of the samples to fit."""
+        return self.ground.features(self.parameters)
+
+    @cached_property
+    def mean(self) -> float:
+        """The mean eigenvalue of their kernel."""
+        return mean_eigenvalue(self.features)
+
+
 @dataclass
 class Walk:
-    """Steps from θ₀, one after the other; ``reason`` says why there are no more."""
+    """Steps one after the other, from θ₀ on, at present at ``point``; ``reason`` says why there are no more."""
 
     ground: Ground
     structure: Structure
     relative_ridge: float
-    parameters: Mapping[str, Tensor]
+    point: Point | None
     reason: str = ""
 
-    def steps(self, most: int) -> Iterator[Taken]:
-        """At most ``most`` steps that each lower the training loss."""
-        here = self.parameters
-        outputs = self.ground.outputs(here)
-        for _ in range(most):
-            taken = self._step(here, outputs)
-            if taken is None:
-                return
-            found, outputs = taken
-            here = found.parameters
-            yield found
-        self.reason = self.reason or f"all {most} steps were taken"
-
-    def _step(self, here: Mapping[str, Tensor], outputs: Tensor) -> tuple[Taken, Tensor] | None:
-        """The next step, and the outputs after it; None where no ridge lowers the loss enough."""
+    def step(self) -> Taken | None:
+        """The next step, which lowers the training loss; None where no ridge lowers it enough."""
+        if self.point is None:
+            return None
         began, ground = time.perf_counter(), self.ground
+        here, outputs = self.point.parameters, self.point.outputs
         loss = ground.goal.loss(outputs)
         if float(ground.goal.missing(outputs).norm()) <= ground.rounding * float(outputs.norm()):
             self.reason = "the network fits its targets: nothing is left to learn"
             return None
-        feats = ground.features(here)
-        mean = mean_eigenvalue(feats)
+        feats, mean = self.point.features, self.point.mean
         if mean == 0:
             self.reason = "the tangent features of all samples are zero: no gradient moves the network"
             return None
@@ -172,7 +182,8 @@ class Walk:
                     after, math.nan if held is None else float(held.mean()), length, found.ridge, kappa, agreement,
                     _rank(found.coefficients), tries, found.converged, time.perf_counter() - began,
                 )  # fmt: skip
-                return Taken(step, replace(found, features=feats[_FIRST.to(feats.device)]), there, held), beyond
+                self.point = Point(ground, there, beyond)
+                return Taken(step, replace(found, features=feats[_FIRST.to(feats.device)]), there, held)
             kappa *= _STRONGER
         self.reason = (
             f"the trust region shrank to nothing: {_MOST_TRIES} ridges, up to {kappa / _STRONGER:.1e} times the kernel's "

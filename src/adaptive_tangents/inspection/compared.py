@@ -112,7 +112,7 @@ def _moved(each: Inspection) -> Array:
 
 
 def _functions(one: Inspection, two: Inspection) -> dict[str, float | None] | None:
-    """How alike the changes f_T − f_0 are, and what the networks say at the end; None if their outputs differ in number."""
+    """How alike the changes f_T − f₀ are, and what the networks say at the end; None if their outputs differ in number."""
     (start_a, end_a), (start_b, end_b) = (
         tuple(each.arrays[f"outputs.{stage}"].astype(float) for stage in ("start", "end")) for each in (one, two)
     )
@@ -247,20 +247,20 @@ def _scalars(each: Inspection) -> dict[str, tuple[str, float | None]]:
     moved = float(np.linalg.norm(_moved(each)))
     gained = each.arrays["outputs.end"].astype(float) - each.arrays["outputs.start"].astype(float)
     found: dict[str, tuple[str, float | None]] = {
-        "growth": ("trace of K_T over that of K_0", results["growth"]["final"]),
-        "kernel_moved": ("‖K_T − K_0‖/n, n samples", moved / len(start)),
-        "kernel_change": ("‖K_T − K_0‖/‖K_0‖", moved / size if size > 0 else None),
-        "function_moved": ("‖f_T − f_0‖/√n", float(np.linalg.norm(gained) / math.sqrt(len(gained)))),
-        "cka": ("CKA of K_0 and K_T", results["cka"]["final"]),
+        "growth": ("trace of K_T over that of K₀", results["growth"]["final"]),
+        "kernel_moved": ("‖K_T − K₀‖/n, n samples", moved / len(start)),
+        "kernel_change": ("‖K_T − K₀‖/‖K₀‖", moved / size if size > 0 else None),
+        "function_moved": ("‖f_T − f₀‖/√n", float(np.linalg.norm(gained) / math.sqrt(len(gained)))),
+        "cka": ("CKA of K₀ and K_T", results["cka"]["final"]),
     }
     for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
         sims = results["alignment_centered"].get(goal, {})
-        for stage, symbol in (("initial", "K_0"), ("average", "K̄"), ("final", "K_T")):
+        for stage, symbol in (("initial", "K₀"), ("average", "K̄"), ("final", "K_T")):
             key = f"alignment_{goal}_{next(name for name, held in STAGES.items() if held == stage)}"
             found[key] = (f"centered sim of {symbol} with {words}", sims.get(stage))
     along = results["decomposition"]["final"]["change_along_target"]
-    found["change_along_target"] = ("share of K_T − K_0 along the kernel of the network’s change", along)
-    for stage, symbol in (("initial", "K_0"), ("final", "K_T")):
+    found["change_along_target"] = ("share of K_T − K₀ along the kernel of the network’s change", along)
+    for stage, symbol in (("initial", "K₀"), ("final", "K_T")):
         found[f"rank_{stage}"] = (f"effective rank of {symbol}", results["spectrum"][stage]["participation"])
     blocks = [b for b in results["blocks"].values() if min(b["shape"]) > 1 and b["change_norm"] > 0]
     shares = [b["effective_rank"]["participation"] / min(b["shape"]) for b in blocks]
@@ -288,7 +288,7 @@ def _held_out(results: Results) -> dict[str, tuple[str, float | None]]:
     for when, words in (("end", "at the end"), ("start", "at the start")):
         for kind, value in (held["performance"][when] or {}).items():
             found[f"held_out.{kind}_{when}"] = (f"{kind} {words}, on samples held out", value)
-    found["held_out.growth"] = ("trace of K_T over that of K_0, on samples held out", held["growth"]["final"])
+    found["held_out.growth"] = ("trace of K_T over that of K₀, on samples held out", held["growth"]["final"])
     for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
         sims = held["alignment_centered"].get(goal, {})
         found[f"held_out.alignment_{goal}"] = (

@@ -25,7 +25,7 @@ _HANDLES = ".findings, .table(), .blocks, .layers; .plot(); .save(DIR) writes th
 
 _OF_A_BLOCK = {
     "blocks": "how many blocks the network has there: 2 for a low-rank adapter, 0 if none was measured",
-    "change_share": "their part of K_T − K_0: ⟨ΔK_b, ΔK⟩/‖ΔK‖²",
+    "change_share": "their part of K_T − K₀: ⟨ΔK_b, ΔK⟩/‖ΔK‖²",
     "trace_share": "their part of the trace of K_T",
     "growth": "trace of their kernel at the end over that at the start",
     "alignment": "cosine of the kernel at the end with that of the network’s change, where it is one block",
@@ -42,7 +42,7 @@ class Comparison:
     Attributes:
         results: all numbers, as ``results.json`` holds them: "numbers" of each, "kernels" and "functions" between the two
             (None if their samples differ), "places" and "layers".
-        arrays: what the figures draw: "a.kernel.end", "b.gained" (f_T − f_0) and others.
+        arrays: what the figures draw: "a.kernel.end", "b.gained" (f_T − f₀) and others.
     """
 
     results: Results
@@ -97,7 +97,7 @@ class Comparison:
 
     @property
     def layers(self) -> Rows:
-        """The parts of K_T − K_0 and of the trace of K_T by layer; columns end in ``_a`` and ``_b``."""
+        """The parts of K_T − K₀ and of the trace of K_T by layer; columns end in ``_a`` and ``_b``."""
         columns = {"layer": "the layer"}
         for key in ("change_share", "trace_share"):
             columns |= {

@@ -51,7 +51,7 @@ def draw_kernels(results: Results, arrays: Arrays) -> Figure:
 
 
 def draw_layers(results: Results, arrays: Arrays) -> Figure:
-    """The part of K_T − K_0 by layer, of both."""
+    """The part of K_T − K₀ by layer, of both."""
     rows = [row for row in results["layers"] if row["change_share_a"] is not None or row["change_share_b"] is not None]
     heavy = sorted(rows, key=lambda row: -max(abs(row[f"change_share_{side}"] or 0.0) for side in _SIDES))[:SHOWN]
     rows = [row for row in rows if row in heavy]

@@ -7,7 +7,7 @@ from adaptive_tangents.inspection.comparison_told import findings
 from adaptive_tangents.reporting.pages import Page, fixed, number
 from adaptive_tangents.runs.results import Results
 
-_SYMBOLS = {"start": "K_0, start", "average": "K̄, average", "end": "K_T, end", "change": "K_T − K_0, the change"}
+_SYMBOLS = {"start": "K₀, start", "average": "K̄, average", "end": "K_T, end", "change": "K_T − K₀, the change"}
 
 
 def _arrays(results: Results) -> list[str]:

@@ -89,7 +89,7 @@ def _kernels(results: Results) -> str:
     found = results["kernels"]
     if found is None:
         return ""
-    symbols = (("start", "K_0"), ("average", "K̄"), ("end", "K_T"), ("change", "K_T − K_0"))
+    symbols = (("start", "K₀"), ("average", "K̄"), ("end", "K_T"), ("change", "K_T − K₀"))
     known = [f"{symbol} {fixed(found[stage]['cka'])}" for stage, symbol in symbols if found[stage]["cka"] is not None]
     if not known or found["end"]["cka"] is None:
         return ""
@@ -115,7 +115,7 @@ def _layers(results: Results) -> str:
         most = sorted((pair for pair in held if pair[0] >= _MUCH), reverse=True)[:3]
         if len(held) > 1 and most:
             parts.append(f"in {listed([f'{layer} ({_percent(share)})' for share, layer in most])} for {name}")
-    return f"Most of the kernel’s change K_T − K_0 is {'; '.join(parts)}." if parts else ""
+    return f"Most of the kernel’s change K_T − K₀ is {'; '.join(parts)}." if parts else ""
 
 
 def _turn(results: Results) -> str:

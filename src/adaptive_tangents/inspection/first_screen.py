@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from adaptive_tangents.features.layer_names import layers_of, phrase
 from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch
 from adaptive_tangents.reporting.drawing import real
@@ -16,6 +14,24 @@ NOTICEABLE = 0.02
 _ALREADY = 0.8  # a kernel that is aligned so far has little left to turn
 _MOST = 0.5
 _MANY = 0.4  # of all directions
+
+
+FORETOLD = "foretold"
+"""The experiment of a forecast's results."""
+_TO_COME = {
+    "grew to": "grows to", "shrank to": "shrinks to", "kept its size": "keeps its size", "was zero": "is zero",
+    "hardly turned": "hardly turns", "and turned": "and turns", "was aligned": "is aligned",
+}  # fmt: skip
+
+
+def headline(results: Results) -> str:
+    """The first sentence; of a forecast, in words that say that it has not happened."""
+    sentence = first_sentence(results)
+    if results.get("experiment") != FORETOLD:
+        return sentence
+    for happened, foretold in _TO_COME.items():
+        sentence = sentence.replace(happened, foretold)
+    return f"Foretold: {sentence[0].lower()}{sentence[1:]}"
 
 
 def first_sentence(results: Results) -> str:
@@ -113,17 +129,21 @@ def _turned(results: Results) -> str:
 
 
 def _directions(results: Results) -> str:
-    rows = [row for row in layer_rows_of(results) if row["rank_90"] and row["rank_most"] > 1]
-    if not rows:
-        return ""
-    held = int(np.floor(np.median([row["rank_90"] for row in rows]) + 0.5))
-    if float(np.median([row["rank_90"] / row["rank_most"] for row in rows])) > _MANY:
-        return "the change of the weights is spread over many directions"
-    most = int(np.median([row["rank_most"] for row in rows]))
-    typical = " a layer" if len(rows) > 1 else ""
-    return (
-        f"{held} of {most:,} directions{typical} {'holds' if held == 1 else 'hold'} 90 % of the change of the weights"
+    """How few directions hold most of the change, in the matrix whose share of directions is the median."""
+    matrices = sorted(
+        (block["rank_90"] / min(block["shape"]), block["rank_90"], min(block["shape"]))
+        for block in results["blocks"].values()
+        if block.get("rank_90") and min(block["shape"]) > 1
     )
+    if not matrices:
+        return ""
+    share, held, most = matrices[(len(matrices) - 1) // 2]
+    if share > _MANY:
+        return "the change of the weights is spread over many directions"
+    hold = "holds" if held == 1 else "hold"
+    if len(matrices) == 1:
+        return f"{held} of {most:,} directions {hold} 90 % of the change of the weights"
+    return f"in the median matrix, {held} of {most:,} directions {hold} 90 % of its change"
 
 
 def start_words(results: Results) -> str:

@@ -1,6 +1,6 @@
 """What training will do: a forecast, inspected as if it had happened, and beside what happened if that is known."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch.nn import functional
 
 from adaptive_tangents.checks import Values
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.forecasting.cost import ForecastPlan
 from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.forecasting.results import Forecast
+from adaptive_tangents.inspection.first_screen import FORETOLD
+from adaptive_tangents.inspection.foretold_plan import Clock, ForetoldPlan, measuring
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.outputs import network_outputs
 from adaptive_tangents.inspection.problem import InspectConfig
@@ -25,10 +28,9 @@ from adaptive_tangents.runtime.progress import Progress, silent
 
 NAME = "forecast"
 # Of its results; the experiment that judges forecasts is called forecast, too.
-KIND = "foretold"
+KIND = FORETOLD
 LOSSES = ("auto", "squared", "cross-entropy")
 _CHEAP = 1.0  # operations: no models are fitted to what happened
-_PART = 0.6  # of the work is the forecast
 
 
 def run_forecast(
@@ -40,39 +42,45 @@ def run_forecast(
     end: Mapping[str, Tensor] | None = None,
     loss: str = "auto",
     steps: int | None = None,
+    max_epochs: float | None = None,
+    show: Callable[[ForetoldPlan], Any] | None = None,
     progress: Progress = silent,
 ) -> RunResult:
     """Foretell training from ``start`` on all samples, and measure the change as an inspection does.
 
-    ``end`` is the state after training, which the forecast does not see, as it does not see samples held out. Raises
-    TangentError as ``forecast`` and ``run`` do, when data have no targets, or when no change is foretold.
+    ``end`` is the state after training, which the forecast does not see, as it does not see samples held out. ``show`` is
+    called with the plan of all that before the first step, and ``progress`` with the share of the expected time that has
+    passed. Raises TangentError as ``forecast`` and ``run`` do, when data have no targets, or when no change is foretold.
     """
     data = fit_data(data, model, NAME)
     seen = data if data.held_out is None else data.take((~data.held_out).nonzero()[:, 0])
     y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1)).x), seen, loss)
+    cheap = replace(config, fit_operations=_CHEAP)
+    plans = [measuring(model, start, data, each) for each in ([config] if end is None else [config, cheap])]
+    clock = Clock(progress, [plan.seconds if plan else 0.0 for plan in plans])
 
-    def part(first: float, share: float) -> Progress:
-        return lambda stage, fraction: progress(stage, first + share * fraction)
+    def told_of(plan: ForecastPlan) -> None:
+        clock.expected = plan.seconds[1]
+        if show is not None:
+            show(ForetoldPlan(plan, tuple(plans)))
 
     loaded = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     with torch.no_grad():
         model.load_state_dict(dict(start), strict=False)
     try:
         told = forecast(
-            model, seen.x, y, loss=loss, steps=steps, wrt=config.wrt, seed=config.seed, output_fn=lambda out: pick(out, NAME),  # type: ignore[arg-type]
-            progress=part(0.0, _PART),
+            model, seen.x, y, loss=loss, steps=steps, max_epochs=max_epochs, wrt=config.wrt, seed=config.seed,  # type: ignore[arg-type]
+            output_fn=lambda out: pick(out, NAME), show=told_of, progress=clock.part(0),
         )  # fmt: skip
     finally:
         model.load_state_dict(loaded, strict=False)
     if not told.steps:
         raise TangentError(f"{NAME}: no change is foretold: {told.reason}")
-    left = (1 - _PART) / (1 if end is None else 2)
-    found = run(model, {"start": start, NAME: told.params}, data, config, progress=part(_PART, left))
+    found = run(model, {"start": start, NAME: told.params}, data, config, progress=clock.part(1))
     results = {**found.results, "experiment": KIND, "forecast": _numbers(told), "happened": None}
     arrays = dict(found.arrays)
     if end is not None:
-        cheap = replace(config, fit_operations=_CHEAP)
-        after = run(model, {"start": start, "end": end}, data, cheap, progress=part(_PART + left, left))
+        after = run(model, {"start": start, "end": end}, data, cheap, progress=clock.part(2))
         results["happened"] = beside(found, after)
         arrays |= {f"happened.{name}": after.arrays[name] for name in ("kernel.average", "kernel.final", "change")}
     return RunResult(results, arrays)
@@ -149,6 +157,7 @@ def _numbers(told: Forecast) -> dict[str, Any]:
     """The forecast itself, as plain numbers."""
     return {
         "structure": str(told.structure),
+        "name": told.called,
         "loss": told.loss,
         "reason": told.reason,
         "epochs": told.epochs,
@@ -158,6 +167,7 @@ def _numbers(told: Forecast) -> dict[str, Any]:
         "candidates": [
             {
                 "structure": str(each.structure),
+                "name": each.called,
                 "held_out": each.held_out,
                 "chosen": each.chosen,
                 "steps": len(each.steps),

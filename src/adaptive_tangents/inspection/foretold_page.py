@@ -3,32 +3,45 @@
 from dataclasses import replace
 from typing import Any
 
+from adaptive_tangents.forecasting.words import structure_words
+from adaptive_tangents.inspection.first_screen import headline
 from adaptive_tangents.inspection.page import PAGE as INSPECTED
-from adaptive_tangents.reporting.pages import fixed, number
+from adaptive_tangents.reporting.pages import fixed, number, percent
 from adaptive_tangents.runs.results import Results
-from adaptive_tangents.runtime.told import few_digits
-
-AS_IF = "All that follows treats the foretold end as the end of training: what it says of the kernel is foretold."
 
 
 def foretold(results: Results) -> list[str]:
     """The findings of the forecast, most important first."""
+    return [
+        _loss(results), f"Training will change most, by share of the squared change: {_most(results)}.", *happened(results)
+    ]  # fmt: skip
+
+
+def brief(results: Results) -> tuple[str, list[str]]:
+    """What the terminal says: the headline, and findings of a line each."""
+    most = _most(results, 2).replace("effective rank", "rank")
+    return _loss(results), [f"Will change most: {most}.", headline(results), *happened(results)]
+
+
+def _loss(results: Results) -> str:
     made = results["forecast"]
     last = made["steps"][-1]
-    blocks = made["blocks"]
-    most = sorted(blocks, key=lambda name: -blocks[name]["share"])[:3]
-    told = "; ".join(
-        f"{name}, {100 * b['share']:.0f} % (effective rank {b['rank']:.1f} of {min(b['shape'])})"
+    fits = "one exact fit" if len(made["steps"]) == 1 else f"{len(made['steps'])} exact fits"
+    return (
+        f"Foretold: training takes the loss from {number(made['initial_loss'])} to {number(last['loss'])}, held out from "
+        f"{number(made['initial_held_out'])} to {number(last['held_out'])} ({fits}, at the cost of {made['epochs']:.0f} "
+        "epochs)."
+    )
+
+
+def _most(results: Results, count: int = 3) -> str:
+    """The blocks that will change most, with their shares and ranks."""
+    blocks = results["forecast"]["blocks"]
+    most = sorted(blocks, key=lambda name: -blocks[name]["share"])[:count]
+    return "; ".join(
+        f"{name}, {percent(b['share'])} (effective rank {b['rank']:.1f} of {min(b['shape'])})"
         for name, b in ((name, blocks[name]) for name in most)
     )
-    fits = "one exact fit" if len(made["steps"]) == 1 else f"{len(made['steps'])} exact fits"
-    sentences = [
-        f"In {fits}, at the cost of {made['epochs']:.0f} epochs, the loss falls from "
-        f"{number(made['initial_loss'])} to {number(last['loss'])}, held out from {number(made['initial_held_out'])} to "
-        f"{number(last['held_out'])}.",
-        f"Training will change most, by share of the squared change: {told}.",
-    ]
-    return [*sentences, *happened(results)]
 
 
 def happened(results: Results) -> list[str]:
@@ -38,7 +51,7 @@ def happened(results: Results) -> list[str]:
         return []
     sims = beside["cka"]
     sentences = [
-        f"Beside what happened: the foretold K̄ has CKA {fixed(sims['average'])} with that of the training (K_0 alone has "
+        f"Beside what happened: the foretold K̄ has CKA {fixed(sims['average'])} with that of the training (K₀ alone has "
         f"{fixed(sims['without'])}), and the foretold K_T {fixed(sims['final'])}.",
         f"The kernel grew {number(beside['growth'][1])}×, foretold {number(beside['growth'][0])}×; its centered sim with the "
         f"network’s change became {fixed(beside['alignment'][1])}, foretold {fixed(beside['alignment'][0])}.",
@@ -62,9 +75,8 @@ def _context(results: Results) -> dict[str, Any]:
         rows = [(name, beside["shares"][name], beside["ranks"][name]) for name in names]
     return context | {
         "foretold": foretold(results),
-        "structure": few_digits(results["forecast"]["structure"]),
+        "structure": results["forecast"].get("name") or structure_words(results["forecast"]["structure"]),
         "rows": rows,
-        "verdict": context["verdict"].removesuffix(".") + ", if training goes as foretold.",
     }
 
 

@@ -12,7 +12,7 @@ from adaptive_tangents.runtime.tensor_files import write_bytes
 
 
 def advised(results: Results, arrays: Arrays) -> LoraAdvice | None:
-    """The advice of an inspection: ranks that hold 90% of each layer's change; None if adapters would save nothing, or are
+    """The advice of an inspection: ranks that hold 90 % of each layer's change; None if adapters would save nothing, or are
     what was trained.
 
     >>> import numpy as np

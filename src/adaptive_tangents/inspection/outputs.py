@@ -39,7 +39,7 @@ def network_outputs(model: nn.Module, state: Mapping[str, Tensor], x: Batch) -> 
 class Reduction:
     """The outputs measured: their names, a sentence about them, and weights (c, k), or (n, c) per sample for a margin.
 
-    ``share`` is their part of ‖f_T − f_0‖², without the change that all samples, or all logits, have in common.
+    ``share`` is their part of ‖f_T − f₀‖², without the change that all samples, or all logits, have in common.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class Reduction:
 def reduce_outputs(
     how: str, change: Float[Tensor, "n c"], labels: Tensor | None, classes: tuple[str, ...] | None
 ) -> Reduction:
-    """What `--outputs` means for a network whose outputs changed by f_T − f_0 (n, c).
+    """What `--outputs` means for a network whose outputs changed by f_T − f₀ (n, c).
 
     "auto": a single output as it is, else "main"; "main" or "main:k": the k directions of largest variance of the change
     over samples (for logits, orthogonal to all-ones); "margin": the label's logit minus the mean of the others; "all"; or

@@ -9,7 +9,7 @@ from adaptive_tangents.checks import listed
 from adaptive_tangents.inspection import figures
 from adaptive_tangents.inspection.first_screen import (
     NOTICEABLE,
-    first_sentence,
+    headline,
     layer_rows_of,
     start_words,
     telling,
@@ -31,7 +31,7 @@ def findings(results: Results) -> list[str]:
         _held_out, _calibrated, start_words, _growth, _turn, _along, _ranks, _explained, _path, _milestones, _adapters,
         _missing,
     )  # fmt: skip
-    return [first_sentence(results), *(sentence for make in made if (sentence := make(results)))]
+    return [headline(results), *(sentence for make in made if (sentence := make(results)))]
 
 
 def _held_out(results: Results) -> str:
@@ -58,7 +58,7 @@ def _growth(results: Results) -> str:
     rows = layer_rows_of(results)
     ratios = {row["name"]: ratio for row in rows if (ratio := grew(row, len(rows))) is not None}
     average = results["growth"]["average"]
-    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K_0"
+    sentence = f"The kernel {_times(results['growth']['final'])} (trace of K_T over that of K₀"
     sentence += ")" if average is None else f"; averaged over the path {number(average)}×)"
     if len(ratios) > 1:
         most = max(ratios, key=lambda name: ratios[name])
@@ -81,13 +81,13 @@ def _times(growth: float | None) -> str:
 
 def _turn(results: Results) -> str:
     parts = []
-    for goal, words in (("change", "the network’s own change f_T − f_0"), ("labels", "the labels")):
+    for goal, words in (("change", "the network’s own change f_T − f₀"), ("labels", "the labels")):
         plain = results["alignment"].get(goal)
         if plain is None or plain["initial"] is None or plain["final"] is None:
             continue
         name, sims = telling(results, goal)
         sentence = (
-            f"It {_verb(sims)} {words}: {name} {fixed(sims['initial'])} (K_0) → {fixed(sims['average'])} (K̄) → "
+            f"It {_verb(sims)} {words}: {name} {fixed(sims['initial'])} (K₀) → {fixed(sims['average'])} (K̄) → "
             f"{fixed(sims['final'])} (K_T)"
         )
         if sims is not plain:
@@ -97,7 +97,7 @@ def _turn(results: Results) -> str:
         parts.append(sentence + ".")
     cka = results["cka"]["final"]
     if cka is not None:
-        parts.append(f"CKA of K_0 and K_T is {fixed(cka)}.")
+        parts.append(f"CKA of K₀ and K_T is {fixed(cka)}.")
     return " ".join(parts)
 
 
@@ -111,12 +111,12 @@ def _along(results: Results) -> str:
     if found["change_along_target"] is None:
         return ""
     along = percent(found["change_along_target"])
-    sentence = f"Of the kernel’s change K_T − K_0, {along} lies along the kernel of what was learned, K_y"
+    sentence = f"Of the kernel’s change K_T − K₀, {along} lies along the kernel of what was learned, K_y"
     if found["explained"] is not None:
         weight = found["target_weight"]
         sentence += (
-            f"; K_0 and K_y together make up {percent(found['explained'])} of K_T "
-            f"(K_T ≈ {number(found['initial_weight'])} K_0 {'−' if weight < 0 else '+'} {number(abs(weight))} K_y)"
+            f"; K₀ and K_y together make up {percent(found['explained'])} of K_T "
+            f"(K_T ≈ {number(found['initial_weight'])} K₀ {'−' if weight < 0 else '+'} {number(abs(weight))} K_y)"
         )
     return sentence + "."
 
@@ -144,7 +144,7 @@ def _ranks(results: Results) -> str:
         sentence += f" The exact adaptive model explains the same change with rank {model:.1f} in {heavy}."
     elif "fixed" in results["models"]:
         model = blocks[heavy]["model_rank"]["fixed"]["participation"]
-        sentence += f" Kernel regression with the unchanged K_0 would need rank {model:.1f} in {heavy}."
+        sentence += f" Kernel regression with the unchanged K₀ would need rank {model:.1f} in {heavy}."
     return sentence
 
 
@@ -174,7 +174,7 @@ def _path(results: Results) -> str:
         return ""
     sentence = (
         f"The trained network is linear in its averaged features to {number(float(path['error_db']))} dB "
-        f"(f_T − f_0 = φ̄ Δθ up to {percent(path['error'])}, {path['nodes']} nodes)"
+        f"(f_T − f₀ = φ̄ Δθ up to {percent(path['error'])}, {path['nodes']} nodes)"
     )
     if path["buffers_moved"]:
         share = percent(path["through_buffers"])

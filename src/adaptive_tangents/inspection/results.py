@@ -34,13 +34,13 @@ BLOCK_COLUMNS = {
     "block": "the block: a layer’s weight with its bias, a norm’s scale or shift",
     "rows": "o, the width of the block’s output",
     "columns": "i, the width of its input; a bias is one column more",
-    "trace_share_start": "its part of the trace of K_0",
+    "trace_share_start": "its part of the trace of K₀",
     "trace_share_average": "its part of the trace of the average kernel",
     "trace_share_end": "its part of the trace of K_T",
-    "change_share": "its part of K_T − K_0: ⟨ΔK_b, ΔK⟩/‖ΔK‖²; the parts add to one, and one may be negative",
+    "change_share": "its part of K_T − K₀: ⟨ΔK_b, ΔK⟩/‖ΔK‖²; the parts add to one, and one may be negative",
     "growth_average": "trace of its average kernel over that at the start",
     "growth_end": "trace of its kernel at the end over that at the start",
-    "alignment_start": "cosine of its kernel at the start with the kernel of the network’s change f_T − f_0, not centered",
+    "alignment_start": "cosine of its kernel at the start with the kernel of the network’s change f_T − f₀, not centered",
     "alignment_average": "the same of its average kernel",
     "alignment_end": "the same of its kernel at the end",
     "alignment_labels_start": "cosine of its kernel at the start with the kernel of the labels, not centered",
@@ -58,12 +58,12 @@ BLOCK_COLUMNS = {
 
 POINT_COLUMNS = {
     "state": "the name of the state",
-    "growth": "trace of its kernel over that of K_0",
+    "growth": "trace of its kernel over that of K₀",
     "alignment": "cosine of its kernel with that of the network’s change",
     "alignment_centered": "the same, centered",
     "alignment_labels": "cosine of its kernel with that of the labels",
     "alignment_labels_centered": "the same, centered",
-    "cka_start": "CKA of its kernel with K_0",
+    "cka_start": "CKA of its kernel with K₀",
     "cka_end": "CKA of its kernel with K_T",
     "accuracy": "on the samples measured, where labels are known",
     "mse": "mean squared error on the samples measured, where targets are known",
@@ -168,7 +168,7 @@ class Inspection:
     def _repr_html_(self) -> str:
         heavy = sorted(self.blocks, key=lambda row: -abs(row["change_share"] or 0.0))[:_SHOWN]
         table = Rows(BLOCK_COLUMNS, tuple(heavy), _PRINTED).html()
-        note = f"<p>The {len(heavy)} of {len(self.blocks)} blocks with the largest part of K_T − K_0.</p>"
+        note = f"<p>The {len(heavy)} of {len(self.blocks)} blocks with the largest part of K_T − K₀.</p>"
         return shown(self._title(), lambda: self.headline, lambda: self.findings[1:], note + table, self.strip)
 
     def strip(self) -> str:

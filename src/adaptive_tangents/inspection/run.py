@@ -23,7 +23,7 @@ from adaptive_tangents.inspection.held_out import held_out_numbers
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
 from adaptive_tangents.inspection.names import renamed
-from adaptive_tangents.inspection.plan import Pace, Plan, planned
+from adaptive_tangents.inspection.plan import Plan, planned
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
 from adaptive_tangents.inspection.tangents import averaged as averaged_form
@@ -32,6 +32,7 @@ from adaptive_tangents.loading import Data
 from adaptive_tangents.loading.checkpoint_order import doubted
 from adaptive_tangents.measures.alignment import alignment
 from adaptive_tangents.runs.record import RunResult, versions
+from adaptive_tangents.runtime.pace import Pace
 from adaptive_tangents.runtime.progress import Progress, silent
 from adaptive_tangents.runtime.tensor_files import fingerprint
 from adaptive_tangents.storage.provenance import batch_fingerprint

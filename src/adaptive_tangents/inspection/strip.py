@@ -10,7 +10,7 @@ from adaptive_tangents.reporting.drawing import fixed
 from adaptive_tangents.reporting.pictures import heat_map
 from adaptive_tangents.runs.results import Arrays, Results
 
-_SIGNS = {"initial": ("K_0", "at the start"), "average": ("K̄", "average over the way"), "final": ("K_T", "at the end")}
+_SIGNS = {"initial": ("K₀", "at the start"), "average": ("K̄", "average over the way"), "final": ("K_T", "at the end")}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Products with a kernel tile by tile, accumulated in float64, as solvers and decompositions need them."""
 
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adaptive_tangents.kernels.tiles import Cached, Tiled, share
+from adaptive_tangents.kernels.tiles import Cached, Sum, Tiled, share
 from adaptive_tangents.runtime.memory import limit_for
 
 
@@ -61,6 +63,26 @@ class KernelProducts:
                 if len(sides) == 2:
                     put(columns, rows, tile.mT)
         return kernel.reduced(found).reshape(kernel.size, -1)
+
+
+def cache_shares(parts: Collection[Tiled], room: int, *, dense: bool) -> tuple[int, int]:
+    """Bytes for the tiles of each kernel, and for those of their sum in double precision, where all of it does not fit.
+
+    A tile of the sum saves a product the same tile of every kernel, so the sum comes first. A sum that is formed whole
+    anyway (``dense``), or that is of one kernel, needs no cache of its own.
+    """
+    whole = Sum(list(parts))
+    if dense or len(parts) == 1 or sum(map(_read_bytes, parts)) <= room:
+        return room // len(parts), 0
+    summed = min(room, _read_bytes(whole))
+    return (room - summed) // len(parts), summed
+
+
+def _read_bytes(kernel: Tiled) -> int:
+    """Bytes of all tiles as they are read; a sum gives them in double precision."""
+    entries = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in kernel.grid)
+    size = 8 if isinstance(kernel, Sum) else kernel.dtype.itemsize
+    return int(entries) * kernel.width**2 * kernel.batch * size
 
 
 def cached(kernel: Tiled, memory_limit: int | None) -> Tiled:

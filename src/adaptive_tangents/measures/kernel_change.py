@@ -391,7 +391,7 @@ class _Measure:
 
 def _row(width: int, block: str, side: str, part: KernelPart) -> str:
     return (
-        f"{block:<{width}}  {side:<12}{part.contribution:>15.1%}{part.norm:>15.3g}{part.growth:>+15.1%}"
+        f"{block:<{width}}  {side:<12}{100 * part.contribution:>13.1f} %{part.norm:>15.3g}{100 * part.growth:>+13.1f} %"
         f"{part.target_cosine:>15.3f}{part.target_weight:>15.3g}"
     )
 

@@ -139,7 +139,8 @@ class LoraAdvice:
         for row in rows[:most]:
             ranks = f"{row.rank} of {min(row.shape)}"
             lines.append(
-                f"{row.module:<{width}}  {ranks:>9}  {row.share:5.0%}  {row.change:13.1%}  {row.parameters:10,}"
+                f"{row.module:<{width}}  {ranks:>9}  {100 * row.share:3.0f} %  {100 * row.change:11.1f} %  "
+                f"{row.parameters:10,}"
             )
         if len(rows) > most:
             lines.append(f"… and {len(rows) - most} more")
@@ -158,7 +159,7 @@ class LoraAdvice:
         )
         return (
             f"LoRA adapters of {span} in {len(self.adapted)} layers ({self.parameters:,} parameters, "
-            f"{self.parameters / whole:.1%} of these layers) hold {self.share:.0%} {of}.{rest}"
+            f"{100 * self.parameters / whole:.1f} % of these layers) hold {100 * self.share:.0f} % {of}.{rest}"
         )
 
     def __str__(self) -> str:

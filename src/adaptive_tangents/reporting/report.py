@@ -178,6 +178,7 @@ def _render(page: Page, results: Results, drawings: Mapping[str, drawing.Drawing
 
 def _notation(text: str) -> Markup:
     """Typeset mathematical symbols: K_y with a subscript, a bar over K, K(x, x) in italics."""
-    html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', str(escape(text))).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
+    safe = re.sub(r"([A-Za-zθφσ])₀", r"\1_0", str(escape(text)))  # markup stays markup
+    html = re.sub(r"(\w)̄", r'<i class="bar">\1</i>', safe).replace("(x, x)", "(<i>x</i>, <i>x</i>)")
     html = re.sub(r"\b([A-Za-zθφσ])_([A-Za-z])\b", r"<i>\1</i><sub><i>\2</i></sub>", html)
     return Markup(re.sub(r"\b([A-Za-zθφσ])_(\d)\b", r"<i>\1</i><sub>\2</sub>", html))

@@ -13,6 +13,7 @@ import torch
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.kernels.derived_kernels import check_symmetric, largest
+from adaptive_tangents.kernels.products import cache_shares
 from adaptive_tangents.kernels.regression import KernelForm, is_dense, residual_targets
 from adaptive_tangents.kernels.tiles import Cached, Kernels, Request, StoredKernel, Sum, Tiled, blocks_of, tiled
 from adaptive_tangents.runtime.memory import limit_for
@@ -54,7 +55,7 @@ def fit_kernel(
         )
     room = limit_for(memory_limit, first.device)
     dense = is_dense(call, first, form, room, copies=_COPIES)
-    share = room // (4 * len(groups)) if dense else room // (2 * len(groups))
+    share, summed = cache_shares(groups.values(), room // 4 if dense else room // 2, dense=dense)
     for part in groups.values():
         check_symmetric(call, part)
     size = math.sqrt(max(largest(part.diagonal()) for part in groups.values()))
@@ -66,7 +67,7 @@ def fit_kernel(
     held = {name: Cached(part, share) for name, part in groups.items()}
     means = {name: math.sqrt(float(part.diagonal().mean())) or 1.0 for name, part in held.items()}
     form = "dense" if dense else "matrix-free"
-    problem = KernelProblem(held, structure.with_scales(means), loss, form, room // 4)
+    problem = KernelProblem(held, structure.with_scales(means), loss, form, room // 4, summed)
     search = _Search(problem, course, newton=solver == "newton")
     converged, reason = search.run()
     return _certified(problem, course, search.state, members, converged=converged, reason=reason)

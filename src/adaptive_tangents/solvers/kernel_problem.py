@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.regression import preconditioner
-from adaptive_tangents.kernels.tiles import Sum, Tiled
+from adaptive_tangents.kernels.tiles import Cached, Sum, Tiled
 from adaptive_tangents.linalg.conjugate_gradients import Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
@@ -82,8 +82,15 @@ class KernelProblem(Tempered):
     loss: SquaredError
 
     def __init__(
-        self, parts: Mapping[str, Tiled], structure: Structure, loss: SquaredError, form: str, room: int
+        self,
+        parts: Mapping[str, Tiled],
+        structure: Structure,
+        loss: SquaredError,
+        form: str,
+        room: int,
+        summed: int = 0,
     ) -> None:
+        self.summed = summed  # bytes for tiles of the sum, which every product of a solve needs
         self.parts, self.structure, self.loss, self.form, self.room = parts, structure, loss, form, room
         self.like = next(iter(parts.values())).zeros(len(parts))
         self.temper, self.constraints, self.jitter = 1.0, Constraints(), 0.0
@@ -162,7 +169,7 @@ class KernelProblem(Tempered):
         return solve
 
     def _free(self, q: Norms) -> Callable[[Tensor, float], tuple[Tensor, int]]:
-        operator = KernelProducts(self.whole(q), ridge=self.loss.ridge)
+        operator = KernelProducts(Cached(self.whole(q), self.summed), ridge=self.loss.ridge)
         if self.near is None or float((self.near[0] / q).log().abs().max()) > math.log(_CHANGED):
             with self.timed("preconditioners"):
                 self.near = q, preconditioner(operator, self.room)

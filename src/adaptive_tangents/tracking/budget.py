@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+ALLOWED = 3.0  # seconds of records that any training has, however short
 _LATEST = 3  # records whose slowest foretells what the next one takes
 
 
@@ -31,7 +32,9 @@ class Budget:
     """The clock of a training that is watched, and how many calls lie between two records.
 
     A record is due at calls that are multiples of the interval, ``every`` times a power of two, and only if all records
-    together then stay below the share of the training so far. The interval follows what records and calls take.
+    together then stay below the share of the training so far. The interval follows what records and calls take. Until all
+    records together have taken ``ALLOWED`` seconds, one is due at the calls 1, 2, 3, 4, 6, 8, 12, 16, … of ``every``, too, so
+    that a training too short for its share has a curve.
     """
 
     share: float | None
@@ -80,4 +83,14 @@ class Budget:
             return False
         if self.share is None:
             return True
-        return self.calls % self.interval == 0 and self.seconds + max(self.recent) <= self.share * self.training
+        after = self.seconds + max(self.recent)
+        if after <= ALLOWED and _sparse(self.calls // self.every):
+            return True
+        return self.calls % self.interval == 0 and after <= self.share * self.training
+
+
+def _sparse(call: int) -> bool:
+    """Whether a call is a power of two, or three times one."""
+    while call and call % 2 == 0:
+        call //= 2
+    return call in (1, 3)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runtime.progress import duration
-from adaptive_tangents.tracking.budget import Cost
+from adaptive_tangents.tracking.budget import ALLOWED, Cost
 from adaptive_tangents.tracking.records import Record
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class History:
         allowed = "" if self.budget is None else f", of {100 * self.budget:.3g} % allowed"
         said = f"{many}, {each}: {_percent(cost.share)} of {duration(cost.training)} of training{allowed}"
         if self.budget is not None and cost.share > self.budget:
-            said += "; the first and the last record are taken whatever they cost"
+            said += f"; the first and the last record, and {ALLOWED:g} s in all, are taken whatever they cost"
         return said
 
 

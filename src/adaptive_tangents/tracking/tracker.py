@@ -66,7 +66,8 @@ class Tracker:
             a quarter of a second at most, and 16 at least. Give a number to have the same samples in every run.
         every: calls of ``record`` between two records at least.
         budget: seconds of all records over those of training, at most; the first and the last record are taken whatever
-            they cost. None takes a record at every ``every``-th call.
+            they cost, and until all records took 3 seconds, some are taken whatever their share: at the calls 1, 2, 3, 4, 6,
+            8, 12, 16, … of ``every``. None takes a record at every ``every``-th call.
         wrt: the parameters whose features are measured, as in ``tangent_kernel``; None is all that require a gradient.
         outputs: "trace" sums the kernel over all outputs, at a backward pass for each; a number sums over as many random
             directions of the outputs, whose kernel is the same on average; "auto" is "trace" for up to 10 outputs

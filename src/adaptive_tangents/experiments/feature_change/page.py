@@ -90,7 +90,7 @@ def draw_match(results: Results, arrays: Arrays, *, which: str) -> Figure:
         ):
             values = [side[key][which] for side in sides.values()]
             axes.scatter(values, places, label=f"predicted from {name}", zorder=3, **look)
-        axes.plot([], [], color=RULE, lw=5, label="95% of random subspaces")
+        axes.plot([], [], color=RULE, lw=5, label="95 % of random subspaces")
         axes.set_yticks(places, [_side_name(key) for key in sides])
         axes.set(xlim=(0, 1), ylim=(len(sides) - 0.5, -0.5), xlabel="overlap")
         axes.tick_params(axis="y", length=0)
@@ -227,7 +227,7 @@ def _predicted_section(results: Results) -> Section:
         Shown("read", "Overlap of the subspaces in which measured and predicted transforms read, at each side",
               f"What they read: at each side, the {k} right singular vectors of M − I with the largest values, for the "
               "measured and for the predicted transform. The overlap is the mean squared cosine of the principal "
-              "angles, 1 for equal subspaces. Gray: the range of 95% of random subspaces. Look for diamonds beyond the "
+              "angles, 1 for equal subspaces. Gray: the range of 95 % of random subspaces. Look for diamonds beyond the "
               "gray and beyond the rings."),
         Shown("written", "Overlap of the subspaces in which measured and predicted transforms write, at each side",
               f"What they write: the same for the {k} left singular vectors. Look for diamonds beyond the rings: where "
@@ -235,7 +235,7 @@ def _predicted_section(results: Results) -> Section:
         "A measured side is not symmetric, so the directions that it reads differ from those that it writes. At first "
         "only the former were compared, and that choice was made after both had been seen. Here both are compared, and "
         "each has its own claims.",
-        Table(("side", "angles", "read", "shuffled", "written", "shuffled", "chance", "95%", "cosine", "chance"), sides,
+        Table(("side", "angles", "read", "shuffled", "written", "shuffled", "chance", "95 %", "cosine", "chance"), sides,
               "Principal angles of the directions read; overlaps, also for shuffled labels; the mean and the 95th "
               "percentile by chance; the cosine of the two M − I, and its mean if one of them is rotated at random."),
     ))  # fmt: skip

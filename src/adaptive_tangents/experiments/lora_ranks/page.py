@@ -118,7 +118,7 @@ def _losses(results: Results) -> Section:
 def _row(of: list[dict[str, float]]) -> tuple[str, str, str]:
     return (
         spread([each["loss"] for each in of], ".3f"),
-        spread([100 * each["accuracy"] for each in of], lambda v: f"{v:.1f}%"),
+        spread([100 * each["accuracy"] for each in of], lambda v: f"{v:.1f} %"),
         spread([each["last_loss"] for each in of], ".3f"),
     )
 
@@ -136,7 +136,7 @@ def _where(results: Results) -> Section:
         Shown("ranks", "The rank of every linear layer under each advice",
               "Ranks, means over seeds. The dotted line is uniform rank. Look for the depth at which ranks are spent, and "
               "for whether the forecast, made before training, spends them there too."),
-        Table(("90% of …", "rank in the median layer"), rows),
+        Table(("90 % of …", "rank in the median layer"), rows),
     ))  # fmt: skip
 
 

@@ -164,8 +164,8 @@ def verdict(results: Results) -> str:
             beats = {"holds": "everywhere", "holds in part": "in part"}
             answer += f" It beats {name} {beats.get(claims[f'beside.{peer}']['verdict'], 'nowhere')}."
     if pairs:
-        answer += f" {met} of {len(pairs)} errors measured earlier are reproduced within 20%"
-        answer += f"; the largest difference is {max(pairs):.0%}." if met < len(pairs) else "."
+        answer += f" {met} of {len(pairs)} errors measured earlier are reproduced within 20 %"
+        answer += f"; the largest difference is {100 * max(pairs):.0f} %." if met < len(pairs) else "."
     return answer
 
 
@@ -241,7 +241,7 @@ def _earlier_section(results: Results) -> Section:
     config = results["config"]
     rows: list[tuple[str, ...]] = [
         (found["formula"], name, given(pair["earlier"]), number(pair["measured"]),
-         f"{100 * pair['difference']:+.0f}%".replace("-", "−"))
+         f"{100 * pair['difference']:+.0f} %".replace("-", "−"))
         for found in results["targets"].values() for name, pair in found["earlier"].items()
     ]  # fmt: skip
     return Section("earlier", "Comparison with earlier figures", (
@@ -251,7 +251,7 @@ def _earlier_section(results: Results) -> Section:
         f"unit directions drawn independently, ridge {given(config['ridge'])}. Readout and ridge were chosen among "
         "several because they agree with these figures. With normal or uniform readout weights, two-sided errors are "
         "1.1 to 1.7 times as large (6 seeds, without a ridge). Without a ridge, the fixed kernel’s error for the "
-        "square at n = 800 is 0.46 over 20 seeds, 20% below the 0.58.",
+        "square at n = 800 is 0.46 over 20 seeds, 20 % below the 0.58.",
         Table(("target", "model", "earlier", "this run", "difference"), rows),
     ))  # fmt: skip
 
