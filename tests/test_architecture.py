@@ -234,6 +234,22 @@ def test_only_what_runs_as_a_program_changes_the_filters_of_warnings() -> None:
     assert [name for name in found if not name.startswith(("commands/", "reporting/"))] == []
 
 
+MAKERS = set("arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros".split())
+
+
+def test_no_tensor_is_made_on_the_default_device() -> None:
+    # It is the user's to set, and may be none that computes. Experiments set up a process of their own.
+    made = [
+        f"{name_of(path)}:{call.lineno} {ast.unparse(call)}"
+        for path in SOURCES
+        if not name_of(path).startswith(("experiments/", "datasets/"))
+        for call in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in MAKERS
+        if ast.unparse(call.func.value) == "torch" and not {"device", None} & {word.arg for word in call.keywords}
+    ]
+    assert not made, "\n".join(["say on which device:", *made])
+
+
 def test_no_source_file_is_too_long() -> None:
     for path in SOURCES:
         lines = len(path.read_text("utf-8").splitlines())

@@ -213,7 +213,7 @@ class Capture:
             with suppress(TangentError):
                 first, saved, _ = self._alone(one)
         probed = min(PROBED, max(LEAST_PROBED, self.limit // (PROBE_SHARE * max(1, saved))))
-        index, some = torch.arange(n), x
+        index, some = torch.arange(n, device="cpu"), x
         if n > probed:
             index = spread_over(n, probed)
             some = take(x, index.to(tensors(x)[0].device))
@@ -258,11 +258,13 @@ class Capture:
         out = found.seen.out.detach()
         if not bool(torch.isfinite(out).all()):
             self.outputs(x, {})
-        probe = self._told(found, saved, torch.arange(len(out)))
+        probe = self._told(found, saved, torch.arange(len(out), device="cpu"))
         blocks = {group.name: found.blocks[group.name].compact() for group in self.groups}
         self._check_features(blocks)
         tolerance = self._tolerance(probe.least)
-        index = spread_over(len(out), PROBED).flip(0) if len(out) > PROBED else torch.tensor([len(out) - 1])
+        index = (
+            spread_over(len(out), PROBED).flip(0) if len(out) > PROBED else torch.tensor([len(out) - 1], device="cpu")
+        )
         alone = self._gap(out[0], first, out) <= tolerance
         if not alone or not follows(self.network, x, blocks, found.seen, index, tolerance):
             self._alone(take(x, slice(0, 1)))

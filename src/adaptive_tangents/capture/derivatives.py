@@ -182,7 +182,7 @@ def mixed(out: Tensor) -> Tensor:
 
 
 def _mixture(c: int) -> Tensor:
-    return torch.randn(c, 1, generator=torch.Generator().manual_seed(1))
+    return torch.randn(c, 1, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float32, device="cpu")
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -222,7 +222,7 @@ def projections(blocks: Mapping[str, Block], index: Tensor | None = None) -> dic
     for name, block in blocks.items():
         like = tensors_of(block.summands[0])[0]
         wide = torch.promote_types(like.dtype, torch.float32)
-        a = (torch.ones(1, 1) if index is None else _mixture(block.outputs)).to(like.device, wide)
+        a = (torch.ones(1, 1, device="cpu") if index is None else _mixture(block.outputs)).to(like.device, wide)
         sides = Row(signs(block.shape[0], 0)), Row(signs(block.shape[1], 1))
         values = [
             sum_tensors([part.coordinates(*sides) for part in some.map(dtype=wide).summands])
@@ -242,8 +242,9 @@ def _taken(block: Block, index: Tensor) -> list[Block]:
 
 @lru_cache(maxsize=256)
 def signs(size: int, side: int) -> Tensor:
-    """Random signs for the rows (side 0) or the columns (side 1) of a matrix."""
-    return 1.0 - 2.0 * torch.randint(2, (size,), generator=torch.Generator().manual_seed(side))
+    """Random signs for the rows (side 0) or the columns (side 1) of a matrix, float32; copy them before a write."""
+    bits = torch.randint(2, (size,), generator=torch.Generator("cpu").manual_seed(side), device="cpu")
+    return 1 - 2 * bits.float()
 
 
 def spreads(blocks: Mapping[str, Block]) -> dict[str, Tensor]:
@@ -269,7 +270,7 @@ def disproved(
     if not blocks:
         return frozenset()
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(out.shape, generator=generator).to(out)
+    weights = torch.randn(out.shape, generator=generator, device="cpu").to(out)
     names = [slot.parameter for block in blocks.values() for slot in block.slots]
     found = torch.autograd.grad(out, [leaves[name] for name in names], weights, retain_graph=True, allow_unused=True)
     gradients = {
@@ -284,7 +285,7 @@ def disproved(
     wrong, allowed = [], tolerance(dtype, out.device)
     for name, block in blocks.items():
         o, i = block.shape
-        direction = torch.randn(i, generator=generator).to(out).to(wide)
+        direction = torch.randn(i, generator=generator, device="cpu").to(out).to(wide)
         w, parts = weights.to(wide), block.map(dtype=wide).summands
         along = sum_tensors([_along(part, w, direction) for part in parts])
         # Parameter by parameter: joining them into a matrix would copy them.
@@ -358,7 +359,7 @@ def _stand(net: Network, x: Batch, values: Mapping[str, Tensor]) -> bool:
         out = net(x, leaves)
         if not out.requires_grad:
             return not any(bool(part.any()) for part in values.values())
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
         gradients = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
     with held_nodes() as nodes:
         allowed = tolerance(read_graph(out, {}, nodes).dtype, out.device)

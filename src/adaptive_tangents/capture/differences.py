@@ -132,7 +132,7 @@ def _nearby(net: Network) -> Network:
     generator = torch.Generator().manual_seed(0)
 
     def moved(value: Tensor) -> Tensor:
-        noise = torch.randn(value.shape, generator=generator).to(value)
+        noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
         return torch.add(value, noise, alpha=_NEARBY * _size(value))
 
     return replace(net, parameters={**net.parameters, **{name: moved(net.parameters[name]) for name in net.selected}})
@@ -298,7 +298,7 @@ def _sides(net: Network, blocks: Mapping[str, Block]) -> dict[str, tuple[Tensor,
     norms = torch.stack(torch._foreach_norm(values)).tolist()
     sizes = {name: _entry_size(value, norm) for name, value, norm in zip(net.selected, values, norms, strict=True)}
     for name, block in blocks.items():
-        rows, columns = signs(block.shape[0], 0).double(), signs(block.shape[1], 1).double()
+        rows, columns = (signs(size, side).to(torch.float64, copy=True) for side, size in enumerate(block.shape))
         for slot in block.slots:
             columns[slot.column : slot.column + slot.width] *= sizes[slot.parameter]
             if slot.parameter in still:

@@ -35,7 +35,7 @@ def _found(net: Network, x: Batch, part: Batch | None, error: Exception) -> Exce
     """The error to raise: of the whole batch, of a few samples of it, or of what capturing adds to a pass."""
     total, some = samples(x), x if part is None else part
     if samples(some) > _MOST:
-        spread = torch.linspace(0, samples(some) - 1, _MOST).long()
+        spread = torch.linspace(0, samples(some) - 1, _MOST, device="cpu").long()
         some = take(some, spread.to(tensors(x)[0].device))
     n = samples(some)
     whole = _failure(net, some)

@@ -69,7 +69,7 @@ class Probe:
 
 def spread_over(n: int, count: int) -> Tensor:
     """The indices of ``count`` of n samples: out of order between first and last, so that sorting a batch changes it."""
-    spread = torch.linspace(0, n - 1, count).long()
+    spread = torch.linspace(0, n - 1, count, device="cpu").long()
     return torch.cat([spread[:1], spread[1:-1].flip(0), spread[-1:]])
 
 

@@ -66,7 +66,9 @@ def forecast(
     )
     if quick:
         config, steps = config.quick(), 2 if steps is None else steps
-        chosen = torch.randperm(loaded.n, generator=torch.Generator().manual_seed(seed))[:64].sort().values
+        chosen = (
+            torch.randperm(loaded.n, generator=torch.Generator().manual_seed(seed), device="cpu")[:64].sort().values
+        )
         loaded = loaded.take(chosen)
     with one_bar(timed=True) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", TangentWarning)

@@ -143,7 +143,7 @@ class TangentFeatures:
             given = torch.as_tensor(index, device=self.device)
             chosen = torch.arange(self.n, device=self.device)[given if given.numel() else given.long()]
         except (IndexError, TypeError, ValueError, RuntimeError):
-            chosen = torch.empty(())
+            chosen = torch.empty((), device="cpu")
         if chosen.ndim != 1:
             raise TangentError(
                 f"features: samples are chosen by a slice, a vector of indices below {self.n} or a mask of {self.n} "

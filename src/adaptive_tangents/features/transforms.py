@@ -38,7 +38,7 @@ class LowRank:
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M itself."""
-        return self.apply(torch.eye(self.directions.shape[0]).to(self.directions))
+        return self.apply(torch.eye(self.directions.shape[0], device="cpu").to(self.directions))
 
     def squared(self) -> "LowRank":
         """MᵀM."""
@@ -128,7 +128,7 @@ class Update:
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M itself."""
-        return self.apply(torch.eye(self.read.shape[0]).to(self.read)).mT
+        return self.apply(torch.eye(self.read.shape[0], device="cpu").to(self.read)).mT
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ class Modal:
     def matrix(self) -> Float[Tensor, "d d"]:
         """M on the modes alone, without a bias column."""
         parts = [None if factor is None else factor.matrix().contiguous() for factor in self.factors]
-        like = next((part for part in parts if part is not None), torch.empty(0))
+        like = next((part for part in parts if part is not None), torch.empty(0, device="cpu"))
         whole = like.new_ones(1, 1)
         for size, part in zip(self.sizes, parts, strict=True):
-            whole = torch.kron(whole, torch.eye(size).to(like) if part is None else part)
+            whole = torch.kron(whole, torch.eye(size, device="cpu").to(like) if part is None else part)
         return whole
 
 

@@ -168,7 +168,7 @@ def _steps(steps: object) -> int:
 def _divided(capture: Capture, x: Batch, goal: Goal, validation: float, seed: int) -> tuple[Ground, Tensor]:
     """The samples to fit and those held out, and which are fitted."""
     n, device = samples(x), tensors(x)[0].device
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
     count = min(max(1, round(validation * n)), n) if validation else 0
     held, kept = order[:count].sort().values, order[count:].sort().values
     if not len(kept):
@@ -187,7 +187,12 @@ def _forecast(
 ) -> Forecast:  # fmt: skip
     course = chosen(found)
     start = dict(capture.network.parameters)
-    few = torch.linspace(0, samples(x) - 1, min(MEASURED, samples(x))).round().long().to(tensors(x)[0].device)
+    few = (
+        torch.linspace(0, samples(x) - 1, min(MEASURED, samples(x)), device="cpu")
+        .round()
+        .long()
+        .to(tensors(x)[0].device)
+    )
     return Forecast(
         model=model,
         start=_state(model, start),

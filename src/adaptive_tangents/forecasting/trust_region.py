@@ -27,7 +27,7 @@ _MOST_TRIES = 8
 _SHORTEST, _HALF = 0.1, 0.5  # lengths of a step: the least, and the one tried if outputs at 1 are not finite
 _NEAR = 1e-4  # length at which the loss is linear
 _AT_A_TIME, _PASS = 16, 1024  # samples whose kernel, or whose outputs, are computed at once
-_FIRST = torch.tensor([0])  # a fit keeps the features of one sample, so that it stays small
+_FIRST = torch.tensor([0], device="cpu")  # a fit keeps the features of one sample, so that it stays small
 _LEAST = 1e-12  # relative fall of the loss that is no rounding
 
 
@@ -96,7 +96,7 @@ class Ground:
         try:
             return self.held.losses(outputs_at(self.capture, parameters, self.held_x))
         except TangentError:
-            return torch.full((samples(self.held_x),), math.inf, dtype=torch.float64)
+            return torch.full((samples(self.held_x),), math.inf, dtype=torch.float64, device="cpu")
 
     def features(self, parameters: Mapping[str, Tensor]) -> TangentFeatures:
         """φ of the samples to fit."""

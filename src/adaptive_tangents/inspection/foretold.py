@@ -54,7 +54,7 @@ def run_forecast(
     """
     data = fit_data(data, model, NAME)
     seen = data if data.held_out is None else data.take((~data.held_out).nonzero()[:, 0])
-    y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1)).x), seen, loss)
+    y, loss = goal_of(network_outputs(model, start, data.take(torch.arange(1, device="cpu")).x), seen, loss)
     cheap = replace(config, fit_operations=_CHEAP)
     plans = [measuring(model, start, data, each) for each in ([config] if end is None else [config, cheap])]
     clock = Clock(progress, [plan.seconds if plan else 0.0 for plan in plans])

@@ -78,7 +78,9 @@ def pose(
     """
     data = fit_data(data, model)
     wanted = min(config.samples, data.n)
-    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed)).to(tensors(data.x)[0].device)
+    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed), device="cpu").to(
+        tensors(data.x)[0].device
+    )
     before = kept.get(_CHOICES)
     limits, count = list[str](), wanted if before is None else int(before.numbers["samples"])
     if wanted < data.n:

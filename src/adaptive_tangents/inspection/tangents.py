@@ -88,7 +88,7 @@ class Tangents:
     ) -> tuple[int, float]:
         """The nodes, if not given those at which the identity holds to ``tol`` on a few samples; seconds of one sample."""
         count = max(1, min(_FEW, samples(self.x), self.limit // self.making))
-        few = take(self.x, torch.linspace(0, samples(self.x) - 1, count).long())
+        few = take(self.x, torch.linspace(0, samples(self.x) - 1, count, device="cpu").long())
         marks: list[float] = []
         found = self._average(
             few, start, end, nodes=None if nodes is None else 2, tol=tol, max_nodes=most,

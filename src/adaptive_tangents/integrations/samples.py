@@ -61,7 +61,7 @@ def _drawn(call: str, data: Any, collate: Collate, count: int, seed: int, column
         )
     if not len(data):
         raise TangentError(f"{call}: the data set holds no samples; give one that does, or a batch x and labels y")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed), device="cpu")[:count].sort().values
     items = [_kept(data[int(k)], columns) for k in order]
     try:
         return collate(items)

@@ -89,7 +89,7 @@ def eigen(call: str, of: KernelProducts, k: int, *, tol: float, memory_limit: in
         def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
             nonlocal products
             products += 1
-            return np.asarray(of.apply(torch.tensor(x, dtype=torch.float64)).cpu().numpy())
+            return np.asarray(of.apply(torch.tensor(x, dtype=torch.float64, device="cpu")).cpu().numpy())
 
         counted = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(size)
@@ -113,7 +113,9 @@ def lowest(of: KernelProducts, steps: int = _PROBED) -> tuple[float, float]:
     """Bounds from within on the smallest and the largest eigenvalue, from a few steps of Lanczos."""
     size = of.kernel.size
     generator = torch.Generator().manual_seed(0)
-    basis = [torch.nn.functional.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=0)]
+    basis = [
+        torch.nn.functional.normalize(torch.randn(size, generator=generator, dtype=torch.float64, device="cpu"), dim=0)
+    ]
     images: list[Tensor] = []
     for _ in range(min(steps, size)):
         images.append(of.apply(basis[-1].to(of.kernel.device)).cpu())

@@ -27,7 +27,7 @@ class KernelOperator(KernelProducts, LinearOperator):  # type: ignore[misc]
         return self._matmat(x.reshape(-1, 1))[:, 0]
 
     def _matmat(self, x: NDArray[Any]) -> NDArray[np.float64]:
-        return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64)).cpu().numpy())
+        return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64, device="cpu")).cpu().numpy())
 
     def _rmatvec(self, x: NDArray[Any]) -> NDArray[np.float64]:
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
@@ -35,7 +35,7 @@ class KernelOperator(KernelProducts, LinearOperator):  # type: ignore[misc]
     def _rmatmat(self, x: NDArray[Any]) -> NDArray[np.float64]:
         if self.shape[0] == self.shape[1]:
             return self._matmat(x)
-        return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64), mirrored=True).cpu().numpy())
+        return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64, device="cpu"), mirrored=True).cpu().numpy())
 
 
 def kernel_operator(K: Kernels, *, ridge: float = 0.0, memory_limit: int | None = None) -> KernelOperator:

@@ -418,7 +418,12 @@ def blocks_of(request: Request, K: object) -> dict[str, Tiled]:
         group = K.group or torch.distributed.group.WORLD
         return {name: DealtKernel(part, group) for name, part in blocks_of(request, K.kernel).items()}
     if isinstance(K, Mapping):
-        return {name: TensorKernel(request, torch.as_tensor(part).detach()) for name, part in K.items()}
+        return {
+            name: TensorKernel(
+                request, as_tensor(request.call, f"the kernel of {name}", part, torch.device("cpu")).detach()
+            )
+            for name, part in K.items()
+        }
     if isinstance(K, StoredKernel):
         return {name: Stored(request, K, name) for name in K.blocks}
     return {}

@@ -38,7 +38,9 @@ class SignRows:
         height, width = _split(size)
         chosen = self.chosen.to(x.device)
         whole = torch.nn.functional.pad(x * signs, (0, size - len(signs))).reshape(-1, height, width)
-        left, right = (hadamard(torch.arange(k), torch.arange(k)).to(x) for k in (height, width))
+        left, right = (
+            hadamard(torch.arange(k, device="cpu"), torch.arange(k, device="cpu")).to(x) for k in (height, width)
+        )
         made: Tensor = (left @ (whole @ right)).reshape(*x.shape[:-1], size)
         return made[..., chosen]
 

@@ -180,7 +180,7 @@ def _stacked(columns: _Columns, name: str, call: str) -> Tensor:
             "pads"
         )
     try:
-        return torch.tensor(list(values))
+        return torch.tensor(list(values), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TangentError(
             f"{call}: {name!r} of {columns.table.source} holds other than numbers; give tokens"
@@ -209,7 +209,7 @@ def _features(columns: _Columns, target: str | None, label: str | None) -> Sampl
         )
     if not others:
         raise TangentError(f"{call}: {table.source} has no column beside {target!r}; give inputs, too")
-    rows = torch.tensor([_numbers(columns, name) for name in others], dtype=torch.float64).T.contiguous()
+    rows = torch.tensor([_numbers(columns, name) for name in others], dtype=torch.float64, device="cpu").T.contiguous()
     note = (
         f"x holds the {len(others)} numeric column{'s' if len(others) > 1 else ''} {listed_names(others)} of {table.source}, "
         f"as they are there{f', without {listed_names(index)}' if index else ''}"

@@ -43,7 +43,7 @@ class Data:
 
     def take(self, index: Tensor) -> "Data":
         """Some of the samples."""
-        places = torch.arange(self.n)[index.cpu()].tolist()
+        places = torch.arange(self.n, device="cpu")[index.cpu()].tolist()
         return replace(
             self,
             x=take(self.x, index),

@@ -239,7 +239,7 @@ def _normalized(pixels: Tensor, form: ImageForm, source: str, call: str) -> Tens
             f"{call}: the normalization ({form.source}) is of {len(form.mean)} channels, and the images of {source} have "
             f"{x.shape[1]}; give one of as many"
         )
-    mean, std = (torch.tensor(values)[:, None, None] for values in (form.mean, form.std))
+    mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (form.mean, form.std))
     return (x - mean) / std
 
 

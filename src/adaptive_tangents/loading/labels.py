@@ -110,7 +110,7 @@ def _check_kinds(column: Column, call: str) -> None:
 def _rows(column: Column, call: str) -> Tensor:
     """Several numbers a sample."""
     try:
-        found = torch.tensor(list(column.values))
+        found = torch.tensor(list(column.values), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TangentError(
             f"{call}: the label {column.name!r} of {column.source} holds lists of other than numbers, or of different "
@@ -166,7 +166,11 @@ def _named(
         notes.append(f"The network does not name its classes, so labels are numbered {order}: {listed}.")
         numbers = _matched(values, kept) or {}
         names = kept + tuple((classes or ())[len(kept) :])
-    return [torch.tensor([numbers[str(v).strip()] for v in column.values]) for column in columns], names, notes
+    return (
+        [torch.tensor([numbers[str(v).strip()] for v in column.values], device="cpu") for column in columns],
+        names,
+        notes,
+    )
 
 
 def _sorted_names(values: Sequence[Any], notes: list[str]) -> tuple[str, ...]:
@@ -211,13 +215,13 @@ def _amounts_or_numbers(
     if classes and len(classes) == 1:  # a network for regression
         note = f"The network has one output, so the numbers in {name!r} are real targets."
         whole = all(isinstance(value, int) for value in values)
-        return [torch.tensor(c.values, dtype=torch.float64) for c in columns], [note] if whole else []
+        return [torch.tensor(c.values, dtype=torch.float64, device="cpu") for c in columns], [note] if whole else []
     notes = []
     if any(isinstance(value, float) for value in values):
         held = set(values)
         whole = all(float(value).is_integer() for value in held)
         if not (whole and (held == {0.0, 1.0} or (classes and all(0 <= v < len(classes) for v in held)))):
-            return [torch.tensor(c.values, dtype=torch.float64) for c in columns], []
+            return [torch.tensor(c.values, dtype=torch.float64, device="cpu") for c in columns], []
         few = ", ".join(map(str, sorted(held)[:3])) + (", …" if len(held) > 3 else "")
         notes = [f"{name!r} holds {few}, written as decimals: taken as class numbers."]
     for column in columns:
@@ -232,4 +236,4 @@ def _amounts_or_numbers(
                     f"{call}: the label {value} at {column.where(k)} of {column.source} is no class of the network, which "
                     f"has {len(classes)}, numbered from 0 ({listed_names(classes)}); correct it, or leave that sample out"
                 )
-    return [torch.tensor([int(v) for v in c.values]) for c in columns], notes
+    return [torch.tensor([int(v) for v in c.values], device="cpu") for c in columns], notes

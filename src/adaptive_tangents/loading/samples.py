@@ -46,7 +46,7 @@ def drawn(n: int, most: int | None, seed: int) -> list[int] | None:
     """Which of n samples to read if at most ``most`` are wanted, in order; None is all of them."""
     if most is None or n <= most:
         return None
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most]
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")[:most]
     return sorted(chosen.tolist())
 
 
@@ -67,7 +67,9 @@ def joined(
     xs, notes = _inputs(parts, call, tokenizer, max_length)
     y, names, told = _targets(parts, call, None if classes is None else tuple(classes))
     texts = [_shown(part) for part in parts]
-    held = torch.repeat_interleave(torch.arange(len(parts)) > 0, torch.tensor([part.n for part in parts]))
+    held = torch.repeat_interleave(
+        torch.arange(len(parts), device="cpu") > 0, torch.tensor([part.n for part in parts], device="cpu")
+    )
     said = [note for part in parts for note in part.notes] + notes + told
     if len(parts) > 1:
         said.insert(0, f"{parts[1].n:,} samples are held out ({parts[1].source}): training did not see them.")

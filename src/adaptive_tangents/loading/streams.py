@@ -147,7 +147,7 @@ def _labeled(x: Any, y: Any, source: str, notes: tuple[str, ...]) -> Samples:
     if isinstance(y, np.ndarray) and y.dtype.kind in "OUS":
         y = y.tolist()
     if isinstance(y, Tensor | np.ndarray):
-        target = torch.as_tensor(y)
+        target = y if isinstance(y, Tensor) else torch.as_tensor(y, device="cpu")
         target = target.long() if target.dtype == torch.bool else target
         target = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
         return Samples(source, x=x, y=target, notes=notes)

@@ -95,7 +95,7 @@ def _options(tokenizer: Tokenizer, max_length: int | None) -> dict[str, Any]:
 
 
 def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def _cut(batch: Mapping[str, Tensor], limit: int | None, call: str) -> list[str]:

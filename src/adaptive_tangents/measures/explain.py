@@ -185,7 +185,9 @@ def explanations(
     _check(start_feats, end_feats)
     ranks = _checked_ranks(rank)
     n = start_feats.n
-    order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0)).to(start_feats.device)
+    order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0), device="cpu").to(
+        start_feats.device
+    )
     quarter = max(2, n // 4)
     parts = (
         order[2 * quarter :].sort().values,

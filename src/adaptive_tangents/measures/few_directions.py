@@ -167,7 +167,9 @@ def _leading(product: Callable[[Tensor], Tensor], size: int, count: int, samples
     """The largest eigenvalues of a moment, and their vectors, by subspace iteration; they need not be exact."""
     more = min(size, count + 16)
     like = torch.empty(0, dtype=torch.float64, device=samples.index.device)
-    axes = torch.randn(size, more, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    axes = torch.randn(size, more, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
+        like
+    )
     for _ in range(2):
         axes = torch.linalg.qr(product(axes))[0]
     values, vectors = torch.linalg.eigh(axes.mT @ product(axes))
@@ -184,7 +186,7 @@ class Side:
     @property
     def change(self) -> Float[Tensor, "b d d"]:
         """Δ."""
-        return self.inside - self.scale[:, None, None] * torch.eye(self.inside.shape[-1]).to(self.inside)
+        return self.inside - self.scale[:, None, None] * torch.eye(self.inside.shape[-1], device="cpu").to(self.inside)
 
     def __getitem__(self, which: Tensor | slice) -> "Side":
         return Side(self.inside[which], self.scale[which])
@@ -273,7 +275,7 @@ class Sums:
     def _outside(self) -> dict[str, tuple[Tensor, Tensor]]:
         found = {}
         for side, other in zip(SIDES, reversed(SIDES), strict=True):
-            eye = torch.eye(len(self.square[other])).to(self.square[other])[None]
+            eye = torch.eye(len(self.square[other]), device="cpu").to(self.square[other])[None]
             square, cross = self._inside(side, eye)
             found[side] = (self.square[side] - square[0], self.cross[side] - cross[0])
         return found
@@ -345,7 +347,7 @@ def _solve(
     At full rank M = (X + μI)(S + μI)⁻¹, with the ridge toward the identity.
     """
     units = square.shape[-1]
-    eye = torch.eye(units).to(square)
+    eye = torch.eye(units, device="cpu").to(square)
     ridge = (ridge + torch.finfo(square.dtype).tiny)[:, None, None]
     lower = torch.linalg.cholesky(square + ridge * eye)
     if rank is None or rank >= units:
@@ -391,7 +393,11 @@ class Search:
         scale = held.mixed / held.before if held.before > 0 else 1.0
         found = {}
         for side in self.units:
-            eye = torch.eye(len(held.square[side])).to(held.square[side]).expand(len(self.strengths), -1, -1)
+            eye = (
+                torch.eye(len(held.square[side]), device="cpu")
+                .to(held.square[side])
+                .expand(len(self.strengths), -1, -1)
+            )
             found[side] = Side(scale * eye, torch.full_like(self.strengths, scale))
             scale = 1.0
         return found

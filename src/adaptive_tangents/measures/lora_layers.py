@@ -132,7 +132,7 @@ def _moments(block: Block) -> tuple[Tensor, Tensor]:
             left += delta.flatten(0, 1).mT @ mixed.flatten(0, 1)
             right += h.mT @ (torch.einsum("tco,sco->ts", delta, delta) @ h)
         return left, right
-    left = right = torch.zeros(())
+    left = right = torch.zeros((), device="cpu")
     for k in range(block.samples):
         phi = block.map(index=slice(k, k + 1), dtype=torch.float64).features()[0]
         left, right = left + torch.einsum("coi,cpi->op", phi, phi), right + torch.einsum("coi,coj->ij", phi, phi)
@@ -141,7 +141,7 @@ def _moments(block: Block) -> tuple[Tensor, Tensor]:
 
 def _factor(moment: Tensor) -> Tensor:
     """A root L of a moment LLᵀ, which may be singular."""
-    lifted = moment + _ROUNDING * moment.trace() * torch.eye(len(moment)).to(moment)
+    lifted = moment + _ROUNDING * moment.trace() * torch.eye(len(moment), device="cpu").to(moment)
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(lifted)
     if int(failed):
@@ -190,7 +190,9 @@ def _reason(name: str, kinds: Mapping[str, str] | None) -> str:
 def _of_matrices(changes: Mapping[Any, Any], kinds: Mapping[str, str] | None) -> Layers:
     made = Layers()
     for key, value in changes.items():
-        matrix = torch.as_tensor(value) if isinstance(value, Tensor | np.ndarray) else None
+        matrix = value if isinstance(value, Tensor) else None
+        if isinstance(value, np.ndarray):
+            matrix = torch.as_tensor(value, device="cpu")
         if not isinstance(key, str) or matrix is None or matrix.is_complex():
             raise TangentError(
                 f"{CALL}: a mapping holds names and matrices of change as real tensors, got {key!r}: {type(value).__name__}; "
@@ -254,7 +256,9 @@ def _of_inspection(results: Mapping[str, Any], arrays: Mapping[str, Any], kinds:
         elif why := _reason(module, kinds):
             made.left_out[module] = why
         elif values is not None:
-            made.found[module] = Layer((o, i), _unrounded(torch.as_tensor(np.asarray(values)).double() ** 2))
+            made.found[module] = Layer(
+                (o, i), _unrounded(torch.as_tensor(np.asarray(values), device="cpu").double() ** 2)
+            )
     return _checked(made)
 
 

@@ -25,7 +25,7 @@ class Rows:
 
     def listed(self) -> Float[Tensor, "n 1 t d"]:
         """The factors themselves."""
-        return self.against(torch.eye(self.part.directions.shape[1]).to(self.part.weights))
+        return self.against(torch.eye(self.part.directions.shape[1], device="cpu").to(self.part.weights))
 
     def against(self, columns: Float[Tensor, "d k"]) -> Float[Tensor, "n 1 t k"]:
         """hᵀX for each of the factors h."""

@@ -87,7 +87,7 @@ class LinearMaps:
         generator = torch.Generator().manual_seed(0)
 
         def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator).to(like)
+            return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
         tangents = tuple(draw(value) for value in self.selected.values())
         ways: tuple[Way, ...] = get_args(Way)

@@ -104,7 +104,7 @@ class TangentModule(nn.Module):
         dtype = parameters[selected[0]].dtype
         for name in selected:
             dtype = torch.promote_types(dtype, parameters[name].dtype)
-        self.inner = nn.ParameterDict({_key(g.name): torch.zeros(g.matrix) for g in groups})
+        self.inner = nn.ParameterDict({_key(g.name): torch.zeros(g.matrix, device="cpu") for g in groups})
         shapes, modes = {g.name: g.matrix for g in groups}, {g.name: g.modes for g in groups}
         self.factors = nn.ModuleList(factors(self.structure, shapes, modes, rank))
         self.to(parameters[selected[0]].device)

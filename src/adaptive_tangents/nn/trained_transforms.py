@@ -129,14 +129,14 @@ class Square(nn.Module):
         self.low = rank is not None and rank < size
         if self.low:
             assert rank is not None
-            self.u = nn.Parameter(torch.randn(size, rank) / size**0.5)
-            self.v = nn.Parameter(torch.zeros(size, rank))
+            self.u = nn.Parameter(torch.randn(size, rank, device="cpu") / size**0.5)
+            self.v = nn.Parameter(torch.zeros(size, rank, device="cpu"))
         else:
-            self.whole = nn.Parameter(torch.eye(size))
+            self.whole = nn.Parameter(torch.eye(size, device="cpu"))
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """M."""
-        return torch.eye(self.size).to(self.u) + self.u @ self.v.mT if self.low else self.whole
+        return torch.eye(self.size, device="cpu").to(self.u) + self.u @ self.v.mT if self.low else self.whole
 
     def pull(self, x: Float[Tensor, "*_batch d k"]) -> Float[Tensor, "*_batch d k"]:
         """Mᵀx."""
@@ -156,7 +156,7 @@ class Square(nn.Module):
         with torch.no_grad():
             if not self.low:
                 like = self.whole
-                identity = torch.eye(self.size).to(like)
+                identity = torch.eye(self.size, device="cpu").to(like)
                 self.whole.copy_(identity if side is None else side.apply(identity).mT)
                 return
             self.v.zero_()
@@ -264,7 +264,7 @@ class Gains(Factor):
         super().__init__((name,), unit)
         self.structure = structure
         self.gains = nn.Parameter(
-            torch.ones([1 if k in structure.dimensions else size for k, size in enumerate(shape)])
+            torch.ones([1 if k in structure.dimensions else size for k, size in enumerate(shape)], device="cpu")
         )
 
     def coefficients(self, inner: Matrices) -> dict[str, Tensor]:
@@ -330,7 +330,7 @@ class JointGain(Factor):
     def __init__(self, names: tuple[str, ...], penalty: Penalty) -> None:
         super().__init__(names)
         self.penalty_on_transform = penalty
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones((), device="cpu"))
 
     def coefficients(self, inner: Matrices) -> dict[str, Tensor]:
         return {name: self.gain * inner[name] for name in self.names}
@@ -355,4 +355,4 @@ class JointGain(Factor):
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")

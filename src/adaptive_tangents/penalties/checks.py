@@ -21,7 +21,10 @@ def check_strength(name: str, strength: float) -> None:
 
 def check_function(function: Any, derivative: Function | None) -> None:
     """Raise TangentError unless a function is an ω on test points z from 1 to 1e150, and the derivative is its own."""
-    near, far = torch.logspace(-9, 1, 301, dtype=torch.float64), torch.logspace(1.05, 150, 300, dtype=torch.float64)
+    near, far = (
+        torch.logspace(-9, 1, 301, dtype=torch.float64, device="cpu"),
+        torch.logspace(1.05, 150, 300, dtype=torch.float64, device="cpu"),
+    )
     z = torch.cat([near.new_ones(1), 1 + near, far])
     values = _called("the function", function, z)
     if bool((~(values > -torch.inf)).any()):

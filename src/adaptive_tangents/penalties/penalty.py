@@ -168,7 +168,7 @@ class Penalty:
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor]:
-        points = torch.logspace(-6, math.log10(LARGEST), 3000, dtype=torch.float64)
+        points = torch.logspace(-6, math.log10(LARGEST), 3000, dtype=torch.float64, device="cpu")
         points = torch.cat([points.new_zeros(1), points])
         return points, self.pull(points.exp())
 
@@ -371,7 +371,9 @@ class Induced:
         if limit is not None:
             return limit <= HALF
         scales = [part.strength**0.5 for part in self.penalty.parts]
-        v = torch.logspace(math.log10(min(scales)) - 5, math.log10(max(scales)) + 5, 241, dtype=torch.float64)
+        v = torch.logspace(
+            math.log10(min(scales)) - 5, math.log10(max(scales)) + 5, 241, dtype=torch.float64, device="cpu"
+        )
         slopes = self.derivative(v)
         return bool((slopes.diff() >= -1e-9 * slopes[:-1]).all())
 

@@ -85,7 +85,7 @@ def keep_freed() -> None:
     their tensors over and over; with new memory each time, that is a tenth of the time of a kernel.
     """
     with suppress(RuntimeError):
-        torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+        torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 def format_bytes(count: float) -> str:

@@ -49,7 +49,9 @@ def smallest_eigenvalue(kernel: DenseKernel, *, ridge: float = 0.0) -> float:
                 start = np.random.default_rng(0).standard_normal(size)
                 inverse = scipy.sparse.linalg.LinearOperator(
                     (size, size),
-                    matvec=lambda v: factor.solve(torch.as_tensor(v).to(kernel.matrix).flatten()).cpu().numpy(),
+                    matvec=lambda v: (
+                        factor.solve(torch.as_tensor(v, device="cpu").to(kernel.matrix).flatten()).cpu().numpy()
+                    ),
                 )
                 # The eigenvalue's error is the square of the eigenvector's.
                 largest = scipy.sparse.linalg.eigsh(

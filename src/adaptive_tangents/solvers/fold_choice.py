@@ -23,7 +23,7 @@ from adaptive_tangents.structures.strengths import has_strength, strengthened
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the mean of K₀'s diagonal
 _MORE = 10.0  # adapted features are larger, so the ridge that suits them may be, too
 _SHARES = (0.95, 0.8, 0.5)  # Ω̃(β) over ‖β‖² at the fixed kernel's β: less is more adaptation
-_DECADES = torch.arange(-7.0, 2.01, 0.5, dtype=torch.float64)  # of λ/‖β‖², among which these are found
+_DECADES = torch.arange(-7.0, 2.01, 0.5, dtype=torch.float64, device="cpu")  # of λ/‖β‖², among which these are found
 _TEMPERATURES = np.logspace(-2, 3, 251)
 _COARSE = 1e-4  # `tol` of the fits that are only compared
 
@@ -207,14 +207,16 @@ def _kinds(task: Task) -> Int[Tensor, " n"] | None:
         return task.targets.flatten()
     signs = task.targets.abs() == 1
     return (
-        (task.targets > 0).long() @ torch.arange(1, task.targets.shape[1] + 1).to(signs.device) if signs.all() else None
+        (task.targets > 0).long() @ torch.arange(1, task.targets.shape[1] + 1, device="cpu").to(signs.device)
+        if signs.all()
+        else None
     )
 
 
 def _drawn(task: Task, most: int | None) -> Int[Tensor, " _k"]:
     """At most so many samples, shuffled."""
     n = task.feats.n
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(task.seed)).to(task.feats.device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(task.seed), device="cpu").to(task.feats.device)
     return order[: n if most is None else most]
 
 

@@ -184,7 +184,7 @@ def _folded(
     options: dict[str, Any],
 ) -> float:
     """The mean loss of held-out samples over all folds."""
-    order = torch.randperm(feats.n, generator=torch.Generator().manual_seed(seed)).to(feats.device)
+    order = torch.randperm(feats.n, generator=torch.Generator().manual_seed(seed), device="cpu").to(feats.device)
     offset, total = options.get("offset"), 0.0
     for held in order.tensor_split(folds):
         rest = torch.ones(feats.n, dtype=torch.bool, device=feats.device)

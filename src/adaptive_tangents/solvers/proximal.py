@@ -222,7 +222,9 @@ class _Descent:
     def _largest_eigenvalue(self) -> float:
         """A lower estimate of the kernel φφᵀ's largest eigenvalue, from products with φ."""
         generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(self.feats.n, self.feats.c, generator=generator, dtype=torch.float64).to(self.feats.device)
+        vector = torch.randn(self.feats.n, self.feats.c, generator=generator, dtype=torch.float64, device="cpu").to(
+            self.feats.device
+        )
         vector, before = vector / vector.norm(), 0.0
         for _ in range(_PRODUCTS):
             vector = self.feats.inner(self.feats.combine(vector))

@@ -184,5 +184,5 @@ def _whole(side: Side | None, basis: Basis | None) -> Side | None:
     if isinstance(side, LowRank):
         return LowRank(basis.up(side.directions.mT).mT, side.gains)
     change = side.matrix()
-    change = basis.up(basis.up(change - torch.eye(basis.rank).to(change)).mT).mT
-    return Matrix(change + torch.eye(change.shape[0]).to(change))
+    change = basis.up(basis.up(change - torch.eye(basis.rank, device="cpu").to(change)).mT).mT
+    return Matrix(change + torch.eye(change.shape[0], device="cpu").to(change))

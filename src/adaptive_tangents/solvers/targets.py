@@ -110,7 +110,7 @@ def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None
     for name, tensor in (("labels", labels), ("offset", offset)):
         _check_device(feats, name, tensor)
     check_finite("fit", "the offset", [offset])
-    check_moderate("fit", size_of(feats), torch.ones(1))
+    check_moderate("fit", size_of(feats), torch.ones(1, device="cpu"))
     classes = max(feats.c, 2)
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):

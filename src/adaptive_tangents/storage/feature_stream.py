@@ -99,7 +99,7 @@ class Stream:
         held = feats.bytes if feats.n == 1 else -(-(feats.bytes - feats[:1].bytes) // (feats.n - 1))
         made = 2 * probe.held_bytes() - probe.whole_bytes
         made += held if self.transforms is not None or self.sketch is not None or self.cast is not None else 0
-        itemsize = torch.empty((), dtype=working_dtype(feats.dtype)).element_size()
+        itemsize = torch.empty((), dtype=working_dtype(feats.dtype), device="cpu").element_size()
         # The gradients of all parameters, and the largest once more, as a block's matrix.
         gradients = [self.capture.network.parameters[name].nbytes for name in self.capture.network.selected]
         checking = sum(gradients) + max(gradients)
@@ -136,7 +136,7 @@ def contracted(
 ) -> Iterator[tuple[str, Tensor]]:
     """The kernel of every block, one after the other, with at most ``working_bytes`` beside each kernel."""
     m, c = (left if right is None else right).n, left.c
-    itemsize = torch.empty((), dtype=working_dtype(left.dtype)).element_size()
+    itemsize = torch.empty((), dtype=working_dtype(left.dtype), device="cpu").element_size()
     limit = left.n * m * entries(outputs, c) * itemsize + working_bytes
     for name, block in left.blocks.items():
         one = replace(left, blocks={name: block}, limit=limit)

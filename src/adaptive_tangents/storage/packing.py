@@ -53,7 +53,7 @@ def packed(feats: TangentFeatures, known: Sequence[Tensor] = ()) -> tuple[list[T
         table.append((named.get(base), offset, tensor.dtype, tuple(tensor.shape), tensor.stride()))
     if any(skip % 16 for skip in skips):
         return [], []
-    description = torch.frombuffer(bytearray(pickle.dumps((structure, table))), dtype=torch.uint8)
+    description = torch.frombuffer(bytearray(pickle.dumps((structure, table))), dtype=torch.uint8, device="cpu")
     return [description, *memory], [0, *skips]
 
 

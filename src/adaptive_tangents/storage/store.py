@@ -185,12 +185,12 @@ class KernelStore:
         name = self._readable("read", block)
         r, q = (_positions("read", k, size) for k, size in ((rows, self.n), (columns, self.m)))
         shape, axis = kernel_shape(self.outputs, len(r), len(q), self.c), column_axis(self.outputs)
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
+        itemsize = torch.empty((), dtype=self.dtype, device="cpu").element_size()
         band = kernel_shape(self.outputs, min(self.tile, len(r)), len(q), self.c)
         needed = (torch.Size(shape).numel() + 2 * torch.Size(band).numel()) * itemsize
         remedy = "read fewer rows or columns, or go through tiles()"
         require_memory("read", needed, limit_for(self.limit), remedy=remedy)
-        out = torch.empty(shape, dtype=self.dtype)
+        out = torch.empty(shape, dtype=self.dtype, device="cpu")
         groups = [(int(j), (q // self.tile == j).nonzero()[:, 0]) for j in torch.unique(q // self.tile)]
         order = torch.argsort(torch.cat([where for _, where in groups])) if groups else q
         for i in torch.unique(r // self.tile):
@@ -401,7 +401,7 @@ def _settle(path: Path) -> None:
 
 def _positions(call: str, index: Index | None, size: int) -> Tensor:
     """A slice or indices as a vector of positions; None is all of them."""
-    every = torch.arange(size)
+    every = torch.arange(size, device="cpu")
     try:
         return every if index is None else every[index]
     except IndexError as error:

@@ -70,7 +70,7 @@ class Question:
         k = self.outputs if isinstance(self.outputs, int) else (c if self.outputs == "trace" else _directions(c))
         if k >= c:
             return None
-        drawn = torch.randn(c, k, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        drawn = torch.randn(c, k, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64, device="cpu")
         directions: Tensor = torch.linalg.qr(drawn)[0] * math.sqrt(c / k)
         return directions
 

@@ -235,8 +235,8 @@ class Tracker:
 
     def _drawn(self, size: int) -> Tensor:
         if size == self._n:
-            return torch.arange(self._n)
-        drawn = torch.randperm(self._n, generator=torch.Generator().manual_seed(self._seed))
+            return torch.arange(self._n, device="cpu")
+        drawn = torch.randperm(self._n, generator=torch.Generator().manual_seed(self._seed), device="cpu")
         return drawn[:size].sort().values
 
     def _from(self, seen: Seen, values: Mapping[str, float]) -> Record:
