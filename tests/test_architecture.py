@@ -234,7 +234,9 @@ def test_only_what_runs_as_a_program_changes_the_filters_of_warnings() -> None:
     assert [name for name in found if not name.startswith(("commands/", "reporting/"))] == []
 
 
-MAKERS = set("arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros".split())
+MAKERS = {
+    "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
+}  # fmt: skip
 
 
 def test_no_tensor_is_made_on_the_default_device() -> None:

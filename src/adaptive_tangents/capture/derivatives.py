@@ -282,22 +282,28 @@ def disproved(
         for name, gradient in zip(names, found, strict=True)
     }
     wide = torch.promote_types(out.dtype, torch.float32)
-    wrong, allowed = [], tolerance(dtype, out.device)
-    for name, block in blocks.items():
+    w, allowed = weights.to(wide), tolerance(dtype, out.device)
+    # One direction for all: entries of the longest are random, and so are those of any part of it.
+    longest = max(block.shape[1] for block in blocks.values())
+    direction = torch.randn(longest, generator=generator, device="cpu").to(w)
+    theirs, gaps = list[Tensor](), list[Tensor]()
+    for block in blocks.values():
         o, i = block.shape
-        direction = torch.randn(i, generator=generator, device="cpu").to(out).to(wide)
-        w, parts = weights.to(wide), block.map(dtype=wide).summands
-        along = sum_tensors([_along(part, w, direction) for part in parts])
         # Parameter by parameter: joining them into a matrix would copy them.
         columns = [
             slot.place(gradients[slot.parameter], o).to(wide) @ direction[slot.column : slot.column + slot.width]
             for slot in block.slots
         ]
-        theirs = sum_tensors(columns)
-        gap = (along - theirs).norm()
-        if bool(gap <= _SURE * allowed * theirs.norm()):
+        theirs.append(sum_tensors(columns))
+        gaps.append(
+            sum_tensors([_along(part, w, direction[:i]) for part in block.map(dtype=wide).summands]) - theirs[-1]
+        )
+    wrong = []
+    sizes, norms = (torch.stack(torch._foreach_norm(some)).tolist() for some in (theirs, gaps))
+    for (name, block), size, gap in zip(blocks.items(), sizes, norms, strict=True):
+        if gap <= _SURE * allowed * size:
             continue  # and so below the rounding errors of the terms, which are larger than a hundredth of their sum
-        if bool(gap > allowed * sum_tensors([_spread(part, w) for part in parts]).sqrt()):
+        if gap > allowed * float(sum_tensors([_spread(part, w) for part in block.map(dtype=wide).summands]).sqrt()):
             wrong.append(name)
     return frozenset(wrong)
 

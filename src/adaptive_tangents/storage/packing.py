@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def packed(feats: TangentFeatures, known: Sequence[Tensor] = ()) -> tuple[list[T
         table.append((named.get(base), offset, tensor.dtype, tuple(tensor.shape), tensor.stride()))
     if any(skip % 16 for skip in skips):
         return [], []
-    description = torch.frombuffer(bytearray(pickle.dumps((structure, table))), dtype=torch.uint8, device="cpu")
+    description = torch.from_numpy(np.frombuffer(bytearray(pickle.dumps((structure, table))), np.uint8))
     return [description, *memory], [0, *skips]
 
 
