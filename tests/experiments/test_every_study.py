@@ -142,7 +142,7 @@ def test_the_page_shows_every_claim_and_figure_and_loads_nothing(folder: tuple[s
     results = json.loads((out / "results.json").read_text("utf-8"))
     plain = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text)).replace("&lt;", "<").replace("&gt;", ">")
     for claim in results["claims"].values():
-        assert re.sub(r"_|̄", "", claim["claim"]) in plain.replace("̄", ""), claim["claim"]
+        assert re.sub(r"_|̄", "", claim["claim"]).replace("₀", "0") in plain.replace("̄", ""), claim["claim"]
     assert text.count("<figure ") == len(list((out / "figures").glob("*.svg")))
     if name in ("kernel-alignment", "penalties", "exact-solvers"):
         assert text.count("Look for") == text.count("<figure ")

@@ -36,9 +36,8 @@ _DECOMPOSED = {"squared": 6.0, "cross-entropy": 15.0}  # decompositions of each 
 _BLOCK = 0.02  # seconds that a fit takes for each block, however small
 _TIMED = (8, 32)  # samples whose features are timed
 _FEWEST = 2  # steps of a candidate, if the held-out loss falls in none
-_VECTORS = (
-    12  # coefficients, gradients and transforms of a fit, each about as large as the parameters, in double precision
-)
+# Coefficients, gradients and transforms of a fit, each about as large as the parameters, in double precision.
+_VECTORS = 12
 _COPIES = 6  # matrices of a fit's system that are held at once, as `fit` counts them
 _SHARE = 0.7  # of a large product's speed, which a factorization reaches
 
