@@ -10,6 +10,8 @@ import pytest
 
 from adaptive_tangents.runtime.progress import redrawn
 
+pytestmark = pytest.mark.xdist_group("in notebooks")  # one process starts the kernel
+
 COMMAND = """
 import time
 from adaptive_tangents.commands.console import bars, console

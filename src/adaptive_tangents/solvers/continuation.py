@@ -23,7 +23,7 @@ _NEAR_STAGE = 2.0  # the factor where systems know the curvature: every stage th
 _LOOSE = 0.1  # stages before the last end at this stationarity
 _MOST_STAGES = 34
 _WEAK = 0.7  # the first stage has a penalty of at least this share of ‖β‖²: little adapts
-_STILL, _NO_CHANGE = 10, 1e-14  # the objective is at rest after so many steps with a relative change below this
+_STILL, _NO_CHANGE = 10, 1e-13  # the objective is at rest after so many steps with a relative change below this
 
 
 @dataclass
