@@ -236,7 +236,7 @@ def test_only_what_runs_as_a_program_changes_the_filters_of_warnings() -> None:
 
 MAKERS = {
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor",
-    "zeros",
+    "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 
 

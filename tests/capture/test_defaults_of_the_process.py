@@ -29,6 +29,11 @@ START = {name: value.clone() for name, value in MODEL.state_dict().items()}
 END = {name: 1.1 * value for name, value in START.items()}
 
 
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.square().detach()
+
+
 def feats() -> at.TangentFeatures:
     return at.tangent_features(MODEL, X)
 
@@ -88,8 +93,11 @@ def test_checks_are_as_sharp_after_many_calls_with_float64_by_default(defaults: 
     """Directions of the checks were once scaled in place where they were made in float64, and vanished from call to call."""
     torch.set_default_dtype(torch.float64)
     signs.cache_clear()
-    for _ in range(3):
-        at.tangent_kernel(nn.Linear(5, 4), torch.randn(8, 5))
+    detached = nn.Sequential(nn.Linear(5, 4, bias=False), Detached())
+    for _ in range(40):
+        at.tangent_kernel(nn.Linear(5, 4, bias=False), torch.randn(8, 5))  # no warning, which would be an error
+    with pytest.warns(at.TangentWarning, match="do not change with .* as autograd's gradient says"):
+        at.tangent_kernel(detached, torch.randn(8, 5))
     assert all(bool((signs(size, side).abs() == 1).all()) for size in range(1, 9) for side in (0, 1))
     signs.cache_clear()
     torch.set_default_dtype(torch.float32)

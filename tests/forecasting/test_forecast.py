@@ -21,7 +21,7 @@ from prepared import draw, fingerprint, prepare
 from registry import by_name
 
 trust_region = importlib.import_module("adaptive_tangents.forecasting.trust_region")
-course = importlib.import_module("adaptive_tangents.forecasting.course")
+trials = importlib.import_module("adaptive_tangents.forecasting.trials")
 forecast = inspect.unwrap(at.forecast)  # without the tests' shape checks, which would fail first
 
 
@@ -200,8 +200,8 @@ def test_of_the_steps_those_with_the_least_held_out_loss_are_taken() -> None:
 def test_what_adapts_is_chosen_unless_its_held_out_loss_is_a_fifth_higher(held: float, place: int) -> None:
     losses = (torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), torch.full((4,), held, dtype=torch.float64))
     walk = object.__new__(trust_region.Walk)
-    candidates = [course.Course("", walk, {}, each, each) for each in losses]
-    assert course.chosen(candidates) is candidates[place]
+    candidates = [trials.Trial("", walk, {}, each, each) for each in losses]
+    assert trials.chosen(candidates) is candidates[place]
 
 
 def test_strengths_are_in_units_of_what_is_left_of_the_target() -> None:

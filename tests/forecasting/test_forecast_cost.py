@@ -95,7 +95,7 @@ def test_the_plan_is_shown_before_the_first_step() -> None:
 
 
 def test_a_forecast_that_nobody_watches_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(at.forecasting.course, "stages_of", None)
+    monkeypatch.setattr(at.forecasting.trials, "stages_of", None)
     monkeypatch.setattr(cost, "_timed", None)
     assert at.forecast(network(), X, Y, steps=1).steps
 

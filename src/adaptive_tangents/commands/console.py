@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.runtime.progress import duration, in_notebook, redrawn
+from adaptive_tangents.runtime.progress import PERCENT, duration, in_notebook, redrawn
 
 
 class _Plain(Console):
@@ -51,7 +51,6 @@ def shown(text: str, encoding: str = "utf-8") -> str:
 
 console = _Plain(width=None if sys.stdout.isatty() else 120)
 errors = _Plain(stderr=True)
-PERCENT = "[progress.percentage]{task.percentage:>3.0f} %"
 ALL = "all"
 """The name that means all studies."""
 

@@ -4,6 +4,7 @@
 imports from capture, features, measures, penalties, solvers, structures and reporting.
 """
 
+from adaptive_tangents.forecasting.cost import ForecastPlan
 from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.forecasting.results import BlockForecast, Candidate, Forecast, ForecastKernels, load_forecast
 from adaptive_tangents.forecasting.trust_region import Step
@@ -13,6 +14,7 @@ __all__ = [
     "Candidate",
     "Forecast",
     "ForecastKernels",
+    "ForecastPlan",
     "Step",
     "forecast",
     "load_forecast",

@@ -17,20 +17,10 @@ from adaptive_tangents.runtime.pace import Stage
 from adaptive_tangents.runtime.progress import duration
 from adaptive_tangents.structures.base import Fixed, Structure
 
-# Kernels and factorizations of a fit, by loss and by whether it adapts; measured on a multilayer network, a convolutional
+# Kernels of a fit by whether it adapts, and factorizations by loss, too; measured on a multilayer network, a convolutional
 # one with batch norms, and a transformer.
-_KERNELS = {
-    ("squared", False): 1.0,
-    ("squared", True): 2.0,
-    ("cross-entropy", False): 1.0,
-    ("cross-entropy", True): 2.0,
-}
-_FACTORS = {
-    ("squared", False): 1.0,
-    ("squared", True): 2.0,
-    ("cross-entropy", False): 6.0,
-    ("cross-entropy", True): 9.0,
-}
+_KERNELS = {False: 1.0, True: 2.0}
+_FACTORS = {"squared": {False: 1.0, True: 2.0}, "cross-entropy": {False: 6.0, True: 9.0}}
 _OUTPUTS = 2.0  # passes forward for outputs in a step: the lengths it tries, and held-out samples
 _DECOMPOSED = {"squared": 6.0, "cross-entropy": 15.0}  # decompositions of each block in a fit that adapts
 _BLOCK = 0.02  # seconds that a fit takes for each block, however small
@@ -209,15 +199,15 @@ def _timed(ground: Ground, start: Mapping[str, Tensor]) -> tuple[TangentFeatures
 
 def fit_seconds(one: TangentFeatures, n: int, loss: str, *, adapts: bool) -> float:
     """Seconds of one fit of n samples, from the features of one: kernels, factorizations, and decompositions of blocks."""
-    size, p, kind = n * one.c, one.p, (loss, adapts)
+    size, p, factors = n * one.c, one.p, _FACTORS[loss][adapts]
     if p < size:
-        work = _FACTORS[kind] * (2.0 * size * p**2 + p**3 / 3)
+        work = factors * (2.0 * size * p**2 + p**3 / 3)
     else:
         pairs = (
             plan_block(b, b, n, n, one.c, "full", symmetric=True, budget=WORKING_BYTES, itemsize=8)
             for b in one.blocks.values()
         )
-        work = _KERNELS[kind] * sum(pair.effort for pair in pairs) + _FACTORS[kind] * size**3 / 3
+        work = _KERNELS[adapts] * sum(pair.effort for pair in pairs) + factors * size**3 / 3
     work += sum(_block_work(block, n, _DECOMPOSED[loss] if adapts else 0.0) for block in one.blocks.values())
     return work / (_SHARE * matmul_speed(torch.float64, one.device)) + _BLOCK * len(one.blocks)
 

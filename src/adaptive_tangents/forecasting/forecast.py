@@ -15,10 +15,10 @@ from adaptive_tangents.capture.network import OutputFn, Selection
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.forecasting.cost import ForecastPlan, planned
-from adaptive_tangents.forecasting.course import Course, chosen, courses, run
 from adaptive_tangents.forecasting.goals import Goal, goal_of
 from adaptive_tangents.forecasting.results import BlockForecast, Candidate, Forecast, block_forecasts
-from adaptive_tangents.forecasting.trust_region import Ground, Point, outputs_at
+from adaptive_tangents.forecasting.trials import Trial, chosen, run, trials
+from adaptive_tangents.forecasting.trust_region import Ground, Iterate, outputs_at
 from adaptive_tangents.forecasting.words import structure_words
 from adaptive_tangents.penalties.closed_forms import Quadratic
 from adaptive_tangents.runtime.pace import Pace
@@ -137,7 +137,7 @@ def forecast(
         if show is not None:
             show(plan)
     pace, outputs = Pace(told_to(progress) or silent), ground.outputs(start)
-    found = courses(ground, Point(ground, start, outputs), structures, names, kappa)
+    found = trials(ground, Iterate(ground, start, outputs), structures, names, kappa)
     with raised_as(CALL, "fit"):
         run(found, ground, outputs.shape[1], most, largest, pace, costs)
     pace.progress("done", 1.0)
@@ -182,10 +182,10 @@ def _divided(capture: Capture, x: Batch, goal: Goal, validation: float, seed: in
 
 
 def _forecast(
-    model: nn.Module, capture: Capture, ground: Ground, found: Sequence[Course], outputs: Tensor, x: Batch, loss: LossName,
+    model: nn.Module, capture: Capture, ground: Ground, found: Sequence[Trial], outputs: Tensor, x: Batch, loss: LossName,
     kappa: float, validation: float, seed: int,
 ) -> Forecast:  # fmt: skip
-    course = chosen(found)
+    trial = chosen(found)
     start = dict(capture.network.parameters)
     few = (
         torch.linspace(0, samples(x) - 1, min(MEASURED, samples(x)), device="cpu")
@@ -196,30 +196,30 @@ def _forecast(
     return Forecast(
         model=model,
         start=_state(model, start),
-        params=_state(model, course.end),
-        steps=tuple(course.steps[: course.chosen]),
-        fits=tuple(course.fits[: course.chosen]),
-        structure=course.structure,
+        params=_state(model, trial.end),
+        steps=tuple(trial.steps[: trial.chosen]),
+        fits=tuple(trial.fits[: trial.chosen]),
+        structure=trial.structure,
         loss=loss,
         ridge=kappa,
         validation=validation,
         seed=seed,
         initial_loss=ground.goal.loss(outputs),
-        initial_held_out=math.nan if course.initial is None else float(course.initial.mean()),
+        initial_held_out=math.nan if trial.initial is None else float(trial.initial.mean()),
         candidates=tuple(_candidate(each) for each in found),
-        reason=course.reason,
+        reason=trial.reason,
         passes=dict(ground.passes),
         wrt=capture.network.selected,
         output_fn=capture.network.output_fn,
         memory_limit=capture.requested,
         x=take(x, few),
-        blocks=_blocks(capture, course.end),
+        blocks=_blocks(capture, trial.end),
     )
 
 
-def _candidate(course: Course) -> Candidate:
-    held = math.nan if course.held is None else course.mean
-    return Candidate(course.structure, tuple(course.steps), course.chosen, held, course.reason, course.name)
+def _candidate(trial: Trial) -> Candidate:
+    held = math.nan if trial.held is None else trial.mean
+    return Candidate(trial.structure, tuple(trial.steps), trial.chosen, held, trial.reason, trial.name)
 
 
 def _blocks(capture: Capture, end: Mapping[str, Tensor]) -> dict[str, BlockForecast]:

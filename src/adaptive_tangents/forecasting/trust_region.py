@@ -123,10 +123,10 @@ class Taken:
     held_losses: Tensor | None
 
 
-class Point:
+class Iterate:
     """Parameters θ_k with their outputs, and with features and their mean eigenvalue, which are made when first asked for.
 
-    All candidates begin at the same point, so the features at θ₀ are made once.
+    All candidates begin at the same one, so the features at θ₀ are made once.
     """
 
     def __init__(self, ground: Ground, parameters: Mapping[str, Tensor], outputs: Float[Tensor, "n c"]) -> None:
@@ -145,25 +145,25 @@ class Point:
 
 @dataclass
 class Walk:
-    """Steps one after the other, from θ₀ on, at present at ``point``; ``reason`` says why there are no more."""
+    """Steps one after the other, from θ₀ on, at present at ``iterate``; ``reason`` says why there are no more."""
 
     ground: Ground
     structure: Structure
     relative_ridge: float
-    point: Point | None
+    iterate: Iterate | None
     reason: str = ""
 
     def step(self) -> Taken | None:
         """The next step, which lowers the training loss; None where no ridge lowers it enough."""
-        if self.point is None:
+        if self.iterate is None:
             return None
         began, ground = time.perf_counter(), self.ground
-        here, outputs = self.point.parameters, self.point.outputs
+        here, outputs = self.iterate.parameters, self.iterate.outputs
         loss = ground.goal.loss(outputs)
         if float(ground.goal.missing(outputs).norm()) <= ground.rounding * float(outputs.norm()):
             self.reason = "the network fits its targets: nothing is left to learn"
             return None
-        feats, mean = self.point.features, self.point.mean
+        feats, mean = self.iterate.features, self.iterate.mean
         if mean == 0:
             self.reason = "the tangent features of all samples are zero: no gradient moves the network"
             return None
@@ -182,7 +182,7 @@ class Walk:
                     after, math.nan if held is None else float(held.mean()), length, found.ridge, kappa, agreement,
                     _rank(found.coefficients), tries, found.converged, time.perf_counter() - began,
                 )  # fmt: skip
-                self.point = Point(ground, there, beyond)
+                self.iterate = Iterate(ground, there, beyond)
                 return Taken(step, replace(found, features=feats[_FIRST.to(feats.device)]), there, held)
             kappa *= _STRONGER
         self.reason = (

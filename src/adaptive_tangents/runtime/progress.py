@@ -17,7 +17,7 @@ Steps = Callable[[int, float], None]
 Asked = Progress | bool | None
 """What users give: a function, True for a bar, or None or False for silence."""
 
-_PERCENT = "[progress.percentage]{task.percentage:>3.0f} %"
+PERCENT = "[progress.percentage]{task.percentage:>3.0f} %"
 _Made = TypeVar("_Made")
 _Given = ParamSpec("_Given")
 
@@ -82,7 +82,7 @@ def _rich_bar() -> Any:
         force_jupyter=None if importlib.util.find_spec("ipywidgets") else False, force_terminal=redrawn(sys.stdout)
     )
     return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(_PERCENT), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(PERCENT), TimeElapsedColumn(),
         TextColumn("left", markup=False), TimeRemainingColumn(), console=console,
     )  # fmt: skip
 

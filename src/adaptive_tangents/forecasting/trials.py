@@ -1,4 +1,4 @@
-"""The course of a forecast: the candidates take their steps in turn, until held-out samples or a budget end them."""
+"""The trials of a forecast: its candidates take their steps in turn, until held-out samples or a budget end them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from adaptive_tangents.forecasting.cost import Costs, epochs_of, epochs_of_features, stages_of, step_name, upcoming
-from adaptive_tangents.forecasting.trust_region import Ground, Point, Step, Taken, Walk
+from adaptive_tangents.forecasting.trust_region import Ground, Iterate, Step, Taken, Walk
 from adaptive_tangents.runtime.pace import Pace
 from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
@@ -16,7 +16,7 @@ _PATIENCE = 2  # steps without a lower held-out loss, after which none are tried
 
 
 @dataclass
-class Course:
+class Trial:
     """The steps of one candidate, of which the first ``chosen`` have the least held-out loss, and where these lead."""
 
     name: str
@@ -47,7 +47,7 @@ class Course:
         return self.walk.reason
 
     def advance(self, most: int) -> None:
-        """Take the next step, if there is one; the course is over after ``most``."""
+        """Take the next step, if there is one; the trial is over after ``most``."""
         found = self.walk.step()
         if found is None:
             self.stop(self.walk.reason)
@@ -60,7 +60,7 @@ class Course:
 
     def stop(self, reason: str) -> None:
         """Take no more steps."""
-        self.walk.reason, self.walk.point, self.over = reason, None, True
+        self.walk.reason, self.walk.iterate, self.over = reason, None, True
 
     def _keep(self, found: Taken) -> None:
         self.steps.append(found.step)
@@ -69,24 +69,24 @@ class Course:
             self.chosen, self.end, self.held = len(self.steps), dict(found.parameters), found.held_losses
 
 
-def courses(
-    ground: Ground, start: Point, structures: Sequence[Structure], names: Sequence[str], relative_ridge: float
-) -> list[Course]:
+def trials(
+    ground: Ground, start: Iterate, structures: Sequence[Structure], names: Sequence[str], relative_ridge: float
+) -> list[Trial]:
     """The candidates at θ₀, whose features they share."""
     held = ground.held_losses(start.parameters)
     return [
-        Course(name, Walk(ground, each, relative_ridge, start), dict(start.parameters), held, held)
+        Trial(name, Walk(ground, each, relative_ridge, start), dict(start.parameters), held, held)
         for each, name in zip(structures, names, strict=True)
     ]
 
 
 def run(
-    found: Sequence[Course], ground: Ground, outputs: int, most: int, max_epochs: float, pace: Pace, costs: Costs | None
+    found: Sequence[Trial], ground: Ground, outputs: int, most: int, max_epochs: float, pace: Pace, costs: Costs | None
 ) -> None:
     """Take steps in turn, at most ``most`` of each, while they stay within ``max_epochs``; ``costs`` tell the time left."""
-    each, names = epochs_of_features(outputs), [course.name for course in found]
-    while any(not course.over for course in found):
-        taken, over = [len(course.steps) for course in found], [course.over for course in found]
+    each, names = epochs_of_features(outputs), [trial.name for trial in found]
+    while any(not trial.over for trial in found):
+        taken, over = [len(trial.steps) for trial in found], [trial.over for trial in found]
         steps = upcoming(taken, over, most, epochs_of(ground.passes), each, max_epochs)
         if costs is not None:
             pace.replace(stages_of(steps, names, costs))
@@ -95,14 +95,12 @@ def run(
         k, step = steps[0]
         with pace.stage(step_name(names[k], step)):
             found[k].advance(most)
-    for course in found:
-        if not course.over:
-            course.stop(
-                f"the next step would go beyond {max_epochs:g} epochs of passes (a larger max_epochs allows it)"
-            )
+    for trial in found:
+        if not trial.over:
+            trial.stop(f"the next step would go beyond {max_epochs:g} epochs of passes (a larger max_epochs allows it)")
 
 
-def chosen(found: Sequence[Course]) -> Course:
+def chosen(found: Sequence[Trial]) -> Trial:
     """The candidate that adapts most of those whose held-out loss is at most a fifth above the least."""
-    least = min(course.mean for course in found)
-    return [course for course in found if course.mean <= MARGIN * least][-1]
+    least = min(trial.mean for trial in found)
+    return [trial for trial in found if trial.mean <= MARGIN * least][-1]
