@@ -18,6 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from adaptive_tangents._version import __version__
 from adaptive_tangents.commands.report import PAGES
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.experiments.claims import over_seeds
@@ -331,7 +332,9 @@ def test_a_fault_of_a_page_is_not_blamed_on_the_results(
             context=lambda results: {"own": {}, "wrong": wrong},
         ),
     }
-    write_results(_results(), _arrays(), tmp_path)
+    made = _results()
+    made["versions"]["adaptive_tangents"] = __version__
+    write_results(made, _arrays(), tmp_path)
     offered = {"kernel-alignment": lambda: pages[where]}
     wrong = "theirs"
     with pytest.raises(
@@ -340,6 +343,11 @@ def test_a_fault_of_a_page_is_not_blamed_on_the_results(
         report.build_report(tmp_path, offered)
     wrong = "own"
     with pytest.raises((KeyError, jinja2.UndefinedError), match="forgotten"):
+        report.build_report(tmp_path, offered)
+    # Results of another version may lack what a page asks for in a mapping of its own.
+    made["versions"]["adaptive_tangents"] = "0.1.0"
+    write_results(made, _arrays(), tmp_path)
+    with pytest.raises(TangentError, match=r"changed since it was written, or by an earlier version, .*forgotten"):
         report.build_report(tmp_path, offered)
     assert not (tmp_path / "report.html").exists()
 

@@ -11,6 +11,7 @@ import jinja2
 from jinja2.utils import missing
 from markupsafe import Markup, escape
 
+from adaptive_tangents._version import __version__
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.reporting import drawing
 from adaptive_tangents.reporting.pages import Page, fixed, given, number
@@ -66,7 +67,7 @@ def build_report(directory: str | os.PathLike[str], pages: Pages) -> Path:
     except TangentError:
         raise
     except Exception as error:
-        if as_written(directory):
+        if as_written(directory) and told.get("versions", {}).get("adaptive_tangents") == __version__:
             raise  # a fault of the page, not of the results
         raise TangentError(
             f"report: {directory} was changed since it was written, or by an earlier version, and cannot be drawn "
