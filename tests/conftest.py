@@ -8,6 +8,7 @@ import inspect
 import os
 import runpy
 import sys
+import tempfile
 import threading
 import types
 from pathlib import Path
@@ -24,6 +25,12 @@ gc.disable()  # while all is imported and collected
 # what the first one compiles, also where Python was told to keep nothing (folders that Git ignores hold it).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# What a user's folders hold (a list of fonts, settings, kernels) changes no test: one fresh folder stands for all of them.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the folder of the process that starts them
+    _settings = tempfile.TemporaryDirectory(prefix="settings-of-tests-")
+    for _name in ("MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        os.environ[_name] = str(Path(_settings.name, _name.lower()))
+    os.environ.pop("MATPLOTLIBRC", None)
 # Here and in processes that tests start, torchvision must be importable (see the file in that folder).
 _operators = str(Path(__file__).parent / "torchvision_operators")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_operators, os.environ.get("PYTHONPATH"))))
