@@ -75,7 +75,7 @@ def earlier() -> None:
     """Take the course of work of before: features as factors, systems kept for 20 products, tight stages, whole spectra."""
     costs = importlib.import_module("adaptive_tangents.solvers.costs")
     costs.dense_product = lambda block: math.inf
-    costs.patience = lambda feats, form, products: (max(20, feats.n * feats.c // 100), -1)
+    costs.patience = lambda feats, *_: (max(20, feats.n * feats.c // 100), -1)
     importlib.import_module("adaptive_tangents.solvers.continuation")._LOOSE = 0.02
     importlib.import_module("adaptive_tangents.solvers.constraints")._MEDIUM = 1000
 

@@ -13,6 +13,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.solvers import costs, curved_systems
 from adaptive_tangents.solvers.curved_systems import curved_system
 from adaptive_tangents.solvers.losses import CrossEntropy, Loss, SquaredError
+from adaptive_tangents.solvers.newton import Direction, line_search
 from adaptive_tangents.solvers.problem import Point, Problem, System
 from adaptive_tangents.structures.spectral import SpectralCurvature
 
@@ -26,9 +27,8 @@ def network() -> tuple[TangentFeatures, Tensor, Tensor]:
     """Features with blocks wider than tall and taller than wide, held as columns and as factors; targets and labels."""
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(3, 7, 1), torch.nn.MaxPool2d(2)]
-    model = torch.nn.Sequential(
-        *layers, torch.nn.Flatten(), torch.nn.Linear(28, 4), torch.nn.Tanh(), torch.nn.Linear(4, C)
-    )
+    head = [torch.nn.Linear(28, 4), torch.nn.Tanh(), torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, C)]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), *head)
     feats = at.tangent_features(model, torch.randn(N, 1, 4, 4))
     return feats.to(torch.float64), torch.randn(N, C, dtype=torch.float64), torch.randint(C, (N,))
 
@@ -39,7 +39,7 @@ def linear_blocks_as_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "dense_product", lambda block: math.inf if block.positions == 1 else 0.0)
 
 
-def made(kind: str, structure: at.structures.Structure) -> tuple[Problem, Point, System]:
+def made(kind: str, structure: at.structures.Structure, seed: int = 0) -> tuple[Problem, Point, System]:
     """A problem, a point where some of Ω̃'s curvature is negative, and the system of the curvature there."""
     feats, r, labels = network()
     loss: Loss = SquaredError(r.flatten(), 0.0 if kind == "interpolation" else 0.05)
@@ -48,6 +48,7 @@ def made(kind: str, structure: at.structures.Structure) -> tuple[Problem, Point,
     problem = Problem(feats, structure, loss, "dense", None)
     plain = problem.first_system()
     problem.temper = 2.0
+    torch.manual_seed(seed)
     beta = torch.randn_like(problem.zeros) * torch.logspace(-2, 0.5, len(problem.zeros), dtype=torch.float64)
     point = problem.point(beta, problem.inner(beta))
     found = curved_system(problem, point, plain.kernel)
@@ -92,7 +93,7 @@ def test_the_metric_is_twice_the_inverse_of_the_curvature_made_positive(name: st
     assert any(o > i for o, i in shapes)
     assert any(o < i for o, i in shapes)
     assert problem.held.rows is not None
-    assert problem.held.rest
+    assert {o > i for o, i in (problem.held.layout.shapes[name] for name in problem.held.rest)} == {True, False}
     metric = metric_of(problem, point)
     x = torch.randn_like(point.vector)
     torch.testing.assert_close(metric @ system.square(x), 2 * x, rtol=1e-9, atol=1e-9)
@@ -103,8 +104,12 @@ def test_the_metric_is_twice_the_inverse_of_the_curvature_made_positive(name: st
         assert min(float(part.multipliers[0].min()) for part in curvatures.values()) < 0
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_the_step_of_a_system_of_the_curvature_is_that_of_its_dense_inverse(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "samples"), [*((kind, N) for kind in LOSSES), ("squared", 1), ("squared", 4)])
+def test_the_step_of_a_system_of_the_curvature_is_that_of_its_dense_inverse(
+    kind: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its kernel is made for a few samples at a time."""
+    monkeypatch.setattr(curved_systems, "_BUFFER", samples * 8 * N * C * 6)
     problem, point, system = made(kind, STRUCTURES["TwoSided"])
     rows = torch.stack([problem.combine(unit) for unit in torch.eye(N * C, dtype=torch.float64)])
     metric, slope = metric_of(problem, point), problem.loss.slope(point.outputs)
@@ -122,6 +127,24 @@ def test_the_step_of_a_system_of_the_curvature_is_that_of_its_dense_inverse(kind
     torch.testing.assert_close(reduced.step, -v, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(reduced.outputs, -rows @ v, rtol=1e-6, atol=1e-8)
     assert reduced.size == pytest.approx(float(w @ v), rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["interpolation", "cross-entropy"])
+def test_a_step_that_is_too_long_is_shortened_until_it_lowers_the_objective(kind: str) -> None:
+    """A held transform's metric bounds Ω̃ from above, so that a whole step lowers it; the curvature at a point does not."""
+    longer = 0
+    for seed in range(19, 25):
+        problem, point, system = made(kind, STRUCTURES["TwoSided"], seed)
+        if kind == "interpolation":
+            vector, outputs = problem.restored(system, point.vector, point.outputs)
+            point = problem.point(vector, outputs)
+        plain = problem.reduce(system, point.gradient, problem.loss.slope(point.outputs))
+        whole = problem.point(point.vector + plain.step, point.outputs + plain.outputs)
+        longer += whole.objective > point.objective
+        uphill = Direction(-plain.step, -plain.outputs, 1)
+        found, _ = line_search(problem, point, uphill, plain)
+        assert point.objective - found.objective > 0.01 * min(plain.size, point.objective)
+    assert longer
 
 
 # ------------------------------------------------------------------------------------------------------- the fits
@@ -183,10 +206,15 @@ def test_the_curvature_is_used_where_a_dense_kernel_has_few_coefficients() -> No
     feats, r, _ = network()
     wide = torch.nn.Sequential(torch.nn.Linear(80, 90), torch.nn.ReLU(), torch.nn.Linear(90, 1))
     large = at.tangent_features(wide, torch.randn(90, 80)).to(torch.float64)
-    assert costs.curved(feats, "dense", math.inf)
-    assert not costs.curved(feats, "matrix-free", math.inf)
-    assert not costs.curved(feats, "dense", 1000.0)
-    assert not costs.curved(large, "dense", math.inf)
+    for features, form, room, used in (
+        (feats, "dense", math.inf, True),
+        (feats, "matrix-free", math.inf, False),
+        (feats, "dense", 1000.0, False),
+        (large, "dense", math.inf, False),
+    ):
+        target = SquaredError(torch.zeros(features.n * features.c, dtype=torch.float64), 0.1)
+        problem = Problem(features, STRUCTURES["TwoSided"], target, form, None, room)
+        assert curved_systems.serves(problem, problem.point(problem.zeros, target.targets).solution) == used
     loss, structures = SquaredError(r.flatten(), 0.1), {**STRUCTURES, "Rows": at.Rows(at.Quadratic(0.1))}
     for name, structure in structures.items():
         problem = Problem(feats, structure, loss, "dense", None)

@@ -17,9 +17,10 @@ _FACTORIZED = 2.0  # a multiply-add of a Cholesky factor
 _ROUNDED = 0.5  # of the work, in single precision
 _INSIDE = 6  # products of the inner conjugate gradients, where no system is factorized in float64
 _WORTH = 0.3  # a system is remade if that costs less than this share of a step's products: later steps gain as well
-_WORTH_CURVED = 0.07  # the same where the system is made from the curvature: it saves more
+_WORTH_CURVED = 0.14  # the same where the system is made from the curvature: it saves more
 _CURVED = 4.0  # such systems are made where that costs up to so many times as much as from a held transform
-_COLUMNS = 5  # copies of all features while their columns are made, and as a matrix
+_COLUMNS = 5  # copies of the features held as columns, while their columns of C are made
+_CONTRACTED = 120.0  # an entry of what CCᵀ is made of from factors: a pair of outputs and a direction
 _LEAST = 3  # products that a step with a new system takes
 
 
@@ -42,34 +43,39 @@ def factored_product(block: Block) -> float:
     return total
 
 
-def patience(feats: TangentFeatures, form: str, products: float) -> tuple[float, float]:
+def patience(feats: TangentFeatures, form: str, products: float, curved: float | None = None) -> tuple[float, float]:
     """How many products with the curvature a step may take before its kernel is remade, and before it is factorized again.
 
-    ``products`` is the cost of φx and φᵀa; the form "curved" is that of systems made from the curvature.
+    ``products`` is the cost of φx and φᵀa; ``curved`` that of a kernel made from the curvature, None where it is not.
     """
     size, shapes = feats.n * feats.c, [block.shape for block in feats.blocks.values()]
     p = sum(o * i for o, i in shapes)
     step = products + sum(2 * o * i * (o + i) for o, i in shapes) + _STEP_CALLS * _CALL * len(shapes)
-    kernel = size**2 * p / 2 if form == "curved" else _held_kernel(feats)
+    kernel = _held_kernel(feats) if curved is None else curved
     factor = _FACTORIZED * size**3 / 6
     if form == "primal":
         kernel, factor = 0.0, size * p**2 / 2 + _FACTORIZED * p**3 / 6
         step += _ENTRY * (2 * size * p + p**2)
-    elif form in ("dense", "curved"):
+    elif form == "dense":
         step += 2 * _ENTRY * size**2
     else:
         kernel, factor = _ROUNDED * kernel, _ROUNDED * factor
         step += _INSIDE * (products + _ROUNDED * _ENTRY * size**2)
-    worth = _WORTH_CURVED if form == "curved" else _WORTH
+    worth = _WORTH if curved is None else _WORTH_CURVED
     return max(_LEAST, worth * (kernel + factor) / step), max(_LEAST, factor / step)
 
 
-def curved(feats: TangentFeatures, form: str, room: float) -> bool:
-    """Whether systems are made from the curvature, given the bytes that there are for its columns."""
-    size, p = feats.n * feats.c, sum(o * i for o, i in (block.shape for block in feats.blocks.values()))
-    if form != "dense" or 8 * size * (_COLUMNS * p + size) > room:
+def curved_kernel(n: int, c: int, columns: int, sides: list[int]) -> float:
+    """A kernel made from the curvature, with features as so many columns, and as factors whose smaller sides are given."""
+    return (n * c) ** 2 * columns / 2 + n**2 * c * sum(side * (side + _CONTRACTED) for side in sides) / 2
+
+
+def curved(feats: TangentFeatures, form: str, room: float, columns: int, kernel: float) -> bool:
+    """Whether systems are made from the curvature, at this cost of a kernel, in so many bytes."""
+    size = feats.n * feats.c
+    if form != "dense" or 8 * size * (_COLUMNS * columns + size) > room:
         return False
-    return size**2 * p / 2 <= _CURVED * (_held_kernel(feats) + _FACTORIZED * size**3 / 6)
+    return kernel <= _CURVED * (_held_kernel(feats) + _FACTORIZED * size**3 / 6)
 
 
 def _held_kernel(feats: TangentFeatures) -> float:

@@ -2,10 +2,11 @@
 
 With E₀ the curvature, made positive, the step for w = w₀ + φᵀη minimizes ⟨E₀v, v⟩/2 + L″(φv)/2 − ⟨w, v⟩. This is the held
 system with 2E₀⁻¹ in place of MᵀM, and its kernel is φ·2E₀⁻¹·φᵀ. Since E₀ = 2I where nothing adapts, that is K₀ + CCᵀ, with
-one column of C for each direction in which E₀ is less than 2.
+one column of C for each direction in which E₀ is less than 2. From factors, CCᵀ is made without C.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -19,10 +20,10 @@ from adaptive_tangents.solvers.problem import Point, Problem, System
 from adaptive_tangents.structures.base import JoinedCurvature, Solution
 from adaptive_tangents.structures.spectral import SpectralCurvature
 
-Entries = Callable[[Tensor, Tensor], Tensor]  # of Y, at rows and columns
 _LEAST = 0.3  # eigenvalues of E₀ are at least this share of the smaller of 2/z_i² and 2/z_j²
 _LITTLE = 1.3  # directions in which 2E₀⁻¹ is below this are taken to be unadapted
 _ROWS = 128  # of the kernel at once
+_BUFFER = 4_000_000  # bytes of what is made from factors at once, so that it stays in a processor's cache
 
 
 class InverseCurvature:
@@ -59,48 +60,76 @@ class InverseCurvature:
         found = self.u @ ((same * inside + crossed * inside.mT) @ self.v.mT + self.outside[:, None] * part)
         return found.mT if self.turned else found
 
-    def columns(self, features: Tensor | Factored) -> Float[Tensor, "k m"]:
-        """C of this block, from its features (nc, o, i)."""
+    def columns(self, features: Float[Tensor, "k o i"]) -> Float[Tensor, "k m"]:
+        """C of this block."""
+        features = features.mT if self.turned else features
         first, (k, i) = self.adapted, (self.u.shape[1], self.v.shape[0])
         basis = torch.cat([self.v, torch.linalg.qr(self.v, mode="complete").Q[:, k:]], 1) if k < i else self.v
-        entries = self._entries(features, basis)
+        # The entries of Y in the first rows and in the first columns.
+        above = (self.u[:, :first].mT @ features) @ basis
+        below = self.u.mT @ (features @ self.v[:, :first])
         a, b = torch.triu_indices(first, k, device=basis.device)
-        parts = [self._pairs(entries, a, b, self.symmetric, 1), self._pairs(entries, a, b, self.antisymmetric, -1)]
-        rows = torch.arange(first, device=basis.device).repeat_interleave(i - k)
-        beside = torch.arange(k, i, device=basis.device).repeat(first)
-        return torch.cat([*parts, entries(rows, beside) * (self.outside[rows] - 1).sqrt()], 1)
+        parts = [self._pairs(above[:, a, b], below[:, b, a], a, b, sign) for sign in (1, -1)]
+        beside = above[:, :, k:] * (self.outside[:first, None] - 1).sqrt()
+        return torch.cat([*parts, beside.flatten(1)], 1)
 
-    def _entries(self, features: Tensor | Factored, basis: Float[Tensor, "i i"]) -> Entries:
-        """The entries (nc, m) of Y at given rows and columns, of which one is among those that adapt."""
-        first = self.adapted
-        if isinstance(features, Factored):
-            sides = features.signals, features.inputs[:, None]
-            outer, inner = sides[::-1] if self.turned else sides
-            left, right = outer @ self.u, inner @ basis
-            return lambda a, b: (left[..., a] * right[..., b]).flatten(0, 1)
-        features = features.mT if self.turned else features
-        rows = (self.u[:, :first].mT @ features) @ basis
-        columns = self.u.mT @ (features @ self.v[:, :first])
-        return lambda a, b: rows[:, a, b] if not len(a) or int(a.max()) < first else columns[:, a, b]
-
-    def _pairs(self, entries: Entries, a: Tensor, b: Tensor, factors: Tensor, sign: int) -> Float[Tensor, "k m"]:
-        """The columns of the symmetric or antisymmetric parts of the pairs (a, b)."""
-        more = factors[a, b] - 1
+    def _pairs(self, one: Tensor, other: Tensor, a: Tensor, b: Tensor, sign: int) -> Float[Tensor, "k m"]:
+        """The columns of the symmetric or antisymmetric parts of the pairs Y_ab, Y_ba."""
+        more = (self.symmetric if sign > 0 else self.antisymmetric)[a, b] - 1
         kept = (more > 0) & ((a < b) | (sign > 0))
-        a, b, more = a[kept], b[kept], more[kept]
         # A pair of one entry is twice that entry.
-        return torch.add(entries(a, b), entries(b, a), alpha=sign) * (more / torch.where(a == b, 4.0, 2.0)).sqrt()
+        scale = (more / torch.where(a == b, 4.0, 2.0)).clamp_min(0).sqrt()
+        return (torch.add(one, other, alpha=sign) * scale)[:, kept]
+
+    def contracted(self, features: Factored) -> Iterator[tuple[slice, Float[Tensor, "r m"]]]:
+        """CCᵀ of this block from its factors, some rows at a time up to their last diagonal entry.
+
+        Each sample has c projections L on one of U, V and one, R, on the other. With S, T the multipliers of Y, Yᵀ, entries
+        are Σ_m L_m L'_m Σ_j S_mj R_j R'_j + Σ_j R_j L'_j Σ_m T_mj L_m R'_m, and what is outside the singular basis.
+        """
+        signals, inputs, (same, crossed), outside = features.signals, features.inputs, self._inside, self.outside - 1
+        if self.turned:
+            several, one, same = signals @ self.v, inputs @ self.u, same.mT
+            beside = (one * outside) @ one.mT
+        else:
+            several, one = signals @ self.u, inputs @ self.v
+            beside = inputs @ inputs.mT
+        n, c, k = several.shape
+        turns = one.mT[:, :, None] * crossed[:, None]  # T_mj R'_m, for all samples
+        step = max(1, _BUFFER // (8 * n * c * k))
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            left, right, before = several[start:stop], one[start:stop, None], one[:stop]
+            weights = before @ (right * same).mT
+            if not self.turned:
+                weights += beside[start:stop, :stop, None] * outside
+            made = (left.flatten(0, 1) @ turns[:, :stop].flatten(1)).view(-1, c, stop, k)
+            made.mul_(right[:, None]).addcmul_(weights[:, None], left[:, :, None])
+            block = (made.flatten(0, 1).transpose(0, 1) @ several[:stop].mT).transpose(0, 1).flatten(1)
+            if self.turned:
+                products = signals[start:stop].flatten(0, 1) @ signals[:stop].flatten(0, 1).mT
+                shares = beside[start:stop, :stop].repeat_interleave(c, 0).repeat_interleave(c, 1)
+                block = block.addcmul(products, shares)
+            yield slice(start * c, stop * c), block
 
 
 def _thresholded(factors: Tensor) -> Tensor:
     return torch.where(factors < _LITTLE, 1.0, factors)
 
 
+def effort(held: HeldFeatures) -> float:
+    """What a system costs, as in ``costs``; ∞ where it cannot be made."""
+    sides = [min(held.layout.shapes[name]) for name in held.rest]
+    made = all(isinstance(part, Factored) for part in held.rest.values())
+    return costs.curved_kernel(held.n, held.c, _width(held), sides) if made else math.inf
+
+
 def serves(problem: Problem, solution: Solution) -> bool:
     """Whether steps of this problem are to be preconditioned by the curvature of a solution like this."""
-    if not costs.curved(problem.feats, problem.form, problem.room) or _curvatures(solution) is None:
+    if _curvatures(solution) is None:
         return False
-    return all(isinstance(part, Factored) for part in problem.held.rest.values())
+    held = problem.held
+    return costs.curved(problem.feats, problem.form, problem.room, _width(held), effort(held))
 
 
 def curved_system(problem: Problem, point: Point, plain: KernelSystem) -> System | None:
@@ -110,14 +139,21 @@ def curved_system(problem: Problem, point: Point, plain: KernelSystem) -> System
         return None
     with problem.timed("kernels"):
         inverses = {name: InverseCurvature(curvature) for name, curvature in curvatures.items()}
-        columns = torch.cat([inverses[k].columns(part) for k, part in _features(problem.held).items()], 1)
-        kernel = DenseKernel(_added(plain.matrix, columns), problem.constraints.kept)
+        matrix = plain.matrix.clone()
+        for rows, part in _parts(problem.held, inverses):
+            matrix[rows, : rows.stop] += part
+        kernel = DenseKernel(matrix.tril() + matrix.tril(-1).mT, problem.constraints.kept)
     layout = problem.held.layout
 
     def metric(x: Coefficients) -> Coefficients:
         return layout.join({name: inverses[name](matrix) for name, matrix in layout.split(x).items()})
 
     return problem.inverted(point.solution.transforms, kernel, point.outputs, metric)
+
+
+def _width(held: HeldFeatures) -> int:
+    """How many coefficients have columns."""
+    return 0 if held.rows is None else held.rows.shape[1]
 
 
 def _curvatures(solution: Solution) -> Mapping[str, SpectralCurvature] | None:
@@ -128,23 +164,20 @@ def _curvatures(solution: Solution) -> Mapping[str, SpectralCurvature] | None:
     return found if len(found) == len(solution.gradient) else None
 
 
-def _features(held: HeldFeatures) -> dict[str, Tensor | Factored]:
-    """Each block's features: (nc, o, i), or factors."""
-    found: dict[str, Tensor | Factored] = {k: part for k, part in held.rest.items() if isinstance(part, Factored)}
-    start = 0
-    for name, shape in held.layout.shapes.items():
-        if name not in found and held.rows is not None:
-            size = shape[0] * shape[1]
-            found[name] = held.rows[:, start : start + size].reshape(-1, *shape)
-            start += size
-    return found
-
-
-def _added(kernel: Float[Tensor, "k k"], columns: Float[Tensor, "k m"]) -> Float[Tensor, "k k"]:
-    """K + CCᵀ; the product is made below the diagonal only."""
-    found = kernel.clone()
-    for k in range(0, len(kernel), _ROWS):
-        rows = slice(k, k + _ROWS)
-        found[rows, : k + _ROWS].addmm_(columns[rows], columns[: k + _ROWS].mT)
-        found[:k, rows] = found[rows, :k].mT
-    return found
+def _parts(
+    held: HeldFeatures, inverses: Mapping[str, InverseCurvature]
+) -> Iterator[tuple[slice, Float[Tensor, "r m"]]]:
+    """CCᵀ of all blocks, some rows at a time up to their last diagonal entry."""
+    columns, start = [], 0
+    for name, (o, i) in held.layout.shapes.items():
+        part = held.rest.get(name)
+        if isinstance(part, Factored):
+            yield from inverses[name].contracted(part)
+        elif held.rows is not None:
+            columns.append(inverses[name].columns(held.rows[:, start : start + o * i].reshape(-1, o, i)))
+            start += o * i
+    if columns:
+        joined = torch.cat(columns, 1)
+        for first in range(0, len(joined), _ROWS):
+            rows = slice(first, min(len(joined), first + _ROWS))
+            yield rows, joined[rows] @ joined[: rows.stop].mT

@@ -16,7 +16,8 @@ from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
 
 _MOST = 200
 _FORCING = 0.1
-_FARTHEST = 1e6
+_FARTHEST, _SHORTEST = 1e6, 1e-6
+_ENOUGH = 0.1  # a step lowers the objective by at least this share of what its slope promises
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,13 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
             return _furthest(problem, candidate, *direction.downhill), length
         length /= 2
     # The model is wrong about long steps but may be right about short ones: try those, and longer multiples of the best.
+    # The held step, or if the metric is the curvature at this point, a part of it, surely lowers the objective.
     tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
+    part = 1.0
+    while point.objective - tried[-1][0].objective < _ENOUGH * part * plain.size - slack and part > _SHORTEST:
+        part /= 2
+        step = part * plain.step, part * plain.outputs
+        tried.append((moved(*step), step))
     best, step = min(tried, key=lambda pair: pair[0].objective)
     length = 2.0
     while length < _FARTHEST and (further := moved(*step, length)).objective < best.objective:

@@ -16,7 +16,7 @@ from adaptive_tangents.solvers import costs
 from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
 from adaptive_tangents.solvers.certificates import certified
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
-from adaptive_tangents.solvers.curved_systems import curved_system, serves
+from adaptive_tangents.solvers.curved_systems import curved_system, effort, serves
 from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.newton import line_search, newton_direction
 from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
@@ -84,8 +84,8 @@ class Newton(Continuation):
         self.plain = system.kernel if curved else None  # K₀, if systems are made from the curvature
         self.products, self.stale, self.moved = 0, True, True
         self.due = self.solved = False  # a new system was put off, or made before this round
-        form = "curved" if curved else problem.form
-        self.patience, self.patience_of_factor = costs.patience(problem.feats, form, problem.held.cost)
+        kernel = effort(problem.held) if curved else None
+        self.patience, self.patience_of_factor = costs.patience(problem.feats, problem.form, problem.held.cost, kernel)
 
     def enter(self) -> None:
         self.point = self.problem.point(self.point.vector, self.point.outputs)
