@@ -141,7 +141,7 @@ def test_a_step_that_is_too_long_is_shortened_until_it_lowers_the_objective(kind
         plain = problem.reduce(system, point.gradient, problem.loss.slope(point.outputs))
         whole = problem.point(point.vector + plain.step, point.outputs + plain.outputs)
         longer += whole.objective > point.objective
-        uphill = Direction(-plain.step, -plain.outputs, 1)
+        uphill = Direction(-plain.step, 1)
         found, _ = line_search(problem, point, uphill, plain)
         assert point.objective - found.objective > 0.01 * min(plain.size, point.objective)
     assert longer

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ import adaptive_tangents as at
 from adaptive_tangents.linalg.cholesky import partial_cholesky
 from adaptive_tangents.linalg.conjugate_gradients import conjugate_gradients
 from adaptive_tangents.linalg.kernel_systems import DenseKernel, KernelSystem, PivotedKernel, RoundedKernel
-from adaptive_tangents.solvers import certificates
+from adaptive_tangents.solvers import certificates, newton
 from adaptive_tangents.solvers.feature_systems import FeatureProducts, PrimalKernel
 from adaptive_tangents.solvers.fit import check_choice
 from adaptive_tangents.solvers.losses import CrossEntropy, SquaredError
-from adaptive_tangents.solvers.problem import Problem
+from adaptive_tangents.solvers.problem import Point, Problem
 from draws import examples
 from theory_reference import Problem as Case
 from theory_reference import problem
@@ -345,6 +347,56 @@ def test_rounding_of_outputs_tracked_through_the_steps_does_not_end_a_fit(thread
     finally:
         torch.set_num_threads(before)
     assert found.converged, found.reason
+
+
+def stationarity_of(fit: at.Fit) -> float:
+    """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖ with α = (r − φβ)/ρ, all from the coefficients."""
+    assert fit.targets is not None
+    blocks = fit.features.to(torch.float64).blocks
+    phi = torch.cat([block.features().reshape(fit.targets.numel(), -1) for block in blocks.values()], 1)
+    beta = torch.cat([fit.coefficients[name].reshape(-1) for name in blocks])
+    found = fit.structure.solution({name: fit.coefficients[name] for name in blocks}).gradient
+    generators = 2 * phi.mT @ (fit.targets.flatten() - phi @ beta) / fit.ridge
+    gradient = torch.cat([found[name].reshape(-1) for name in blocks])
+    return float((gradient - generators).norm() / generators.norm())
+
+
+def dependent() -> tuple[at.TangentFeatures, Tensor]:
+    """More outputs than parameters, so that directions of K₀ are far below a small ridge, and targets."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)]
+        return at.tangent_features(nn.Sequential(*layers), torch.randn(30, 7)), torch.randn(30, 4)
+
+
+@pytest.mark.filterwarnings("ignore::adaptive_tangents.TangentWarning")
+def test_the_stationarity_told_is_that_of_the_coefficients_however_ill_conditioned_the_kernel_is() -> None:
+    # With outputs carried along by the systems, 3e-6 was told of coefficients whose stationarity is 1.
+    feats, r = dependent()
+    for structure, ridge in ((at.Left(at.Absolute(0.1)), 1e-3), (at.TwoSided(at.Quadratic(1.0)), 1e-6)):
+        found = at.fit(feats, r, structure=structure, ridge=ridge, max_rounds=40)
+        assert found.stationarity == pytest.approx(stationarity_of(found), rel=1e-3)
+        assert found.converged == (found.stationarity <= 1e-4)
+        objectives = [entry.objective for entry in found.history]
+        assert found.objective <= min(objectives) * (1 + 1e-9)  # the penalty of the last stages is the largest
+
+
+def test_a_search_that_ends_at_other_outputs_than_its_coefficients_has_not_converged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = problem(6, n=7, c=2, shapes=SHAPES, scale=3.0)
+    options: dict[str, Any] = {"structure": STRUCTURES["TwoSided"], "ridge": 0.1}
+    assert at.fit(case.feats, case.r, **options).converged
+
+    def wrong(problem: Problem, point: Point, step: Tensor) -> Callable[[float], Point]:
+        outputs = 1.01 * problem.inner(step)
+        return lambda length: problem.point(point.vector + length * step, point.outputs + length * outputs)
+
+    monkeypatch.setattr(newton, "_mover", wrong)
+    with pytest.warns(at.TangentWarning, match=r"rounding in it was too large: by its coefficients, .* larger ridge"):
+        found = at.fit(case.feats, case.r, **options)
+    assert not found.converged
+    assert found.stationarity == pytest.approx(stationarity_of(found), rel=1e-6)
 
 
 def test_constraints_missed_by_more_than_rounding_are_not_called_met(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,19 +15,23 @@ from adaptive_tangents.solvers.results import Fit
 from adaptive_tangents.structures.base import Structure
 
 FEASIBLE = 1e-6  # constraints with a larger relative error are not met
+_ROUNDING = 2.0  # a stationarity below so many times what was asked differs from it by rounding
 _SMALLEST_SCALE = 1e-9  # of the dual coefficients: if the bound is infinite here, there is none
 
 
 def certified(
     problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
 ) -> Fit:
-    """The ``Fit`` at a point, with all certificates."""
-    outputs, generators = problem.inner(point.vector), problem.held.layout.split(problem.combine(alpha))
+    """The ``Fit`` at a point, with all certificates, which are made from the coefficients alone."""
+    outputs = problem.inner(point.vector)
+    if not problem.loss.interpolates:
+        alpha = -problem.loss.slope(outputs) / 2
+    generators, stationarity = problem.held.layout.split(problem.combine(alpha)), problem.stationarity(point, alpha)
     return Fit(
         coefficients={name: point.coefficients[name] for name in problem.feats.blocks},
         transforms=point.solution.transforms, features=problem.feats,
-        objective=point.solution.penalty + problem.loss.value(outputs), stationarity=problem.stationarity(point, alpha),
-        **certificates(problem, course, outputs, alpha, generators, jitter, converged=converged, reason=reason),
+        objective=point.solution.penalty + problem.loss.value(outputs),
+        **certificates(problem, course, outputs, alpha, generators, stationarity, jitter, converged=converged, reason=reason),
     )  # fmt: skip
 
 
@@ -37,14 +41,16 @@ def certificates(
     outputs: Vector,
     alpha: Vector,
     generators: Mapping[str, Tensor],
+    stationarity: float,
     jitter: float,
     *,
     converged: bool,
     reason: str,
 ) -> dict[str, Any]:
-    """The certificates that fits on features and on kernels share; a fit that misses its constraints has not converged.
+    """The certificates that fits on features and on kernels share.
 
-    ``generators`` are as in ``lower_bound``.
+    A fit that misses its constraints, or by its coefficients is not stationary, has not converged. ``generators`` are as in
+    ``lower_bound``.
     """
     loss, constraints, n = problem.loss, problem.constraints, problem.n
     targets = loss.targets if isinstance(loss, SquaredError) else None
@@ -55,9 +61,16 @@ def certificates(
             f"the targets are missed by {feasibility:.1e} relative: the kernel is too ill-conditioned for the {problem.form} "
             f"form; use {remedy}a positive ridge"
         )
+    if converged and stationarity > _ROUNDING * course.wanted:
+        converged = False
+        reason = (
+            f"the search ended, but rounding in it was too large: by its coefficients, stationarity is {stationarity:.1e} "
+            f"(asked: {course.wanted:.1e}); use a larger ridge, or raise tol"
+        )
     bound, why = lower_bound(problem.structure, loss, generators, alpha)
     return {
-        "structure": problem.structure, "loss": loss.name, "ridge": loss.ridge, "feasibility": feasibility,
+        "structure": problem.structure, "loss": loss.name, "ridge": loss.ridge, "stationarity": stationarity,
+        "feasibility": feasibility,
         "lower_bound": bound, "lower_bound_reason": why, "converged": converged, "reason": reason,
         "history": tuple(course.history), "smallest_eigenvalue": constraints.smallest_eigenvalue,
         "jitter": jitter, "dropped": constraints.dropped, "form": problem.form,

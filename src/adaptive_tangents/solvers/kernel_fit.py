@@ -99,6 +99,7 @@ def _certified(
         state.outputs,
         dual,
         problem.matrices(sizes),
+        gap / size if size > 0 else 0.0,
         problem.jitter,
         converged=converged,
         reason=reason,
@@ -106,7 +107,7 @@ def _certified(
     gains = {name: math.sqrt(float(q)) for name, q in zip(problem.parts, state.weights, strict=True)}
     return KernelFit(**found | {
         "dual": state.alpha.reshape(problem.n, -1), "objective": state.objective,
-        "stationarity": gap / size if size > 0 else 0.0, "residual": state.residual,
+        "residual": state.residual,
         "gains": {name: gains[group] for group, names in members.items() for name in names},
         "norms": {name: float(v) for name, v in zip(problem.parts, state.norms, strict=True)},
     })  # fmt: skip

@@ -6,6 +6,7 @@ correct it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,15 @@ _ENOUGH = 0.1  # a step lowers the objective by at least this share of what its 
 
 @dataclass(frozen=True)
 class Direction:
-    """A step d of β with φd and the number of products; ``path`` holds the iterates after 1, 2, 4, ... products.
+    """A step d of β and the number of products; ``path`` holds the iterates after 1, 2, 4, ... products.
 
-    ``downhill`` is a direction of negative curvature, with its outputs; None if none was met.
+    ``downhill`` is a direction of negative curvature; None if none was met.
     """
 
     step: Coefficients
-    outputs: Vector
     products: int
-    path: tuple[tuple[Coefficients, Vector], ...] = ()
-    downhill: tuple[Coefficients, Vector] | None = None
+    path: tuple[Coefficients, ...] = ()
+    downhill: Coefficients | None = None
 
 
 def newton_direction(
@@ -44,32 +44,31 @@ def newton_direction(
     curvature, layout = point.solution.curvature, problem.held.layout
     assert curvature is not None
     gradient, slope = point.gradient, problem.loss.slope(point.outputs)
-    step, outputs = torch.zeros_like(reduced.step), torch.zeros_like(reduced.outputs)
+    step = torch.zeros_like(reduced.step)
     along, along_outputs, size = reduced.step, reduced.outputs, reduced.size
     wanted = min(_FORCING, math.sqrt(stationarity)) ** 2 * size
     here = problem.loss.root(point.outputs)
-    path: list[tuple[Coefficients, Vector]] = []
+    path: list[Coefficients] = []
     for count in range(1, min(most, _MOST) + 1):
         with problem.timed("curvature"):
             bent = layout.join(curvature(layout.split(along)))
         pushed = _loss_curvature(problem, here, along_outputs)
         bend = float(along @ bent + along_outputs @ pushed)
         if not bend > 0:
-            downhill = along, along_outputs
             if path:
-                return Direction(step, outputs, count, tuple(path), downhill)
-            return Direction(along, along_outputs, 1, downhill=downhill)
+                return Direction(step, count, tuple(path), along)
+            return Direction(along, 1, downhill=along)
         length = size / bend
-        step, outputs = step + length * along, outputs + length * along_outputs
+        step = step + length * along
         if count & (count - 1) == 0:
-            path.append((step, outputs))
+            path.append(step)
         gradient, slope = gradient + length * bent, slope + length * pushed
         reduced = problem.reduce(system, gradient, slope)
         if not reduced.size > wanted:
             break
         ratio, size = reduced.size / size, reduced.size
         along, along_outputs = reduced.step + ratio * along, reduced.outputs + ratio * along_outputs
-    return Direction(step, outputs, count, tuple(path))
+    return Direction(step, count, tuple(path))
 
 
 def _loss_curvature(problem: Problem, root: Tensor | None, x: Vector) -> Vector:
@@ -86,39 +85,35 @@ def line_search(problem: Problem, point: Point, direction: Direction, plain: Red
     """The first of d, d/2, d/4, ... that lowers the objective, with its length; else the best iterate on the path to d."""
     # Near the optimum, differences of the objective are rounding.
     slack = 1e-13 * abs(point.objective) if plain.size < 1e-11 * abs(point.objective) else 0.0
-
-    def moved(step: Coefficients, outputs: Vector, length: float = 1.0) -> Point:
-        return problem.point(point.vector + length * step, point.outputs + length * outputs)
-
-    length = 1.0
+    length, move = 1.0, _mover(problem, point, direction.step)
     while length > 1e-2:
-        candidate = moved(direction.step, direction.outputs, length)
+        candidate = move(length)
         if candidate.objective <= point.objective + slack:
             if direction.downhill is None:
                 return candidate, length
-            return _furthest(problem, candidate, *direction.downhill), length
+            return _furthest(_mover(problem, candidate, direction.downhill), candidate, 1.0), length
         length /= 2
     # The model is wrong about long steps but may be right about short ones: try those, and longer multiples of the best.
+    moves = [_mover(problem, point, step) for step in (*direction.path, plain.step)]
+    tried = [(move(1.0), 1.0, move) for move in moves]
     # The held step, or if the metric is the curvature at this point, a part of it, surely lowers the objective.
-    tried = [(moved(*step), step) for step in (*direction.path, (plain.step, plain.outputs))]
-    part = 1.0
-    while point.objective - tried[-1][0].objective < _ENOUGH * part * plain.size - slack and part > _SHORTEST:
-        part /= 2
-        step = part * plain.step, part * plain.outputs
-        tried.append((moved(*step), step))
-    best, step = min(tried, key=lambda pair: pair[0].objective)
-    length = 2.0
-    while length < _FARTHEST and (further := moved(*step, length)).objective < best.objective:
-        best, length = further, 2 * length
+    length = 1.0
+    while point.objective - tried[-1][0].objective < _ENOUGH * length * plain.size - slack and length > _SHORTEST:
+        length /= 2
+        tried.append((moves[-1](length), length, moves[-1]))
+    best, length, move = min(tried, key=lambda found: found[0].objective)
+    best = _furthest(move, best, 2 * length)
     return (best, 0.0) if best.objective <= point.objective + slack else (point, 0.0)
 
 
-def _furthest(problem: Problem, point: Point, step: Coefficients, outputs: Vector) -> Point:
-    """Go along a step from a point, doubling its length while the objective falls."""
-    best, length = point, 1.0
-    while length < _FARTHEST:
-        further = problem.point(point.vector + length * step, point.outputs + length * outputs)
-        if not further.objective < best.objective:
-            break
+def _mover(problem: Problem, point: Point, step: Coefficients) -> Callable[[float], Point]:
+    """The points along a step. What steps give as φd gathers rounding, so that φd is made from the step."""
+    outputs = problem.inner(step)
+    return lambda length: problem.point(point.vector + length * step, point.outputs + length * outputs)
+
+
+def _furthest(move: Callable[[float], Point], best: Point, length: float) -> Point:
+    """Go along a step from a length on, doubling it while the objective falls."""
+    while length < _FARTHEST and (further := move(length)).objective < best.objective:
         best, length = further, 2 * length
     return best

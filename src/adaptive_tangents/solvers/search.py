@@ -6,7 +6,6 @@ method instead uses the system in K_M to precondition conjugate gradients on the
 """
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -137,8 +136,6 @@ class Newton(Continuation):
         # With an old system there is no more to a step than what would remake it.
         most = [] if self.solved else [math.ceil(2 * self.patience)]
         direction = newton_direction(self.problem, self.system, before, self.reduced, self.stationarity, *most)
-        if self.still:
-            direction = replace(direction, outputs=self.problem.inner(direction.step))
         self.point, length = line_search(self.problem, before, direction, self.reduced)
         self.products, self.moved = direction.products, True
         # A wrong model is seldom the system's fault: it is stale only if no part of the step lowers the objective.
