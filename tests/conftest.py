@@ -284,6 +284,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
+    """A process of xdist tells once what came of a test: that it starts, is set up and ends is shown only where asked for.
+
+    Each message is turned into text and read again, which would take as long as a small test.
+    """
+    if type(plugin).__name__ != "WorkerInteractor":
+        return
+    option = plugin.config.option  # type: ignore[attr-defined]
+    if option.verbose > 0 or option.durations is not None or option.xmlpath is not None:
+        return
+    send = plugin.pytest_runtest_logreport  # type: ignore[attr-defined]
+
+    def told(report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed or report.sections:
+            send(report)
+
+    def untold(nodeid: str, location: object) -> None:
+        pass
+
+    hooks = manager.hook
+    for hook, function in (
+        (hooks.pytest_runtest_logreport, told),
+        (hooks.pytest_runtest_logstart, untold),
+        (hooks.pytest_runtest_logfinish, untold),
+    ):
+        for implementation in hook.get_hookimpls():
+            if implementation.plugin is plugin:
+                implementation.function = function
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the groups of tests where the scheduler reads them: xdist sets an attribute that pytest 9.2 no longer reads."""
