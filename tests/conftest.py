@@ -323,8 +323,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item._id = type(item._id).parse(named)
 
 
+class _OnceATest:
+    """A question to the system, asked once in each test: every kernel asks how much memory is free, and that takes long."""
+
+    def __init__(self, module: types.ModuleType, name: str) -> None:
+        self.asked, self.answers = getattr(module, name), list[Any]()
+        setattr(module, name, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments:
+            return self.asked(*arguments)
+        if not self.answers:
+            self.answers.append(self.asked())
+        return self.answers[0]
+
+
+_questions: list[_OnceATest] = []
+
+
+def pytest_runtest_setup() -> None:
+    for question in _questions:
+        question.answers.clear()
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: no garbage collection need look through it."""
+    if (memory := sys.modules.get("adaptive_tangents.runtime.memory")) is not None:
+        _questions.extend((_OnceATest(memory.psutil, "virtual_memory"), _OnceATest(memory, "_group_bytes")))
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 10, 10)
