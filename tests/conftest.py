@@ -341,17 +341,28 @@ class _OnceATest:
 _questions: list[_OnceATest] = []
 
 
+_kept_modules = 0  # those that no garbage collection looks through
+
+
+def _keep() -> None:
+    """What is imported and collected stays: no garbage collection need look through it."""
+    global _kept_modules
+    _kept_modules = len(sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup() -> None:
     for question in _questions:
         question.answers.clear()
+    if len(sys.modules) > _kept_modules + 200:  # a large library more
+        _keep()
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: no garbage collection need look through it."""
     if (memory := sys.modules.get("adaptive_tangents.runtime.memory")) is not None:
         _questions.extend((_OnceATest(memory.psutil, "virtual_memory"), _OnceATest(memory, "_group_bytes")))
-    gc.collect()
-    gc.freeze()
+    _keep()
     gc.set_threshold(5_000, 10, 10)
     gc.enable()
 
