@@ -66,7 +66,7 @@ SMALL: dict[str, Any] = {
     ),
     "forecast": ForecastConfig(
         seeds=1, networks=("mlp", "cnn"), temperatures=(), ways=(("adam", 0.01),), widths=(), width=8, image_width=8,
-        epochs=2, digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
+        epochs=3, digits=32, samples=20, kernel_samples=16, path_nodes=2, directions=2, least_width=4, strengths=(1.0,),
     ),
     "lora-ranks": LoraRanksConfig(
         encoder="tiny", packages=("stats", "linalg"), seeds=2, train=8, test=6, tokens=6, budgets=(1, 2), epochs=1, batch=8,
