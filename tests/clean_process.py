@@ -18,7 +18,7 @@ in_one_group = pytest.mark.xdist_group("clean process")
 
 # Imports first, then forks for each line that it reads. A script ends as any process: with exit handlers and its code.
 SERVER = """
-import json, os, resource, sys, tempfile, traceback
+import gc, json, os, resource, sys, tempfile, traceback
 import torch, zarr
 import adaptive_tangents as at
 
@@ -30,6 +30,8 @@ with torch.random.fork_rng(devices=[]):
     at.TangentModule(model, at.Fixed())(x)
     with tempfile.TemporaryDirectory() as folder:
         at.kernel_to_store(model, x, folder + "/K", outputs="trace")
+gc.collect()
+gc.freeze()  # what is imported stays: a script that looks for garbage looks among its own
 
 
 def become(script, arguments, env, stack, files):

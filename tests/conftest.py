@@ -284,6 +284,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
+    """A process of xdist tells once what came of a test: that it starts, is set up and ends is shown only where asked for.
+
+    Each message is turned into text and read again, which would take as long as a small test.
+    """
+    if type(plugin).__name__ != "WorkerInteractor":
+        return
+    option = plugin.config.option  # type: ignore[attr-defined]
+    if option.verbose > 0 or option.durations is not None or option.xmlpath is not None:
+        return
+    send = plugin.pytest_runtest_logreport  # type: ignore[attr-defined]
+
+    def told(report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed or report.sections:
+            send(report)
+
+    def untold(nodeid: str, location: object) -> None:
+        pass
+
+    hooks = manager.hook
+    for hook, function in (
+        (hooks.pytest_runtest_logreport, told),
+        (hooks.pytest_runtest_logstart, untold),
+        (hooks.pytest_runtest_logfinish, untold),
+    ):
+        for implementation in hook.get_hookimpls():
+            if implementation.plugin is plugin:
+                implementation.function = function
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the groups of tests where the scheduler reads them: xdist sets an attribute that pytest 9.2 no longer reads."""
@@ -293,10 +323,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item._id = type(item._id).parse(named)
 
 
-def pytest_collection_finish() -> None:
+class _OnceATest:
+    """A question to the system, asked once in each test: every kernel asks how much memory is free, and that takes long."""
+
+    def __init__(self, module: types.ModuleType, name: str) -> None:
+        self.asked, self.answers = getattr(module, name), list[Any]()
+        setattr(module, name, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments:
+            return self.asked(*arguments)
+        if not self.answers:
+            self.answers.append(self.asked())
+        return self.answers[0]
+
+
+_questions: list[_OnceATest] = []
+
+
+_kept_modules = 0  # those that no garbage collection looks through
+
+
+def _keep() -> None:
     """What is imported and collected stays: no garbage collection need look through it."""
+    global _kept_modules
+    _kept_modules = len(sys.modules)
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    for question in _questions:
+        question.answers.clear()
+    if len(sys.modules) > _kept_modules + 200:  # a large library more
+        _keep()
+
+
+def pytest_collection_finish() -> None:
+    if (memory := sys.modules.get("adaptive_tangents.runtime.memory")) is not None:
+        _questions.extend((_OnceATest(memory.psutil, "virtual_memory"), _OnceATest(memory, "_group_bytes")))
+    _keep()
     gc.set_threshold(5_000, 10, 10)
     gc.enable()
 

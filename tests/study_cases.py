@@ -24,6 +24,7 @@ from adaptive_tangents.experiments.forecast.run import ForecastConfig
 from adaptive_tangents.experiments.hard_targets.run import HardTargetsConfig
 from adaptive_tangents.experiments.kernel_alignment.run import KernelAlignmentConfig
 from adaptive_tangents.experiments.lora_ranks.run import LoraRanksConfig
+from adaptive_tangents.experiments.lora_ranks.texts import sentences
 from adaptive_tangents.experiments.low_rank_targets.run import LowRankConfig
 from adaptive_tangents.experiments.penalties.run import PenaltiesConfig
 from adaptive_tangents.experiments.registry import STUDIES
@@ -114,6 +115,9 @@ def toy(
     return Dataset(name, images[:train], labels[:train], images[train:], labels[train:], "Made up.")
 
 
+sentences_read_once = cache(sentences)
+
+
 @contextmanager
 def made_up_data() -> Iterator[None]:
     """Run all studies on small made-up images, with explanations that need few rounds."""
@@ -124,6 +128,7 @@ def made_up_data() -> Iterator[None]:
         patch.setattr("adaptive_tangents.experiments.sample_complexity.run.load_images", toy)
         patch.setattr("adaptive_tangents.experiments.forecast.problems.load_images", partial(toy, shape=(8, 8)))
         patch.setattr("adaptive_tangents.experiments.forecast.run.forecast", partial(forecast, steps=1))
+        patch.setattr("adaptive_tangents.experiments.lora_ranks.texts.sentences", sentences_read_once)
         # With only a strong ridge toward the identity, the fit takes a few rounds.
         patch.setattr("adaptive_tangents.experiments.hard_targets.run.explain", partial(explain, strengths=(10.0,)))
         yield

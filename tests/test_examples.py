@@ -88,6 +88,7 @@ PROMISES = {
 
 # Smaller still than the small version of a notebook.
 SMALLER = {
+    "forecast_and_check": {"texts[:24]": "texts[:16]", "16 {wrt}": "8 {wrt}", "max_length=16": "max_length=8"},
     "kernel_on_disk": {"(64, 4)": "(48, 4)"},
     "minilm_full_and_lora": {"epochs=3": "epochs=1", "epochs=4": "epochs=1"},
 }

@@ -34,7 +34,7 @@ def check(recipe: Recipe) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@examples(200)
+@examples(150)
 @given(recipes())
 def test_random_modules_are_what_autograd_says_of_one_sample(recipe: Recipe) -> None:
     check(recipe)
