@@ -323,24 +323,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item._id = type(item._id).parse(named)
 
 
-class _OnceATest:
-    """A question to the system, asked once in each test: every kernel asks how much memory is free, and that takes long."""
-
-    def __init__(self, module: types.ModuleType, name: str) -> None:
-        self.asked, self.answers = getattr(module, name), list[Any]()
-        setattr(module, name, self)
-
-    def __call__(self, *arguments: Any) -> Any:
-        if arguments:
-            return self.asked(*arguments)
-        if not self.answers:
-            self.answers.append(self.asked())
-        return self.answers[0]
-
-
-_questions: list[_OnceATest] = []
-
-
 _kept_modules = 0  # those that no garbage collection looks through
 
 
@@ -353,15 +335,11 @@ def _keep() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    for question in _questions:
-        question.answers.clear()
     if len(sys.modules) > _kept_modules + 200:  # a large library more
         _keep()
 
 
 def pytest_collection_finish() -> None:
-    if (memory := sys.modules.get("adaptive_tangents.runtime.memory")) is not None:
-        _questions.extend((_OnceATest(memory.psutil, "virtual_memory"), _OnceATest(memory, "_group_bytes")))
     _keep()
     gc.set_threshold(5_000, 10, 10)
     gc.enable()
