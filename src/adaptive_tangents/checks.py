@@ -24,7 +24,9 @@ def as_tensor(call: str, what: str, values: object, device: torch.device) -> Ten
         if isinstance(values, Sequence) and len(values) and all(isinstance(part, Tensor) for part in values):
             return torch.stack(list(values))
         array = np.asarray(values)
-        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array).to(device)
+        return torch.from_numpy(
+            array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
+        ).to(device)
     except (TypeError, ValueError, RuntimeError) as failure:
         raise TangentError(
             f"{call}: give {what} as a tensor, a NumPy array or a list of numbers, got {type(values).__name__}"
