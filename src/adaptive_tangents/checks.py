@@ -55,8 +55,8 @@ def check_real(call: str, y: Tensor, wanted: str = "real residuals y − f(x;θ�
 def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
     """Targets in float64, class numbers (n,) one-hot; ``outputs`` is how many columns they must have, None is any.
 
-    Real numbers are taken as they are. Integers are class numbers, never amounts, as soon as they have more than two values
-    or there is a column for each class.
+    Real numbers are taken as they are. Integers are class numbers, never amounts, unless they are two of −1, 0 and 1; so are
+    these where there is a column for each class.
     """
     if y.is_complex():
         raise TangentError(f"{call}: targets are {y.dtype}; give real ones, such as y.real")
@@ -66,12 +66,12 @@ def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
     numbers = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     kinds, index = torch.unique(numbers, return_inverse=True)
     several = outputs is not None and outputs > 1 and numbers.ndim == 1
-    if len(kinds) <= 2 and not several:
+    if not several and len(kinds) <= 2 and set(kinds.tolist()) <= {-1, 0, 1}:
         return y.double()
     if numbers.ndim > 1 or outputs == 1 or len(kinds) == len(y) > 2:
         raise TangentError(
-            f"{call}: targets are integers of {len(kinds)} values, which are class numbers and no amounts; give amounts as "
-            "real numbers, y.double(), and classes as columns, torch.nn.functional.one_hot(y)"
+            f"{call}: targets are integers of {len(kinds)} values{_two(kinds)}, which are class numbers and no amounts; give "
+            "amounts as real numbers, y.double(), and classes as columns, torch.nn.functional.one_hot(y)"
         )
     if not several:
         return functional.one_hot(index, len(kinds)).double()
@@ -81,6 +81,10 @@ def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
             "outputs; number the classes from 0, one output for each"
         )
     return functional.one_hot(numbers, outputs or 0).double()
+
+
+def _two(kinds: Tensor) -> str:
+    return f" ({', '.join(map(str, kinds.tolist()))})" if len(kinds) <= 2 else ""
 
 
 def check_choice(call: str, name: str, value: object, known: tuple[str, ...]) -> None:
