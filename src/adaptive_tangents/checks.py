@@ -16,6 +16,12 @@ Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
 OF_CLASSES = "and of class numbers y those of torch.nn.functional.one_hot(y)"
 
 
+def from_array(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor, which shares its memory where torch can: not if it is read-only, or has negative strides."""
+    shared = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if shared else array.copy())
+
+
 def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
     """A tensor unchanged; an array or a list as a tensor on ``device``, a list's floats in float64."""
     if isinstance(values, Tensor):
@@ -24,9 +30,7 @@ def as_tensor(call: str, what: str, values: object, device: torch.device) -> Ten
         if isinstance(values, Sequence) and len(values) and all(isinstance(part, Tensor) for part in values):
             return torch.stack(list(values))
         array = np.asarray(values)
-        return torch.from_numpy(
-            array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
-        ).to(device)
+        return from_array(array).to(device)
     except (TypeError, ValueError, RuntimeError) as failure:
         raise TangentError(
             f"{call}: give {what} as a tensor, a NumPy array or a list of numbers, got {type(values).__name__}"
