@@ -77,3 +77,8 @@ def test_a_change_within_rounding_is_doubted_and_a_small_one_above_it_is_not() -
             pytest.fail("the change is lost")
         limits = at.inspect(MODEL, state, end, (X, Y), nodes=2).results["limits"]
         assert any("near the rounding of float64" in limit for limit in limits) == doubted
+
+
+def test_what_is_no_inspection_is_not_compared() -> None:
+    with pytest.raises(at.TangentError, match=r"^compare: takes inspections, or the folders of some, got int"):
+        at.compare(inspected(data=X), 5)  # type: ignore[arg-type]
