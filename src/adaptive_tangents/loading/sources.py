@@ -119,6 +119,7 @@ def as_data(
     Raises:
         TangentError: as `load_data`, and for things that are none of these.
 
+    >>> import torch
     >>> as_data((torch.randn(4, 3), ["dog", "cat", "cat", "dog"])).y
     tensor([1, 0, 0, 1])
     """
