@@ -16,6 +16,12 @@ Values = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[Any]
 OF_CLASSES = "and of class numbers y those of torch.nn.functional.one_hot(y)"
 
 
+def from_array(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor, which shares its memory where torch can: not if it is read-only, or has negative strides."""
+    shared = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if shared else array.copy())
+
+
 def as_tensor(call: str, what: str, values: object, device: torch.device) -> Tensor:
     """A tensor unchanged; an array or a list as a tensor on ``device``, a list's floats in float64."""
     if isinstance(values, Tensor):
@@ -24,7 +30,7 @@ def as_tensor(call: str, what: str, values: object, device: torch.device) -> Ten
         if isinstance(values, Sequence) and len(values) and all(isinstance(part, Tensor) for part in values):
             return torch.stack(list(values))
         array = np.asarray(values)
-        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array).to(device)
+        return from_array(array).to(device)
     except (TypeError, ValueError, RuntimeError) as failure:
         raise TangentError(
             f"{call}: give {what} as a tensor, a NumPy array or a list of numbers, got {type(values).__name__}"
@@ -53,8 +59,8 @@ def check_real(call: str, y: Tensor, wanted: str = "real residuals y − f(x;θ�
 def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
     """Targets in float64, class numbers (n,) one-hot; ``outputs`` is how many columns they must have, None is any.
 
-    Real numbers are taken as they are. Integers are class numbers, never amounts, as soon as they have more than two values
-    or there is a column for each class.
+    Real numbers are taken as they are. Integers are class numbers, never amounts, unless they are two of −1, 0 and 1; so are
+    these where there is a column for each class.
     """
     if y.is_complex():
         raise TangentError(f"{call}: targets are {y.dtype}; give real ones, such as y.real")
@@ -64,12 +70,12 @@ def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
     numbers = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     kinds, index = torch.unique(numbers, return_inverse=True)
     several = outputs is not None and outputs > 1 and numbers.ndim == 1
-    if len(kinds) <= 2 and not several:
+    if not several and len(kinds) <= 2 and set(kinds.tolist()) <= {-1, 0, 1}:
         return y.double()
     if numbers.ndim > 1 or outputs == 1 or len(kinds) == len(y) > 2:
         raise TangentError(
-            f"{call}: targets are integers of {len(kinds)} values, which are class numbers and no amounts; give amounts as "
-            "real numbers, y.double(), and classes as columns, torch.nn.functional.one_hot(y)"
+            f"{call}: targets are integers of {len(kinds)} values{_two(kinds)}, which are class numbers and no amounts; give "
+            "amounts as real numbers, y.double(), and classes as columns, torch.nn.functional.one_hot(y)"
         )
     if not several:
         return functional.one_hot(index, len(kinds)).double()
@@ -79,6 +85,10 @@ def class_columns(call: str, y: Tensor, outputs: int | None) -> Tensor:
             "outputs; number the classes from 0, one output for each"
         )
     return functional.one_hot(numbers, outputs or 0).double()
+
+
+def _two(kinds: Tensor) -> str:
+    return f" ({', '.join(map(str, kinds.tolist()))})" if len(kinds) <= 2 else ""
 
 
 def check_choice(call: str, name: str, value: object, known: tuple[str, ...]) -> None:

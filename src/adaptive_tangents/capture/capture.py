@@ -25,7 +25,7 @@ from adaptive_tangents.capture.graph import form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.held_nodes import free_graphs
 from adaptive_tangents.capture.lease import LOCK
-from adaptive_tangents.capture.network import Network, OutputFn, Selection, network
+from adaptive_tangents.capture.network import Network, OutputFn, Selection, network, recordable
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
 from adaptive_tangents.capture.probe import (
     LEAST_PROBED,
@@ -175,7 +175,7 @@ class Capture:
         """The same capture at other parameters, and other buffers if given; its checks are not repeated."""
         other = copy_of(self)
         buffers = self.network.buffers if buffers is None else buffers
-        other.network = replace(self.network, parameters=parameters, buffers=buffers)
+        other.network = replace(self.network, parameters=recordable(parameters), buffers=recordable(buffers))
         other.verify, other._made = False, []
         return other
 

@@ -202,6 +202,14 @@ def network(
     return Network(model, copies, buffers, selected, output_fn, call, parameters)
 
 
+def recordable(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors that autograd may save: those made in inference mode are copied."""
+    if not any(tensor.is_inference() for tensor in tensors.values()):
+        return tensors
+    with torch.inference_mode(False):
+        return {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
+
+
 def _equal(one: Tensor, two: Tensor) -> bool:
     if one.layout != torch.strided:
         one, two = one.to_dense(), two.to_dense()

@@ -107,10 +107,10 @@ def _plain(*arguments: Any, **keywords: Any) -> Iterator[None]:
     yield
 
 
-def _leave(context: Any) -> None:
-    if "_inference_mode_raii_context" in vars(context):
-        context.__exit__(None, None, None)
-        del context._inference_mode_raii_context
+def _leave(normal: torch.inference_mode) -> None:
+    """Go back to inference mode now, and not when a traceback lets go of the context, after the user left the mode."""
+    if not torch.is_inference_mode_enabled():
+        normal.__exit__(None, None, None)
 
 
 def _matmul_precision() -> str | None:

@@ -49,6 +49,22 @@ def tied(model: nn.Module) -> dict[str, str]:
     return {name: first[id(t)] for name, t in every if first.setdefault(id(t), name) != name}
 
 
+def renamed(model: nn.Module) -> dict[str, str]:
+    """Every name that the model's own ``state_dict`` gives to a tensor and the model does not, with the model's name."""
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = {name for name, _ in own}
+    first = {id(t): name for name, t in reversed(own)}
+    kept = model.state_dict(keep_vars=True)
+    return {name: first[id(t)] for name, t in kept.items() if name not in names and id(t) in first}
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model's state dict, and parameters that this leaves out, by the names that the model gives them."""
+    names = renamed(model)
+    kept = {names.get(name, name): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    return kept | {name: p.detach() for name, p in model.named_parameters() if name not in kept}
+
+
 def fitted(call: str, params: Params, model: nn.Module, what: str = "the state dict") -> dict[str, Tensor]:
     """A state dict by the model's names: taken out of a checkpoint, a prefix dropped or added, tied tensors filled in.
 
@@ -61,13 +77,14 @@ def fitted(call: str, params: Params, model: nn.Module, what: str = "the state d
             f"{call}: {what} holds {held}, not tensors by name, nor a state dict under {' or '.join(map(repr, NESTED))}; "
             "pass model.state_dict()"
         )
-    state, others = found[0], tied(model)
+    state, others, kept = found[0], tied(model), renamed(model)
     known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]} | set(others)
     known |= set(model.state_dict(keep_vars=True))
     needed = {name for name, _ in model.named_parameters()}
     if not set(state) <= known:
         names = _renamed(call, what, tuple(state), known, needed, others)
         state = {new: state[old] for old, new in names.items()}
+    state = {kept.get(name, name): value for name, value in state.items()}
     for alias, first in others.items():
         if alias in state:
             state.setdefault(first, state[alias])

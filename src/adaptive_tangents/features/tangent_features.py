@@ -181,7 +181,11 @@ class TangentFeatures:
 
         Args:
             matrices: a matrix (o, i) for each block, by name.
+
+        Raises:
+            TangentError: when the matrices are of other blocks.
         """
+        self._check_matrices("join", matrices)
         named = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
         return torch.cat([named[name].flatten() for name in self.parameters])
 
@@ -234,7 +238,11 @@ class TangentFeatures:
 
         Args:
             matrices: a matrix B (o, i) for each block, by name.
+
+        Raises:
+            TangentError: when the matrices are of other blocks, as those of a fit of other parameters.
         """
+        self._check_matrices("inner", matrices)
         return sum_tensors([block.inner(matrices[name][None])[..., 0] for name, block in self.blocks.items()])
 
     def combine(self, a: Float[Tensor, "n c"]) -> dict[str, Float[Tensor, "_o _i"]]:
@@ -386,6 +394,14 @@ class TangentFeatures:
             raise TangentError(
                 f"{call}: features are {self.dtype} on {self.device}, got {value.dtype} on {value.device}; "
                 "convert one of them"
+            )
+
+    def _check_matrices(self, call: str, matrices: Mapping[str, Tensor]) -> None:
+        given, own = ({name: tuple(m.shape) for name, m in each.items()} for each in (matrices, self.blocks))
+        if given != own:
+            raise TangentError(
+                f"{call}: the coefficients are of blocks {given}, these features have {own}; make the features with the same "
+                "model, wrt and output_fn"
             )
 
     def _check_partner(self, other: "TangentFeatures") -> None:

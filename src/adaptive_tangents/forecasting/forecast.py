@@ -12,6 +12,7 @@ from adaptive_tangents.capture.capture import Capture
 from adaptive_tangents.capture.complex_parameters import as_given
 from adaptive_tangents.capture.groups import Group
 from adaptive_tangents.capture.network import OutputFn, Selection
+from adaptive_tangents.capture.state_names import renamed
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.forecasting.cost import ForecastPlan, planned
@@ -234,9 +235,13 @@ def _matrix(group: Group, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _state(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's state dict with these parameters, under every name that a shared one has."""
+    """The model's state dict with these parameters, under every name that one has, and those that it leaves out."""
     first = {id(p): name for name, p in model.named_parameters()}
-    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    held = {key: value.detach().clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    changed = {key: parameters[names[key]].clone() for key in held if key in names}
-    return held | as_given(model, changed)
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)} | renamed(model)
+    given = as_given(model, parameters)
+    held = {key: value.detach() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    changed = {key: given[names[key]] for key in held if names.get(key) in given}
+    left_out = given.keys() - {names[key] for key in changed}
+    return {
+        key: value.clone() for key, value in {**held, **changed, **{name: given[name] for name in left_out}}.items()
+    }

@@ -13,7 +13,7 @@ from adaptive_tangents.capture.batches import Batch
 from adaptive_tangents.capture.capture import Capture, tangent_features
 from adaptive_tangents.capture.network import OutputFn
 from adaptive_tangents.capture.path_average import average_features
-from adaptive_tangents.errors import TangentError
+from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import Outputs
 from adaptive_tangents.forecasting.cost import epochs_of
 from adaptive_tangents.forecasting.files import read_forecast, write_forecast
@@ -203,14 +203,15 @@ class Forecast:
         """
         model = self._model("kernels")
         options: dict[str, Any] = {"wrt": self.wrt, "output_fn": self.output_fn, "memory_limit": self.memory_limit}
-        first, last = (
-            tangent_features(model, x, params=state, **options).kernel(outputs=outputs)
-            for state in (self.start, self.params)
-        )
-        if not self.steps:
-            return ForecastKernels(first, first, last)
-        average = average_features(model, self.start, self.params, x, nodes=nodes, **options)
-        return ForecastKernels(first, average.kernel(outputs=outputs), last)
+        with raised_as("kernels", "tangent_features", "average_features", "kernel"):
+            first, last = (
+                tangent_features(model, x, params=state, **options).kernel(outputs=outputs)
+                for state in (self.start, self.params)
+            )
+            if not self.steps:
+                return ForecastKernels(first, first, last)
+            average = average_features(model, self.start, self.params, x, nodes=nodes, **options)
+            return ForecastKernels(first, average.kernel(outputs=outputs), last)
 
     @cached_property
     def change(self) -> Float[Tensor, "m c"]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adaptive_tangents.errors import TangentError, TangentWarning
@@ -25,6 +26,7 @@ State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
 """Parameters and buffers of a network: a state dict, a module that holds them, or the path of a checkpoint."""
 
 
+@torch.inference_mode(False)  # what is made on the way is differentiated through
 @with_bar
 def inspect(
     model: nn.Module | str | None,

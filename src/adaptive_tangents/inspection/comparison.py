@@ -183,6 +183,9 @@ def compare(a: Inspected, b: Inspected, *, names: Sequence[str] = ("A", "B")) ->
     >>> round(compare(one, two).results["functions"]["cosine"], 4)
     1.0
     """
+    for each in (a, b):
+        if not isinstance(each, Inspection | str | os.PathLike):
+            raise TangentError(f"{NAME}: takes inspections, or the folders of some, got {type(each).__name__}")
     pair = [each if isinstance(each, Inspection) else read_inspection(each, NAME) for each in (a, b)]
     names = [str(name) for name in names]
     if len(names) != 2 or len(set(names)) != 2 or not all(name.strip() for name in names) or set(names) & {*_RESERVED}:

@@ -64,16 +64,15 @@ def run_forecast(
         if show is not None:
             show(ForetoldPlan(plan, tuple(plans)))
 
-    loaded = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    with torch.no_grad():
-        model.load_state_dict(dict(start), strict=False)
+    loaded = {name: value.detach().clone() for name, value in _held(model)}
+    _put(model, start)
     try:
         told = forecast(
             model, seen.x, y, loss=loss, steps=steps, max_epochs=max_epochs, wrt=config.wrt, seed=config.seed,  # type: ignore[arg-type]
             output_fn=lambda out: pick(out, NAME), show=told_of, progress=clock.part(0),
         )  # fmt: skip
     finally:
-        model.load_state_dict(loaded, strict=False)
+        _put(model, loaded)
     if not told.steps:
         raise TangentError(f"{NAME}: no change is foretold: {told.reason}")
     found = run(model, {"start": start, NAME: told.params}, data, config, progress=clock.part(1))
@@ -84,6 +83,17 @@ def run_forecast(
         results["happened"] = beside(found, after)
         arrays |= {f"happened.{name}": after.arrays[name] for name in ("kernel.average", "kernel.final", "change")}
     return RunResult(results, arrays)
+
+
+def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _held(model):
+            if name in state:
+                tensor.copy_(state[name])
 
 
 def goal_of(outputs: Tensor, data: Data, loss: str) -> tuple[Values, str]:

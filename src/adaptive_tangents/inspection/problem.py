@@ -1,7 +1,8 @@
 """An inspection's settings and its problem: the samples, the network's outputs on them, and what is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from adaptive_tangents.loading import Data, fit_data
 
 _SAMPLES = 128
 _CHOICES = "choices"
+_ROUNDED = 4  # units of rounding
 _SAME = 1e-3  # relative to the largest output: other networks differ by more, other machines by less
 
 
@@ -38,9 +40,10 @@ class InspectConfig:
     fit_operations: float = 4e12
 
     def __post_init__(self) -> None:
-        if self.samples < 4:
+        if not isinstance(self.samples, Integral) or self.samples < 4:
             raise TangentError(f"inspect: --samples must be at least 4, got {self.samples}")
-        if (self.nodes is not None and self.nodes < 1) or self.max_nodes < 1 or not self.tol > 0:
+        nodes = self.max_nodes if self.nodes is None else self.nodes
+        if not isinstance(nodes, Integral) or nodes < 1 or self.max_nodes < 1 or not self.tol > 0:
             raise TangentError(f"inspect: nodes and tol must be positive, got {self}")
 
     def quick(self) -> "InspectConfig":
@@ -115,7 +118,7 @@ def pose(
         limits = [
             f"Memory holds the features of {count} samples, so only that many of the {wanted} requested were used."
         ]
-    limits += [*data.notes, *held_out_note(chosen.held_out)]
+    limits += [*data.notes, *held_out_note(chosen.held_out), *_rounded(outputs)]
     choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk}
     if before is None:
         kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))
@@ -139,6 +142,18 @@ def _as_before(outputs: list[Tensor], before: Record, kept: Kept) -> list[Tensor
                 "network, run without --resume, or give another folder with --out"
             )
     return stored
+
+
+def _rounded(outputs: Sequence[Tensor]) -> list[str]:
+    """A doubt where the outputs changed by no more than their rounding."""
+    change, size = float((outputs[-1] - outputs[0]).double().norm()), float(outputs[0].double().norm())
+    if not outputs[0].is_floating_point() or change > _ROUNDED * torch.finfo(outputs[0].dtype).eps * size:
+        return []
+    dtype = str(outputs[0].dtype).removeprefix("torch.")
+    return [
+        f"The network’s outputs changed by {change / size:.1e} of their size, which is near the rounding of {dtype}: what is "
+        "said of the change may be rounding alone."
+    ]
 
 
 def _fresh_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

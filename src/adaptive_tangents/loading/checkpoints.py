@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.state_names import NESTED, fitted, misfit, unwrapped
+from adaptive_tangents.capture.state_names import NESTED, fitted, misfit, own_state, unwrapped
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.words import INSPECT, check_file, continuous, listed_names, told
 from adaptive_tangents.runtime.array_files import UnpacksToTooMuch, check_unpacked
@@ -155,7 +155,7 @@ def fit_state(
             "save model.state_dict()"
         )
     source += f", under {found[1]!r}," if found[1] else ""
-    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wanted = own_state(model)
     state = fitted(call, found[0], model, source)
     for name in {name for name, _ in model.named_buffers()} - set(wanted):
         state.pop(name, None)  # kept by old versions of a library, made anew by later ones

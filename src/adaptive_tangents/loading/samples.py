@@ -64,6 +64,9 @@ def joined(
     max_length: int | None = None,
 ) -> Data:
     """One batch of all parts: the samples trained on first, then, if there is a second part, those held out."""
+    for part in parts:
+        if part.n == 0:
+            raise TangentError(f"{call}: {_told(part, parts)} holds no samples; give some, or leave it out")
     xs, notes = _inputs(parts, call, tokenizer, max_length)
     y, names, told = _targets(parts, call, None if classes is None else tuple(classes))
     texts = [_shown(part) for part in parts]
@@ -81,6 +84,12 @@ def joined(
         held_out=held if len(parts) > 1 else None,
         notes=tuple(dict.fromkeys(said)),
     )
+
+
+def _told(part: Samples, parts: Sequence[Samples]) -> str:
+    """Its source, and of two that are called the same which one it is."""
+    alike = len({each.source for each in parts}) < len(parts)
+    return f"{part.source} (held out)" if alike and part is parts[-1] else part.source
 
 
 def _shown(part: Samples) -> tuple[str, ...] | None:
@@ -148,9 +157,10 @@ def _targets(
     if not given:
         return None, classes or named, []
     if len(given) < len(parts):
-        without = next(part for part in parts if part not in given)
+        without = next(part for part in parts if part.y is None and part.labels is None)
         raise TangentError(
-            f"{call}: {given[0].source} has labels and {without.source} has none; give labels in both, or in neither"
+            f"{call}: {_told(given[0], parts)} has labels and {_told(without, parts)} has none; give labels in both, or in "
+            "neither"
         )
     raw = [
         Column(part.source, part.column, part.labels, part.where, part.classes)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_tangents.capture.state_names import unwrapped
+from adaptive_tangents.capture.state_names import own_state, unwrapped
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading import adapters
 from adaptive_tangents.loading.adapters import ADAPTER, adapter_tensors, is_adapter
@@ -169,7 +169,7 @@ def as_state(thing: Point, model: nn.Module, call: str, what: str = "the state d
     tensor([[1., 1.]])
     """
     if isinstance(thing, nn.Module):
-        thing = {name: value for name, value in thing.state_dict().items() if isinstance(value, Tensor)}
+        thing = own_state(thing)
     if isinstance(thing, Mapping):
         found = unwrapped(thing)
         if found is not None and adapters.is_adapted(model) and _is_part(found[0], model):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from adaptive_tangents.capture.batches import Batch, Record, mapped
+from adaptive_tangents.capture.batches import Batch, Record, mapped, tensors
+from adaptive_tangents.checks import from_array
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.columns import from_table, of_some
 from adaptive_tangents.loading.data import Data
@@ -119,6 +119,7 @@ def as_data(
     Raises:
         TangentError: as `load_data`, and for things that are none of these.
 
+    >>> import torch
     >>> as_data((torch.randn(4, 3), ["dog", "cat", "cat", "dog"])).y
     tensor([1, 0, 0, 1])
     """
@@ -219,13 +220,15 @@ def _are_texts(x: Any) -> bool:
 def _inputs(x: Any, call: str) -> Batch:
     if _are_texts(x):
         return {}
-    x = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) and x.dtype.kind in "fiub" else x
+    x = from_array(x) if isinstance(x, np.ndarray) and x.dtype.kind in "fiub" else x
     if isinstance(x, Mapping):
-        x = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in x.items()}
+        x = {name: from_array(v) if isinstance(v, np.ndarray) else v for name, v in x.items()}
     if not isinstance(x, Tensor | Mapping | tuple | list | Record) or isinstance(x, type):
         raise TangentError(
             f"{call}: data are a path, a batch x, a pair (x, y), a torch Dataset or DataLoader, a datasets.Dataset or a "
             f"DataFrame; got {type(x).__name__}"
         )
     found: Batch = mapped(x, lambda tensor: tensor)
+    if not tensors(found):
+        raise TangentError(f"{call}: the data hold no samples")
     return found

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from adaptive_tangents.capture.batches import mapped, refilled, tensors
 from adaptive_tangents.capture.process_state import random_state, set_random_state
+from adaptive_tangents.checks import from_array
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
 from adaptive_tangents.loading.words import told
@@ -147,7 +148,7 @@ def _labeled(x: Any, y: Any, source: str, notes: tuple[str, ...]) -> Samples:
     if isinstance(y, np.ndarray) and y.dtype.kind in "OUS":
         y = y.tolist()
     if isinstance(y, Tensor | np.ndarray):
-        target = y if isinstance(y, Tensor) else torch.as_tensor(y, device="cpu")
+        target = y if isinstance(y, Tensor) else from_array(y)
         target = target.long() if target.dtype == torch.bool else target
         target = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
         return Samples(source, x=x, y=target, notes=notes)

@@ -2,8 +2,8 @@
 
 A kernel is a tensor (n, n), or (n, c, n, c) for c outputs, or a store, which is read tile by tile and never held whole.
 Targets are (n,) or (n, c). The target kernel is K_y = vec(y)vec(y)ᵀ for a full kernel, and Σ_c y_c y_cᵀ for a trace kernel
-(n, n). Integers of more than two values are class numbers, which are one-hot encoded. Everything is computed in float64, on
-kernels and targets brought to a size whose squares it holds.
+(n, n). Integers are class numbers, which are one-hot encoded, unless they are two of −1, 0 and 1. Everything is computed in
+float64, on kernels and targets brought to a size whose squares it holds.
 """
 
 import math
@@ -277,8 +277,8 @@ def representability(
     target, unit, _ = columns(call, kernel, r)
     if not kernel.full and target.shape[1] > 1:
         raise TangentError(
-            f"{call}: several outputs need the full kernel (n, c, n, c), or one output at a time; integers of more than "
-            "two values are classes, an output each"
+            f"{call}: several outputs need the full kernel (n, c, n, c), or one output at a time; integers other than "
+            "two of −1, 0 and 1 are classes, an output each"
         )
     if not bool(target.any()):
         raise TangentError(f"{call}: the targets are zero, which every kernel represents")

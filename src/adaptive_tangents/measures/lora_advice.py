@@ -134,7 +134,7 @@ class LoraAdvice:
             most: of the layers to show.
         """
         rows = sorted(self.layers, key=lambda layer: (-layer.parameters, -layer.change))
-        width = max(len(row.module) for row in rows[:most])
+        width = max((len(row.module) for row in rows[:most]), default=len("layer"))
         lines = [f"{'layer':<{width}}  {'rank':>9}  holds  of the change  parameters"]
         for row in rows[:most]:
             ranks = f"{row.rank} of {min(row.shape)}"
@@ -150,13 +150,13 @@ class LoraAdvice:
         """The advice in words."""
         of = "of what the layers' change does to the outputs" if self.weighed else "of the layers' change of weights"
         ranks = sorted({layer.rank for layer in self.adapted})
-        if not ranks:
-            return "No layer needs an adapter of low rank."
-        whole = sum(math.prod(layer.shape) for layer in self.adapted)
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         rest = (
             f" {', '.join(self.whole)} {'is' if len(self.whole) == 1 else 'are'} trained whole." if self.whole else ""
         )
+        if not ranks:
+            return f"No layer needs an adapter of low rank.{rest}"
+        whole = sum(math.prod(layer.shape) for layer in self.adapted)
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         return (
             f"LoRA adapters of {span} in {len(self.adapted)} layers ({self.parameters:,} parameters, "
             f"{100 * self.parameters / whole:.1f} % of these layers) hold {100 * self.share:.0f} % {of}.{rest}"

@@ -23,10 +23,23 @@ def frozen(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         tensor.requires_grad_(False)
         if name in state:
             tensor.data = state[name].detach().clone()
-    for module in found.modules():
-        for name in [name for name, parameter in module._parameters.items() if parameter is not None]:
-            module._buffers[name] = module._parameters.pop(name)
+    freeze(found)
     return found
+
+
+def freeze(model: nn.Module) -> None:
+    """Make buffers of all parameters."""
+    for module in model.modules():
+        for name in [name for name, parameter in module._parameters.items() if parameter is not None]:
+            module._buffers[name] = module._parameters.pop(name).requires_grad_(False)  # type: ignore[union-attr]
+
+
+def tie(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> None:
+    """Let the names of what was one parameter hold one tensor again, the first's."""
+    for first, *aliases in places.values():
+        for alias in aliases:
+            path, _, name = alias.rpartition(".")
+            model.get_submodule(path)._buffers[name] = model.get_buffer(first)
 
 
 def thawed(model: nn.Module, places: Mapping[str, tuple[str, ...]]) -> nn.Module:

@@ -28,7 +28,7 @@ from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
-from adaptive_tangents.nn.frozen_copies import frozen, places_of, thawed
+from adaptive_tangents.nn.frozen_copies import freeze, frozen, places_of, thawed, tie
 from adaptive_tangents.nn.linear_maps import LinearMaps, Ways, along
 from adaptive_tangents.nn.trained_transforms import factors
 from adaptive_tangents.runtime.cleanup import import_whole
@@ -80,6 +80,7 @@ class TangentModule(nn.Module):
         _keep_out_of_graphs()
         return super().__new__(cls)
 
+    @torch.inference_mode(False)  # it is trained outside of that mode, too
     @roomy("TangentModule")
     def __init__(
         self, model: nn.Module, structure: Structure | Mapping[str, Structure] = TWO_SIDED, *,
@@ -111,6 +112,7 @@ class TangentModule(nn.Module):
         self.inner.to(dtype)
         self.factors.to(dtype)
         self._ways = Ways()
+        self.register_load_state_dict_post_hook(_settled)  # type: ignore[no-untyped-call]
         self.eval()
         keep_private(self.model)
 
@@ -122,10 +124,7 @@ class TangentModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TangentModule":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for first, *aliases in self._places.values():
-            for alias in aliases:  # what is tied is one tensor still
-                held = self.model.get_submodule(alias.rpartition(".")[0])._buffers
-                held[alias.rpartition(".")[2]] = self.model.get_buffer(first)
+        tie(self.model, self._places)
         keep_private(self.model)
         return self
 
@@ -144,6 +143,11 @@ class TangentModule(nn.Module):
             x: samples first, (n, ...): a tensor, or a tuple, list, dict or dataclass of tensors, flags and None.
         """
         check_form("TangentModule", x)
+        if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
+            raise TangentError(
+                "TangentModule: it takes derivatives itself, and cannot run within torch.func (vmap, grad, jvp) or what uses "
+                "it, such as tangent_features; use autograd, and adapted_features for its kernel"
+            )
 
         def made() -> Tensor:
             network = self._network()
@@ -277,6 +281,13 @@ def _keep_out_of_graphs() -> None:
     # Derivatives cannot be traced. Not a decorator: importing the compiler takes as long as the rest of torch.
     import_whole("torch._dynamo")
     TangentModule.forward = torch.compiler.disable(TangentModule.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
+def _settled(module: TangentModule, _: Any) -> None:
+    """Freeze the network again: ``load_state_dict`` with ``assign=True`` makes parameters of buffers, and unties them."""
+    freeze(module.model)
+    tie(module.model, module._places)
+    keep_private(module.model)
 
 
 def _key(name: str) -> str:

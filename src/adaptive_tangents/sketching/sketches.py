@@ -7,6 +7,7 @@ exist at once. Several independent repetitions give the error by their spread. A
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ class Sketch:
     shares: Mapping[str, float] | None = field(default=None, hash=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("dim", "seed", "repetitions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TangentError(f"Sketch: {name} is a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))  # of NumPy's, whose kind would be part of the sketch
         if self.dim < 1:
             raise TangentError(f"Sketch: dim is a positive number of coordinates, got {self.dim}")
         if self.repetitions < 2:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +35,14 @@ class Seen:
     outputs: Float[Tensor, "n c"]
     kernels: Kernels = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
+
+
+def alike(seen: Seen, first: Float[Tensor, "n c"] | None) -> Seen:
+    """What is seen; raises TangentError where the outputs of the first record were of another number."""
+    before, now = (None if first is None else first.shape[1]), seen.outputs.shape[1]
+    if now != before:
+        raise TangentError(f"{CALL}: the network has {now} output(s), and had {before} at first; begin a new Tracker")
+    return seen
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,11 @@ class Question:
         drawn = torch.randn(c, k, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64, device="cpu")
         directions: Tensor = torch.linalg.qr(drawn)[0] * math.sqrt(c / k)
         return directions
+
+    def described(self, c: int) -> list[int]:
+        """What makes kernels of c outputs comparable: c, how many directions they are of, and the seed that draws these."""
+        weights = self.directions(c)
+        return [c] if weights is None else [c, weights.shape[1], self.seed]
 
     def told(self, c: int) -> str:
         """A phrase on which outputs' kernel is measured."""
@@ -121,18 +134,28 @@ def _as_model(model: nn.Module, x: Batch) -> Batch:
     return batch
 
 
-def target_columns(y: Tensor | None, c: int) -> Float[Tensor, "n c"] | None:
+def kinds_of(y: Tensor | None) -> Int[Tensor, " k"] | None:
+    """The class numbers that occur among all samples, sorted; None where there are none."""
+    if y is None or y.is_floating_point() or y.is_complex() or y.numel() != len(y):
+        return None
+    kinds: Tensor = torch.unique(y.long())
+    return kinds
+
+
+def target_columns(y: Tensor | None, c: int, kinds: Int[Tensor, " k"] | None) -> Float[Tensor, "n c"] | None:
     """Labels as targets of c outputs: one-hot, −1 and 1 for two classes and one output, or real targets as they are."""
     if y is None:
         return None
     if y.is_floating_point() or y.is_complex():
         columns = class_columns("Tracker", y, c)
         columns = columns[:, None] if columns.ndim == 1 else columns
-    elif c == 1 and y.numel() == len(y) and len(torch.unique(y)) <= 2:
-        columns = torch.where(_upper(y.reshape(-1)), 1.0, -1.0).double()[:, None]
-    elif c > 1 and y.ndim == 1 and 0 <= int(y.min()) <= int(y.max()) < c:
+    elif c == 1 and kinds is not None and len(kinds) <= 2:
+        columns = torch.where(_upper(y.reshape(-1), kinds), 1.0, -1.0).double()[:, None]
+    elif c > 1 and kinds is not None and y.ndim == 1 and 0 <= int(kinds[0]) <= int(kinds[-1]) < c:
         columns = functional.one_hot(y.long(), c).double()
     else:
+        if kinds is not None:  # few samples may lack the class that does not fit
+            class_columns("Tracker", kinds.repeat(2), c)
         columns = class_columns("Tracker", y, c)
     if columns.ndim != 2 or columns.shape[1] != c:
         raise TangentError(
@@ -171,27 +194,29 @@ def _defined(measure: Callable[..., float], kernel: Tensor, other: Tensor | None
         return None
 
 
-def loss_and_accuracy(outputs: Float[Tensor, "n c"], y: Tensor | None) -> tuple[float | None, float | None]:
+def loss_and_accuracy(
+    outputs: Float[Tensor, "n c"], y: Tensor | None, kinds: Int[Tensor, " k"] | None
+) -> tuple[float | None, float | None]:
     """Cross-entropy and accuracy for class numbers, of one output as a logit; the mean squared error for real targets."""
     if y is None:
         return None, None
     if y.is_floating_point():
         return float((outputs - y.double().reshape(outputs.shape)).square().mean()), None
-    classes = y.reshape(-1) if y.numel() == len(y) else None
-    if classes is None:
+    if kinds is None:
         return None, None
+    classes = y.reshape(-1)
     if outputs.shape[1] > 1:
         right = (outputs.argmax(1) == classes.long()).double().mean()
         return float(functional.cross_entropy(outputs, classes.long())), float(right)
-    upper = _upper(classes)
+    upper = _upper(classes, kinds)
     right = ((outputs[:, 0] > 0) == upper).double().mean()
     return float(functional.binary_cross_entropy_with_logits(outputs[:, 0], upper.double())), float(right)
 
 
-def _upper(classes: Tensor) -> Tensor:
-    """Which samples are of the upper one of two classes: 1 of 0 and 1, or of −1 and 1, else the larger number."""
-    known = bool((classes.abs() <= 1).all())
-    return classes > 0 if known else classes > classes.min()
+def _upper(classes: Tensor, kinds: Int[Tensor, " k"]) -> Tensor:
+    """Which samples are of the upper one of two classes: 1 of 0 and 1, or of −1 and 1, else the larger number of all."""
+    known = any(set(kinds.tolist()) <= pair for pair in ({0, 1}, {-1, 1}))
+    return classes == 1 if known else classes.long() > kinds[0]
 
 
 def numbers_by_group(

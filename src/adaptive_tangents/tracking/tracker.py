@@ -17,7 +17,18 @@ from adaptive_tangents.capture.refusals import check_is_module
 from adaptive_tangents.checks import listed
 from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.runtime.tensor_files import fingerprint
-from adaptive_tangents.tracking.arguments import Log, check_log, check_options, count_samples, labels_of, number, send
+from adaptive_tangents.tracking.arguments import (
+    Log,
+    check_log,
+    check_options,
+    check_outputs,
+    check_values,
+    count_samples,
+    labels_of,
+    number,
+    send,
+    step_of,
+)
 from adaptive_tangents.tracking.budget import Budget, Cost
 from adaptive_tangents.tracking.files import (
     FORMAT,
@@ -35,6 +46,8 @@ from adaptive_tangents.tracking.measuring import (
     Kernels,
     Question,
     Seen,
+    alike,
+    kinds_of,
     loss_and_accuracy,
     numbers_by_group,
     target_columns,
@@ -123,6 +136,7 @@ class Tracker:
         check_groups(call, groups)
         check_log(call, log)
         self._x, self._y = x, labels_of(call, y, n)
+        self._kinds = kinds_of(self._y)
         self._n, self._samples, self._seed = n, samples, seed
         self._question = Question(wrt, output_fn, groups, outputs, seed, memory_limit)
         self._log = log
@@ -146,14 +160,15 @@ class Tracker:
 
         Args:
             step: of training; None is the number of calls before.
-            values: numbers to keep in the record beside its own, such as ``lr=…``.
+            values: numbers to keep in the record beside its own columns, such as ``lr=…``.
 
         Returns:
             The record, or None if none is due.
 
         Raises:
-            TangentError: when the first record cannot be made.
+            TangentError: when the first record cannot be made, step is not whole, or a value no number or named as a column.
         """
+        check_values(CALL, values)
         self._arrive(step)
         found = self._measure(values) if self._budget.due else None
         self._budget.calls += 1
@@ -166,6 +181,7 @@ class Tracker:
             step: of training; None is that of the last call of ``record``.
             values: numbers to keep in the record beside its own.
         """
+        check_values(CALL, values)
         same = step is None or (self._records and step == self._records[-1].step)
         if self._recorded_at == self._budget.calls - 1 and self._records and same:
             return None
@@ -182,7 +198,7 @@ class Tracker:
             self.close()
 
     def _arrive(self, step: int | None) -> None:
-        self._step = self._budget.calls if step is None else int(step)
+        self._step = self._budget.calls if step is None else step_of(CALL, step)
         self._budget.tick()
 
     def _measure(self, values: Mapping[str, Any]) -> Record:
@@ -207,7 +223,7 @@ class Tracker:
     def _seen(self) -> tuple[Seen, float | None]:
         """The network now; with the seconds of the last of several measurements, where samples are still to be chosen."""
         if self._index is not None:
-            return self._look(self._x), None
+            return alike(self._look(self._x), self._first_outputs), None
         fixed = self._budget.share is None or self._samples is not None
         size = min(self._n, (self._samples or MOST_SAMPLES) if fixed else _FEWEST)
         while True:
@@ -226,7 +242,7 @@ class Tracker:
     def _begin(self, index: Tensor, seen: Seen) -> None:
         """Keep the samples chosen, and what later records are compared with."""
         y = None if self._y is None else self._y[index]
-        target_columns(y, seen.outputs.shape[1])  # raises before anything is kept
+        target_columns(y, seen.outputs.shape[1], self._kinds)  # raises before anything is kept
         self._index, self._x, self._y = index, take(self._x, index), y
         self._first_outputs = seen.outputs
 
@@ -242,13 +258,13 @@ class Tracker:
     def _from(self, seen: Seen, values: Mapping[str, float]) -> Record:
         first = self._first_outputs
         assert first is not None
-        target = target_columns(self._y, seen.outputs.shape[1])
+        target = target_columns(self._y, seen.outputs.shape[1], self._kinds)
         change = seen.outputs - first
         moved = bool(change.any())
         for group, kernel in seen.kernels.items():
             self._start.setdefault(group, kernel)
         numbers = numbers_by_group(seen, target, change if moved else None, self._start, self._last)
-        loss, accuracy = loss_and_accuracy(seen.outputs, self._y)
+        loss, accuracy = loss_and_accuracy(seen.outputs, self._y, self._kinds)
         note = _trained_anew(self._names, seen.names) if self._names else ""
         self._last, self._names = seen.kernels, seen.names
         return Record(
@@ -346,6 +362,7 @@ class Tracker:
             "budget": budget.share, "calls": budget.calls, "seconds": budget.seconds, "training": budget.training,
             "recent": list(budget.recent), "names": list(self._names), "step": self._step, "all": self._n,
             "samples": None if self._index is None else self._identity(), "recorded_at": self._recorded_at,
+            "outputs": None if self._first_outputs is None else self._question.described(self._first_outputs.shape[1]),
         }  # fmt: skip
         return {"numbers": numbers, "tensors": {name: tensor.clone() for name, tensor in held.items()}}
 
@@ -394,6 +411,7 @@ class Tracker:
             fits = numbers["all"] == self._n
             x, y = (take(self._x, index), None if self._y is None else self._y[index]) if fits else (self._x, self._y)
             self._check_same(call, what, numbers, x, y, fits)
+            check_outputs(call, what, numbers.get("outputs"), self._question.described(outputs.shape[1]))
             budget = self._budget
             budget.calls, budget.recent = numbers["calls"], list(numbers["recent"])
             budget.seconds, budget.training = numbers["seconds"], numbers["training"]

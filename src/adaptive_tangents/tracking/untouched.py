@@ -23,13 +23,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def in_evaluation(model: nn.Module, body: Callable[[], _Made]) -> _Made:
-    """``body()`` with every module in evaluation mode and no autocast; modes are put back, generators by each loan."""
+    """``body()`` in evaluation mode, without autocast and inference mode; modes are put back, generators by each loan."""
     modes = [(module, module.training) for module in model.modules()]
 
     def measured() -> _Made:
         for module, _ in modes:
             module.training = False  # train() may be overridden, e.g. to merge weights
-        with torch.autocast(device_of(model).type, enabled=False):
+        with torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
             return body()
 
     def put_back() -> None:
