@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -235,6 +236,32 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
     "samples to transform": (
         lambda: unchecked(at.Fit.transform)(at.fit(CASE.feats, CASE.r, ridge=0.1), X),
         r"^transform: takes features, such as",
+    ),
+    "features of other blocks to transform": (
+        lambda: unchecked(at.Fit.transform)(at.fit(CASE.feats, CASE.r, ridge=0.1), problem(2).feats),
+        r"^transform: the coefficients are of blocks .*, these features have .*; make the features with the same model",
+    ),
+    "features of other blocks to predict": (
+        lambda: unchecked(at.Fit.predict)(at.fit(CASE.feats, CASE.r, ridge=0.1), problem(2).feats),
+        r"^predict: the coefficients are of blocks",
+    ),
+    "coefficients that are not finite": (
+        lambda: certify(
+            CASE.feats, CASE.r, coefficients={k: torch.full(b.shape, math.nan) for k, b in CASE.feats.blocks.items()}
+        ),
+        r"^certify: the coefficients of block '\w+' are not finite; give those of a fit that is$",
+    ),
+    "one ridge for a path": (
+        lambda: fit_path(CASE.feats, CASE.r, ridge=0.1),
+        r"^fit_path: ridge is no option: give one or more as ridges=$",
+    ),
+    "one structure for a path": (
+        lambda: fit_path(CASE.feats, CASE.r, structure=at.Left()),
+        r"^fit_path: structure is no option: give one or more as structures=$",
+    ),
+    "a start for a path": (
+        lambda: fit_path(CASE.feats, CASE.r, start=None),
+        r"^fit_path: start is no option: every fit starts from the one before$",
     ),
     "features in place of a kernel": (
         lambda: regression(CASE.feats, CASE.r),

@@ -381,6 +381,19 @@ def test_the_stationarity_told_is_that_of_the_coefficients_however_ill_condition
         assert found.objective <= min(objectives) * (1 + 1e-9)  # the penalty of the last stages is the largest
 
 
+@pytest.mark.parametrize("form", ["dense", "matrix-free"])
+def test_a_fit_on_kernels_that_are_ill_conditioned_is_not_said_to_have_converged(form: str) -> None:
+    feats, r = dependent()
+    parts = {name: block.features().double().flatten(0, 1).flatten(1) for name, block in feats.blocks.items()}
+    kernels = {name: (phi @ phi.mT).reshape(30, 4, 30, 4) for name, phi in parts.items()}
+    structure = at.LayerScale(at.penalties.LogSquared(0.1))
+    assert at.fit(kernels, r, structure=structure, ridge=0.1, form=form).stationarity <= 2e-4
+    with pytest.warns(at.TangentWarning, match="did not converge"):
+        found = at.fit(kernels, r, structure=structure, ridge=1e-3, form=form)
+    assert not found.converged
+    assert found.stationarity > 2e-4
+
+
 def test_a_search_that_ends_at_other_outputs_than_its_coefficients_has_not_converged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

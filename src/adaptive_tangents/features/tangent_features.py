@@ -185,7 +185,7 @@ class TangentFeatures:
         Raises:
             TangentError: when the matrices are of other blocks.
         """
-        self._check_matrices("join", matrices)
+        self.check_matrices("join", matrices)
         named = {k: v for name, block in self.blocks.items() for k, v in block.split(matrices[name]).items()}
         return torch.cat([named[name].flatten() for name in self.parameters])
 
@@ -242,7 +242,7 @@ class TangentFeatures:
         Raises:
             TangentError: when the matrices are of other blocks, as those of a fit of other parameters.
         """
-        self._check_matrices("inner", matrices)
+        self.check_matrices("inner", matrices)
         return sum_tensors([block.inner(matrices[name][None])[..., 0] for name, block in self.blocks.items()])
 
     def combine(self, a: Float[Tensor, "n c"]) -> dict[str, Float[Tensor, "_o _i"]]:
@@ -375,6 +375,20 @@ class TangentFeatures:
             held += max(sum(pair) for pair in pairs) * itemsize // self.dtype.itemsize
         return KernelPlan(steps, kernel_bytes, held, limit)
 
+    def check_matrices(self, call: str, matrices: Mapping[str, Tensor]) -> None:
+        """Raise TangentError unless there is one matrix for each block, of its shape.
+
+        Args:
+            call: the function whose name the error has.
+            matrices: by name of the block.
+        """
+        given, own = ({name: tuple(m.shape) for name, m in each.items()} for each in (matrices, self.blocks))
+        if given != own:
+            raise TangentError(
+                f"{call}: the coefficients are of blocks {given}, these features have {own}; make the features with the same "
+                "model, wrt and output_fn"
+            )
+
     def check_origin(self, call: str, other: "TangentFeatures") -> None:
         """Raise TangentError unless these features and others have one origin.
 
@@ -394,14 +408,6 @@ class TangentFeatures:
             raise TangentError(
                 f"{call}: features are {self.dtype} on {self.device}, got {value.dtype} on {value.device}; "
                 "convert one of them"
-            )
-
-    def _check_matrices(self, call: str, matrices: Mapping[str, Tensor]) -> None:
-        given, own = ({name: tuple(m.shape) for name, m in each.items()} for each in (matrices, self.blocks))
-        if given != own:
-            raise TangentError(
-                f"{call}: the coefficients are of blocks {given}, these features have {own}; make the features with the same "
-                "model, wrt and output_fn"
             )
 
     def _check_partner(self, other: "TangentFeatures") -> None:

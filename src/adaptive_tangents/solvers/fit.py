@@ -271,4 +271,7 @@ def _of_blocks(what: str, matrices: Matrices, feats: TangentFeatures) -> dict[st
     wanted = {name: block.shape for name, block in feats.blocks.items()}
     if shapes != wanted:
         raise TangentError(f"fit: {what} blocks {shapes}, these features have {wanted}")
+    for name, matrix in matrices.items():
+        if not bool(matrix.isfinite().all()):
+            raise TangentError(f"fit: the coefficients of block {name!r} are not finite; give those of a fit that is")
     return dict(matrices)

@@ -89,7 +89,7 @@ def fit_path(
         options: other keyword arguments of ``fit``; ``progress=True`` shows one bar for all fits.
 
     Raises:
-        TangentError: for an empty grid, folds outside 2..n, and as ``fit`` does.
+        TangentError: for an empty grid, folds outside 2..n, one ridge= or structure=, and as ``fit`` does.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -100,6 +100,9 @@ def fit_path(
     (4, 4)
     """
     check_features("fit_path", feats)
+    for name in options.keys() & {"ridge", "structure", "start"}:
+        instead = "every fit starts from the one before" if name == "start" else f"give one or more as {name}s="
+        raise TangentError(f"fit_path: {name} is no option: {instead}")
     given = structures if isinstance(structures, Sequence) and not isinstance(structures, str) else [structures]
     chosen = [as_structure("fit_path", structure) for structure in given]
     if not chosen or not ridges:

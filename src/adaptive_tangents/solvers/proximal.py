@@ -66,7 +66,12 @@ class ProximalFit:
 
         Args:
             feats: tangent features φ of any m samples, of the same model.
+
+        Raises:
+            TangentError: when the features are of other blocks.
         """
+        check_features("predict", feats)
+        feats.check_matrices("predict", self.coefficients)
         return feats.to(torch.float64).inner(self.coefficients)
 
 

@@ -201,9 +201,13 @@ class Fit(Certified):
 
         Args:
             feats: tangent features φ of any samples, of the same model.
+
+        Raises:
+            TangentError: when the features are of other blocks, or one is a sketch.
         """
         check_features("transform", feats)
         self.features.check_origin("transform", feats)
+        feats.check_matrices("transform", self.coefficients)
         return feats.transformed(self.transforms)
 
     def predict(self, feats: TangentFeatures) -> Float[Tensor, "m c"]:
@@ -211,9 +215,13 @@ class Fit(Certified):
 
         Args:
             feats: tangent features φ of any m samples, of the same model.
+
+        Raises:
+            TangentError: when the features are of other blocks, or one is a sketch.
         """
         check_features("predict", feats)
         self.features.check_origin("predict", feats)
+        feats.check_matrices("predict", self.coefficients)
         return feats.to(torch.float64).inner(self.coefficients)
 
     def kernel_change(self, y: Float[Tensor, "n c"] | None = None, *, keep: bool = False) -> KernelChange:
