@@ -1,6 +1,7 @@
 """The rules of the code base, checked on the source: imports between modules, file lengths, forbidden names."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -317,6 +318,21 @@ def test_the_public_names_are_those_of_the_stub_and_few() -> None:
     assert at.__all__ == sorted(alias.name for node in found if node.module is not None for alias in node.names)
     assert len(dir(at)) <= 50
     assert set(dir(at)) == {*at.__all__, "__version__"}
+
+
+def test_public_results_that_hold_tensors_are_compared_by_identity() -> None:
+    """Tensors have no one truth value, so that comparing fields would fail in ``==``, ``in``, ``index`` and sets."""
+    found = set()
+    for module in [at, *(importlib.import_module(f"adaptive_tangents.{wing}") for wing in WINGS)]:
+        for name in getattr(module, "__all__", ()):
+            kind = getattr(module, name)
+            if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
+                held = [str(field.type) for field in dataclasses.fields(kind)]
+                if any("Tensor" in each or "TangentFeatures" in each for each in held):
+                    found.add(name)
+                    assert kind.__eq__ is object.__eq__, f"{name}: give its dataclass eq=False"
+                    assert kind.__hash__ is object.__hash__
+    assert {"Fit", "KernelFit", "Decomposition", "LowRank"} <= found
 
 
 def test_importing_the_package_and_asking_the_command_line_for_help_loads_nothing_heavy() -> None:

@@ -263,6 +263,14 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         lambda: fit_path(CASE.feats, CASE.r, start=None),
         r"^fit_path: start is no option: every fit starts from the one before$",
     ),
+    "samples to explain": (
+        lambda: unchecked(at.explain)(CASE.feats, X),
+        r"^explain: takes features, such as at\.tangent_features\(model, x\), got Tensor of shape \(6, 4\)$",
+    ),
+    "samples for a change": (
+        lambda: unchecked(at.measures.kernel_change)(X, {}, CASE.r),
+        r"^kernel_change: takes features, such as",
+    ),
     "features in place of a kernel": (
         lambda: regression(CASE.feats, CASE.r),
         r"^kernel_regression: takes a kernel, got features; give feats\.kernel\(\), or tangent_kernel\(model, x\)$",

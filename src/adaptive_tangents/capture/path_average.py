@@ -26,7 +26,7 @@ Buffers = Literal["same", "path"]
 _STAYS = 0.02  # relative change of an error that doubling the nodes twice leaves as it is
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class AverageFeatures(TangentFeatures):
     """Average features φ̄ of a path, used like any TangentFeatures.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _DRAWN = 200  # samples of a kernel that is drawn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TangentFeatures:
     r"""Tangent features φ(x) = ∂f/∂θ of n samples with c outputs, held block by block as Σ_t δ_t h_tᵀ.
 
@@ -422,3 +422,15 @@ class TangentFeatures:
                 f"kernel: features are {self.dtype} on {self.device} and {other.dtype} on {other.device}; "
                 "convert one with .to, or make both with the same model and inputs"
             )
+
+
+def check_features(call: str, given: object) -> None:
+    """Raise TangentError unless features are given."""
+    if not isinstance(given, TangentFeatures):
+        raise TangentError(f"{call}: takes features, such as at.tangent_features(model, x), got {described(given)}")
+
+
+def described(given: object) -> str:
+    """The type of what was given, and its shape."""
+    shape = getattr(given, "shape", None)
+    return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"

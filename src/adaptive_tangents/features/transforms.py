@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptive_tangents.linalg.factor_products import times
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A symmetric side factor kept as identity plus low rank, M = I + U diag(g - 1) Uᵀ.
 
@@ -49,7 +49,7 @@ class LowRank:
         return LowRank(self.directions, 1 / self.gains)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scaled:
     """A diagonal side factor, M = diag(g): one gain per unit.
 
@@ -83,7 +83,7 @@ class Scaled:
         return Scaled(1 / self.gains)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrix:
     """A side factor M given as any square matrix.
 
@@ -106,7 +106,7 @@ class Matrix:
         return self.values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
     """A side factor kept as identity plus any low rank, M = I + U Vᵀ: it reads along V and writes along U.
 
@@ -185,7 +185,7 @@ class Sides:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entrywise:
     """The transform Φ → Z ∘ Φ of one block: a diagonal M.
 
@@ -196,7 +196,7 @@ class Entrywise:
     gains: Float[Tensor, "o i"] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Joint:
     """The transform M = I + (z - 1) b bᵀ over all parameters at once.
 

@@ -91,7 +91,7 @@ class Candidate:
         return self.name or structure_words(self.structure)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ForecastKernels:
     """Kernels before, along and after the training that is foretold.
 

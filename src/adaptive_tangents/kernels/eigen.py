@@ -20,7 +20,7 @@ _PROBED = 20  # steps of Lanczos that look for negative eigenvalues
 _COPIES = 4  # of a matrix: itself, its eigenvectors, and the working memory of eigh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelEigen:
     """The largest eigenvalues of a kernel; ``kernel_eigen`` makes it.
 

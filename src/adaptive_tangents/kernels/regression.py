@@ -28,7 +28,7 @@ _MOST_RANK, _COLUMN_COPIES = 1000, 4
 _CHUNK = 128  # samples chosen at a time: each choice takes one pass over the tiles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelRegression:
     """A solution α of (K + ρI)α = r with its certificates; ``kernel_regression`` makes it.
 

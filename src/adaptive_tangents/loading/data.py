@@ -15,7 +15,7 @@ from adaptive_tangents.loading.words import INSPECT, continuous
 _SPARE = ("token_type_ids",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """A batch x of n samples, their labels or targets y (n,) or (n, k), and the class names, each if given.
 

@@ -43,7 +43,7 @@ Point = str | Path | Mapping[str, Any] | nn.Module
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """A network in evaluation mode and its states in order of training.
 

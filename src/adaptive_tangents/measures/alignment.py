@@ -53,7 +53,7 @@ _REMEDY = "give the kernel of features, not a difference of kernels or its negat
 _TOP = 50  # eigenvectors with energy reported in the matrix-free form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decomposition:
     """K = w₀K₀ + w_yK_y + residual by least squares.
 
@@ -71,7 +71,7 @@ class Decomposition:
     residual: Tensor | Tiled = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Representability:
     """How well a kernel K₀ represents targets r.
 

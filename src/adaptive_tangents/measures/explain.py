@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
 from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, width_of
@@ -166,6 +166,8 @@ def explain(
     >>> round(at.explain(feats, doubled, at.LayerScale()).total, 3)
     1.0
     """
+    for each in (start_feats, end_feats):
+        check_features("explain", each)
     with shown(progress) as told:
         return explanations(
             start_feats, end_feats, {"": as_structure("explain", structure)}, strengths=strengths, rank=rank,

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adaptive_tangents.checks import Values, as_tensor, check_finite, check_real
+from adaptive_tangents.checks import Values, as_tensor, check_choice, check_finite, check_real
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Entrywise, Joint, LowRank, Matrix, Side, Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import in_range, largest, power_of_two
 from adaptive_tangents.linalg.factor_products import times
@@ -48,7 +48,7 @@ class KernelPart:
     target_weight: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelChange:
     """The change K_M − K₀ of a kernel, by block and by side. Sides add up to their block, blocks to the whole.
 
@@ -121,8 +121,8 @@ def kernel_change(
     >>> round(found.whole.norm, 6), list(found.sides["weight"])  # (s² − 1)K₀
     (3.0, ['scale'])
     """
-    if outputs not in ("full", "trace"):
-        raise TangentError(f"kernel_change: outputs is 'full' or 'trace', got {outputs!r}")
+    check_features("kernel_change", feats)
+    check_choice("kernel_change", "outputs", outputs, ("full", "trace"))
     joint = _check_transforms(feats, transforms)
     targets = _check_targets(feats, y)
     unit = power_of_two(largest(targets), 32)

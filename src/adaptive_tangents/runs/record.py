@@ -17,7 +17,7 @@ from adaptive_tangents._version import __version__
 from adaptive_tangents.runtime.progress import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """Everything measured: ``results`` goes into results.json, ``arrays`` is what the figures need."""
 

@@ -280,7 +280,7 @@ class SketchedFeatures(TangentFeatures):
         return self.of(replace(self, blocks=blocks))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SketchedKernel:
     """An unbiased estimate of a kernel from a sketch, with the standard error of every entry.
 

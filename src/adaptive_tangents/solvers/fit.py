@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.kernels.tiles import Kernels
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.memory import limit_for, require_memory
@@ -23,7 +23,7 @@ from adaptive_tangents.solvers.problem import Problem
 from adaptive_tangents.solvers.results import Fit, KernelFit
 from adaptive_tangents.solvers.search import Solver, examined, searched
 from adaptive_tangents.solvers.subspaces import compressed
-from adaptive_tangents.solvers.targets import check_features, check_features_or_kernel, check_results, goal_of
+from adaptive_tangents.solvers.targets import check_features_or_kernel, check_results, goal_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED

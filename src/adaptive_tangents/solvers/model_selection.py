@@ -11,12 +11,11 @@ from torch.nn import functional
 
 from adaptive_tangents.checks import Values, as_tensor
 from adaptive_tangents.errors import TangentError, raised_as
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.runtime.memory import limit_for, require_memory
 from adaptive_tangents.runtime.progress import shown
 from adaptive_tangents.solvers.fit import fit
 from adaptive_tangents.solvers.results import Fit
-from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Fixed, Structure
 from adaptive_tangents.structures.mixed import Mixed, as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED

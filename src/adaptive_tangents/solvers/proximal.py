@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from adaptive_tangents.checks import OF_CLASSES, Values, as_tensor, check_finite
 from adaptive_tangents.errors import TangentError, TangentWarning
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.progress import counted
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.targets import check_features, check_moderate, size_of
+from adaptive_tangents.solvers.targets import check_moderate, size_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
 from adaptive_tangents.structures.spectral import TWO_SIDED
@@ -32,7 +32,7 @@ _ROUNDING = 1e-15  # a relative rise of the objective that is rounding
 _NOISE = 1e-13  # a relative move of the outputs that is mostly rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProximalFit:
     """The solution of ``proximal_gradient``, in float64.
 

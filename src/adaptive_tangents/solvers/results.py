@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.kernels.products import KernelProducts
 from adaptive_tangents.kernels.tiles import Kernels, Request, Sum, blocks_of, tiled
@@ -20,7 +20,6 @@ from adaptive_tangents.runtime.figures import MOST_LINES, bars, lines, panels
 from adaptive_tangents.runtime.told import few_digits, html, short
 from adaptive_tangents.solvers.files import read_fit, write_fit
 from adaptive_tangents.solvers.losses import LossName
-from adaptive_tangents.solvers.targets import check_features
 from adaptive_tangents.structures.base import Structure
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Round:
     accelerated: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Certified:
     """The certificates that every fit has; ``Fit`` describes the fields."""
 
@@ -143,7 +142,7 @@ class Certified:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Fit(Certified):
     """A fitted adaptive tangent model with the certificates of its solution. Solved in float64.
 
@@ -267,7 +266,7 @@ class Fit(Certified):
         write_fit(Path(path), replace(self, features=kept), _KINDS, without_structure=without_structure)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class KernelFit(Certified):
     """A model fitted to kernels alone, with the certificates of a ``Fit``; ``fit`` on a store or on tensors returns it.
 

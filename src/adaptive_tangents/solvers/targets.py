@@ -10,18 +10,12 @@ from torch import Tensor
 
 from adaptive_tangents.checks import as_tensor, check_choice, check_finite, check_real
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.features.tangent_features import TangentFeatures, described
 from adaptive_tangents.kernels.derived_kernels import largest
 from adaptive_tangents.kernels.tiles import StoredKernel
 from adaptive_tangents.solvers.losses import CrossEntropy, Loss, LossName, SquaredError
 
 _LEAST = 1e-60  # features, targets and coefficients from 1e-60 to 1e60 have squares and products within 1e±240
-
-
-def check_features(call: str, given: object) -> None:
-    """Raise TangentError unless features are given."""
-    if not isinstance(given, TangentFeatures):
-        raise TangentError(f"{call}: takes features, such as at.tangent_features(model, x), got {_described(given)}")
 
 
 def check_features_or_kernel(call: str, given: object) -> None:
@@ -33,13 +27,8 @@ def check_features_or_kernel(call: str, given: object) -> None:
     if not kernel:
         raise TangentError(
             f"{call}: takes features, such as at.tangent_features(model, x), or a kernel: a store, a tensor (n, n) or "
-            f"(n, c, n, c), or a mapping of blocks to tensors; got {_described(given)}"
+            f"(n, c, n, c), or a mapping of blocks to tensors; got {described(given)}"
         )
-
-
-def _described(given: object) -> str:
-    shape = getattr(given, "shape", None)
-    return type(given).__name__ if shape is None else f"{type(given).__name__} of shape {tuple(shape)}"
 
 
 def goal_of(feats: TangentFeatures, r: object, *, loss: str, offset: object, ridge: float) -> Loss:

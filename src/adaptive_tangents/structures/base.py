@@ -27,7 +27,7 @@ _AT_A_TIME = 16  # samples whose kernel is computed at once, for its diagonal
 Matrices = Mapping[str, Float[Tensor, "_o _i"]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """The inner minimum over M at given coefficients β.
 
@@ -44,7 +44,7 @@ class Solution:
     curvature: Callable[[Matrices], dict[str, Tensor]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockSolution:
     """The inner minimum over the M of one block.
 
