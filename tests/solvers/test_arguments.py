@@ -249,7 +249,7 @@ REFUSED: Mapping[str, tuple[Callable[[], object], str]] = {
         lambda: certify(
             CASE.feats, CASE.r, coefficients={k: torch.full(b.shape, math.nan) for k, b in CASE.feats.blocks.items()}
         ),
-        r"^certify: the coefficients of block '\w+' are not finite; give those of a fit that is$",
+        r"^certify: the coefficients are of blocks that are not finite, such as '\w+'; give those of another fit$",
     ),
     "one ridge for a path": (
         lambda: fit_path(CASE.feats, CASE.r, ridge=0.1),

@@ -330,7 +330,7 @@ def test_a_descent_that_runs_out_of_steps_says_so() -> None:
             "cross-entropy takes 12 integer labels 0..1 .* from 0 to 2",
         ),
         ({"start": {"0": torch.zeros(7, 5)}}, "start has blocks .*, these features have"),
-        ({"start": {"0": torch.full((7, 5), math.nan), "2": torch.zeros(2, 8)}}, "start is not finite"),
+        ({"start": {"0": torch.full((7, 5), math.nan), "2": torch.zeros(2, 8)}}, "start has blocks that are not finite"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_refused(changes: dict[str, Any], message: str) -> None:

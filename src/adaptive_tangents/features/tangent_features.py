@@ -375,19 +375,28 @@ class TangentFeatures:
             held += max(sum(pair) for pair in pairs) * itemsize // self.dtype.itemsize
         return KernelPlan(steps, kernel_bytes, held, limit)
 
-    def check_matrices(self, call: str, matrices: Mapping[str, Tensor]) -> None:
+    def check_matrices(
+        self, call: str, matrices: Mapping[str, Tensor], what: str = "the coefficients are of", *, finite: bool = False
+    ) -> None:
         """Raise TangentError unless there is one matrix for each block, of its shape.
 
         Args:
             call: the function whose name the error has.
             matrices: by name of the block.
+            what: what the matrices are, for the message.
+            finite: whether all numbers must be finite, too.
         """
         given, own = ({name: tuple(m.shape) for name, m in each.items()} for each in (matrices, self.blocks))
         if given != own:
             raise TangentError(
-                f"{call}: the coefficients are of blocks {given}, these features have {own}; make the features with the same "
-                "model, wrt and output_fn"
+                f"{call}: {what} blocks {given}, these features have {own}; make the features with the same model, wrt and "
+                "output_fn"
             )
+        for name in matrices if finite else ():
+            if not bool(matrices[name].isfinite().all()):
+                raise TangentError(
+                    f"{call}: {what} blocks that are not finite, such as {name!r}; give those of another fit"
+                )
 
     def check_origin(self, call: str, other: "TangentFeatures") -> None:
         """Raise TangentError unless these features and others have one origin.

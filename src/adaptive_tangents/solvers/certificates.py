@@ -22,7 +22,7 @@ _SMALLEST_SCALE = 1e-9  # of the dual coefficients: if the bound is infinite her
 def certified(
     problem: Problem, course: Course, point: Point, alpha: Vector, jitter: float, *, converged: bool, reason: str
 ) -> Fit:
-    """The ``Fit`` at a point, with all certificates, which are made from the coefficients alone."""
+    """The ``Fit`` at a point, with all certificates; with a ridge, these are made from the coefficients alone."""
     outputs = problem.inner(point.vector)
     if not problem.loss.interpolates:
         alpha = -problem.loss.slope(outputs) / 2

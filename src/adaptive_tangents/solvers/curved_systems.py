@@ -78,7 +78,7 @@ class InverseCurvature:
         more = (self.symmetric if sign > 0 else self.antisymmetric)[a, b] - 1
         kept = (more > 0) & ((a < b) | (sign > 0))
         # A pair of one entry is twice that entry.
-        scale = (more / torch.where(a == b, 4.0, 2.0)).clamp_min(0).sqrt()
+        scale = (more / torch.where(a == b, 4.0, 2.0)).sqrt()
         return (torch.add(one, other, alpha=sign) * scale)[:, kept]
 
     def contracted(self, features: Factored) -> Iterator[tuple[slice, Float[Tensor, "r m"]]]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor
 
 from adaptive_tangents.checks import Values, check_choice
 from adaptive_tangents.errors import TangentError, TangentWarning, raised_as
@@ -198,11 +197,11 @@ def certify(
         check_sketch("fit", structure, feats)
         check_choice("fit", "form", form, get_args(Form))
         goal = goal_of(feats, r, loss=loss, offset=offset, ridge=ridge)
-        given = _of_blocks("the coefficients are of", coefficients, feats)
+        feats.check_matrices("fit", coefficients, finite=True)
         doubled = feats.to(torch.float64)
         chosen, rank, room = _form(feats, form, interpolates=goal.interpolates)
         problem = Problem(doubled, structure.prepared(doubled), goal, chosen, rank, room)
-        matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in given.items()}
+        matrices = {name: matrix.detach().to(feats.device, torch.float64) for name, matrix in coefficients.items()}
         return replace(examined(problem, Course(tol, 1), matrices), features=feats)
 
 
@@ -223,7 +222,9 @@ def _fit_features(
     within = compressed(doubled, structure)
     chosen, rank, room = _form(within.features, form, interpolates=goal.interpolates)
     problem = Problem(within.features, structure, goal, chosen, rank, room)
-    began = None if start is None else within.down(_of_blocks("start was fitted to", start.coefficients, feats))
+    if start is not None:
+        feats.check_matrices("fit", start.coefficients, "start was fitted to")
+    began = None if start is None else within.down(start.coefficients)
     found = searched(problem, course, solver, began)
     coefficients, transforms = within.up(found.coefficients), within.up_transforms(found.transforms)
     return replace(found, features=feats, coefficients=coefficients, transforms=transforms)
@@ -264,14 +265,3 @@ def _form(feats: TangentFeatures, form: Form, *, interpolates: bool) -> tuple[st
             remedy=f"use form='matrix-free', or fewer samples (the kernel is {size} × {size})",
         )  # fmt: skip
     return form, rank, max(0, limit - needed[form])
-
-
-def _of_blocks(what: str, matrices: Matrices, feats: TangentFeatures) -> dict[str, Tensor]:
-    shapes = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
-    wanted = {name: block.shape for name, block in feats.blocks.items()}
-    if shapes != wanted:
-        raise TangentError(f"fit: {what} blocks {shapes}, these features have {wanted}")
-    for name, matrix in matrices.items():
-        if not bool(matrix.isfinite().all()):
-            raise TangentError(f"fit: the coefficients of block {name!r} are not finite; give those of a fit that is")
-    return dict(matrices)

@@ -201,15 +201,10 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
 
 def _start(feats: TangentFeatures, start: Matrices | None) -> dict[str, Tensor]:
     like = {"dtype": torch.float64, "device": feats.device}
-    wanted = {name: block.shape for name, block in feats.blocks.items()}
     if start is None:
-        return {name: torch.zeros(shape, **like) for name, shape in wanted.items()}  # type: ignore[call-overload]
-    shapes = {name: tuple(matrix.shape) for name, matrix in start.items()}
-    if shapes != wanted:
-        raise TangentError(f"proximal_gradient: start has blocks {shapes}, these features have {wanted}")
-    if not all(bool(torch.isfinite(matrix).all()) for matrix in start.values()):
-        raise TangentError("proximal_gradient: start is not finite")
-    return {name: start[name].detach().to(**like) for name in wanted}  # type: ignore[call-overload]
+        return {name: torch.zeros(block.shape, **like) for name, block in feats.blocks.items()}  # type: ignore[call-overload]
+    feats.check_matrices("proximal_gradient", start, "start has", finite=True)
+    return {name: start[name].detach().to(**like) for name in feats.blocks}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
