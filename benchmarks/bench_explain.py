@@ -3,12 +3,9 @@
 A pass is one forward and backward pass of the batch.
 """
 
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +15,6 @@ from torch.nn import functional as F
 import adaptive_tangents as at
 from adaptive_tangents.experiments.feature_change.networks import network
 from common import best_of, contend
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 
 class Logits(nn.Module):
@@ -74,7 +69,6 @@ def study(kind: str) -> Callable[[], tuple[nn.Module, Tensor, Tensor]]:
 
 def bert() -> tuple[nn.Module, Tensor, Tensor]:
     """A BERT of 22.7M parameters with random weights, 64 samples of 24 tokens, 2 classes."""
-    import_module("integration_cases")  # lets transformers be imported
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(

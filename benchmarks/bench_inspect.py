@@ -1,11 +1,8 @@
 """`inspect` on a BERT of 22 million parameters and a ResNet-18: its stages in plain forward-backward passes of its batch."""
 
 import resource
-import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +28,6 @@ TAKEN: list[int] = []  # samples that the network is called on; here, since what
 
 
 def bert(n: int = 64, tokens: int = 24) -> tuple[nn.Module, Tensor]:
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    import_module("integration_cases")  # lets transformers be imported where torchvision is built for another torch
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(

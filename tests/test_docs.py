@@ -127,6 +127,13 @@ def test_tables_of_benchmarks_go_where_the_page_names_their_scripts(tmp_path, mo
     assert rest.sub("", made) == rest.sub("", page)
 
 
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
+def test_benchmarks_need_no_module_of_the_tests_which_their_environment_cannot_import(script: Path) -> None:
+    mine = {path.stem for path in Path(__file__).parent.rglob("*.py")} - {path.stem for path in BENCHMARKS.iterdir()}
+    words = set(re.findall(r"""(?:^|\n)\s*(?:import|from) (\w+)|["'](\w+)["']""", script.read_text()))
+    assert not {"pytest", "tests", *mine} & {word for pair in words for word in pair}
+
+
 def test_every_guarantee_names_tests_that_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text())
     assert len(named) > 30

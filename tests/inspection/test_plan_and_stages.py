@@ -178,6 +178,28 @@ def test_a_kind_of_work_that_is_slower_than_planned_is_told_within_half_once_a_q
                 assert true / 1.5 <= told <= 1.5 * true
 
 
+def test_the_time_left_counts_what_comes_after_the_last_tick_of_a_stage() -> None:
+    now, shares = [0.0], list[float]()
+    pace = Pace(lambda stage, share: shares.append(share), lambda: now[0])
+    pace.expect([Stage("start", 4.0, "features", told=0.25), Stage("end", 6.0, "features")])
+    with pace.stage("start") as tick:
+        now[0] = 0.5
+        tick(0.5)
+        now[0] = 1.0
+        tick(1.0)
+        now[0] = 4.0
+    assert shares == pytest.approx([0.0, 0.05, 0.1, 0.4])
+
+
+def test_a_plan_leaves_time_for_kernels_after_the_features_of_a_stage() -> None:
+    problem = pose(network(), states(3), data(), LIGHT, Kept())
+    plan = planned(problem, list(states(3)), LIGHT, Kept())
+    parts = {stage.name: stage.told for stage in plan.stages}
+    for name in ("start", "end", "average", "checkpoint s1"):
+        assert 0 < parts.pop(name) < 1
+    assert set(parts.values()) == {1.0}
+
+
 def test_stages_without_a_plan_tell_no_share_and_none_is_left_in_the_end() -> None:
     found = Simulated([Stage(*part) for part in PARTS], lambda kind: 2.0)
     with found.pace.stage("outputs") as tick:

@@ -15,8 +15,8 @@ from adaptive_tangents.runtime.memory import format_bytes
 from adaptive_tangents.runtime.pace import Stage
 from adaptive_tangents.runtime.progress import duration
 
-# What a stage reaches of the speed of a large matrix product; measured in benchmarks/bench_inspect.py.
-_SHARES = {"explain": 0.47, "models": 0.7}
+# Of the speed of a large matrix product, what models and kernels in double precision reach; from benchmarks/bench_inspect.py.
+_MODELS_SHARE, _WIDE_SHARE = 0.6, 0.5
 _KINDS = {"features": "passes and kernels", "explain": "transforms", "models": "models"}
 _PROBED = 12  # samples that each new part of a batch costs besides its own
 
@@ -65,17 +65,17 @@ def planned(problem: Problem, names: Sequence[str], config: InspectConfig, kept:
     probes = _PROBED * -(-n // tangents.chunk)
     state, average = (problem.seconds * (count * n + probes) for count in (1, nodes))
     own, double = one.dtype, matmul_speed(torch.float64, one.device)
-    kernel = _kernel_seconds(one, n, own)
+    kernel, wide = _kernel_seconds(one, n, own), _kernel_seconds(one, n, torch.float64) / _WIDE_SHARE
     stages = [
-        Stage("start", state + _kernel_seconds(one, n, torch.float64), "features", 1),
-        Stage("end", state + kernel, "features", 1),
-        Stage("average", average + _kernel_seconds(several, n, own), "features", nodes),
+        _features("start", state, wide),
+        _features("end", state, kernel),
+        _features("average", average, _kernel_seconds(several, n, own), nodes),
     ]
     for k, (_, work) in enumerate(explain_groups(one, several, n), start=1):
-        stages.append(Stage(f"explain {k}", work / (_SHARES["explain"] * double), "explain"))
+        stages.append(Stage(f"explain {k}", work / double, "explain"))
     work = model_operations(one, n, config.fit_operations)
-    stages.append(Stage("models", work / (_SHARES["models"] * double), "models"))
-    stages += [Stage(f"checkpoint {name}", state + kernel, "features", 1) for name in list(names)[1:-1]]
+    stages.append(Stage("models", work / (_MODELS_SHARE * double), "models"))
+    stages += [_features(f"checkpoint {name}", state, kernel) for name in list(names)[1:-1]]
     left = [stage for stage in stages if kept.get(stage.name) is None]
     kinds = {stage.kind for stage in left}
     again = {"average": (average, nodes, {"explain"}), "start": (state, 1, {"explain", "models"})}
@@ -88,6 +88,11 @@ def planned(problem: Problem, names: Sequence[str], config: InspectConfig, kept:
         n * problem.cost.kept_average, held + min(n, tangents.chunk) * problem.cost.making, tuple(left),
         len(stages) - len([stage for stage in left if not stage.name.endswith(" again")]),
     )  # fmt: skip
+
+
+def _features(name: str, made: float, kernels: float, passes: int = 1) -> Stage:
+    """A stage of features, which tell how far they are, and of their kernels, which do not."""
+    return Stage(name, made + kernels, "features", passes, made / max(made + kernels, 1e-300))
 
 
 def _kernel_seconds(one: TangentFeatures, n: int, dtype: torch.dtype) -> float:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 RANKS = (0, 1, 2, 4, 8, 16, 32)
+# As long as how many operations of a large product one takes in these parts, as measured in benchmarks/bench_inspect.py.
+_IN_NORMS, _IN_ONE_SIDE, _IN_ROUNDS = 0.13, 2.2, 4.2
 
 
 @dataclass(frozen=True, repr=False)
@@ -272,19 +274,20 @@ _UNCHANGED = "explain: the features are the same at start and end, so there is n
 
 
 def explain_operations(block: Block, after: Block, structure: Structure, n: int) -> float:
-    """Operations that `explain` is expected to take for a block on n samples, a multiply-add as two."""
+    """What `explain` is expected to take for a block on n samples, in operations of a large product."""
     (o, i), c = block.shape, block.outputs
     if block.lookup is not None:
         i = min(i, n * block.positions)  # entries that no sample looks up are left out
     t, s = (max(1, min(part.positions or o * i, c * o * i // (c * o + i))) for part in (block, after))
-    work = 2.0 * n * s * (s + t) * (c * o + i)
+    work = _IN_NORMS * 2.0 * n * s * (s + t) * (c * o + i)
     fitted = {SIDES.index(side): (o, i)[SIDES.index(side)] for side in sides_of(structure)}
     for k, size in fitted.items():
         kept, signals = min(size, WIDE), c if k == 0 else 1
-        work += 2.0 * n * kept * signals * size * (s + t) + (n * t * signals * size + size**2) * min(size, 600)
+        moments = 2.0 * n * kept * signals * size * (s + t) + (n * t * signals * size + size**2) * min(size, 600)
+        work += _IN_ONE_SIDE * moments
     if len(fitted) == 2:
         p, q = (min(size, WIDE) for size in (o, i))
-        work += 2.0 * n * c * p * q * s + 150 * (2.0 * n * c * p * q * (p + q) + 20 * (p**3 + q**3))
+        work += _IN_ROUNDS * (2.0 * n * c * p * q * s + 150 * (2.0 * n * c * p * q * (p + q) + 20 * (p**3 + q**3)))
     return work
 
 

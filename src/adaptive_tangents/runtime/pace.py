@@ -14,12 +14,16 @@ _TRUST = 0.05  # of a kind of work: when this much is done, what was measured co
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by name, its seconds as planned, the kind of work, whose stages all run at one speed, and passes."""
+    """A stage by name, its seconds as planned, the kind of work, whose stages all run at one speed, and passes.
+
+    ``told`` is the part of its seconds that its ticks tell of; what comes after the last of them has none.
+    """
 
     name: str
     seconds: float
     kind: str
     passes: int = 0
+    told: float = 1.0
 
 
 class Pace:
@@ -54,8 +58,9 @@ class Pace:
     def stage(self, name: str) -> Iterator[Tick]:
         """Time one stage; yields a function to call with the fraction done."""
         began = self.clock()
+        part = self._todo[name].told if name in self._todo else 1.0
         self._tell(name, 0.0, 0.0)
-        yield lambda fraction: self._tell(name, fraction, self.clock() - began)
+        yield lambda fraction: self._tell(name, part * fraction, self.clock() - began)
         self.seconds[name] = self.clock() - began
         self._tell(name, 1.0, self.seconds[name])
         stage = self._todo.pop(name, None)
