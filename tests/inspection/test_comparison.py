@@ -181,6 +181,19 @@ def test_what_was_measured_on_other_samples_is_compared_by_numbers_alone(full: I
     assert "on other samples" in repr(found)
 
 
+def test_other_labels_of_the_same_samples_are_said(full: Inspection) -> None:
+    y = full.arrays["y"].copy()
+    y[:4] = (y[:4] + 1) % 3
+    other, column = (Inspection(full.results, {**full.arrays, "y": each}) for each in (y, y[:, None] / 2))
+    without = Inspection(full.results, {name: value for name, value in full.arrays.items() if name != "y"})
+    for pair, words in (((full, other), "for 4 of 14 samples"), ((column, full), "in kind")):
+        found = at.compare(*pair)
+        assert found.results["same_samples"]
+        assert any(f"The labels of the two differ {words}, so" in sentence for sentence in found.findings)
+    for pair in ((full, full), (full, without), (without, full)):
+        assert not any("labels of the two" in sentence for sentence in at.compare(*pair).findings)
+
+
 def test_an_inspection_of_an_earlier_version_has_no_mark_of_its_samples(full: Inspection) -> None:
     data = {key: value for key, value in full.results["data"].items() if key != "fingerprint"}
     blocks = {

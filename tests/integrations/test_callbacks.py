@@ -138,6 +138,24 @@ def test_a_hugging_face_training_that_is_resumed_goes_on_with_its_curves(tmp_pat
     assert [row[0] for row in curve(late.tracker)] == [3, 4, 5, 6]
 
 
+def test_a_checkpoint_of_another_folder_brings_its_own_curves_not_those_of_the_trainers_folder(tmp_path: Path) -> None:
+    first = at.integrations.HuggingFaceTracker(budget=None, samples=10)
+    trainer(tmp_path / "first", first).train()
+    other = classifier()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    trainer(tmp_path / "second", at.integrations.HuggingFaceTracker(budget=None, samples=10), model=other).train()
+    checkpoint = tmp_path / "first" / "checkpoint-3"
+    resumed = at.integrations.HuggingFaceTracker(budget=None, samples=10)
+    trainer(tmp_path / "second", resumed, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
+    assert curve(resumed.tracker) == curve(first.tracker)
+    (checkpoint / "tangents.safetensors").unlink()
+    late = at.integrations.HuggingFaceTracker(budget=None, samples=10)
+    with pytest.warns(at.TangentWarning, match=r"first.checkpoint-3 holds no tangents.safetensors"):
+        trainer(tmp_path / "second", late, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
+    assert [row[0] for row in curve(late.tracker)] == [3, 4, 5, 6]
+
+
 def test_bfloat16_accumulated_gradients_and_a_batch_of_ones_own_in_a_hugging_face_trainer(tmp_path: Path) -> None:
     ids, labels = texts()
     options = {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 2, "save_strategy": "no"}
@@ -167,7 +185,7 @@ def test_where_the_trainer_is_not_found_the_history_still_gets_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["adaptive_tangents.integrations.hugging_face"]
-    monkeypatch.setattr(module, "_trainer_of", lambda callback: None)
+    monkeypatch.setattr(module, "_training", lambda callback: iter(()))
     callback = at.integrations.HuggingFaceTracker(samples=8)
     made = trainer(tmp_path, callback, max_steps=1, save_strategy="no")
     with pytest.warns(at.TangentWarning, match=r"the Trainer that called is not found, so its loggers get no numbers"):

@@ -301,6 +301,26 @@ REFUSED = {
         r"cka: a kernel has shape .* got \(3, 3, 3\)",
     ),
     "blocks that do not match": (lambda: at.decompose(torch.ones(2, 3, 3, 2), K, Y), r"decompose: a kernel has shape"),
+    "no samples": (
+        lambda: at.cka(torch.zeros(0, 2, 0, 2), torch.zeros(0, 2, 0, 2)),
+        r"cka: a kernel of shape \(0, 2, 0, 2\) has no entries",
+    ),
+    "no samples aligned": (
+        lambda: at.alignment(torch.zeros(0, 0), torch.zeros(0)),
+        r"alignment: a kernel of shape \(0, 0\) has no entries",
+    ),
+    "no outputs": (
+        lambda: at.decompose(torch.zeros(3, 0, 3, 0), torch.zeros(3, 0, 3, 0), torch.zeros(3, 0)),
+        r"decompose: a kernel of shape \(3, 0, 3, 0\) has no entries",
+    ),
+    "eigenvalues of no samples": (
+        lambda: at.kernels.kernel_eigen(torch.zeros(0, 0), 1),
+        r"kernel_eigen: a kernel of shape \(0, 0\) has no entries",
+    ),
+    "regression on no samples": (
+        lambda: at.kernel_regression(torch.zeros(0, 0), torch.zeros(0), ridge=1.0),
+        r"kernel_regression: a kernel of shape \(0, 0\) has no entries",
+    ),
     "targets of other samples": (
         lambda: at.alignment(K, Y[:4]),
         r"alignment: targets of shape \(4,\) do not fit a kernel of shape \(5, 5\)",

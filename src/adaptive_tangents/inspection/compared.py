@@ -41,7 +41,7 @@ def compared(pair: Sequence[Inspection], names: Sequence[str]) -> tuple[dict[str
         "places": places,
         "layers": layers,
         "where": _where(layers if len(layers) > 2 else places, "layers" if len(layers) > 2 else "blocks"),
-        "limits": [] if why_not is None else [why_not],
+        "limits": [words for words in (why_not, _other_labels(one, two) if same else None) if words],
         "versions": versions(),
     }
     return results, _arrays(pair, same=same)
@@ -78,6 +78,17 @@ def _other_samples(one: Inspection, two: Inspection) -> str | None:
             "both on the same data, with the same number of samples and the same seed."
         )
     return None
+
+
+def _other_labels(one: Inspection, two: Inspection) -> str | None:
+    """What numbers of the labels mean where the same samples have others in the two."""
+    a, b = (each.arrays.get("y") for each in (one, two))
+    if a is None or b is None or np.array_equal(a, b):
+        return None
+    differ = (
+        f"for {int((a != b).reshape(len(a), -1).any(1).sum())} of {len(a)} samples" if a.shape == b.shape else "in kind"
+    )
+    return f"The labels of the two differ {differ}, so performance and alignment with the labels are of two tasks."
 
 
 def _outputs(one: Inspection, two: Inspection) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,7 +66,7 @@ class HuggingFaceTracker:
         """Begin a curve, or go on with that of the checkpoint."""
         if not state.is_world_process_zero:
             return
-        self._trainer = _trainer_of(self)
+        self._trainer = next((frame.f_locals["self"] for frame in _training(self)), None)
         if self._trainer is None:
             warnings.warn(
                 f"{CALL}: the Trainer that called is not found, so its loggers get no numbers; state.log_history does",
@@ -106,16 +106,17 @@ class HuggingFaceTracker:
         return Tracker(model, x, y, **self._options)
 
     def _go_on(self, tracker: Tracker, args: Any, state: Any) -> None:
-        step = f"checkpoint-{state.global_step}"
-        folders = [args.resume_from_checkpoint, Path(args.output_dir) / step]
-        files = [Path(folder) / FILE for folder in folders if isinstance(folder, str | Path)]
-        files = [file for file in files if file.is_file()] if self._resume is None else [Path(self._resume)]
-        if files:
-            tracker.load(files[0])
+        # The Trainer tells callbacks of no folder but its own, which may hold the checkpoint of another training.
+        given = [found for frame in _training(self) if (found := frame.f_locals.get("resume_from_checkpoint"))]
+        folders = [found for found in (*given, args.resume_from_checkpoint) if isinstance(found, str | Path)]
+        folder = Path(next(iter(folders), Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+        file = folder / FILE if self._resume is None else Path(self._resume)
+        if self._resume is not None or file.is_file():
+            tracker.load(file)
             return
         warnings.warn(
-            f"{CALL}: training goes on at step {state.global_step}, and {Path(args.output_dir) / step} holds no {FILE}; the "
-            "curves begin here; give resume=, the file to go on with",
+            f"{CALL}: training goes on at step {state.global_step}, and {folder} holds no {FILE}; the curves begin here; "
+            "give resume=, the file to go on with",
             TangentWarning,
             stacklevel=3,
         )
@@ -136,13 +137,12 @@ class HuggingFaceTracker:
         control.should_log = wanted
 
 
-def _trainer_of(callback: object) -> Any:
-    """The Trainer that is calling: callbacks get no reference to it, and only its ``log`` reaches its loggers."""
+def _training(callback: object) -> Iterator[FrameType]:
+    """The frames of the Trainer that is calling: callbacks get no reference to it, and only its ``log`` reaches loggers."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         handler = getattr(caller, "callback_handler", None) if hasattr(type(caller), "train") else None
         if any(each is callback for each in getattr(handler, "callbacks", ())):
-            return caller
+            yield frame
         frame = frame.f_back
-    return None

@@ -254,6 +254,8 @@ class TensorKernel(Tiled):
         if not fits or (len(shape) == 4 and shape[1] != shape[3]):
             wanted = "(n, m) or (n, c, m, c)" if request.rectangular else "(n, n) or (n, c, n, c)"
             raise TangentError(f"{request.call}: a kernel has shape {wanted}, got {shape}")
+        if 0 in shape[1:] or (shape[0] == 0 and not request.rectangular):
+            raise TangentError(f"{request.call}: a kernel of shape {shape} has no entries; give samples and outputs")
         if values.is_complex():
             raise TangentError(
                 f"{request.call}: a kernel has real entries, got {values.dtype}; give its real part, K.real"
