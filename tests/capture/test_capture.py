@@ -548,19 +548,21 @@ def test_features_that_are_made_at_once_are_those_made_after_a_probe(case: Case)
 def test_a_small_batch_whose_features_are_refuted_is_captured_after_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _plain()
 
-    def blocks_from(*given: Any, batched: bool = False) -> Any:
-        blocks, reach = sources_file.blocks_from(*given, batched=batched)
-        return ({name: block.scaled(2.0) for name, block in blocks.items()} if batched else blocks), reach
+    def blocks_from(*given: Any, known: Any = None, **options: Any) -> Any:
+        blocks, kept = sources_file.blocks_from(*given, known=known, **options)
+        wrong = options["batched"] or known  # at once, or by another choice from the gradients made at once
+        return ({name: block.scaled(2.0) for name, block in blocks.items()} if wrong else blocks), kept
 
     checked = _watched(monkeypatch)
     monkeypatch.setattr(passes_file, "blocks_from", blocks_from)
     feats = at.tangent_features(model, x)
-    assert checked == [set(feats.blocks), set(feats.blocks), set()]
+    assert checked[0] == set(feats.blocks)
+    assert checked[-2:] == [set(feats.blocks), set()]
     np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
 
 
-def test_a_small_batch_takes_three_passes_forward_and_two_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double(), normal(6, 4)
+def _passes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[bool]]:
+    """The samples of every pass forward, and of every pass backward whether it is of all outputs together."""
     forwards, backwards, run, grad = list[int](), list[bool](), Network.run, torch.autograd.grad
 
     def forward(network: Network, given: Tensor) -> Tensor:
@@ -573,8 +575,27 @@ def test_a_small_batch_takes_three_passes_forward_and_two_backward(monkeypatch: 
 
     monkeypatch.setattr(Network, "run", forward)
     monkeypatch.setattr(torch.autograd, "grad", backward)
+    return forwards, backwards
+
+
+def test_a_small_batch_takes_three_passes_forward_and_two_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double(), normal(6, 4)
+    taken = _passes(monkeypatch)
     feats = at.tangent_features(model, x)
-    assert (forwards, backwards) == ([1, 6, 1], [True, False])
+    assert taken == ([1, 6, 1], [True, False])
+    np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
+
+
+def test_a_block_whose_first_guess_is_wrong_is_made_from_the_gradients_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows of a layer may be sample by sample or, as in attention and recurrent layers, token by token.
+    model = Forward(
+        lambda self, x: self.head(torch.tanh(self.fc(x.transpose(0, 1).reshape(-1, 4))).reshape(2, -1, 3).sum(0)),
+        fc=nn.Linear(4, 3), head=nn.Linear(3, 5),
+    ).double()  # fmt: skip
+    x = normal(6, 2, 4)
+    taken = _passes(monkeypatch)
+    feats = at.tangent_features(model, x)
+    assert taken == ([1, 6, 1], [True, False, False]), "one more comparison with autograd, and no more gradients"
     np.testing.assert_allclose(feats.dense().numpy(), reference.jacobian(model, x), atol=1e-12)
 
 

@@ -186,8 +186,12 @@ def blocks_from(
     dtype: torch.dtype,
     *,
     batched: bool = False,
-) -> tuple[dict[str, Block], dict[tuple[Any, int], int]]:
-    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the bytes of each held gradient."""
+    known: Mapping[tuple[Any, int], Gradients] | None = None,
+) -> tuple[dict[str, Block], dict[tuple[Any, int], Gradients]]:
+    """The blocks of all groups with a source, in ``dtype``, by one backward pass; and the gradients that they hold.
+
+    ``known`` are gradients of an earlier pass over the same graph, which need not be made again.
+    """
     n, c = out.shape
     last: dict[tuple[Any, int], bool] = {}
     edges: dict[tuple[Any, int], GradientEdge] = {}
@@ -203,27 +207,29 @@ def blocks_from(
     found = [group for group in groups if group.name in sources]
     early = [group for group in found if sources[group.name].summed]
     values = {group.name: empty((n, c, *group.matrix), out, dtype) for group in early}
+    # Gradients at live positions only may not do for another layout, and sums over positions need all of them at once.
+    kept = {} if early else {place: known[place] for place in edges if known and place in known}
+    kept = {place: gradients for place, gradients in kept.items() if gradients.live is None}
+    asked = [place for place in edges if place not in kept]
 
     def sum_positions(outputs: slice, gradients: list[Tensor]) -> None:
-        there = {place: Gradients(gradient) for place, gradient in zip(edges, gradients, strict=True)}
+        there = {place: Gradients(gradient) for place, gradient in zip(asked, gradients, strict=True)}
         for group in early:
             made = made_from(group, sources[group.name], there, out.detach()[:, outputs], choices)
             values[group.name][:, outputs] = made.features()
 
-    held_gradients = backward(
-        out, list(edges.values()), channels_last=list(last.values()), held=list(held.values()),
-        narrow=list(narrow.values()), seen=sum_positions, operations=graph.operations, batched=batched,
+    made = backward(
+        out, [edges[place] for place in asked], channels_last=[last[place] for place in asked],
+        held=[held[place] for place in asked], narrow=[narrow[place] for place in asked], seen=sum_positions,
+        operations=graph.operations, batched=batched,
     )  # fmt: skip
-    kept = {
-        place: gradient
-        for place, gradient in zip(edges, held_gradients, strict=True)
-        if gradient is not None and held[place]
+    kept |= {
+        place: gradient for place, gradient in zip(asked, made, strict=True) if gradient is not None and held[place]
     }
-    sizes = {place: gradient.values.nbytes for place, gradient in kept.items()}
     blocks = {
         group.name: group.of([Dense(values[group.name])])
         if group.name in values
         else made_from(group, sources[group.name], kept, out, choices).map(dtype=dtype)
         for group in found
     }
-    return blocks, sizes
+    return blocks, kept

@@ -88,6 +88,7 @@ def tangent_features(
 
 
 PASS_BYTES = 1_000_000_000  # more at once is no faster, but for networks whose parameters themselves take that much
+_SOURCES = 3  # of a block that are tried with features of all samples; with a few samples and one output, all are
 _GRADIENTS = 4  # a pass of a large network may take as much as so many gradients: each pass makes and reads some
 
 
@@ -244,16 +245,20 @@ class Capture:
         )  # fmt: skip
 
     def _at_once(self, x: Batch, first: Tensor, saved: int) -> Probe | None:
-        """Make, check and keep all features of a small batch; None if the first source of some block is not right."""
+        """Make, check and keep all features of a small batch; None if some block is not right by its first sources."""
 
         def steps(seen: Forward) -> tuple[Found, bool]:
-            found = assemble(seen, seen.out, self.groups, {}, batched=True)
-            wrong = len(found.blocks) < len(self.groups) or bool(refuted(found))
+            found = assemble(seen, seen.out, self.groups, {}, batched=True, keep=True)
+            for _ in range(_SOURCES):
+                right = len(found.blocks) == len(self.groups)
+                if not right or not (wrong := refuted(found)):
+                    break
+                found, right = retry(found, wrong, self.groups), False
             self.network.check_returned()
-            return found, wrong
+            return replace(found, gradients={}), right
 
-        found, wrong = self._pass(x, steps)
-        if wrong:
+        found, right = self._pass(x, steps)
+        if not right:
             return None
         out = found.seen.out.detach()
         if not bool(torch.isfinite(out).all()):

@@ -7,7 +7,7 @@ backward pass. `refuted` compares them with autograd, and `retry` makes the wron
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptive_tangents.capture.batches import Batch
 from adaptive_tangents.capture.block_sources import Choice, Source, blocks_from, next_choice, source_of
 from adaptive_tangents.capture.calls import Use, recorded_calls
-from adaptive_tangents.capture.derivatives import disproved, saved_copies
+from adaptive_tangents.capture.derivatives import Gradients, disproved, saved_copies
 from adaptive_tangents.capture.graph import Graph, read_graph
 from adaptive_tangents.capture.groups import Group
 from adaptive_tangents.capture.held_nodes import free_graphs, held_nodes
@@ -66,8 +66,8 @@ def forward(net: Network, x: Batch, *, copy: bool) -> Forward:
 class Found:
     """The features of ``target`` block by block, their sources, and the choices made.
 
-    ``held`` is the bytes of each gradient. ``unchecked`` names the blocks not yet compared with autograd, and
-    ``given_up`` those for which no choice is left.
+    ``held`` is the bytes of each gradient, and ``gradients`` are those kept to make blocks by another choice. ``unchecked``
+    names the blocks not yet compared with autograd, and ``given_up`` those for which no choice is left.
     """
 
     seen: Forward
@@ -78,6 +78,7 @@ class Found:
     held: Mapping[tuple[Any, int], int]
     unchecked: Collection[str]
     given_up: frozenset[str] = frozenset()
+    gradients: Mapping[tuple[Any, int], Gradients] = field(default_factory=dict, repr=False)
 
     @property
     def gradient_bytes(self) -> int:
@@ -93,11 +94,13 @@ class Found:
 
 
 def assemble(
-    seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice], *, batched: bool = False
-) -> Found:
+    seen: Forward, target: Tensor, groups: Sequence[Group], choices: Mapping[str, Choice], *, batched: bool = False,
+    keep: bool = False, known: Mapping[tuple[Any, int], Gradients] | None = None,
+) -> Found:  # fmt: skip
     """The features of ``target`` (n, k), the outputs or a function of them, for each group with a known source.
 
-    With ``batched``, gradients of all outputs may come from one batched pass, so the features must be checked.
+    With ``batched``, gradients of all outputs may come from one batched pass, so the features must be checked. ``keep``
+    holds the gradients for `retry`, and ``known`` are those of the same target held before.
     """
     calls = defaultdict[int, list[Use]](list)
     for use in seen.uses:
@@ -105,8 +108,10 @@ def assemble(
     made = ((g.name, source_of(g, calls, seen.graph, len(target), choices.get(g.name, Choice()))) for g in groups)
     sources = {name: source for name, source in made if source is not None}
     dtype = common_dtype(seen.leaves.values())
-    blocks, held = blocks_from(groups, sources, target, choices, seen.graph, dtype, batched=batched)
-    return Found(seen, target, blocks, sources, choices, held, frozenset(blocks))
+    blocks, gradients = blocks_from(groups, sources, target, choices, seen.graph, dtype, batched=batched, known=known)
+    held = {place: gradient.values.nbytes for place, gradient in gradients.items()}
+    kept = gradients if keep else {}
+    return Found(seen, target, blocks, sources, choices, held, frozenset(blocks), gradients=kept)
 
 
 def refuted(found: Found) -> frozenset[str]:
@@ -120,12 +125,16 @@ def retry(found: Found, wrong: Collection[str], groups: Sequence[Group]) -> Foun
     kept = found.without(wrong)
     following = {name: next_choice(found.choices.get(name, Choice()), found.sources[name]) for name in wrong}
     choices = {**found.choices, **{name: choice for name, choice in following.items() if choice is not None}}
-    more = assemble(found.seen, found.target, [g for g in groups if following.get(g.name) is not None], choices)
+    left = [group for group in groups if following.get(group.name) is not None]
+    more = assemble(
+        found.seen, found.target, left, choices, keep=bool(found.gradients), known=found.gradients
+    )  # fmt: skip
     return replace(
         more,
         blocks={**kept.blocks, **more.blocks},
         sources={**kept.sources, **more.sources},
         held={**kept.held, **more.held},
+        gradients={**kept.gradients, **more.gradients},
         given_up=found.given_up | {name for name, choice in following.items() if choice is None},
     )
 

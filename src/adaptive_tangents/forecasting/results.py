@@ -118,7 +118,7 @@ class Forecast:
     Attributes:
         model: the network; None in a forecast that was loaded without one.
         start: θ₀, a state dict.
-        params: θ̂, a state dict.
+        params: θ̂, a state dict of tensors; what modules keep beside them (``get_extra_state``) is left out.
         steps: the steps taken.
         fits: the fit of each step; none in a forecast that was loaded. Their features are of one sample only, so that a
             forecast stays small.
