@@ -550,7 +550,7 @@ def test_a_small_batch_whose_features_are_refuted_is_captured_after_a_probe(monk
 
     def blocks_from(*given: Any, known: Any = None, **options: Any) -> Any:
         blocks, kept = sources_file.blocks_from(*given, known=known, **options)
-        wrong = options["batched"] or known  # at once, or by another choice from the gradients made at once
+        wrong = options["batched"] or known is not None  # at once, or by another choice from the gradients made at once
         return ({name: block.scaled(2.0) for name, block in blocks.items()} if wrong else blocks), kept
 
     checked = _watched(monkeypatch)

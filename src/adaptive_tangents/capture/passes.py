@@ -110,7 +110,10 @@ def assemble(
     dtype = common_dtype(seen.leaves.values())
     blocks, gradients = blocks_from(groups, sources, target, choices, seen.graph, dtype, batched=batched, known=known)
     held = {place: gradient.values.nbytes for place, gradient in gradients.items()}
-    kept = gradients if keep else {}
+    # Only another place of the samples can be tried with the same gradients.
+    several = [source for source in sources.values() if keep and source.ways > 1]
+    places = {(edge.node, edge.output_nr) for source in several for edge in source.edges}
+    kept = {place: gradient for place, gradient in gradients.items() if place in places}
     return Found(seen, target, blocks, sources, choices, held, frozenset(blocks), gradients=kept)
 
 
