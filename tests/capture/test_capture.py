@@ -25,7 +25,7 @@ from adaptive_tangents.features.summands import Dense
 from cases import CASES as SMALL
 from cases import Case, Forward, mlp, normal
 from prepared import every_case_and, fingerprint, over, prepare, with_gradients
-from registry import by_name
+from registry import CASES, by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -543,6 +543,32 @@ def test_features_that_are_made_at_once_are_those_made_after_a_probe(case: Case)
     np.testing.assert_allclose(
         made.dense().double(), ready.feats.dense().double(), rtol=0, atol=ready.tolerance * max(scale, 1)
     )
+
+
+# In some layer of these, samples have no fixed place, or no rule fits a use of a parameter: they are captured after a probe.
+AFTER_A_PROBE = {
+    "a convolution without samples", "a gate that sorts the batch", "experts", "MultiheadAttention with a bias key",
+    "EmbeddingBag, max", "EmbeddingBag with weights", "Fourier filter", "distances to learned centers",
+    "LSTM of packed sequences", "tokens in an order of their own", "chunks of the batch", "one sample at a time",
+    "samples reversed",
+}  # fmt: skip
+
+
+@over(CASES)
+def test_no_other_network_makes_the_features_of_a_small_batch_twice(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = case.build()
+    found, at_once = list[bool](), Capture._at_once
+
+    def watched(capture: Capture, *given: Any) -> Any:
+        probe = at_once(capture, *given)
+        found.append(probe is not None)
+        return probe
+
+    monkeypatch.setattr(Capture, "_at_once", watched)
+    at.tangent_features(model, x, wrt=case.wrt, output_fn=case.output_fn)
+    assert found == [case.name not in AFTER_A_PROBE]
 
 
 def test_a_small_batch_whose_features_are_refuted_is_captured_after_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ class Capture:
         )  # fmt: skip
 
     def _at_once(self, x: Batch, first: Tensor, saved: int) -> Probe | None:
-        """Make, check and keep all features of a small batch; None if some block is not right by its first sources."""
+        """Make, check and keep all features of a small batch; None if the first few sources of some block are not right."""
 
         def steps(seen: Forward) -> tuple[Found, bool]:
             found = assemble(seen, seen.out, self.groups, {}, batched=True, keep=True)

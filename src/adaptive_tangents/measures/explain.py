@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 RANKS = (0, 1, 2, 4, 8, 16, 32)
-# As long as how many operations of a large product one takes in these parts, as measured in benchmarks/bench_inspect.py.
+# Operations of a large product that take as long as one of these parts does, as measured in benchmarks/bench_inspect.py.
 _IN_NORMS, _IN_ONE_SIDE, _IN_ROUNDS = 0.13, 2.2, 4.2
 
 
