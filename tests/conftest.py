@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import os
+import random
 import runpy
 import sys
 import tempfile
@@ -254,6 +255,7 @@ DATA_VARIABLE = "ADAPTIVE_TANGENTS_DATA"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", help="seed of the random numbers that each test starts with", type=int, default=0)
     parser.addoption(
         "--data-dir", help=f"folder with real data, MNIST/raw/*-ubyte[.gz] in it (or set {DATA_VARIABLE})", default=None
     )
@@ -334,7 +336,13 @@ def _keep() -> None:
     gc.freeze()
 
 
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(tryfirst=True)  # before fixtures draw
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Random numbers do not depend on the tests that ran before in the same process."""
+    seed = item.config.getoption("--seed")
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
     if len(sys.modules) > _kept_modules + 200:  # a large library more
         _keep()
 
