@@ -138,7 +138,7 @@ def copied(call: str, model: nn.Module) -> nn.Module:
 
 def _rewired(made: _Made, memo: dict[int, Any]) -> _Made:
     """Python's deep copy ``made`` of something, after replacing every function in it by one that holds copies."""
-    there = _noted([made], set(), closures=False)
+    there = _noted([made], set(), {}, closures=False)
     for held, keys, values in there.dicts:
         _put(held, {key: _own_callable(value, memo) for key, value in zip(keys, values, strict=True)})
     for entries, kept in there.lists:
@@ -202,26 +202,49 @@ def _copies(values: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     return {name: _copy_of(value, memo) for name, value in values.items()}
 
 
-def belongings(model: nn.Module) -> Belongings:
-    """What a model holds, found by following attributes, containers and what functions hold."""
-    own = {
+def belongings(model: nn.Module, *, without: Iterable[Any] = ()) -> Belongings:
+    """What a model and its classes hold, found by following attributes, containers and what functions hold.
+
+    What ``without`` holds is not followed.
+    """
+    return _noted([model, *classes(model)], _tensors_of(model), {id(value): value for value in without})
+
+
+def classes(model: nn.Module) -> set[type]:
+    """The classes of a model's modules, and those that they are made from, except those of torch and the like."""
+    return {kind for module in model.modules() for kind in type(module).__mro__ if not _is_foreign(kind)}
+
+
+def shared(model: nn.Module, made: nn.Module) -> tuple[Any, ...]:
+    """What a copy ``made`` of a model holds that the model holds, too: functions, and objects that Python does not copy."""
+    first, second = dict[int, Any](), dict[int, Any]()
+    _noted([model], _tensors_of(model), first)
+    _noted([made], _tensors_of(made), second)
+    return tuple(value for key, value in second.items() if key in first)
+
+
+def held_by(values: Iterable[Any]) -> Belongings:
+    """What some objects hold."""
+    return _noted([*values], set(), {})
+
+
+def _tensors_of(model: nn.Module) -> set[int]:
+    return {
         id(tensor)
         for module in model.modules()
         for held in (module._parameters, module._buffers)
         for tensor in held.values()
     }
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not _is_foreign(kind)}
-    return _noted([model, *kinds], own, closures=True)
 
 
-def _noted(stack: list[Any], own: set[int], *, closures: bool) -> Belongings:
-    """What some objects hold; ``own`` are the ids of parameters and buffers."""
-    found, seen = Belongings(), set[int]()
+def _noted(stack: list[Any], own: set[int], seen: dict[int, Any], *, closures: bool = True) -> Belongings:
+    """What some objects hold, except those ``seen``, to which they are added; ``own`` are ids of parameters and buffers."""
+    found = Belongings()
     while stack and len(seen) < _MOST:
         value = stack.pop()
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
             continue
-        seen.add(id(value))
+        seen[id(value)] = value
         stack += [held for held in _kept(value, found, own) if type(held) not in _ATOMS and id(held) not in seen]
     return found
 

@@ -21,7 +21,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.belongings import Belongings, Put, belongings
+from adaptive_tangents.capture.belongings import Belongings, Put, belongings, classes, held_by, shared
 from adaptive_tangents.capture.process_state import (
     leave_dual_levels,
     make_elementary,
@@ -42,22 +42,67 @@ _Step = Callable[[], None]
 _loans: list["Loan"] = []
 
 
-class _Kept:
-    """What a private model holds, noted once; part of the model, so that it goes with it, but not of copies."""
+class _Notes:
+    """A model as it is: its tensors by name, where its parameters are, what passes must not see, and all that it holds."""
 
-    def __init__(self) -> None:
-        self.belongings: Belongings | None = None
+    def __init__(self, model: nn.Module, shared: Iterable[Any] = ()) -> None:
+        self.model, self.classes = model, classes(model)
+        self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self.buffers}
+        self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
+        self.own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
+        self.held = belongings(model, without=shared)
+        modules = list(model.named_modules())
+        self.recurrent = any(isinstance(module, nn.RNNBase) for _, module in modules)
+        once = {
+            kind: frozenset(name for name, value in vars(kind).items() if isinstance(value, cached_property))
+            for kind in {kind for _, module in modules for kind in type(module).__mro__}
+        }
+        self.overrides: list[_Step] = []
+        self.slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
+        for path, module in modules:
+            self.overrides += _overrides(module, frozenset().union(*(once[kind] for kind in type(module).__mro__)))
+            if not isinstance(module, torch.jit.ScriptModule):
+                self.slots += [
+                    (module._parameters, key, p, f"{path}.{key}" if path else key)
+                    for key, p in module._parameters.items()
+                ]
+
+    @cached_property
+    def places(self) -> dict[int, list[Put]]:
+        """Where each tensor is held, by its id."""
+        return self.held.places(self.own)
+
+    @cached_property
+    def homes(self) -> dict[str, nn.Module]:
+        """The module that holds each buffer."""
+        return {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.buffers}
+
+
+class _Kept:
+    """The notes of a private model, made once; part of the model, so that they go with it, but not of copies.
+
+    What the model shares with others is noted for every loan.
+    """
+
+    def __init__(self, shared: tuple[Any, ...] = ()) -> None:
+        self.shared = shared
+        self.notes: _Notes | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
-        return _Kept()
+        return _Kept(self.shared)
 
     def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
         return _Kept, ()
 
 
-def keep_private(model: nn.Module) -> None:
-    """Say that only loans change what a model holds, so that it need not be noted for each; again after other changes."""
-    vars(model)["_kept"] = _Kept()
+def keep_private(model: nn.Module, *, original: nn.Module | None = None) -> None:
+    """Say that only loans change what a model holds, so that it is noted once; say so again after other changes.
+
+    What it shares with the ``original`` that it is a copy of, others may change.
+    """
+    before = vars(model).pop("_kept", _Kept())
+    vars(model)["_kept"] = _Kept(before.shared if original is None else shared(original, model))
 
 
 def current(model: nn.Module) -> "Loan | None":
@@ -98,20 +143,14 @@ class Loan:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._buffers = dict(model.named_buffers(remove_duplicate=False))
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self._buffers}
-        self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
-        self._own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
         self._thread = threading.get_ident()
         self._undo: list[_Step] = []
         self._undo_in_thread: list[_Step] = []
-        self._held = Belongings()
+        self._held: tuple[Belongings, ...] = ()
         self._random = random_state()
-        self._overrides: list[_Step] = []
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor, int | torch.SymInt]] = []
-        self._places: dict[int, list[Put]] | None = None
-        self._slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
+        self._places: list[dict[int, list[Put]]] | None = None
         self._versions: dict[str, int] = {}
         self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
@@ -123,49 +162,41 @@ class Loan:
     def begin(self) -> None:
         """Note everything, and set the process so that models run as written, in operations that autograd records."""
         _loans.append(self)
-        note_process(self._undo)
+        note_process(self._undo, self._random)
         note_thread(self._undo_in_thread)
-        self._undo += [_tensor_undo(tensor) for tensor in self._own]
         kept = vars(self.model).get("_kept")
         if isinstance(kept, _Kept):
-            held = kept.belongings = kept.belongings or belongings(self.model)
+            apart = [*kept.shared, *classes(self.model)]
+            self._notes = kept.notes = kept.notes or _Notes(self.model, apart)
+            self._held = (self._notes.held, held_by(apart))
         else:
-            held = belongings(self.model)
-        self._held = held
-        make_elementary(self.model)
-        owners = {tensor.data_ptr(): tensor for tensor in self._own if _has_storage(tensor)}
-        for tensor in filter(_has_storage, held.tensors):
+            self._notes = _Notes(self.model)
+            self._held = (self._notes.held,)
+        self._undo += [_tensor_undo(tensor) for tensor in self._notes.own]
+        self._overrides = self._notes.overrides + [step for kind in self._notes.classes for step in _unmemoized(kind)]
+        make_elementary(recurrent=self._notes.recurrent)
+        owners = {tensor.data_ptr(): tensor for tensor in self._notes.own if _has_storage(tensor)}
+        for tensor in filter(_has_storage, [tensor for held in self._held for tensor in held.tensors]):
             self._undo.append(_tensor_undo(tensor))
             start = tensor.untyped_storage().data_ptr()
             if start in owners:
                 self._aliases.append((tensor, owners[start], tensor.storage_offset()))
             elif tensor.nbytes < _LARGE:
                 self._copied.append((tensor, tensor.data))
-        self._versions = {k: _version(t) + (0 if k in self._buffers else _LATER) for k, t in self.tensors.items()}
-        for tensor in self._own:
+        self._versions = {
+            name: _version(tensor) + (0 if name in self._notes.buffers else _LATER)
+            for name, tensor in self.tensors.items()
+        }
+        for tensor in self._notes.own:
             tensor._backward_hooks = None  # a hook on a gradient is no part of the function
             tensor.grad = None
-        modules = list(self.model.named_modules())
-        kinds = {kind for _, module in modules for kind in type(module).__mro__}
-        once = {
-            kind: frozenset(name for name, value in vars(kind).items() if isinstance(value, cached_property))
-            for kind in kinds
-        }
-        for path, module in modules:
-            self._overrides += _overrides(module, frozenset().union(*(once[kind] for kind in type(module).__mro__)))
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._slots += [
-                    (module._parameters, key, p, f"{path}.{key}" if path else key)
-                    for key, p in module._parameters.items()
-                ]
-        for kind in kinds:
-            self._overrides += _unmemoized(kind)
 
     def end(self) -> None:
         """Put everything back; may be called again."""
         if self._ended:
             return
-        self._held.restore()
+        for held in self._held:
+            held.restore()
         if not self.completed:
             leave_dual_levels(self._level)
         for step in reversed(self._undo):
@@ -183,7 +214,8 @@ class Loan:
         it is held, for what a parameter cannot be: a tensor with a history, one inside a transform, a dual number.
         """
         self.instead = instead
-        self._held.restore()
+        for held in self._held:
+            held.restore()
         set_random_state(self._random)
         for override in self._overrides:
             override()
@@ -192,7 +224,7 @@ class Loan:
                 tensor.data = value.clone()
             for name, value in values.items():
                 own = self.tensors[name]
-                if name not in self._buffers:
+                if name not in self._notes.buffers:
                     own.data = _as_held(value, own)
                 elif instead.get(name, own) is own:
                     own.data = _as_held(value, own).clone()
@@ -213,7 +245,7 @@ class Loan:
     def written(self, names: Iterable[str]) -> str | None:
         """One of some parameters that was written to in place, made to point elsewhere, or replaced since ``put``."""
         replaced = {id(self.tensors[name]) for name, value in self.instead.items() if value is not self.tensors[name]}
-        for held, key, p, name in self._slots:
+        for held, key, p, name in self._notes.slots:
             if held.get(key) is not p and id(p) not in replaced:
                 return name
         for name in names:
@@ -227,26 +259,35 @@ class Loan:
     def hidden(self, names: Iterable[str]) -> None:
         """Make parameters of tensors that the model holds as buffers, for a model that asks for its parameters."""
         for name in dict.fromkeys(names):
-            if name in self._buffers:
-                path, _, last = name.rpartition(".")
-                module = self.model.get_submodule(path)
+            if name in self._notes.buffers:
+                module, last = self._notes.homes[name], name.rpartition(".")[2]
                 if last in module._buffers:
                     module._parameters[last] = module._buffers.pop(last)  # type: ignore[assignment]
 
     def _held_by(self, own: Tensor) -> list[Put]:
         if self._places is None:
-            self._places = self._held.places(self._own)
-        return self._places[id(own)]
+            self._places = [self._notes.places, *(held.places(self._notes.own) for held in self._held[1:])]
+        return [put for places in self._places for put in places[id(own)]]
 
     @property
     def accumulated(self) -> bool:
         """Whether a backward pass added to the gradient of a parameter."""
-        return any(tensor.is_leaf and tensor.grad is not None for tensor in self._own)
+        return any(tensor.is_leaf and tensor.grad is not None for tensor in self._notes.own)
 
     @property
     def derived(self) -> list[Tensor]:
         """Tensors the model holds that were computed from others before the loan."""
-        return self._held.derived
+        return [tensor for held in self._held for tensor in held.derived]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers by all their names."""
+        return self._notes.tensors
+
+    @property
+    def without_versions(self) -> set[str]:
+        """The names of tensors made in inference mode, whose writes are not counted."""
+        return self._notes.without_versions
 
 
 def _as_held(value: Tensor, own: Tensor) -> Tensor:
@@ -289,13 +330,15 @@ def _overrides(module: nn.Module, once: frozenset[str]) -> list[_Step]:
     """Steps that hide what a module keeps for training or from earlier calls: backward hooks, values computed ``once``."""
     held = vars(module)
     steps: list[_Step] = [
-        partial(held.__setitem__, name, OrderedDict())
-        for name in ("_backward_hooks", "_backward_pre_hooks")
-        if held.get(name)
+        partial(_without_hooks, held, name) for name in ("_backward_hooks", "_backward_pre_hooks") if held.get(name)
     ]
     steps += [partial(held.pop, name, None) for name in once & held.keys()]
     cached = {name: value for name, value in held.items() if isinstance(value, _lru_cache_wrapper)}
     return steps + [partial(held.__setitem__, name, value.__wrapped__) for name, value in cached.items()]
+
+
+def _without_hooks(held: dict[str, Any], name: str) -> None:
+    held[name] = OrderedDict()
 
 
 def _unmemoized(kind: type) -> list[_Step]:

@@ -20,8 +20,8 @@ from adaptive_tangents.runtime.recursion import set_users_limit, users_limit
 _Step = Callable[[], None]
 
 
-def note_process(undo: list[_Step]) -> None:
-    """Note how to put back what holds for the process."""
+def note_process(undo: list[_Step], random_numbers: tuple[Any, ...]) -> None:
+    """Note how to put back what holds for the process, and random numbers to a state of ``random_state``."""
     cuda: Any = torch.backends.cuda
     functorch: Any = torch._C._functorch
     checkpoint = torch.utils.checkpoint
@@ -44,7 +44,7 @@ def note_process(undo: list[_Step]) -> None:
         (_set_matmul_precision, _matmul_precision()),
         (torch.set_default_dtype, torch.get_default_dtype()),
         (set_users_limit, users_limit()),
-        (set_random_state, random_state()),
+        (set_random_state, random_numbers),
     ]
     if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
         frames = sys.modules["torch._dynamo.eval_frame"]
@@ -72,7 +72,7 @@ def note_thread(undo: list[_Step]) -> None:
         normal.__enter__()
 
 
-def make_elementary(model: nn.Module) -> None:
+def make_elementary(*, recurrent: bool) -> None:
     """Attention, recurrence and checkpointing as plain operations; a fused kernel has no forward mode or no saved inputs."""
     cuda = torch.backends.cuda
     cuda.enable_flash_sdp(False)
@@ -83,7 +83,7 @@ def make_elementary(model: nn.Module) -> None:
     torch._C._set_multithreading_enabled(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_graph_executor_optimize(False)  # what TorchScript fuses has no forward mode
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if recurrent:
         torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
     if "torch._dynamo" in sys.modules:

@@ -114,7 +114,7 @@ class TangentModule(nn.Module):
         self._ways = Ways()
         self.register_load_state_dict_post_hook(_settled)  # type: ignore[no-untyped-call]
         self.eval()
-        keep_private(self.model)
+        keep_private(self.model, original=model)
 
     def train(self, mode: bool = True) -> "TangentModule":
         super().train(mode)
