@@ -209,12 +209,14 @@ class _Table:
     @staticmethod
     def of(a: Float[Tensor, "n oi"], b: Float[Tensor, "n oi"], p: int, q: int) -> "_Table":
         """The moments of features A (n, o·i) and B."""
-        (o, r), (i, j) = (torch.triu_indices(size, size, device=a.device) for size in (p, q))
-        gram = (a.mT @ a).reshape(p, q, p, q)
-        o, r = o[:, None], r[:, None]
-        square = (gram[o, i, r, j] + gram[o, j, r, i]) / 2
+        i, j = torch.triu_indices(q, q, device=a.device)
+        rows = a.reshape(-1, p, q)
+        square = []
+        for o in range(p):  # with the units from o on, as the moments are symmetric
+            gram = (rows[:, o].mT @ rows[:, o:].flatten(1)).reshape(q, p - o, q).transpose(0, 1)
+            square.append(((gram + gram.mT) / 2)[:, i, j])
         cross = (b.mT @ a).reshape(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
-        return _Table(square, cross, {"left": p, "right": q})
+        return _Table(torch.cat(square), cross, {"left": p, "right": q})
 
     def moments(self, side: str, other: Float[Tensor, "b d d"]) -> tuple[Tensor, Tensor]:
         """Σ AM′ᵀM′Aᵀ and Σ BM′Aᵀ of a side, for each M′ of the other."""
