@@ -207,19 +207,21 @@ def belongings(model: nn.Module, *, without: Iterable[Any] = ()) -> Belongings:
 
     What ``without`` holds is not followed.
     """
-    return _noted([model, *classes(model)], _tensors_of(model), {id(value): value for value in without})
+    modules = list(model.modules())
+    return _noted([model, *classes(modules)], _tensors_of(modules), {id(value): value for value in without})
 
 
-def classes(model: nn.Module) -> set[type]:
-    """The classes of a model's modules, and those that they are made from, except those of torch and the like."""
-    return {kind for module in model.modules() for kind in type(module).__mro__ if not _is_foreign(kind)}
+def classes(modules: Iterable[nn.Module]) -> set[type]:
+    """The classes of modules, and those that they are made from, except those of torch and the like."""
+    kinds = {type(module) for module in modules}
+    return {base for kind in kinds for base in kind.__mro__ if not _is_foreign(base)}
 
 
 def shared(model: nn.Module, made: nn.Module) -> tuple[Any, ...]:
     """What a copy ``made`` of a model holds that the model holds, too: functions, and objects that Python does not copy."""
     first, second = dict[int, Any](), dict[int, Any]()
-    _noted([model], _tensors_of(model), first)
-    _noted([made], _tensors_of(made), second)
+    _noted([model], _tensors_of(model.modules()), first)
+    _noted([made], _tensors_of(made.modules()), second)
     return tuple(value for key, value in second.items() if key in first)
 
 
@@ -228,12 +230,9 @@ def held_by(values: Iterable[Any]) -> Belongings:
     return _noted([*values], set(), {})
 
 
-def _tensors_of(model: nn.Module) -> set[int]:
+def _tensors_of(modules: Iterable[nn.Module]) -> set[int]:
     return {
-        id(tensor)
-        for module in model.modules()
-        for held in (module._parameters, module._buffers)
-        for tensor in held.values()
+        id(tensor) for module in modules for held in (module._parameters, module._buffers) for tensor in held.values()
     }
 
 
@@ -245,7 +244,10 @@ def _noted(stack: list[Any], own: set[int], seen: dict[int, Any], *, closures: b
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
             continue
         seen[id(value)] = value
-        stack += [held for held in _kept(value, found, own) if type(held) not in _ATOMS and id(held) not in seen]
+        if type(value) is OrderedDict and not value:  # half of what a module holds
+            found.dicts.append((value, (), ()))
+            continue
+        stack += _kept(value, found, own)
     return found
 
 

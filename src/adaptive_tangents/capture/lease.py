@@ -45,38 +45,43 @@ _loans: list["Loan"] = []
 class _Notes:
     """A model as it is: its tensors by name, where its parameters are, what passes must not see, and all that it holds."""
 
-    def __init__(self, model: nn.Module, shared: Iterable[Any] = ()) -> None:
-        self.model, self.classes = model, classes(model)
-        self.buffers = dict(model.named_buffers(remove_duplicate=False))
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **self.buffers}
+    def __init__(self, model: nn.Module, shared: Iterable[Any] | None = None) -> None:
+        paths = dict(model.named_modules(remove_duplicate=False))
+        self.homes = {name: module for name, module, _ in _entries(paths, "_buffers")}
+        self.buffers = {name: tensor for name, _, tensor in _entries(paths, "_buffers")}
+        self.tensors = {name: tensor for name, _, tensor in _entries(paths, "_parameters")} | self.buffers
         self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self.own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
-        self.held = belongings(model, without=shared)
-        modules = list(model.named_modules())
-        self.recurrent = any(isinstance(module, nn.RNNBase) for _, module in modules)
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in paths.values())
+        self.classes = classes(paths.values())
+        self.apart = [] if shared is None else [*shared, *self.classes]
+        self.held = belongings(model, without=self.apart)
+        modules = list(dict.fromkeys(paths.values()))
         once = {
             kind: frozenset(name for name, value in vars(kind).items() if isinstance(value, cached_property))
-            for kind in {kind for _, module in modules for kind in type(module).__mro__}
+            for kind in {base for kind in map(type, modules) for base in kind.__mro__}
         }
         self.overrides: list[_Step] = []
         self.slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
-        for path, module in modules:
+        first = {id(module): path for path, module in reversed(paths.items())}
+        for module in modules:
             self.overrides += _overrides(module, frozenset().union(*(once[kind] for kind in type(module).__mro__)))
             if not isinstance(module, torch.jit.ScriptModule):
-                self.slots += [
-                    (module._parameters, key, p, f"{path}.{key}" if path else key)
-                    for key, p in module._parameters.items()
-                ]
+                prefix = first[id(module)] and first[id(module)] + "."
+                self.slots += [(module._parameters, key, p, prefix + key) for key, p in module._parameters.items()]
 
     @cached_property
     def places(self) -> dict[int, list[Put]]:
         """Where each tensor is held, by its id."""
         return self.held.places(self.own)
 
-    @cached_property
-    def homes(self) -> dict[str, nn.Module]:
-        """The module that holds each buffer."""
-        return {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.buffers}
+
+def _entries(modules: Mapping[str, nn.Module], kind: str) -> Iterable[tuple[str, nn.Module, Tensor]]:
+    """The name of each parameter or buffer, the module that holds it, and itself."""
+    for path, module in modules.items():
+        for key, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                yield f"{path}.{key}" if path else key, module, tensor
 
 
 class _Kept:
@@ -166,12 +171,10 @@ class Loan:
         note_thread(self._undo_in_thread)
         kept = vars(self.model).get("_kept")
         if isinstance(kept, _Kept):
-            apart = [*kept.shared, *classes(self.model)]
-            self._notes = kept.notes = kept.notes or _Notes(self.model, apart)
-            self._held = (self._notes.held, held_by(apart))
+            self._notes = kept.notes = kept.notes or _Notes(self.model, kept.shared)
         else:
             self._notes = _Notes(self.model)
-            self._held = (self._notes.held,)
+        self._held = (self._notes.held, *([held_by(self._notes.apart)] if self._notes.apart else []))
         self._undo += [_tensor_undo(tensor) for tensor in self._notes.own]
         self._overrides = self._notes.overrides + [step for kind in self._notes.classes for step in _unmemoized(kind)]
         make_elementary(recurrent=self._notes.recurrent)
