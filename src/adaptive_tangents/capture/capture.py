@@ -24,6 +24,7 @@ from adaptive_tangents.capture.failures import worded
 from adaptive_tangents.capture.graph import form_of, same_form
 from adaptive_tangents.capture.groups import parameter_groups
 from adaptive_tangents.capture.held_nodes import free_graphs
+from adaptive_tangents.capture.interaction import allowed_gap, check_interaction, check_part, gap
 from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn, Selection, network, recordable
 from adaptive_tangents.capture.passes import Forward, Found, assemble, common_dtype, forward, refuted, retry
@@ -226,7 +227,7 @@ class Capture:
             first, saved, _ = self._alone(one)
         graph = found.seen.graph
         probe = self._told(found, saved, index)
-        self._check_interaction(some, out, first, probe.least)
+        check_interaction(self.network, some, out, first, probe.least)
         return replace(probe, form=form_of(graph), projections=projections(blocks), spreads=spreads(blocks))
 
     def _told(self, found: Found, saved: int, index: Tensor) -> Probe:
@@ -266,16 +267,16 @@ class Capture:
         probe = self._told(found, saved, torch.arange(len(out), device="cpu"))
         blocks = {group.name: found.blocks[group.name].compact() for group in self.groups}
         self._check_features(blocks)
-        tolerance = self._tolerance(probe.least)
+        near = allowed_gap(probe.least)
         index = (
             spread_over(len(out), PROBED).flip(0) if len(out) > PROBED else torch.tensor([len(out) - 1], device="cpu")
         )
-        alone = self._gap(out[0], first, out) <= tolerance
-        if not alone or not follows(self.network, x, blocks, found.seen, index, tolerance):
+        alone = gap(out[0], first, out) <= near
+        if not alone or not follows(self.network, x, blocks, found.seen, index, near):
             self._alone(take(x, slice(0, 1)))
-            self._check_interaction(x, out, first, probe.least)
+            check_interaction(self.network, x, out, first, probe.least)
             if len(index) > 1:
-                self._check_part(self.outputs(take(x, index.to(out.device)), {}), index, probe, out)
+                check_part(self.network, self.outputs(take(x, index.to(out.device)), {}), index, out, probe.least)
         self._made.append((x, (out, blocks)))
         self._sound.append((len(out), found.seen.graph.operations))
         return probe
@@ -301,44 +302,11 @@ class Capture:
         with torch.enable_grad():
             return self.network.lend(run)
 
-    def _check_interaction(self, x: Batch, together: Tensor, first: Tensor, least: torch.dtype) -> None:
-        n = samples(x)
-        if n == 1:
-            return
-        # The last sample too: a model that compares every sample with the first of its batch passes on the first.
-        for k in (0, n - 1):
-            alone = self.outputs(take(x, slice(k, k + 1)), {})[0] if k else first
-            gap = self._gap(together[k], alone, together)
-            if not gap <= self._tolerance(least):
-                raise TangentError(
-                    f"{self.call}: the output of the {'last' if k else 'first'} sample is different in the batch "
-                    f"and alone (by {gap:.1e} of the largest output), so samples of a batch influence each other or "
-                    "outputs are random; take out what mixes the batch, e.g. batch statistics or dropout"
-                )
-
     def _check_same(self, x: Batch, out: Tensor) -> None:
         """Raise TangentError if the probed samples have other outputs in the whole batch than in the probe."""
         probe = self._own_probe(x)
         if probe is not None and self.verify and len(out) != len(probe.index):
-            self._check_part(probe.out, probe.index.to(out.device), probe, out)
-
-    def _check_part(self, part: Tensor, index: Tensor, probe: Probe, out: Tensor) -> None:
-        """Raise TangentError if some samples have other outputs in the whole batch than in a part of it."""
-        gap = self._gap(out[index], part, out)
-        if gap > self._tolerance(probe.least):
-            raise TangentError(
-                f"{self.call}: outputs are different in the whole batch and in a part of it (by {gap:.1e} of the largest "
-                "output), so samples of a batch influence each other; take out what mixes the batch"
-            )
-
-    @staticmethod
-    def _gap(one: Tensor, two: Tensor, all_outputs: Tensor) -> float:
-        scale = max(float(all_outputs.abs().max()), torch.finfo(all_outputs.dtype).tiny)
-        return float((one - two).abs().max()) / scale
-
-    @staticmethod
-    def _tolerance(dtype: torch.dtype) -> float:
-        return float(30 * torch.finfo(dtype).eps ** 0.75)
+            check_part(self.network, probe.out, probe.index.to(out.device), out, probe.least)
 
     def _features(self, x: Batch) -> tuple[Tensor, dict[str, Block]]:
         """Outputs and blocks of as many samples as fit into one pass."""
@@ -386,7 +354,10 @@ class Capture:
             found = assemble(seen, seen.out, groups, choices, batched=sound)
             found = replace(found, blocks={name: block.compact() for name, block in found.blocks.items()})
             sure = found.sources.keys() if not unseen else _confirmed(own, found) if own is not None else frozenset()
-            unsure = {name for name, source in found.sources.items() if source.unsure}
+            # Where a gradient was zero, as below a head of zeros, the probe took whatever place of the samples came first.
+            unsure = {
+                n for n, source in found.sources.items() if source.unsure or (not self.verify and source.ways > 1)
+            }
             found = replace(found, unchecked=(found.blocks.keys() - sure) | unsure)
             return seen.out.detach(), dict(found.without(refuted(found)).blocks)
 

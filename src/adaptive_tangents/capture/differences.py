@@ -65,7 +65,7 @@ def verify(net: Network, x: Batch, out: Tensor, leaves: Mapping[str, Tensor]) ->
         return
     found = _gradients(net, x, out, leaves)
     net.check_returned()
-    _check_derivative(net, x, found, least=lambda: _graph_of(out).dtype)
+    _check_derivative(net, x, found, least=lambda: graph_of(out).dtype)
 
 
 def check_state(net: Network, out: Tensor) -> bool:
@@ -74,11 +74,12 @@ def check_state(net: Network, out: Tensor) -> bool:
     if not out.requires_grad or not bool(torch.isfinite(out).all()):
         return False
     if net.holds_derived:
-        net.check_fresh(_graph_of(out).parents)
+        net.check_fresh(graph_of(out).parents)
     return True
 
 
-def _graph_of(out: Tensor) -> Graph:
+def graph_of(out: Tensor) -> Graph:
+    """The graph of outputs, during a loan."""
     with held_nodes() as nodes:
         return read_graph(out, {}, nodes)
 
@@ -112,7 +113,7 @@ def _check_derivative(
     along = {name: _direction(net.parameters[name], gradient, still.get(name)) for name, gradient in gradients.items()}
     if _agree(net, x, along) or least() not in _STEPS:
         return
-    net = _nearby(net)
+    net = nearby(net)
     leaves = net.leaves()
     gradients = _gradients(net, x, net(x, leaves), leaves)
     along = {name: _direction(net.parameters[name], gradient, still.get(name)) for name, gradient in gradients.items()}
@@ -128,7 +129,7 @@ def _check_derivative(
         )
 
 
-def _nearby(net: Network) -> Network:
+def nearby(net: Network) -> Network:
     """The network with each parameter moved at random, by more than the steps of differences."""
     generator = torch.Generator().manual_seed(0)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.batches import Batch, take, tensors
+from adaptive_tangents.capture.batches import Batch, samples, take, tensors
 from adaptive_tangents.capture.derivatives import saved_copies
-from adaptive_tangents.capture.differences import verify
+from adaptive_tangents.capture.differences import graph_of, verify
+from adaptive_tangents.capture.interaction import check_interaction
 from adaptive_tangents.capture.network import Network
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -24,10 +25,11 @@ Way = Literal["forward", "backward", "features"]
 
 @dataclass
 class Ways:
-    """How φβ is computed, once known, and on how many batches that was checked."""
+    """How φβ is computed, once known, on how many batches that was checked, and whether samples were found independent."""
 
     chosen: Way | None = None
     tried: int = 0
+    apart: bool = False
 
 
 class LinearMaps:
@@ -67,6 +69,9 @@ class LinearMaps:
         ways = self.ways
         if ways.chosen is None:
             self.network.lend(partial(self._verify, take(x, slice(0, 1))))
+        if not ways.apart and samples(x) > 1:
+            self.network.lend(partial(self._check_interaction, x))
+            ways.apart = True
         if ways.chosen is None or (ways.chosen == "forward" and ways.tried < _TRIED):
             ways.tried += 1
             ways.chosen = self._first_right(x)
@@ -81,6 +86,17 @@ class LinearMaps:
                 return  # a model that does not run on one sample is not judged
             with suppress(RuntimeError, AssertionError):  # nor one without a backward pass
                 verify(self.network, x, out, leaves)
+
+    def _check_interaction(self, x: Batch) -> None:
+        with torch.enable_grad():
+            try:
+                first = self(take(x, slice(0, 1)), self.network.leaves())
+            except Exception:
+                return  # as above
+            least = graph_of(first).dtype if first.requires_grad else first.dtype
+        with torch.no_grad():
+            together = self(x, {})
+        check_interaction(self.network, x, together, first.detach()[0], least)
 
     def _first_right(self, x: Batch) -> Way:
         """The first way that is adjoint to ``against``: some operations have no forward mode, or a wrong one."""
