@@ -4,6 +4,8 @@ import collections
 import functools
 import random
 import sys
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -475,6 +477,93 @@ def random_features() -> Made:
     return of(run)()
 
 
+# What is held out of the way.
+
+
+class Counts:
+    """A helper that counts on its class, and is hashed by identity."""
+
+    total = 0
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Registered(type(nn.Module)):  # type: ignore[misc]
+    """A metaclass that counts the calls of its classes' instances."""
+
+    calls = 0
+
+
+class ByMetaclass(nn.Module, metaclass=Registered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = net().values()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        Registered.calls += 1
+        out: Tensor = self.b(torch.tanh(self.a(x)))
+        return out
+
+
+def old_generator(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x)) * float(1 + m.drawn.rand()))
+
+
+def in_weak_keys(m: Any, x: Tensor) -> Tensor:
+    if m.a not in m.cache:
+        m.cache[m.a] = m.a.weight * 2
+    return m.b(torch.tanh(x @ m.cache[m.a].T))
+
+
+def in_weak_values(m: Any, x: Tensor) -> Tensor:
+    known = "last" in m.cache
+    m.cache["last"] = m.a
+    return m.b(torch.tanh(m.a(x) + float(known)))
+
+
+def counted_on_keys(m: Any, x: Tensor) -> Tensor:
+    for helper in (*m.by_helper, *m.helpers):
+        helper.count += 1
+    return m.b(torch.tanh(m.a(x) + sum(helper.count for helper in m.by_helper)))
+
+
+def behind_a_view() -> Made:
+    view = types.MappingProxyType({"log": list[int]()})
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        view["log"].append(1)
+        return m.b(torch.tanh(m.a(x)))
+
+    return Forward(run, **net()), normal(4, 3)
+
+
+def counted_on_a_helpers_class(m: Any, x: Tensor) -> Tensor:
+    type(m.helper).total += 1
+    return m.b(torch.tanh(m.a(x)))
+
+
+def noted_on_a_parameter(m: Any, x: Tensor) -> Tensor:
+    m.a.weight.calls = getattr(m.a.weight, "calls", 0) + 1
+    return m.b(torch.tanh(m.a(x) + m.a.weight.calls))
+
+
+class WithLaw(nn.Module):
+    """A network that holds a distribution made from a parameter."""
+
+    def __init__(self, law: Callable[[nn.Parameter], Any]) -> None:
+        super().__init__()
+        self.a, self.b = net().values()
+        self.location = nn.Parameter(torch.randn(2))
+        self.double()
+        self.law = law(self.location)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.tanh(self.a(x))) * self.law.mean
+        return out
+
+
 # Shared flags.
 
 
@@ -561,6 +650,20 @@ CASES = (
         numbers=lambda: np.random.default_rng(0), plain=lambda: random.Random(0))),
     Case("seeds its own generator", with_attributes(reseeds_its_own, drawn=torch.Generator)),
     Case("random features from a seed", random_features),
+    Case("draws from NumPy's old generator", with_attributes(old_generator, drawn=lambda: np.random.RandomState(0))),
+    Case("cache by weak keys", with_attributes(in_weak_keys, cache=weakref.WeakKeyDictionary)),
+    Case("weak values", with_attributes(in_weak_values, cache=weakref.WeakValueDictionary)),
+    Case("counts on keys and on members", with_attributes(counted_on_keys, by_helper=lambda: {Counts(): 1},
+        helpers=lambda: frozenset({Counts()}))),
+    Case("counts behind a view", behind_a_view, module=False),
+    # The truth calls the model, too, which counts: so no modules.
+    Case("counts on a helper's class", with_attributes(counted_on_a_helpers_class, helper=Counts), module=False),
+    Case("counts on a metaclass", lambda: (ByMetaclass(), normal(4, 3)), module=False),
+    Case("notes on a parameter", of(noted_on_a_parameter)),
+    Case("a distribution of a parameter", lambda: (WithLaw(lambda p: torch.distributions.Normal(p, torch.ones_like(p))),
+        normal(4, 3))),
+    Case("a distribution computed from a parameter", lambda: (WithLaw(lambda p: torch.distributions.Exponential(p.exp())),
+        normal(4, 3)), error=CACHED),
     Case("sets flags of torch", of(sets_flags)),
     Case("sets the default dtype", of(sets_default_dtype)),
     Case("switches attention kernels off", of(sets_attention)),

@@ -58,14 +58,21 @@ class Snapshot:
             self.found[f"{path}/state"] = raw(thing.get_state())
         elif isinstance(thing, np.random.Generator):
             self.found[f"{path}/state"] = str(thing.bit_generator.state)
+        elif isinstance(thing, np.random.RandomState):
+            self.found[f"{path}/state"] = str(thing.get_state())
         elif isinstance(thing, np.ndarray):
             self.found[f"{path}/values"] = thing.tobytes()
         elif isinstance(thing, Mapping):
             self.found[f"{path}/keys"] = [k if isinstance(k, ATOMS) else id(k) for k in thing]
             for k, value in list(thing.items()):
                 self._walk(f"{path}[{k if isinstance(k, ATOMS) else id(k)}]", value)
+                self._walk(f"{path}/key{id(k)}", k)
+                self.found.pop(f"{path}/key{id(k)}")
         elif isinstance(thing, Set):
             self.found[f"{path}/members"] = sorted(repr(m) if isinstance(m, ATOMS) else str(id(m)) for m in thing)
+            for member in thing:
+                if not isinstance(member, ATOMS):
+                    self._walk(f"{path}/member{id(member)}", member)
         elif isinstance(thing, types.MethodType):
             self.found[path] = (id(thing.__func__), id(thing.__self__))
             self._walk(f"{path}/self", thing.__self__)
@@ -92,6 +99,8 @@ class Snapshot:
         if not tensor.is_nested:
             self.found[f"{path}/place"] = tensor.data_ptr()
         self._walk(f"{path}/grad", grad)
+        for name, value in vars(tensor).items():
+            self._walk(f"{path}.{name}", value)
 
     def _object(self, path: str, thing: Any) -> None:
         if isinstance(thing, list | tuple) or hasattr(thing, "popleft"):
@@ -102,6 +111,10 @@ class Snapshot:
             for name, value in shared.items():
                 if not name.startswith("__"):
                     self._walk(f"{path}.{type(thing).__name__}.{name}", value)
+        for kind in (*type(thing).__mro__, type(type(thing))):
+            if kind.__module__.startswith("hostile"):
+                held = {name: repr(value) for name, value in vars(kind).items() if isinstance(value, ATOMS)}
+                self.found[f"{path}/{kind.__name__}"] = held
         attributes = dict(getattr(thing, "__dict__", {}))
         for kind in type(thing).__mro__:
             slots = kind.__dict__.get("__slots__", ())

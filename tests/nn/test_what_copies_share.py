@@ -34,11 +34,12 @@ class Net(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.a, self.settings, self.shift = nn.Linear(3, 2), settings, shifted
+        self.a, self.end, self.settings, self.shift = nn.Linear(3, 2), nn.Identity(), settings, shifted
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.factor * self.gains["first"] * self.settings.factor * self.settings.gains["first"]
-        return self.shift(scale * self.a(x))
+        out: Tensor = self.end(self.shift(scale * self.a(x)))
+        return out
 
 
 def doubled(self: Net, x: Tensor) -> Tensor:
@@ -66,7 +67,13 @@ def test_what_others_change_in_what_a_copy_shares_counts_and_stays(
     change_it, expected = CHANGES[change]
     net, x = Net(Settings()), torch.randn(4, 3)
     adaptive = at.TangentModule(net, at.Fixed())
-    modules = [adaptive, copy.deepcopy(adaptive), at.TangentModule(net, at.Fixed()).double().float().train()]
+    modules = [
+        adaptive,
+        copy.deepcopy(adaptive),
+        at.TangentModule(net, at.Fixed()).double().float().train(),
+    ]
+    if "settings" not in change:  # which a pickle holds itself
+        modules.append(pickle.loads(pickle.dumps(adaptive)))
     before = [module(x) for module in modules]
     change_it(net, monkeypatch)
     changed = net(x)
@@ -77,11 +84,87 @@ def test_what_others_change_in_what_a_copy_shares_counts_and_stays(
     torch.testing.assert_close(net(x), changed)
 
 
-def test_what_others_change_in_a_class_counts_for_a_module_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, adaptive = torch.randn(4, 3), at.TangentModule(Net(Settings()), at.Fixed())
-    adaptive(x)
-    loaded = pickle.loads(pickle.dumps(adaptive))
-    before = loaded(x)
-    monkeypatch.setattr(Net, "factor", 2.0)
-    torch.testing.assert_close(loaded(x), 2 * before)
-    assert Net.factor == 2
+def attribute(model: nn.Module) -> None:
+    model.factor = 2.0
+
+
+def module(model: nn.Module) -> None:
+    model.end = Double()
+
+
+def hook(model: nn.Module) -> None:
+    model.a.register_forward_hook(lambda _, inputs, out: 2 * out)  # type: ignore[union-attr]
+
+
+def buffer(model: nn.Module) -> None:
+    model.a._buffers.update({name: 2 * value for name, value in model.a._buffers.items()})  # type: ignore[union-attr, operator]
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("change", [attribute, module, hook, buffer])
+def test_what_is_changed_in_a_modules_own_copy_counts_from_then_on(change: Callable[[nn.Module], None]) -> None:
+    adaptive, x = at.TangentModule(Net(Settings()), at.Fixed()), torch.randn(4, 3)
+    before = adaptive.initial(x)
+    change(adaptive.model)
+    for _ in range(3):
+        torch.testing.assert_close(adaptive.initial(x), 2 * before)
+        torch.testing.assert_close(adaptive(x).detach(), 2 * before)
+
+
+class Itself(nn.Linear):
+    """A layer that deep copies share."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Itself":
+        return self
+
+
+class Shallow(nn.Linear):
+    """A layer whose deep copy shares what holds its parameters."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Shallow":
+        return copy.copy(self)
+
+
+class SameTensor(nn.Parameter):
+    """A parameter that deep copies share."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "SameTensor":
+        return self
+
+
+def with_same_tensor() -> nn.Module:
+    layer = nn.Linear(3, 2)
+    layer.weight = SameTensor(torch.randn(2, 3))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Itself(3, 2), lambda: Shallow(3, 2), with_same_tensor], ids=["self", "dict", "tensor"]
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_whose_copies_share_its_parameters_is_refused_and_left_as_it_was(
+    make: Callable[[], nn.Module], inside: bool
+) -> None:
+    model = nn.Sequential(make(), nn.Tanh()) if inside else make()
+    before = [(name, parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    message = f"TangentModule: a deep copy of {'.0.' if inside else 'the model'}, of class .*shares its parameters"
+    with pytest.raises(at.TangentError, match=message):
+        at.TangentModule(model, at.Fixed(), params={name: 2 * value for name, value, _ in before})
+    for (name, value, needed), (now, parameter) in zip(before, model.named_parameters(), strict=True):
+        assert name == now
+        assert torch.equal(value, parameter)
+        assert parameter.requires_grad == needed
+
+
+def test_a_cache_of_what_was_computed_from_parameters_is_refused_and_a_log_of_outputs_is_not() -> None:
+    net, x = Net(Settings()), torch.randn(4, 3)
+    net.last = net(x)  # nothing reads it
+    at.TangentModule(net, at.Fixed())(x)
+    net.shift = lambda y, cache=net.a.weight[:, 0] * 2: y + cache  # type: ignore[assignment]
+    for call in (at.tangent_features, lambda net, x: at.TangentModule(net, at.Fixed())(x)):
+        with pytest.raises(at.TangentError, match="computed from its parameters before this call and kept"):
+            call(net, x)

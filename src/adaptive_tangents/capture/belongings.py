@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_, methodcaller
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.runtime.recursion import deep_copy
 
 _ATOMS = frozenset(
@@ -33,6 +34,7 @@ _FOREIGN_PACKAGES = frozenset(
     }
 )  # fmt: skip
 _PLAIN = (dict, OrderedDict)
+_WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _CALLABLES = (FunctionType, functools.partial, functools._lru_cache_wrapper)
 _SHARED = (FunctionType, functools._lru_cache_wrapper, weakref.ref)  # by Python's deep copy
 _CONTAINERS = (dict, list, tuple, set, deque, nn.Module)
@@ -98,7 +100,7 @@ class Belongings:
                 for key in keys:
                     held[key] = held.pop(key)
         for entries, kept in self.lists:
-            if len(entries) != len(kept) or not all(map(is_, entries, kept)):
+            if not _same(entries, kept):
                 entries[:] = kept
         for cell, value in self.cells:
             if cell.cell_contents is not value:
@@ -108,6 +110,16 @@ class Belongings:
                 function.__defaults__ = values
         for put_back in self.others:
             put_back()
+
+    def as_noted(self) -> bool:
+        """Whether all is as found; False where only putting it back would tell."""
+        return (
+            not self._changed()
+            and all(_same(entries, kept) for entries, kept in self.lists)
+            and all(cell.cell_contents is value for cell, value in self.cells)
+            and all(function.__defaults__ is values for function, values in self.defaults)
+            and all(isinstance(put, functools.partial) and _in_place(put) for put in self.others)
+        )
 
     def places(self, tensors: Iterable[Tensor]) -> dict[int, list[Put]]:
         """By the id of each of some tensors: how to put something else where it is held."""
@@ -131,14 +143,34 @@ class Belongings:
 
 
 def copied(call: str, model: nn.Module) -> nn.Module:
-    """A deep copy of a model whose functions close over the copy; Python's own deep copy shares them with the model."""
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in belongings(model).derived}
-    return _rewired(deep_copy(call, model, memo), memo)
+    """A deep copy of a model whose functions close over the copy; Python's own deep copy shares them with the model.
+
+    Raises TangentError if modules or tensors are shared all the same, as those are that copy themselves another way.
+    """
+    with torch.enable_grad():  # a copy of what was computed from parameters is known for that
+        memo: dict[int, Any] = {id(t): t.detach().requires_grad_().clone() for t in belongings(model).derived}
+    made = _rewired(deep_copy(call, model, memo), memo)
+    own = {key for module in model.modules() for key in _parts(module)}
+    for name, module in made.named_modules():
+        if not own.isdisjoint(_parts(module)):
+            raise TangentError(
+                f"{call}: a deep copy of {repr(name) if name else 'the model'}, of class {type(module).__name__}, shares its "
+                "parameters, buffers or submodules with the original, so what is done to the copy would change your model; "
+                "let __deepcopy__ of its class or of its parameters copy them, or remove it"
+            )
+    return made
+
+
+def _parts(module: nn.Module) -> set[int]:
+    """The ids of a module, of what holds its tensors and submodules, and of the tensors."""
+    holders = (module._parameters, module._buffers, module._modules)
+    tensors = [t for held in holders[:2] for t in held.values() if t is not None]
+    return {*map(id, (module, *holders, *tensors))}
 
 
 def _rewired(made: _Made, memo: dict[int, Any]) -> _Made:
     """Python's deep copy ``made`` of something, after replacing every function in it by one that holds copies."""
-    there = _noted([made], set(), {}, closures=False)
+    there = _noted([made], set(), closures=False)
     for held, keys, values in there.dicts:
         _put(held, {key: _own_callable(value, memo) for key, value in zip(keys, values, strict=True)})
     for entries, kept in there.lists:
@@ -202,13 +234,13 @@ def _copies(values: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     return {name: _copy_of(value, memo) for name, value in values.items()}
 
 
-def belongings(model: nn.Module, *, without: Iterable[Any] = ()) -> Belongings:
-    """What a model and its classes hold, found by following attributes, containers and what functions hold.
-
-    What ``without`` holds is not followed.
-    """
+def belongings(model: nn.Module) -> Belongings:
+    """What a model and its classes hold, found by following attributes, containers and what functions hold."""
     modules = list(model.modules())
-    return _noted([model, *classes(modules)], _tensors_of(modules), {id(value): value for value in without})
+    own = {
+        id(tensor) for module in modules for held in (module._parameters, module._buffers) for tensor in held.values()
+    }
+    return _noted([model, *classes(modules)], own, closures=True)
 
 
 def classes(modules: Iterable[nn.Module]) -> set[type]:
@@ -217,28 +249,9 @@ def classes(modules: Iterable[nn.Module]) -> set[type]:
     return {base for kind in kinds for base in kind.__mro__ if not _is_foreign(base)}
 
 
-def shared(model: nn.Module, made: nn.Module) -> tuple[Any, ...]:
-    """What a copy ``made`` of a model holds that the model holds, too: functions, and objects that Python does not copy."""
-    first, second = dict[int, Any](), dict[int, Any]()
-    _noted([model], _tensors_of(model.modules()), first)
-    _noted([made], _tensors_of(made.modules()), second)
-    return tuple(value for key, value in second.items() if key in first)
-
-
-def held_by(values: Iterable[Any]) -> Belongings:
-    """What some objects hold."""
-    return _noted([*values], set(), {})
-
-
-def _tensors_of(modules: Iterable[nn.Module]) -> set[int]:
-    return {
-        id(tensor) for module in modules for held in (module._parameters, module._buffers) for tensor in held.values()
-    }
-
-
-def _noted(stack: list[Any], own: set[int], seen: dict[int, Any], *, closures: bool = True) -> Belongings:
-    """What some objects hold, except those ``seen``, to which they are added; ``own`` are ids of parameters and buffers."""
-    found = Belongings()
+def _noted(stack: list[Any], own: set[int], *, closures: bool) -> Belongings:
+    """What some objects hold; ``own`` are the ids of parameters and buffers."""
+    found, seen = Belongings(), dict[int, Any]()  # held, so that no other object gets the id of one that is gone
     while stack and len(seen) < _MOST:
         value = stack.pop()
         if type(value) in _ATOMS or id(value) in seen or (isinstance(value, FunctionType) and not closures):
@@ -254,24 +267,26 @@ def _noted(stack: list[Any], own: set[int], seen: dict[int, Any], *, closures: b
 def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
     """Note a value as it is, and return what it holds."""
     if type(value) in _PLAIN:  # most of what a model holds
-        keys, values = tuple(value), tuple(value.values())
-        found.dicts.append((value, keys, values))
-        return values if len(values) < _LONG else ()
+        return _kept_dict(value, found)
     if isinstance(value, Tensor):
         if value.requires_grad and not value.is_leaf:
             found.derived.append(value)
         elif id(value) not in own:
             found.tensors.append(value)
-        return ()
+        return (vars(value),)
     if isinstance(value, dict):
-        keys, values = tuple(value), tuple(value.values())
-        found.dicts.append((value, keys, values))
-        return values if len(values) < _LONG else ()
+        return _kept_dict(value, found)
     if isinstance(value, list):
         found.lists.append((value, list(value)))
         return value if len(value) < _LONG else ()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | frozenset):
         return value if len(value) < _LONG else ()
+    if isinstance(value, MappingProxyType):
+        return list(value.values())
+    if isinstance(value, _WEAK):
+        entries = dict(value)
+        found.others.append(functools.partial(_refill_weak, value, entries))
+        return list(entries.values())
     if isinstance(value, deque | set | bytearray):
         found.others.append(functools.partial(_refill, value, list(value)))
         return list(value) if not isinstance(value, bytearray) and len(value) < _LONG else ()
@@ -285,10 +300,21 @@ def _kept(value: Any, found: Belongings, own: set[int]) -> Iterable[Any]:
     if isinstance(value, random.Random):
         found.others.append(functools.partial(value.setstate, value.getstate()))
         return ()
+    if isinstance(value, np.random.RandomState):
+        found.others.append(functools.partial(value.set_state, value.get_state()))
+        return ()
     if isinstance(value, np.random.Generator):
         found.others.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         return ()
     return _held(value, found)
+
+
+def _kept_dict(value: dict[Any, Any], found: Belongings) -> Iterable[Any]:
+    keys, values = tuple(value), tuple(value.values())
+    found.dicts.append((value, keys, values))
+    if len(values) >= _LONG:
+        return ()
+    return values if type(next(iter(keys), "")) is str else (*keys, *values)
 
 
 def _held(value: Any, found: Belongings) -> Iterable[Any]:
@@ -313,7 +339,10 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
             return ()
         entries = {k: v for k, v in vars(value).items() if not k.startswith("__")}
         found.others.append(functools.partial(_restore_class, value, entries, tuple(vars(value).values())))
-        return [held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)]
+        return [
+            type(value),
+            *(held for held in entries.values() if isinstance(held, Tensor | dict | list | deque | set)),
+        ]
     foreign = _is_foreign(type(value)) and not isinstance(value, nn.Module)  # a traced graph is a model of torch.fx
     if isinstance(value, (CellType, *_FOREIGN)) or foreign:
         return ()
@@ -328,12 +357,13 @@ def _held(value: Any, found: Belongings) -> Iterable[Any]:
     for name, there in zip(slots, held, strict=True):
         found.others.append(functools.partial(_set_slot, value, name, there))
     attributes = getattr(value, "__dict__", None)
-    return (*held, attributes) if type(attributes) is dict else held
+    made_from = () if isinstance(value, nn.Module) else type(value).__mro__  # classes of modules are noted already
+    return (*held, *made_from, attributes) if type(attributes) is dict else (*held, *made_from)
 
 
 def _is_foreign(kind: type) -> bool:
     package, _, rest = str(kind.__module__).partition(".")
-    return package in _FOREIGN_PACKAGES or (package == "torch" and not rest.startswith("nn.utils"))
+    return package in _FOREIGN_PACKAGES or (package == "torch" and not rest.startswith(("nn.utils", "distributions")))
 
 
 def _set_default(function: FunctionType, k: int, value: Any) -> None:
@@ -342,8 +372,7 @@ def _set_default(function: FunctionType, k: int, value: Any) -> None:
 
 
 def _restore_class(kind: type, entries: dict[str, Any], whole: tuple[Any, ...]) -> None:
-    held = vars(kind)
-    if len(held) == len(whole) and all(map(is_, held.values(), whole)):
+    if _same(vars(kind).values(), whole):
         return
     for name in [name for name in vars(kind) if name not in entries and not name.startswith("__")]:
         delattr(kind, name)
@@ -383,8 +412,28 @@ def _put(held: dict[Any, Any], entries: dict[Any, Any]) -> None:
     (OrderedDict if isinstance(held, OrderedDict) else dict).update(held, entries)
 
 
+def _same(held: Any, kept: Any) -> bool:
+    return len(held) == len(kept) and all(map(is_, held, kept))
+
+
+def _in_place(put: "functools.partial[None]") -> bool:
+    """Whether what a step puts back is there."""
+    if put.func is _refill:
+        return _same(*put.args)
+    if put.func is _set_slot:
+        value, name, there = put.args
+        return getattr(value, name, None) is there
+    return put.func is _restore_class and _same(vars(put.args[0]).values(), put.args[2])
+
+
+def _refill_weak(held: Any, kept: dict[Any, Any]) -> None:
+    if dict(held) != kept:
+        held.clear()
+        held.update(kept)
+
+
 def _refill(held: Any, kept: list[Any]) -> None:
-    if len(held) == len(kept) and all(map(is_, held, kept)):
+    if _same(held, kept):
         return
     held.clear()
     held.extend(kept) if not isinstance(held, set) else held.update(kept)

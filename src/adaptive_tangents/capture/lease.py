@@ -21,7 +21,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adaptive_tangents.capture.belongings import Belongings, Put, belongings, classes, held_by, shared
+from adaptive_tangents.capture.belongings import Belongings, Put, belongings, classes
 from adaptive_tangents.capture.process_state import (
     leave_dual_levels,
     make_elementary,
@@ -45,7 +45,7 @@ _loans: list["Loan"] = []
 class _Notes:
     """A model as it is: its tensors by name, where its parameters are, what passes must not see, and all that it holds."""
 
-    def __init__(self, model: nn.Module, shared: Iterable[Any] | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         paths = dict(model.named_modules(remove_duplicate=False))
         self.homes = {name: module for name, module, _ in _entries(paths, "_buffers")}
         self.buffers = {name: tensor for name, _, tensor in _entries(paths, "_buffers")}
@@ -53,15 +53,13 @@ class _Notes:
         self.without_versions = {name for name, tensor in self.tensors.items() if tensor.is_inference()}
         self.own = list({id(tensor): tensor for tensor in self.tensors.values()}.values())
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in paths.values())
-        self.classes = classes(paths.values())
-        self.apart = [] if shared is None else [*shared, *self.classes]
-        self.held = belongings(model, without=self.apart)
+        self.held = belongings(model)
         modules = list(dict.fromkeys(paths.values()))
         once = {
             kind: frozenset(name for name, value in vars(kind).items() if isinstance(value, cached_property))
             for kind in {base for kind in map(type, modules) for base in kind.__mro__}
         }
-        self.overrides: list[_Step] = []
+        self.overrides = [step for kind in classes(modules) for step in _unmemoized(kind)]
         self.slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None, str]] = []
         first = {id(module): path for path, module in reversed(paths.items())}
         for module in modules:
@@ -85,29 +83,27 @@ def _entries(modules: Mapping[str, nn.Module], kind: str) -> Iterable[tuple[str,
 
 
 class _Kept:
-    """The notes of a private model, made once; part of the model, so that they go with it, but not of copies.
+    """The notes of a private model; part of it, so that they go with it, but not of copies."""
 
-    What the model shares with others is noted for every loan.
-    """
+    def __init__(self) -> None:
+        self._notes: _Notes | None = None
 
-    def __init__(self, shared: tuple[Any, ...] = ()) -> None:
-        self.shared = shared
-        self.notes: _Notes | None = None
+    def notes(self, model: nn.Module) -> _Notes:
+        """The notes of before, unless something has changed."""
+        if self._notes is None or not self._notes.held.as_noted():
+            self._notes = _Notes(model)
+        return self._notes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
-        return _Kept(self.shared)
+        return _Kept()
 
     def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
         return _Kept, ()
 
 
-def keep_private(model: nn.Module, *, original: nn.Module | None = None) -> None:
-    """Say that only loans change what a model holds, so that it is noted once; say so again after other changes.
-
-    What it shares with the ``original`` that it is a copy of, others may change.
-    """
-    before = vars(model).pop("_kept", _Kept())
-    vars(model)["_kept"] = _Kept(before.shared if original is None else shared(original, model))
+def keep_private(model: nn.Module) -> None:
+    """Keep notes of a model with it, for a copy that is the library's own: few of its loans find changes."""
+    vars(model)["_kept"] = _Kept()
 
 
 def current(model: nn.Module) -> "Loan | None":
@@ -151,11 +147,10 @@ class Loan:
         self._thread = threading.get_ident()
         self._undo: list[_Step] = []
         self._undo_in_thread: list[_Step] = []
-        self._held: tuple[Belongings, ...] = ()
+        self._held = Belongings()
         self._random = random_state()
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor, int | torch.SymInt]] = []
-        self._places: list[dict[int, list[Put]]] | None = None
         self._versions: dict[str, int] = {}
         self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
@@ -170,16 +165,12 @@ class Loan:
         note_process(self._undo, self._random)
         note_thread(self._undo_in_thread)
         kept = vars(self.model).get("_kept")
-        if isinstance(kept, _Kept):
-            self._notes = kept.notes = kept.notes or _Notes(self.model, kept.shared)
-        else:
-            self._notes = _Notes(self.model)
-        self._held = (self._notes.held, *([held_by(self._notes.apart)] if self._notes.apart else []))
+        self._notes = kept.notes(self.model) if isinstance(kept, _Kept) else _Notes(self.model)
         self._undo += [_tensor_undo(tensor) for tensor in self._notes.own]
-        self._overrides = self._notes.overrides + [step for kind in self._notes.classes for step in _unmemoized(kind)]
+        self._held = self._notes.held
         make_elementary(recurrent=self._notes.recurrent)
         owners = {tensor.data_ptr(): tensor for tensor in self._notes.own if _has_storage(tensor)}
-        for tensor in filter(_has_storage, [tensor for held in self._held for tensor in held.tensors]):
+        for tensor in filter(_has_storage, self._held.tensors):
             self._undo.append(_tensor_undo(tensor))
             start = tensor.untyped_storage().data_ptr()
             if start in owners:
@@ -198,8 +189,7 @@ class Loan:
         """Put everything back; may be called again."""
         if self._ended:
             return
-        for held in self._held:
-            held.restore()
+        self._held.restore()
         if not self.completed:
             leave_dual_levels(self._level)
         for step in reversed(self._undo):
@@ -217,10 +207,9 @@ class Loan:
         it is held, for what a parameter cannot be: a tensor with a history, one inside a transform, a dual number.
         """
         self.instead = instead
-        for held in self._held:
-            held.restore()
+        self._held.restore()
         set_random_state(self._random)
-        for override in self._overrides:
+        for override in self._notes.overrides:
             override()
         with torch._C._DisableFuncTorch():  # a copy made inside a transform is no plain tensor
             for tensor, value in self._copied:
@@ -268,9 +257,7 @@ class Loan:
                     module._parameters[last] = module._buffers.pop(last)  # type: ignore[assignment]
 
     def _held_by(self, own: Tensor) -> list[Put]:
-        if self._places is None:
-            self._places = [self._notes.places, *(held.places(self._notes.own) for held in self._held[1:])]
-        return [put for places in self._places for put in places[id(own)]]
+        return self._notes.places[id(own)]
 
     @property
     def accumulated(self) -> bool:
@@ -280,7 +267,7 @@ class Loan:
     @property
     def derived(self) -> list[Tensor]:
         """Tensors the model holds that were computed from others before the loan."""
-        return [tensor for held in self._held for tensor in held.derived]
+        return self._held.derived
 
     @property
     def tensors(self) -> dict[str, Tensor]:

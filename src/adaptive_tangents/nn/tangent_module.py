@@ -114,18 +114,16 @@ class TangentModule(nn.Module):
         self._ways = Ways()
         self.register_load_state_dict_post_hook(_settled)  # type: ignore[no-untyped-call]
         self.eval()
-        keep_private(self.model, original=model)
+        keep_private(self.model)
 
     def train(self, mode: bool = True) -> "TangentModule":
         super().train(mode)
         self.model.eval()  # features are defined in evaluation mode
-        keep_private(self.model)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TangentModule":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tie(self.model, self._places)
-        keep_private(self.model)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TangentModule":
@@ -133,7 +131,6 @@ class TangentModule(nn.Module):
             memo[id(self.model)] = copied("TangentModule", self.model)
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
-        keep_private(made.model)
         return made
 
     def forward(self, x: Batch) -> Float[Tensor, "n c"]:
@@ -287,7 +284,6 @@ def _settled(module: TangentModule, _: Any) -> None:
     """Freeze the network again: ``load_state_dict`` with ``assign=True`` makes parameters of buffers, and unties them."""
     freeze(module.model)
     tie(module.model, module._places)
-    keep_private(module.model)
 
 
 def _key(name: str) -> str:
