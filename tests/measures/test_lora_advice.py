@@ -223,10 +223,51 @@ def test_moments_from_factors_are_those_of_the_features_themselves() -> None:
 
     feats, _, _ = features_and_end()
     for block in feats.blocks.values():
-        phi = block.features()
-        left, right = _moments(block)
-        torch.testing.assert_close(left, torch.einsum("ncoi,ncpi->op", phi, phi), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(right, torch.einsum("ncoi,ncoj->ij", phi, phi), rtol=1e-9, atol=1e-12)
+        for columns in (slice(0, block.shape[1]), slice(1, 4)):
+            phi = block.features()[..., columns]
+            left, right = _moments(block, columns)
+            torch.testing.assert_close(left, torch.einsum("ncoi,ncpi->op", phi, phi), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(right, torch.einsum("ncoi,ncoj->ij", phi, phi), rtol=1e-9, atol=1e-12)
+
+
+class Gated(nn.Module):
+    """A layer whose outputs are weighted by inputs, so that many samples show its bias alone."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 6, batch_first=True) if recurrent else nn.Linear(8, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = x[:, :8]
+        if isinstance(self.layer, nn.GRU):
+            return self.layer(inside.reshape(-1, 2, 4))[0][:, -1] * x[:, 8:14]  # type: ignore[no-any-return]
+        return self.layer(inside) * x[:, 8:]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("parameter", ["layer.weight", "layer.weight_ih_l0", "layer.weight_hh_l0"])
+def test_a_layer_s_other_parameters_do_not_change_the_gains_of_its_weight(parameter: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gated(recurrent="_l0" in parameter).double().eval()
+    x = normal(40, 26)
+    x[20:, :8], x[:20, 10:] = 0, 0
+    feats = tangent_features(model, x, wrt="layer.*")  # first: functional_call leaves a plain tensor in a GRU
+    own = model.get_parameter(parameter).detach()
+    change = normal(*own.shape, seed=3)
+
+    def outputs(weight: Tensor, sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {parameter: weight}, (sample[None],))[0]  # type: ignore[no-any-return]
+
+    phi = torch.stack([torch.func.jacrev(outputs)(own, sample) for sample in x]).detach()
+    roots = []
+    for moment in (torch.einsum("ncoi,ncpi->op", phi, phi), torch.einsum("ncoi,ncoj->ij", phi, phi)):
+        values, vectors = torch.linalg.eigh(moment)
+        roots.append(vectors * values.clamp_min(0).sqrt())
+    wanted = torch.linalg.svdvals(roots[0].T @ change @ roots[1]) ** 2
+    wanted *= (torch.einsum("ncoi,oi->nc", phi, change) ** 2).sum() / wanted.sum()
+    module = parameter.removesuffix(".weight")
+    advice = lora_advice({module: change}, features=feats, share=0.5)
+    torch.testing.assert_close(advice.gains.found[module].gains, wanted, rtol=1e-6, atol=1e-8 * float(wanted[0]))
 
 
 def test_a_forecast_is_advice_before_training() -> None:

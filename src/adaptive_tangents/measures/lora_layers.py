@@ -107,25 +107,25 @@ def _weighed(block: Block, place: int, change: Tensor, name: str) -> Tensor:
             f"{CALL}: the change of {name} is {tuple(change.shape)} and its features are {(block.shape[0], slot.width)}; "
             "give features of the same network"
         )
-    left, right = _moments(block)
     columns = slice(slot.column, slot.column + slot.width)
+    left, right = _moments(block, columns)
     whole = torch.zeros(block.shape, dtype=right.dtype, device=right.device)
     whole[:, columns] = rows.to(whole)
     dtype = next(t.dtype for part in block.summands for t in vars(part).values() if isinstance(t, Tensor)
                  and t.is_floating_point())  # fmt: skip
     own = float((block.inner(whole[None].to(dtype)).double() ** 2).sum())
-    half = _factor(left).mT @ rows.to(left) @ _factor(right[columns, columns])
+    half = _factor(left).mT @ rows.to(left) @ _factor(right)
     gains = energies(half)
     total = float(gains.sum())
     return gains * (own / total) if total > 0 else gains
 
 
-def _moments(block: Block) -> tuple[Tensor, Tensor]:
+def _moments(block: Block, columns: slice) -> tuple[Tensor, Tensor]:
     """Σ ΦΦᵀ (o, o) and Σ ΦᵀΦ (i, i) over samples and outputs."""
     if block.summands == (block.outer,) and block.outer is not None:
-        signals, inputs = block.outer.backward.double(), block.outer.inputs.double()
+        signals, inputs = block.outer.backward.double(), block.outer.inputs.double()[..., columns]
         left = signals.new_zeros(block.shape[0], block.shape[0])
-        right = signals.new_zeros(block.shape[1], block.shape[1])
+        right = signals.new_zeros(inputs.shape[2], inputs.shape[2])
         for delta, h in zip(signals, inputs, strict=True):  # (t, c, o), (t, i)
             across = (h @ h.mT).reshape(len(h), -1)
             mixed = (across @ delta.flatten(1)).view_as(delta)
@@ -134,7 +134,7 @@ def _moments(block: Block) -> tuple[Tensor, Tensor]:
         return left, right
     left = right = torch.zeros((), device="cpu")
     for k in range(block.samples):
-        phi = block.map(index=slice(k, k + 1), dtype=torch.float64).features()[0]
+        phi = block.map(index=slice(k, k + 1), dtype=torch.float64).features()[0][..., columns]
         left, right = left + torch.einsum("coi,cpi->op", phi, phi), right + torch.einsum("coi,coj->ij", phi, phi)
     return left, right
 
