@@ -459,3 +459,40 @@ def test_a_side_too_wide_for_memory_is_refused_naming_the_block() -> None:
         at.TangentError, match=r"explain: needs 128 bytes .* limit is 100 bytes; leave block '0' out .* left side, of 2"
     ):
         at.explain(feats, moved, at.Left(), memory_limit=100)
+
+
+@pytest.mark.parametrize("kind", [*STRUCTURES, "Rows", "Diagonal"])
+@pytest.mark.parametrize("strengths", [(), (-1.0,), (1e-4, math.nan), (math.nan,), (math.inf,), (1e-4, math.inf), 0.1])
+def test_strengths_that_are_no_finite_numbers_of_zero_or_more_are_refused(
+    kind: str, strengths: tuple[float, ...]
+) -> None:
+    before = start(n=12)
+    after = before.transformed(planted(before, "Left"))
+    structure = STRUCTURES.get(kind) or {"Rows": at.Rows(), "Diagonal": at.Diagonal()}[kind]
+    with pytest.raises(
+        at.TangentError, match=r"^explain: strengths are one or several finite numbers, each 0 or more, got"
+    ):
+        at.explain(before, after, structure, strengths=strengths)
+
+
+@pytest.mark.parametrize("kind", [*STRUCTURES, "Rows", "Diagonal"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused_naming_block_and_sample(kind: str, bad: float) -> None:
+    before = start(n=12)
+    values = {name: block.features().clone() for name, block in before.blocks.items()}
+    values["block1"][7, 1, 2, 0] = bad
+    after = reference.features_from(values)
+    structure = STRUCTURES.get(kind) or {"Rows": at.Rows(), "Diagonal": at.Diagonal()}[kind]
+    words = r"^explain: the features of block 'block1' are not finite at sample 7; remove the sample"
+    for pair in ((before, after), (after, before)):
+        with pytest.raises(at.TangentError, match=words):
+            at.explain(*pair, structure)
+
+
+def test_the_order_in_which_strengths_are_given_changes_nothing() -> None:
+    before = start()
+    after = before.transformed(planted(before, "Left"))
+    strengths = (1e-4, 1e-2, 1.0)
+    for kind in ("Left", "TwoSided"):
+        one, other = (at.explain(before, after, STRUCTURES[kind], strengths=s) for s in (strengths, strengths[::-1]))
+        assert one.squares == other.squares

@@ -205,10 +205,15 @@ def _error(samples: Samples, transform: Transform) -> float:
         assert isinstance(transform, Sides)
         if transform.left is None and transform.right is None:
             after, mixed, before = samples.norms
-            return max(0.0, after - 2 * transform.scale * mixed + transform.scale**2 * before)
+            return unrounded(after - 2 * transform.scale * mixed + transform.scale**2 * before)
         moved = samples.before.transformed(transform.left, transform.right, transform.scale)
     after, mixed, before = Samples(moved, samples.after, samples.index).norms
-    return max(0.0, after - 2 * mixed + before)
+    return unrounded(after - 2 * mixed + before)
+
+
+def unrounded(square: float) -> float:
+    """A sum of squares that rounding made negative as zero; NaN stays, which ``max`` would hide."""
+    return 0.0 if square < 0 else square
 
 
 def _by_group(sets: Sequence[Samples], structure: Grouped, strengths: Sequence[float]) -> tuple[Transform, float]:

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.blocks import Block, check_finite_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
-from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, width_of
+from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, unrounded, width_of
 from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.figures import bars, lines, panels
 from adaptive_tangents.runtime.memory import limit_for
@@ -150,7 +150,7 @@ def explain(
         end_feats: φ̄, features of the same samples in the same order.
         structure: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided or Full; or a mapping from patterns of
             block names to any of these but Full.
-        strengths: ridges to choose from, relative to the features' mean square.
+        strengths: ridges to choose from, finite and 0 or more, relative to the features' mean square.
         rank: the rank k of each side, or several to choose from (0: one factor for the block); None is full rank, at a cost
             of n·c·o·i·min(o, i) a round.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
@@ -158,8 +158,9 @@ def explain(
         progress: called with "blocks" and the fraction of the work on them that is done; True shows a bar.
 
     Raises:
-        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is
-            negative, the structure has no least-squares fit, or the memory limit is too small.
+        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, they are
+            not finite, a rank or a strength is negative, the structure has no least-squares fit, or the memory limit is too
+            small.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Linear(3, 1)
@@ -187,7 +188,7 @@ def explanations(
     for structure in structures.values():
         check_sketch("explain", structure, start_feats)
     _check(start_feats, end_feats)
-    ranks = _checked_ranks(rank)
+    ranks, strengths = _checked_ranks(rank), _checked_strengths(strengths)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0), device="cpu").to(
         start_feats.device
@@ -222,7 +223,7 @@ def explanations(
                 progress("blocks", min(1.0, (done + fraction * share) / whole))
 
         if fits is None or fits.name != name:
-            fits = Fits(name, start.blocks[name], end.blocks[name], parts, tuple(strengths), ranks, width[name])
+            fits = Fits(name, start.blocks[name], end.blocks[name], parts, strengths, ranks, width[name])
         found[key][name] = fits.best(own[key][name], tick)
         done += share
         tick(1.0, done - share)
@@ -302,6 +303,17 @@ def _checked_ranks(rank: int | Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(ranks)))
 
 
+def _checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """The strengths, weakest first."""
+    try:
+        found = tuple(sorted(float(strength) for strength in strengths))
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(0 <= strength < math.inf for strength in found):
+        raise TangentError(f"explain: strengths are one or several finite numbers, each 0 or more, got {strengths!r}")
+    return found
+
+
 def _moderate(start: TangentFeatures, end: TangentFeatures) -> tuple[TangentFeatures, TangentFeatures]:
     """Both features over the same power of two, so that float64 holds their squares."""
     signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
@@ -335,12 +347,12 @@ def _explain_full(
 
     def errors(held: tuple[Tensor, dict[str, Tensor], dict[str, float]], strength: float) -> dict[str, float]:
         cross, mixed, own = held
-        inverse = (vectors / (values.clamp_min(0) + strength * float(kernel.diagonal().mean()))) @ vectors.mT
+        ridge = max(strength, torch.finfo(values.dtype).eps) * float(kernel.diagonal().mean())
+        inverse = (vectors / (values.clamp_min(0) + ridge)) @ vectors.mT
         weights = cross @ inverse
         return {
-            name: max(
-                0.0,
-                own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum()),
+            name: unrounded(
+                own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum())
             )
             for name in own
         }
@@ -384,3 +396,5 @@ def _check(start: TangentFeatures, end: TangentFeatures) -> None:
         )
     if start.n < 8:
         raise TangentError(f"explain: needs at least 8 samples to fit, choose and report, got {start.n}")
+    for feats in (start, end):
+        check_finite_blocks("explain", feats.blocks)

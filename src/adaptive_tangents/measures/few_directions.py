@@ -65,7 +65,7 @@ class Samples:
         """Σ‖B − A‖², or zero if it is only rounding."""
         after, mixed, before = self.norms
         change = after - 2 * mixed + before
-        return change if change > 1e-13 * after else 0.0
+        return 0.0 if change <= 1e-13 * after else change  # so that NaN stays
 
     def onto(self, side: str, columns: Tensor | None) -> list[tuple[list[Term], list[Term]]]:
         """A and B with a side on some columns, a few samples at a time; made once."""

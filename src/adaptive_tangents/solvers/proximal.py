@@ -172,7 +172,7 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
         if offset is not None:
             raise TangentError(f"{call}: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
         check_finite(call, "the target", [goal])
-        check_moderate(call, size_of(feats), goal)
+        check_moderate(call, size_of(call, feats), goal)
         targets = goal.detach().double()
         return _Smooth(lambda outputs: ((targets - outputs) ** 2).sum() / ridge, 2 / ridge)
     if loss != "cross-entropy":
