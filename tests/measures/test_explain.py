@@ -496,3 +496,21 @@ def test_the_order_in_which_strengths_are_given_changes_nothing() -> None:
     for kind in ("Left", "TwoSided"):
         one, other = (at.explain(before, after, STRUCTURES[kind], strengths=s) for s in (strengths, strengths[::-1]))
         assert one.squares == other.squares
+
+
+@pytest.mark.parametrize("kind", ["Left", "Right", "TwoSided", "Full"])
+def test_a_common_scale_changes_no_choice_even_among_ridges_that_tie(kind: str) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    end = {name: value + 0.3 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    pair = at.tangent_features(model, x), at.tangent_features(model, x, params=end)
+    found = [
+        at.explain(
+            *(feats.transformed(dict.fromkeys(feats.blocks, Sides(scale=scale))) for feats in pair), STRUCTURES[kind]
+        )
+        for scale in (1.0, 1.1, 1.3, 7.0, 1e12, 1e100)
+    ]
+    for other in found[1:]:
+        assert (other.ranks, other.strengths) == (found[0].ranks, found[0].strengths)
+        assert other.r2 == pytest.approx(found[0].r2, abs=1e-9)

@@ -19,7 +19,7 @@ from adaptive_tangents.features.blocks import Block, check_finite_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
-from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, unrounded, width_of
+from adaptive_tangents.measures.block_fits import Fits, Found, last_of_least, r_squared, sides_of, unrounded, width_of
 from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.figures import bars, lines, panels
 from adaptive_tangents.runtime.memory import limit_for
@@ -358,7 +358,8 @@ def _explain_full(
         }
 
     fitting, choosing, reporting = (prepared(index) for index in parts)
-    chosen = min(strengths, key=lambda strength: sum(errors(choosing, strength).values()))
+    tried = [sum(errors(choosing, strength).values()) for strength in strengths]
+    chosen = strengths[last_of_least(tried, sum(choosing[2].values()))]
     error, change, fit_error, fit_change = errors(reporting, chosen), reporting[2], errors(fitting, chosen), fitting[2]
     return Explanation(
         structure,
