@@ -514,3 +514,35 @@ def test_a_common_scale_changes_no_choice_even_among_ridges_that_tie(kind: str) 
     for other in found[1:]:
         assert (other.ranks, other.strengths) == (found[0].ranks, found[0].strengths)
         assert other.r2 == pytest.approx(found[0].r2, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["LayerScale", "Left", "Right", "TwoSided", "Rows"])
+@pytest.mark.parametrize("scale", [1e-160, 1e-80, 1e-30, 1e30, 1e100])
+def test_a_block_of_another_scale_keeps_its_r2_and_its_share_of_the_total(kind: str, scale: float) -> None:
+    structure = STRUCTURES.get(kind, at.Rows())
+    before = start()
+    after = before.transformed(planted(before, "Left"))
+    own = at.explain(before, after, structure)
+    unequal = {"block1": Sides(scale=scale)}
+    found = at.explain(before.transformed(unequal), after.transformed(unequal), structure)
+    assert found.r2 == pytest.approx(own.r2, rel=1e-6, abs=1e-9)
+    assert found.squares["block0"] == pytest.approx(own.squares["block0"], rel=1e-9)
+    assert found.squares["block1"] == pytest.approx(
+        [square * scale * scale for square in own.squares["block1"]], rel=1e-6
+    )
+    errors, changes = (
+        sum((scale * scale if name == "block1" else 1.0) * pair[k] for name, pair in own.squares.items())
+        for k in (0, 1)
+    )
+    assert found.total == pytest.approx(1 - errors / changes, rel=1e-6, abs=1e-9)
+
+
+def test_a_total_of_blocks_whose_squares_float64_does_not_hold_is_that_of_any_other_scale() -> None:
+    before = start()
+    after = before.transformed(planted(before, "TwoSided"))
+    own = at.explain(before, after, at.Left())
+    for scale in (1e-200, 1e200):
+        common = {name: Sides(scale=scale) for name in before.blocks}
+        found = at.explain(before.transformed(common), after.transformed(common), at.Left())
+        assert found.total == pytest.approx(own.total, rel=1e-9)
+        assert found.r2 == pytest.approx(own.r2, rel=1e-9)

@@ -199,7 +199,7 @@ def explanations(
         order[:quarter].sort().values,
         order[quarter : 2 * quarter].sort().values,
     )
-    start, end = _moderate(start_feats, end_feats)
+    start, end, units = _moderate(start_feats, end_feats, by_block=True)
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     by_block = {key: one for key, one in structures.items() if not isinstance(one, Full)}
     own = {key: _of_blocks(structure, start.blocks) for key, structure in by_block.items()}
@@ -232,27 +232,40 @@ def explanations(
         if isinstance(structure, Full):
             if not any(Samples(block, end.blocks[name], order).change > 0 for name, block in start.blocks.items()):
                 raise TangentError(_UNCHANGED)
-            wide = start.to(torch.float64), end.to(torch.float64)
+            first, last, _ = _moderate(start_feats, end_feats, by_block=False)
+            wide = first.to(torch.float64), last.to(torch.float64)
             told[key] = _explain_full(*wide, structure, parts, sizes, strengths)
         else:
-            told[key] = _told(structure, found[key], sizes)
+            told[key] = _told(structure, found[key], sizes, units)
     return told
 
 
-def _told(structure: Structure, found: Mapping[str, Found], samples: tuple[int, int, int]) -> Explanation:
+def _told(
+    structure: Structure, found: Mapping[str, Found], samples: tuple[int, int, int], units: Mapping[str, float]
+) -> Explanation:
+    """The explanation from what was found of blocks over their units, whose squares float64 may not hold."""
     if not any(changed > 0 for one in found.values() for changed in one.changes):
         raise TangentError(_UNCHANGED)
+    most = max(units[name] for name, one in found.items() if any(changed > 0 for changed in one.changes))
+    squares = {}
+    for name, one in found.items():
+        unit = units[name]
+        squares[name] = (one.errors[2] * unit * unit, one.changes[2] * unit * unit)
+    shares = {name: (units[name] / most) * (units[name] / most) for name in found}
     return Explanation(
         structure,
         {name: one.r2(2) for name, one in found.items()},
-        r_squared(sum(one.errors[2] for one in found.values()), sum(one.changes[2] for one in found.values())),
+        r_squared(
+            sum(shares[name] * one.errors[2] for name, one in found.items()),
+            sum(shares[name] * one.changes[2] for name, one in found.items()),
+        ),
         {name: one.r2(0) for name, one in found.items()},
         {name: one.strength for name, one in found.items()},
         {name: one.transform for name, one in found.items()},
         samples,
         {name: one.rank for name, one in found.items() if one.rank is not None},
         {name: one.by_rank for name, one in found.items() if one.rank is not None},
-        {name: (one.errors[2], one.changes[2]) for name, one in found.items()},
+        squares,
     )
 
 
@@ -314,18 +327,20 @@ def _checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     return found
 
 
-def _moderate(start: TangentFeatures, end: TangentFeatures) -> tuple[TangentFeatures, TangentFeatures]:
-    """Both features over the same power of two, so that float64 holds their squares."""
-    signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
+def _moderate(
+    start: TangentFeatures, end: TangentFeatures, *, by_block: bool
+) -> tuple[TangentFeatures, TangentFeatures, dict[str, float]]:
+    """Both features over powers of two, so that float64 holds their squares: one for each block, or one for all."""
+    units = dict.fromkeys(start.blocks, 1.0)
     if start.dtype != torch.float64:  # float64 holds the squares of any float32
-        return start, end
+        return start, end, units
+    signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
     signs[::2] = -1
-    sizes = [largest(matrix) for feats in (start, end) for matrix in feats.to(start.dtype).combine(signs).values()]
-    scale = power_of_two(max(sizes))
-    if scale == 1:
-        return start, end
-    small = Sides(scale=1 / scale)
-    return start.transformed(dict.fromkeys(start.blocks, small)), end.transformed(dict.fromkeys(end.blocks, small))
+    first, last = (feats.to(start.dtype).combine(signs) for feats in (start, end))
+    sizes = {name: max(largest(first[name]), largest(last[name])) for name in units}
+    units = {name: power_of_two(sizes[name] if by_block else max(sizes.values())) for name in units}
+    small = {name: Sides(scale=1 / unit) for name, unit in units.items() if unit != 1}
+    return start.transformed(small), end.transformed(small), units
 
 
 def _explain_full(
