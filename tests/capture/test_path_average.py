@@ -351,3 +351,33 @@ def test_an_error_that_more_nodes_do_not_change_is_told_as_that_of_the_gradient(
     ):
         average = at.average_features(model, start, end, x)
     assert average.nodes == 16
+
+
+class Still(nn.Module):
+    """A linear map that moves, and a gain at zero that stands still while its features oscillate along the path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gain = nn.Linear(3, 8), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return h.sum(1, keepdim=True) + (torch.sin(6 * h) * self.gain).sum(1, keepdim=True)
+
+
+def test_the_identity_says_nothing_about_features_of_parameters_that_stand_still() -> None:
+    torch.manual_seed(0)
+    model, x = Still().double(), torch.randn(20, 3, dtype=torch.float64)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    end = {name: value + 2 * torch.randn_like(value) * (name != "gain") for name, value in start.items()}
+    paths = [torch.nn.functional.linear(x, state["inner.weight"], state["inner.bias"]) for state in (start, end)]
+    steps = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    wanted = torch.stack([torch.sin(6 * torch.lerp(*paths, float(s))) for s in steps]).mean(0)
+
+    def missed(average: at.TangentFeatures) -> float:
+        return float((average.blocks["gain"].features().reshape(20, 8) - wanted).norm() / wanted.norm())
+
+    few, many = at.average_features(model, start, end, x), at.average_features(model, start, end, x, nodes=64)
+    assert few.error < 1e-12
+    assert missed(few) > 0.5
+    assert missed(many) < 1e-5

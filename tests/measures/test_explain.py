@@ -459,3 +459,90 @@ def test_a_side_too_wide_for_memory_is_refused_naming_the_block() -> None:
         at.TangentError, match=r"explain: needs 128 bytes .* limit is 100 bytes; leave block '0' out .* left side, of 2"
     ):
         at.explain(feats, moved, at.Left(), memory_limit=100)
+
+
+@pytest.mark.parametrize("kind", [*STRUCTURES, "Rows", "Diagonal"])
+@pytest.mark.parametrize("strengths", [(), (-1.0,), (1e-4, math.nan), (math.nan,), (math.inf,), (1e-4, math.inf), 0.1])
+def test_strengths_that_are_no_finite_numbers_of_zero_or_more_are_refused(
+    kind: str, strengths: tuple[float, ...]
+) -> None:
+    before = start(n=12)
+    after = before.transformed(planted(before, "Left"))
+    structure = STRUCTURES.get(kind) or {"Rows": at.Rows(), "Diagonal": at.Diagonal()}[kind]
+    with pytest.raises(
+        at.TangentError, match=r"^explain: strengths are one or several finite numbers, each 0 or more, got"
+    ):
+        at.explain(before, after, structure, strengths=strengths)
+
+
+@pytest.mark.parametrize("kind", [*STRUCTURES, "Rows", "Diagonal"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused_naming_block_and_sample(kind: str, bad: float) -> None:
+    before = start(n=12)
+    values = {name: block.features().clone() for name, block in before.blocks.items()}
+    values["block1"][7, 1, 2, 0] = bad
+    after = reference.features_from(values)
+    structure = STRUCTURES.get(kind) or {"Rows": at.Rows(), "Diagonal": at.Diagonal()}[kind]
+    words = r"^explain: the features of block 'block1' are not finite at sample 7; remove the sample"
+    for pair in ((before, after), (after, before)):
+        with pytest.raises(at.TangentError, match=words):
+            at.explain(*pair, structure)
+
+
+def test_the_order_in_which_strengths_are_given_changes_nothing() -> None:
+    before = start()
+    after = before.transformed(planted(before, "Left"))
+    strengths = (1e-4, 1e-2, 1.0)
+    for kind in ("Left", "TwoSided"):
+        one, other = (at.explain(before, after, STRUCTURES[kind], strengths=s) for s in (strengths, strengths[::-1]))
+        assert one.squares == other.squares
+
+
+@pytest.mark.parametrize("kind", ["Left", "Right", "TwoSided", "Full"])
+def test_a_common_scale_changes_no_choice_even_among_ridges_that_tie(kind: str) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    end = {name: value + 0.3 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    pair = at.tangent_features(model, x), at.tangent_features(model, x, params=end)
+    found = [
+        at.explain(
+            *(feats.transformed(dict.fromkeys(feats.blocks, Sides(scale=scale))) for feats in pair), STRUCTURES[kind]
+        )
+        for scale in (1.0, 1.1, 1.3, 7.0, 1e12, 1e100)
+    ]
+    for other in found[1:]:
+        assert (other.ranks, other.strengths) == (found[0].ranks, found[0].strengths)
+        assert other.r2 == pytest.approx(found[0].r2, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["LayerScale", "Left", "Right", "TwoSided", "Rows"])
+@pytest.mark.parametrize("scale", [1e-160, 1e-80, 1e-30, 1e30, 1e100])
+def test_a_block_of_another_scale_keeps_its_r2_and_its_share_of_the_total(kind: str, scale: float) -> None:
+    structure = STRUCTURES.get(kind, at.Rows())
+    before = start()
+    after = before.transformed(planted(before, "Left"))
+    own = at.explain(before, after, structure)
+    unequal = {"block1": Sides(scale=scale)}
+    found = at.explain(before.transformed(unequal), after.transformed(unequal), structure)
+    assert found.r2 == pytest.approx(own.r2, rel=1e-6, abs=1e-9)
+    assert found.squares["block0"] == pytest.approx(own.squares["block0"], rel=1e-9)
+    assert found.squares["block1"] == pytest.approx(
+        [square * scale * scale for square in own.squares["block1"]], rel=1e-6
+    )
+    errors, changes = (
+        sum((scale * scale if name == "block1" else 1.0) * pair[k] for name, pair in own.squares.items())
+        for k in (0, 1)
+    )
+    assert found.total == pytest.approx(1 - errors / changes, rel=1e-6, abs=1e-9)
+
+
+def test_a_total_of_blocks_whose_squares_float64_does_not_hold_is_that_of_any_other_scale() -> None:
+    before = start()
+    after = before.transformed(planted(before, "TwoSided"))
+    own = at.explain(before, after, at.Left())
+    for scale in (1e-200, 1e200):
+        common = {name: Sides(scale=scale) for name in before.blocks}
+        found = at.explain(before.transformed(common), after.transformed(common), at.Left())
+        assert found.total == pytest.approx(own.total, rel=1e-9)
+        assert found.r2 == pytest.approx(own.r2, rel=1e-9)

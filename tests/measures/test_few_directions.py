@@ -265,6 +265,24 @@ def test_a_narrowed_side_loses_little(formed: int, monkeypatch: pytest.MonkeyPat
     assert found.total == pytest.approx(whole.total, abs=0.02)
 
 
+@pytest.mark.parametrize("strengths", [(1e-4,), (1e-8, 1e-4)])
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.5, -0.7])
+@pytest.mark.parametrize("kind", ["Left", "Right"])
+def test_a_narrowed_side_holds_the_directions_of_any_scale_at_few_strengths(
+    kind: str, scale: float, strengths: tuple[float, ...]
+) -> None:
+    d = 100
+    shape = (d, 20) if kind == "Left" else (20, d)
+    before = Block("b", shape, (), outer=Outer(draw(200, 3, 2, shape[0]), draw(200, 3, shape[1], seed=1)))
+    for seed in (2, 3, 4):
+        moved = scale * torch.eye(d, dtype=torch.float64) + draw(d, 2, seed=seed) @ draw(2, d, seed=seed + 10) / d**0.5
+        side = Matrix(moved)
+        after = before.transformed(*((side, None) if kind == "Left" else (None, side)))
+        structure = at.Left() if kind == "Left" else at.Right()
+        found = at.explain(feats(before), feats(after), structure, rank=2, strengths=strengths)
+        assert found.r2["b"] > 0.9995
+
+
 def test_entries_that_no_sample_looks_up_are_left_alone() -> None:
     size = 70_000
     part = lookup(size=size)

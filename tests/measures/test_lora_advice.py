@@ -163,6 +163,65 @@ def test_a_table_that_is_also_the_head_is_left_out_twice() -> None:
     }
 
 
+class TiedHead(nn.Module):
+    """A table that is also the head, registered before the head or after it."""
+
+    def __init__(self, head_first: bool) -> None:
+        super().__init__()
+        modules = {"embed": nn.Embedding(30, 16), "layer": nn.Linear(16, 16), "head": nn.Linear(16, 30, bias=False)}
+        for name in sorted(modules, reverse=head_first):
+            self.add_module(name, modules[name])
+        modules["head"].weight = modules["embed"].weight
+
+
+@pytest.mark.parametrize("states", ["live", "end copied", "both copied", "head saved once", "table saved once"])
+@pytest.mark.parametrize("known", ["with the model", "by names"])
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_tied_head_is_left_out_in_any_order_and_after_any_copy(head_first: bool, known: str, states: str) -> None:
+    model = TiedHead(head_first)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    if states != "both copied":
+        start["head.weight"] = start["embed.weight"]
+    with torch.no_grad():
+        model.get_parameter("embed.weight").add_(of_rank(30, 16, [2.0, 1.0]))
+        model.get_parameter("layer.weight").add_(of_rank(16, 16, [1.0]))
+    end = (
+        model.state_dict() if states == "live" else {name: value.clone() for name, value in model.state_dict().items()}
+    )
+    if states.endswith("once"):
+        del end["head.weight" if states == "table saved once" else "embed.weight"]
+    advice = lora_advice((start, end), model=model if known == "with the model" else None)
+    assert advice.rank_pattern == {"layer": 1}
+    assert not advice.whole
+    assert advice.left_out["head"] == "tied to embed"
+
+
+def test_a_tied_head_is_left_out_of_matrices_and_inspections_with_the_model() -> None:
+    changes = {"head": of_rank(30, 16, [1.0]), "layer": of_rank(16, 16, [1.0])}
+    results = {"blocks": {name: {"shape": list(change.shape)} for name, change in changes.items()}}
+    arrays = {
+        f"singular_values.change.{name}": torch.linalg.svdvals(change).numpy() for name, change in changes.items()
+    }
+    for source in (changes, Held(results, arrays)):
+        advice = lora_advice(source, model=TiedHead(head_first=True))
+        assert advice.rank_pattern == {"layer": 1}
+        assert advice.left_out == {"head": "tied to embed"}
+
+
+def test_layers_of_equal_values_that_did_not_change_are_not_called_tied() -> None:
+    start = {"embed.weight": torch.zeros(9, 6), "head.weight": torch.zeros(9, 6), "layer.weight": torch.eye(6)}
+    end = {name: value.clone() for name, value in start.items()} | {"layer.weight": torch.ones(6, 6)}
+    assert lora_advice((start, end)).left_out == {"embed": "an embedding, by its name"}
+
+
+def test_weights_of_one_state_alone_are_listed_as_left_out() -> None:
+    start = {"a.weight": torch.eye(6), "old.weight": torch.eye(6)}
+    end = {"a.weight": torch.ones(6, 6), "new.weight": torch.eye(6)}
+    assert lora_advice((start, end)).left_out == {
+        "old": "in the state at the start alone", "new": "in the state at the end alone",
+    }  # fmt: skip
+
+
 def test_a_kernel_of_a_convolution_is_a_matrix_of_its_filters() -> None:
     start = {"conv.weight": torch.zeros(8, 4, 3, 3, dtype=torch.float64)}
     end = {"conv.weight": of_rank(8, 36, [3.0, 2.0, 0.1]).reshape(8, 4, 3, 3)}
@@ -223,10 +282,51 @@ def test_moments_from_factors_are_those_of_the_features_themselves() -> None:
 
     feats, _, _ = features_and_end()
     for block in feats.blocks.values():
-        phi = block.features()
-        left, right = _moments(block)
-        torch.testing.assert_close(left, torch.einsum("ncoi,ncpi->op", phi, phi), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(right, torch.einsum("ncoi,ncoj->ij", phi, phi), rtol=1e-9, atol=1e-12)
+        for columns in (slice(0, block.shape[1]), slice(1, 4)):
+            phi = block.features()[..., columns]
+            left, right = _moments(block, columns)
+            torch.testing.assert_close(left, torch.einsum("ncoi,ncpi->op", phi, phi), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(right, torch.einsum("ncoi,ncoj->ij", phi, phi), rtol=1e-9, atol=1e-12)
+
+
+class Gated(nn.Module):
+    """A layer whose outputs are weighted by inputs, so that many samples show its bias alone."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 6, batch_first=True) if recurrent else nn.Linear(8, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = x[:, :8]
+        if isinstance(self.layer, nn.GRU):
+            return self.layer(inside.reshape(-1, 2, 4))[0][:, -1] * x[:, 8:14]  # type: ignore[no-any-return]
+        return self.layer(inside) * x[:, 8:]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("parameter", ["layer.weight", "layer.weight_ih_l0", "layer.weight_hh_l0"])
+def test_a_layer_s_other_parameters_do_not_change_the_gains_of_its_weight(parameter: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gated(recurrent="_l0" in parameter).double().eval()
+    x = normal(40, 26)
+    x[20:, :8], x[:20, 10:] = 0, 0
+    feats = tangent_features(model, x, wrt="layer.*")  # first: functional_call leaves a plain tensor in a GRU
+    own = model.get_parameter(parameter).detach()
+    change = normal(*own.shape, seed=3)
+
+    def outputs(weight: Tensor, sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {parameter: weight}, (sample[None],))[0]  # type: ignore[no-any-return]
+
+    phi = torch.stack([torch.func.jacrev(outputs)(own, sample) for sample in x]).detach()
+    roots = []
+    for moment in (torch.einsum("ncoi,ncpi->op", phi, phi), torch.einsum("ncoi,ncoj->ij", phi, phi)):
+        values, vectors = torch.linalg.eigh(moment)
+        roots.append(vectors * values.clamp_min(0).sqrt())
+    wanted = torch.linalg.svdvals(roots[0].T @ change @ roots[1]) ** 2
+    wanted *= (torch.einsum("ncoi,oi->nc", phi, change) ** 2).sum() / wanted.sum()
+    module = parameter.removesuffix(".weight")
+    advice = lora_advice({module: change}, features=feats, share=0.5)
+    torch.testing.assert_close(advice.gains.found[module].gains, wanted, rtol=1e-6, atol=1e-8 * float(wanted[0]))
 
 
 def test_a_forecast_is_advice_before_training() -> None:
@@ -344,7 +444,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "whole": (FLAT, {"whole": "head"}, "whole = 'head' names none"),
     "vectors alone": ({"norm": torch.ones(6)}, {}, "left out: norm"),
     "other shapes": (({"a.weight": torch.eye(3)}, {"a.weight": torch.eye(4)}), {}, r"\(3, 3\) at the start and \(4, 4\)"),
-    "nothing in common": (({"a.weight": torch.eye(3)}, {"b.weight": torch.eye(3)}), {}, "left out: nothing"),
+    "nothing in common": (({"a.weight": torch.eye(3)}, {"b.weight": torch.eye(3)}), {}, "left out: a, b"),
     "features for values alone": (
         Held({"blocks": {"0": {"shape": [6, 6]}}}, {"singular_values.change.0": np.ones(6)}), {"features": True},
         "singular values alone",

@@ -13,6 +13,7 @@ from torch import nn
 import adaptive_tangents as at
 from adaptive_tangents.checks import as_tensor
 from adaptive_tangents.errors import raised_as
+from adaptive_tangents.features.transforms import Sides
 from adaptive_tangents.solvers import model_selection
 from adaptive_tangents.solvers.results import Certified
 from theory_reference import problem
@@ -333,6 +334,10 @@ def test_what_is_of_no_clear_meaning_is_refused_with_what_to_pass(case: str) -> 
 WRONG: Mapping[str, tuple[dict[str, object], str]] = {
     "targets": ({"r": CASE.r[:3]}, r"targets have shape \(3, 2\), features are of n = 6 samples"),
     "targets not finite": ({"r": CASE.r / 0}, r"the target of sample 0 is not finite"),
+    "features not finite": (
+        {"feats": CASE.feats.transformed({"block0": Sides(scale=math.nan)})},
+        r"the features of block 'block0' are not finite at sample 0",
+    ),
     "a ridge": ({"ridge": -1.0}, r"the ridge ρ is zero \(interpolation\) or positive, got -1"),
     "a form": ({"form": "sparse"}, r"form is one of auto, dense, primal, matrix-free, got 'sparse'"),
     "the primal form": ({"form": "primal", "ridge": 0.0}, r"the primal form needs a ridge"),

@@ -37,7 +37,7 @@ class AverageFeatures(TangentFeatures):
         blocks: the features of each parameter block, by name.
         parameters: name and shape of each parameter, in the order of ``model.named_parameters()``.
         limit: bytes that ``dense`` and ``kernel`` may use; None is half of what is free.
-        error: ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖.
+        error: ‖f₁ − f₀ − φ̄(θ₁ − θ₀) − g‖ / ‖f₁ − f₀‖; it says nothing about φ̄ in other directions than θ₁ − θ₀.
         nodes: the number of quadrature nodes.
         change: f₁ − f₀ (n, c).
         buffer_change: g (n, c), the part of the change that the buffers made; None if they did not move.
@@ -72,9 +72,11 @@ def average_features(
     r"""φ̄(x) = ∫₀¹ ∂f/∂θ(x; θ₀ + s(θ₁ − θ₀)) ds, for which f(x;θ₁) − f(x;θ₀) = φ̄(x)(θ₁ − θ₀) exactly.
 
     The integral is computed by Gauss-Legendre quadrature. ReLU networks converge slowly: their features jump along the
-    path. If buffers b move with the parameters, then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, and g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds is the part
-    of the change that the buffers made, ``buffer_change``. It is computed by forward mode at each node, or by central
-    differences if an operation has no forward mode.
+    path. ``tol`` and ``error`` certify this identity alone: φ̄ along θ₁ − θ₀, no other direction. Features of parameters that
+    stand still, and kernels of φ̄, may need more nodes; compare those of twice the ``nodes``. If buffers b move with the
+    parameters, then f₁ − f₀ = φ̄(θ₁ − θ₀) + g, and g = ∫₀¹ ∂f/∂b (b₁ − b₀) ds is the part of the change that the buffers
+    made, ``buffer_change``. It is computed by forward mode at each node, or by central differences if an operation has no
+    forward mode.
 
     Args:
         model: the network f; it is left as it was.

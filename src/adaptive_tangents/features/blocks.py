@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.summands import (
     Dense,
     Factors,
@@ -275,6 +276,23 @@ _KINDS: Mapping[type[Summand], str] = {
     Outer: "outer", Dense: "dense", Shared: "shared", Lookup: "lookup", Flipped: "flipped", Weighted: "weighted",
 }  # fmt: skip
 _NO_SUMMANDS: Mapping[str, Any] = dict.fromkeys(_KINDS.values())
+
+
+def check_finite_blocks(call: str, blocks: Mapping[str, Block]) -> None:
+    """Raise TangentError naming the first block, and its first sample, whose features are not finite."""
+    for name, block in blocks.items():
+        for tensor in (held for part in block.summands for held in tensors_of(part)):
+            if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+                continue
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                # Gains and directions are of the block, not of a sample.
+                own = len(tensor) == block.samples and tensor.ndim > 2
+                where = f" at sample {int(bad.flatten(1).any(1).nonzero()[0, 0])}" if own else ""
+                raise TangentError(
+                    f"{call}: the features of block {name!r} are not finite{where}; remove the sample, or take the network "
+                    "before its training diverged"
+                )
 
 
 def sum_blocks(blocks: list[Block]) -> Block:

@@ -20,6 +20,7 @@ from adaptive_tangents.structures.spectral import Left, Right, TwoSided
 
 _CHUNK = 4_000_000  # entries of features that are formed at once
 _LEAST = 8  # units that a wide side is narrowed to where memory is scarce
+_ALIKE = 1e-12  # of ‖B‖²: errors that differ by less are alike
 _TINY = 1e-8  # of a scale, so that directions relative to it are finite
 
 
@@ -144,18 +145,18 @@ class Fits:
         for count, k in enumerate(tried, start=int(0 not in tried)):
             if k != 0:  # at rank 0 the scale alone, with which the search begins
                 batch = search.improved(batch, k, few_directions.rounds_of(count, k), near)
-            errors = choosing.errors({side: each[near] for side, each in batch.items()})
-            best = (
-                near.start + int(errors.argmin()) if k != 0 else near.stop - 1
-            )  # rank 0 is the strongest ridge's limit
+            errors = choosing.errors({side: each[near] for side, each in batch.items()}).tolist()
+            last = last_of_least(errors, choosing.after) if k != 0 else -1  # rank 0 is the strongest ridge's limit
+            best = range(near.start, near.stop)[last]
             one = {side: each[best : best + 1] for side, each in batch.items()}
-            found.append((float(errors.min()), k, self.strengths[best], one))
+            found.append((errors[last], k, self.strengths[best], one))
             by_rank[most if k is None else k] = r_squared(float(reporting.errors(one)), reporting.change)
             # The best ridge moves little with the rank.
             if k != 0:
                 near = slice(max(0, best - 1), min(len(self.strengths), best + 2))
             tick(0.5 + 0.4 * count / len(tried))
-        _, k, strength, chosen = min(found, key=lambda candidate: candidate[0])
+        simplest = last_of_least([candidate[0] for candidate in reversed(found)], choosing.after)
+        _, k, strength, chosen = found[len(found) - 1 - simplest]
         if k:
             only = replace(search, strengths=search.strengths.new_tensor([strength]))
             chosen = only.improved(chosen, k, min(few_directions.LAST, few_directions.ROUNDS))
@@ -205,10 +206,15 @@ def _error(samples: Samples, transform: Transform) -> float:
         assert isinstance(transform, Sides)
         if transform.left is None and transform.right is None:
             after, mixed, before = samples.norms
-            return max(0.0, after - 2 * transform.scale * mixed + transform.scale**2 * before)
+            return unrounded(after - 2 * transform.scale * mixed + transform.scale**2 * before)
         moved = samples.before.transformed(transform.left, transform.right, transform.scale)
     after, mixed, before = Samples(moved, samples.after, samples.index).norms
-    return max(0.0, after - 2 * mixed + before)
+    return unrounded(after - 2 * mixed + before)
+
+
+def unrounded(square: float) -> float:
+    """A sum of squares that rounding made negative as zero; NaN stays, which ``max`` would hide."""
+    return 0.0 if square < 0 else square
 
 
 def _by_group(sets: Sequence[Samples], structure: Grouped, strengths: Sequence[float]) -> tuple[Transform, float]:
@@ -227,12 +233,19 @@ def _by_group(sets: Sequence[Samples], structure: Grouped, strengths: Sequence[f
 
     fitting, (square, cross) = totals(sets[0]), totals(sets[1])
     found: list[tuple[float, float, Tensor]] = []
+    after = sets[1].norms[0]
     for strength in strengths:
         ridge = strength * float(fitting[0].mean()) + torch.finfo(square.dtype).tiny
         gains = (fitting[1] + ridge) / (fitting[0] + ridge)
-        found.append((float((gains**2 * square - 2 * gains * cross).sum()), strength, gains))
-    _, strength, gains = min(found, key=lambda candidate: candidate[0])
+        found.append((after + float((gains**2 * square - 2 * gains * cross).sum()), strength, gains))
+    _, strength, gains = found[last_of_least([candidate[0] for candidate in found], after)]
     return structure.transform(gains), strength
+
+
+def last_of_least(errors: Sequence[float], size: float) -> int:
+    """The last of the least errors, where those that differ by rounding of a size are alike: no scale changes the choice."""
+    most = min(errors) + _ALIKE * size
+    return max((k for k, error in enumerate(errors) if error <= most), default=len(errors) - 1)
 
 
 def r_squared(error: float, change: float) -> float:

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.features.blocks import Block
+from adaptive_tangents.features.blocks import Block, check_finite_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures, check_features
 from adaptive_tangents.features.transforms import Sides, Transform
 from adaptive_tangents.kernels.derived_kernels import largest, power_of_two
-from adaptive_tangents.measures.block_fits import Fits, Found, r_squared, sides_of, width_of
+from adaptive_tangents.measures.block_fits import Fits, Found, last_of_least, r_squared, sides_of, unrounded, width_of
 from adaptive_tangents.measures.few_directions import SIDES, WIDE, Samples
 from adaptive_tangents.runtime.figures import bars, lines, panels
 from adaptive_tangents.runtime.memory import limit_for
@@ -150,7 +150,7 @@ def explain(
         end_feats: φ̄, features of the same samples in the same order.
         structure: Fixed, LayerScale, Rows, Columns, Diagonal, Left, Right, TwoSided or Full; or a mapping from patterns of
             block names to any of these but Full.
-        strengths: ridges to choose from, relative to the features' mean square.
+        strengths: ridges to choose from, finite and 0 or more, relative to the features' mean square.
         rank: the rank k of each side, or several to choose from (0: one factor for the block); None is full rank, at a cost
             of n·c·o·i·min(o, i) a round.
         generator: shuffles the samples before they are split; None is a generator with seed 0.
@@ -158,8 +158,9 @@ def explain(
         progress: called with "blocks" and the fraction of the work on them that is done; True shows a bar.
 
     Raises:
-        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, a rank is
-            negative, the structure has no least-squares fit, or the memory limit is too small.
+        TangentError: when the features do not belong together, there are fewer than 8 samples, nothing changed, they are
+            not finite, a rank or a strength is negative, the structure has no least-squares fit, or the memory limit is too
+            small.
 
     >>> import torch, adaptive_tangents as at
     >>> model = torch.nn.Linear(3, 1)
@@ -187,7 +188,7 @@ def explanations(
     for structure in structures.values():
         check_sketch("explain", structure, start_feats)
     _check(start_feats, end_feats)
-    ranks = _checked_ranks(rank)
+    ranks, strengths = _checked_ranks(rank), _checked_strengths(strengths)
     n = start_feats.n
     order = torch.randperm(n, generator=generator or torch.Generator().manual_seed(0), device="cpu").to(
         start_feats.device
@@ -198,7 +199,7 @@ def explanations(
         order[:quarter].sort().values,
         order[quarter : 2 * quarter].sort().values,
     )
-    start, end = _moderate(start_feats, end_feats)
+    start, end, units = _moderate(start_feats, end_feats, by_block=True)
     sizes = (len(parts[0]), len(parts[1]), len(parts[2]))
     by_block = {key: one for key, one in structures.items() if not isinstance(one, Full)}
     own = {key: _of_blocks(structure, start.blocks) for key, structure in by_block.items()}
@@ -222,7 +223,7 @@ def explanations(
                 progress("blocks", min(1.0, (done + fraction * share) / whole))
 
         if fits is None or fits.name != name:
-            fits = Fits(name, start.blocks[name], end.blocks[name], parts, tuple(strengths), ranks, width[name])
+            fits = Fits(name, start.blocks[name], end.blocks[name], parts, strengths, ranks, width[name])
         found[key][name] = fits.best(own[key][name], tick)
         done += share
         tick(1.0, done - share)
@@ -231,27 +232,40 @@ def explanations(
         if isinstance(structure, Full):
             if not any(Samples(block, end.blocks[name], order).change > 0 for name, block in start.blocks.items()):
                 raise TangentError(_UNCHANGED)
-            wide = start.to(torch.float64), end.to(torch.float64)
+            first, last, _ = _moderate(start_feats, end_feats, by_block=False)
+            wide = first.to(torch.float64), last.to(torch.float64)
             told[key] = _explain_full(*wide, structure, parts, sizes, strengths)
         else:
-            told[key] = _told(structure, found[key], sizes)
+            told[key] = _told(structure, found[key], sizes, units)
     return told
 
 
-def _told(structure: Structure, found: Mapping[str, Found], samples: tuple[int, int, int]) -> Explanation:
+def _told(
+    structure: Structure, found: Mapping[str, Found], samples: tuple[int, int, int], units: Mapping[str, float]
+) -> Explanation:
+    """The explanation from what was found of blocks over their units, whose squares float64 may not hold."""
     if not any(changed > 0 for one in found.values() for changed in one.changes):
         raise TangentError(_UNCHANGED)
+    most = max(units[name] for name, one in found.items() if any(changed > 0 for changed in one.changes))
+    squares = {}
+    for name, one in found.items():
+        unit = units[name]
+        squares[name] = (one.errors[2] * unit * unit, one.changes[2] * unit * unit)
+    shares = {name: (units[name] / most) * (units[name] / most) for name in found}
     return Explanation(
         structure,
         {name: one.r2(2) for name, one in found.items()},
-        r_squared(sum(one.errors[2] for one in found.values()), sum(one.changes[2] for one in found.values())),
+        r_squared(
+            sum(shares[name] * one.errors[2] for name, one in found.items()),
+            sum(shares[name] * one.changes[2] for name, one in found.items()),
+        ),
         {name: one.r2(0) for name, one in found.items()},
         {name: one.strength for name, one in found.items()},
         {name: one.transform for name, one in found.items()},
         samples,
         {name: one.rank for name, one in found.items() if one.rank is not None},
         {name: one.by_rank for name, one in found.items() if one.rank is not None},
-        {name: (one.errors[2], one.changes[2]) for name, one in found.items()},
+        squares,
     )
 
 
@@ -302,18 +316,31 @@ def _checked_ranks(rank: int | Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(ranks)))
 
 
-def _moderate(start: TangentFeatures, end: TangentFeatures) -> tuple[TangentFeatures, TangentFeatures]:
-    """Both features over the same power of two, so that float64 holds their squares."""
-    signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
+def _checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """The strengths, weakest first."""
+    try:
+        found = tuple(sorted(float(strength) for strength in strengths))
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(0 <= strength < math.inf for strength in found):
+        raise TangentError(f"explain: strengths are one or several finite numbers, each 0 or more, got {strengths!r}")
+    return found
+
+
+def _moderate(
+    start: TangentFeatures, end: TangentFeatures, *, by_block: bool
+) -> tuple[TangentFeatures, TangentFeatures, dict[str, float]]:
+    """Both features over powers of two, so that float64 holds their squares: one for each block, or one for all."""
+    units = dict.fromkeys(start.blocks, 1.0)
     if start.dtype != torch.float64:  # float64 holds the squares of any float32
-        return start, end
+        return start, end, units
+    signs = torch.ones(start.n, start.c, dtype=start.dtype, device=start.device)
     signs[::2] = -1
-    sizes = [largest(matrix) for feats in (start, end) for matrix in feats.to(start.dtype).combine(signs).values()]
-    scale = power_of_two(max(sizes))
-    if scale == 1:
-        return start, end
-    small = Sides(scale=1 / scale)
-    return start.transformed(dict.fromkeys(start.blocks, small)), end.transformed(dict.fromkeys(end.blocks, small))
+    first, last = (feats.to(start.dtype).combine(signs) for feats in (start, end))
+    sizes = {name: max(largest(first[name]), largest(last[name])) for name in units}
+    units = {name: power_of_two(sizes[name] if by_block else max(sizes.values())) for name in units}
+    small = {name: Sides(scale=1 / unit) for name, unit in units.items() if unit != 1}
+    return start.transformed(small), end.transformed(small), units
 
 
 def _explain_full(
@@ -335,18 +362,19 @@ def _explain_full(
 
     def errors(held: tuple[Tensor, dict[str, Tensor], dict[str, float]], strength: float) -> dict[str, float]:
         cross, mixed, own = held
-        inverse = (vectors / (values.clamp_min(0) + strength * float(kernel.diagonal().mean()))) @ vectors.mT
+        ridge = max(strength, torch.finfo(values.dtype).eps) * float(kernel.diagonal().mean())
+        inverse = (vectors / (values.clamp_min(0) + ridge)) @ vectors.mT
         weights = cross @ inverse
         return {
-            name: max(
-                0.0,
-                own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum()),
+            name: unrounded(
+                own[name] - 2 * float((weights * mixed[name]).sum()) + float(((weights @ among[name]) * weights).sum())
             )
             for name in own
         }
 
     fitting, choosing, reporting = (prepared(index) for index in parts)
-    chosen = min(strengths, key=lambda strength: sum(errors(choosing, strength).values()))
+    tried = [sum(errors(choosing, strength).values()) for strength in strengths]
+    chosen = strengths[last_of_least(tried, sum(choosing[2].values()))]
     error, change, fit_error, fit_change = errors(reporting, chosen), reporting[2], errors(fitting, chosen), fitting[2]
     return Explanation(
         structure,
@@ -384,3 +412,5 @@ def _check(start: TangentFeatures, end: TangentFeatures) -> None:
         )
     if start.n < 8:
         raise TangentError(f"explain: needs at least 8 samples to fit, choose and report, got {start.n}")
+    for feats in (start, end):
+        check_finite_blocks("explain", feats.blocks)

@@ -65,7 +65,7 @@ class Samples:
         """Σ‖B − A‖², or zero if it is only rounding."""
         after, mixed, before = self.norms
         change = after - 2 * mixed + before
-        return change if change > 1e-13 * after else 0.0
+        return 0.0 if change <= 1e-13 * after else change  # so that NaN stays
 
     def onto(self, side: str, columns: Tensor | None) -> list[tuple[list[Term], list[Term]]]:
         """A and B with a side on some columns, a few samples at a time; made once."""
@@ -125,8 +125,9 @@ def narrowed(
 ) -> Float[Tensor, "d w"] | None:
     """Orthonormal directions that hold what the side alone would read and write at any strength; None if it is narrow.
 
-    With S = Σ AAᵀ and X = Σ (B − A)Aᵀ, a side of rank k at ridge μ writes along the leading left singular vectors u of
-    X(S + μ)^(−1/2) and reads along (S + μ)⁻¹Xᵀu.
+    With S = Σ AAᵀ and X = Σ (B − σA)Aᵀ, a side of rank k at ridge μ and scale σ writes along the leading left singular
+    vectors u of X(S + μ)^(−1/2) and reads along (S + μ)⁻¹Xᵀu. σ is first that of a layer scale, then the best one beside the
+    directions found before. More directions than k are taken where the width has room for them.
     """
     size = samples.before.shape[SIDES.index(side)]
     if size <= width:
@@ -142,25 +143,34 @@ def narrowed(
     trace = float(square.trace()) if square is not None else sum(inner(a, a) for a, _ in samples.parts())
     product: Callable[[Tensor], Tensor] = (lambda q: total(0, q)) if square is None else square.matmul
     values, principal = _leading(product, size, min(size, 2 * width, _PRINCIPAL), samples)
-    change = total(1, principal) - product(principal)
-    columns = []
-    for strength in strengths:
-        scale = (values + strength * trace / size + torch.finfo(values.dtype).tiny).sqrt()
-        white = change / scale
+    cross, own = total(1, principal), product(principal)
+    _, mixed, before = samples.norms
+    scale, most = mixed / before if before > 0 else 1.0, max(rank, width // (2 * len(strengths)))
+    found: list[list[Tensor]] = []
+    for strength in (strengths[0], *strengths):  # the first one twice: once for its scale alone
+        root = (values + strength * trace / size + torch.finfo(values.dtype).tiny).sqrt()
+        wanted, held = cross / root, own / root
+        white = wanted - scale * held
         squares, vectors = torch.linalg.eigh(white.mT @ white)
-        kept = min(rank, int((squares > 1e-14 * squares[-1]).sum())) if squares[-1] > 0 else 0
+        kept = min(most, int((squares > 1e-14 * squares[-1]).sum())) if squares[-1] > 0 else 0
+        found.append([])
         if kept:
             sizes, vectors = squares[-kept:].sqrt(), vectors[:, -kept:]
             shares = sizes / sizes.norm()
-            read = principal @ (vectors / scale[:, None])
-            columns += [white @ vectors / sizes * shares, read / read.norm(dim=0) * shares]
+            written, read = white @ vectors / sizes, principal @ (vectors / root[:, None])
+            found[-1] = [written * shares, read / read.norm(dim=0) * shares]
+            # The scale as in ``_solve``, which takes only directions of the rank.
+            wanted, held = (x.mT @ written[:, -rank:] for x in (wanted, held))
+            room = before - float((held * held).sum())
+            scale = (mixed - float((wanted * held).sum())) / room if room > 1e-12 * before else scale
+    columns = [column for pair in found[1:] for column in pair]
     if not columns:
         return principal[:, -width:]
     stacked = torch.cat(columns, 1)
     squares, vectors = torch.linalg.eigh(stacked.mT @ stacked)
     kept = min(width, int((squares > 1e-12 * squares[-1]).sum()))
-    found: Tensor = torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
-    return found
+    axes: Tensor = torch.linalg.qr(stacked @ (vectors[:, -kept:] / squares[-kept:].sqrt()))[0]
+    return axes
 
 
 def _leading(product: Callable[[Tensor], Tensor], size: int, count: int, samples: Samples) -> tuple[Tensor, Tensor]:

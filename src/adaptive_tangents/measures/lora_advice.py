@@ -201,8 +201,8 @@ def lora_advice(
             are left out: by type if there is a model, else by name.
         whole: layers to be trained whole, by pattern, such as a new head; None is those whose adapters would be no smaller.
         features: of all these layers, at the start, at the end or averaged. The gains are then by what a direction does to
-            the outputs: the squared singular values of G^½ Δθ H^½, with G = ΣΦΦᵀ, H = ΣΦᵀΦ, scaled to add up to ‖ΦΔθ‖². None:
-            squared singular values of Δθ.
+            the outputs: the squared singular values of G^½ Δθ H^½, with G = ΣΦΦᵀ, H = ΣΦᵀΦ of the weight's own features Φ
+            (without a bias), scaled to add up to ‖ΦΔθ‖². None: squared singular values of Δθ.
         model: tells which modules are layers that adapters can change; None goes by the shapes and names of weights.
         scaling: α/r of the adapters.
 

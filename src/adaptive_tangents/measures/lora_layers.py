@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from adaptive_tangents.capture.state_names import tied
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.blocks import Block
 from adaptive_tangents.features.tangent_features import TangentFeatures
@@ -19,7 +20,7 @@ CALL = "lora_advice"
 # How embeddings are called where no model says which layers are such.
 _TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared)$")
 _CHANGE = "singular_values.change."
-_WEIGHT = ".weight"
+_WEIGHT, _EMBEDDING = ".weight", "an embedding"
 _ROUNDING = 1e-12  # of the energy: what float32 weights do not resolve
 
 
@@ -107,25 +108,25 @@ def _weighed(block: Block, place: int, change: Tensor, name: str) -> Tensor:
             f"{CALL}: the change of {name} is {tuple(change.shape)} and its features are {(block.shape[0], slot.width)}; "
             "give features of the same network"
         )
-    left, right = _moments(block)
     columns = slice(slot.column, slot.column + slot.width)
+    left, right = _moments(block, columns)
     whole = torch.zeros(block.shape, dtype=right.dtype, device=right.device)
     whole[:, columns] = rows.to(whole)
     dtype = next(t.dtype for part in block.summands for t in vars(part).values() if isinstance(t, Tensor)
                  and t.is_floating_point())  # fmt: skip
     own = float((block.inner(whole[None].to(dtype)).double() ** 2).sum())
-    half = _factor(left).mT @ rows.to(left) @ _factor(right[columns, columns])
+    half = _factor(left).mT @ rows.to(left) @ _factor(right)
     gains = energies(half)
     total = float(gains.sum())
     return gains * (own / total) if total > 0 else gains
 
 
-def _moments(block: Block) -> tuple[Tensor, Tensor]:
+def _moments(block: Block, columns: slice) -> tuple[Tensor, Tensor]:
     """Σ ΦΦᵀ (o, o) and Σ ΦᵀΦ (i, i) over samples and outputs."""
     if block.summands == (block.outer,) and block.outer is not None:
-        signals, inputs = block.outer.backward.double(), block.outer.inputs.double()
+        signals, inputs = block.outer.backward.double(), block.outer.inputs.double()[..., columns]
         left = signals.new_zeros(block.shape[0], block.shape[0])
-        right = signals.new_zeros(block.shape[1], block.shape[1])
+        right = signals.new_zeros(inputs.shape[2], inputs.shape[2])
         for delta, h in zip(signals, inputs, strict=True):  # (t, c, o), (t, i)
             across = (h @ h.mT).reshape(len(h), -1)
             mixed = (across @ delta.flatten(1)).view_as(delta)
@@ -134,7 +135,7 @@ def _moments(block: Block) -> tuple[Tensor, Tensor]:
         return left, right
     left = right = torch.zeros((), device="cpu")
     for k in range(block.samples):
-        phi = block.map(index=slice(k, k + 1), dtype=torch.float64).features()[0]
+        phi = block.map(index=slice(k, k + 1), dtype=torch.float64).features()[0][..., columns]
         left, right = left + torch.einsum("coi,cpi->op", phi, phi), right + torch.einsum("coi,coj->ij", phi, phi)
     return left, right
 
@@ -170,20 +171,27 @@ def _kinds(model: nn.Module | None) -> dict[str, str] | None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            found[name] = "an embedding"
+            found[name] = _EMBEDDING
         elif getattr(module, "groups", 1) != 1:
             found[name] = "a grouped convolution"
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).__name__ == "Conv1D":
             found[name] = ""
         elif isinstance(weight, Tensor) and weight.ndim > 1:
             found[name] = f"a {type(module).__name__}, which has no adapters of low rank"
+    groups: dict[str, list[str]] = {}
+    for name, first in tied(model).items():
+        groups.setdefault(first, [first.removesuffix(_WEIGHT)]).append(name.removesuffix(_WEIGHT))
+    for group in groups.values():
+        table = next((name for name in group if found.get(name) == _EMBEDDING), None)
+        if table is not None:
+            found |= {name: f"tied to {table}" for name in group if name != table}
     return found
 
 
 def _reason(name: str, kinds: Mapping[str, str] | None) -> str:
     """Why adapters leave a module out; empty if they do not."""
     if kinds is None:
-        return "an embedding, by its name" if _TABLE.search(name.lower()) else ""
+        return f"{_EMBEDDING}, by its name" if _TABLE.search(name.lower()) else ""
     return kinds.get(name, "no layer of the model")
 
 
@@ -203,28 +211,42 @@ def _of_matrices(changes: Mapping[Any, Any], kinds: Mapping[str, str] | None) ->
 
 
 def _of_states(start: Mapping[str, Any], end: Mapping[str, Any], kinds: Mapping[str, str] | None) -> Layers:
-    made, tables, held = Layers(), dict[int, str](), end
-    for name in [name for name in start if name in held and isinstance(start[name], Tensor)]:
-        before, after = start[name], held[name]
-        if before.shape != after.shape:
-            raise TangentError(
-                f"{CALL}: {name} is {tuple(before.shape)} at the start and {tuple(after.shape)} at the end; give states of "
-                "one network"
-            )
-        if not before.is_floating_point() or before.ndim == 0:
+    made, states = Layers(), (start, end)
+    tables = [name for name in {**start, **end} if _EMBEDDING in _reason(name.removesuffix(_WEIGHT), kinds)]
+    for name in {**start, **end}:
+        held = [state[name] for state in states if name in state]
+        if not all(isinstance(value, Tensor) and value.is_floating_point() and value.ndim for value in held):
             continue
         module = name.removesuffix(_WEIGHT)
-        tied = tables.get(after.data_ptr()) if after.numel() else None
-        if tied is not None:
-            made.left_out[module] = f"tied to {tied}"
+        if len({value.shape for value in held}) > 1:
+            raise TangentError(
+                f"{CALL}: {name} is {tuple(held[0].shape)} at the start and {tuple(held[1].shape)} at the end; give states "
+                "of one network"
+            )
+        table = None if name in tables else next((table for table in tables if _tied(name, table, states)), None)
+        if table is not None:
+            made.left_out[module] = f"tied to {table.removesuffix(_WEIGHT)}"
         elif not name.endswith(_WEIGHT):
             if not name.endswith("bias"):
                 made.left_out[name] = "no weight of a layer"
+        elif len(held) < 2:
+            made.left_out[module] = f"in the state at the {'start' if name in start else 'end'} alone"
         else:
-            _put(made, module, after.detach().double() - before.detach().double(), kinds)
-            if "embedding" in made.left_out.get(module, ""):
-                tables[after.data_ptr()] = module
+            _put(made, module, held[1].detach().double() - held[0].detach().double(), kinds)
     return _checked(made)
+
+
+def _tied(name: str, table: str, states: tuple[Mapping[str, Any], Mapping[str, Any]]) -> bool:
+    """Whether two names are of one tensor: in memory in some state, or, as after a copy, by values that change alike."""
+    pairs = [(state[name], state[table]) for state in states if name in state and table in state]
+    if not pairs or any(one.shape != other.shape or one.is_meta or other.is_meta for one, other in pairs):
+        return False
+    if any(one.numel() and one.data_ptr() == other.data_ptr() for one, other in pairs):
+        return True
+    alike = all(
+        one.dtype == other.dtype and one.device == other.device and torch.equal(one, other) for one, other in pairs
+    )
+    return len(pairs) == 2 and alike and not torch.equal(pairs[0][0].to(pairs[1][0]), pairs[1][0])
 
 
 def _put(made: Layers, name: str, change: Tensor, kinds: Mapping[str, str] | None) -> None:

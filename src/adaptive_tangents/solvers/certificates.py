@@ -11,10 +11,9 @@ from adaptive_tangents.solvers.continuation import Course
 from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.losses import Loss, SquaredError
 from adaptive_tangents.solvers.problem import Point, Problem, Tempered
-from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.solvers.results import FEASIBLE, Fit
 from adaptive_tangents.structures.base import Structure
 
-FEASIBLE = 1e-6  # constraints with a larger relative error are not met
 _ROUNDING = 2.0  # a stationarity below so many times what was asked differs from it by rounding
 _SMALLEST_SCALE = 1e-9  # of the dual coefficients: if the bound is infinite here, there is none
 
@@ -54,7 +53,7 @@ def certificates(
     """
     loss, constraints, n = problem.loss, problem.constraints, problem.n
     targets = loss.targets if isinstance(loss, SquaredError) else None
-    feasibility = None if targets is None else float((outputs - targets).norm()) / (float(targets.norm()) or 1.0)
+    feasibility = missed(loss, outputs)
     if converged and loss.interpolates and feasibility is not None and feasibility > FEASIBLE:
         converged, remedy = False, "" if problem.form == "dense" else "form='dense' or "
         reason = (
@@ -79,6 +78,13 @@ def certificates(
     }  # fmt: skip
 
 
+def missed(loss: Loss, outputs: Vector) -> float | None:
+    """By how much outputs miss the targets of squared error and interpolation, relative to these."""
+    if not isinstance(loss, SquaredError):
+        return None
+    return float((outputs - loss.targets).norm()) / (float(loss.targets.norm()) or 1.0)
+
+
 def lower_bound(
     structure: Structure, loss: Loss, generators: Mapping[str, Tensor], alpha: Tensor
 ) -> tuple[float | None, str]:
@@ -92,7 +98,7 @@ def lower_bound(
         return loss.bound(2 * s * alpha) - structure.dual({name: 2 * s * g for name, g in generators.items()})
 
     if not bool(alpha.any()):
-        return value(0.0), "the targets are zero"
+        return value(0.0), "the targets are zero" if loss.trivial else "the dual coefficients are zero"
     finite, infinite = _SMALLEST_SCALE, 2.0
     if not math.isfinite(value(finite)):
         return None, "none: this penalty's dual is infinite away from zero; stationarity alone certifies"

@@ -88,7 +88,8 @@ class Continuation(ABC):
             self.refresh()
             change, stationarity = self.measure()
             # Stationarity falls by a similar factor in every step.
-            first, least = max(first, stationarity), min(least, stationarity)
+            if math.isfinite(stationarity):
+                first, least = max(first, stationarity), min(least, stationarity)
             within = math.log(first / max(least, aim)) / math.log(first / aim) if first > max(least, aim) else 0.0
             self.course.watch(f"τ = {self._problem.temper:g}", start + within * (end - start))
             stopped = self._stopped(change, stationarity, last=last)

@@ -21,6 +21,7 @@ from adaptive_tangents.solvers.certificates import certificates
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
 from adaptive_tangents.solvers.kernel_problem import KernelProblem, Norms, State, slopes
 from adaptive_tangents.solvers.losses import SquaredError
+from adaptive_tangents.solvers.problem import relative
 from adaptive_tangents.solvers.results import KernelFit
 from adaptive_tangents.solvers.targets import check_moderate
 from adaptive_tangents.structures.base import Structure
@@ -99,7 +100,7 @@ def _certified(
         state.outputs,
         dual,
         problem.matrices(sizes),
-        gap / size if size > 0 else 0.0,
+        relative(gap, size),
         problem.jitter,
         converged=converged,
         reason=reason,

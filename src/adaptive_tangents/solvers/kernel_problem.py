@@ -19,7 +19,7 @@ from adaptive_tangents.linalg.conjugate_gradients import Solve, iterate
 from adaptive_tangents.linalg.kernel_systems import DenseKernel
 from adaptive_tangents.solvers.constraints import Constraints, examined
 from adaptive_tangents.solvers.losses import SquaredError
-from adaptive_tangents.solvers.problem import Tempered
+from adaptive_tangents.solvers.problem import Tempered, relative
 from adaptive_tangents.structures.base import Solution, Structure
 
 Norms = Float[Tensor, " g"]
@@ -68,7 +68,7 @@ class State:
         """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖, if α solves its system exactly."""
         root = self.kappa.sqrt()
         size = float(2 * root.norm())
-        return float((self.slopes - 2 * root).norm()) / size if size > 0 else 0.0
+        return relative(float((self.slopes - 2 * root).norm()), size)
 
 
 def slopes(solution: Solution) -> Norms:

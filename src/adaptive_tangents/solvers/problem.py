@@ -253,4 +253,9 @@ class Problem(Tempered):
         """‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖."""
         generators = 2 * self.combine(alpha)
         size = float(generators.norm())
-        return float((point.gradient - generators).norm()) / size if size > 0 else 0.0
+        return relative(float((point.gradient - generators).norm()), size)
+
+
+def relative(error: float, size: float) -> float:
+    """An error over a size; where that is zero, only no error is none."""
+    return error / size if size > 0 else 0.0 if error == 0 else math.inf

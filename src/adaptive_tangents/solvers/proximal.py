@@ -20,6 +20,7 @@ from adaptive_tangents.features.tangent_features import TangentFeatures, check_f
 from adaptive_tangents.linalg.conjugate_gradients import Progress
 from adaptive_tangents.runtime.progress import counted
 from adaptive_tangents.solvers.losses import LossName
+from adaptive_tangents.solvers.problem import relative
 from adaptive_tangents.solvers.targets import check_moderate, size_of
 from adaptive_tangents.structures.base import Matrices, Structure, check_sketch
 from adaptive_tangents.structures.mixed import as_structure
@@ -172,7 +173,7 @@ def _smooth(feats: TangentFeatures, r: Values, loss: str, offset: Values | None,
         if offset is not None:
             raise TangentError(f"{call}: offset is for cross-entropy; for squared error give r = y − f(x;θ₀)")
         check_finite(call, "the target", [goal])
-        check_moderate(call, size_of(feats), goal)
+        check_moderate(call, size_of(call, feats), goal)
         targets = goal.detach().double()
         return _Smooth(lambda outputs: ((targets - outputs) ** 2).sum() / ridge, 2 / ridge)
     if loss != "cross-entropy":
@@ -242,7 +243,7 @@ class _Descent:
     def stationarity(self, point: _Point) -> float:
         slope = self.feats.combine(self.loss.slope(point.outputs))
         size = _norm(slope)
-        return _norm(_plus(self.structure.gradient(point.coefficients), 1.0, slope)) / size if size > 0 else 0.0
+        return relative(_norm(_plus(self.structure.gradient(point.coefficients), 1.0, slope)), size)
 
     def run(
         self, point: _Point, tol: float, max_steps: int, progress: Progress | None

@@ -1,5 +1,6 @@
 """The results of ``fit``: the adaptive model and the certificates of its solution."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from adaptive_tangents.structures.base import Structure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEASIBLE = 1e-6  # constraints with a larger relative error are not met
 _SMALLEST = 1e-10  # singular values below this share of the largest are rounding
 
 
@@ -89,8 +91,17 @@ class Certified:
 
     @property
     def gap(self) -> float | None:
-        """(objective − lower bound)/objective, or None without a bound."""
-        return None if self.lower_bound is None else (self.objective - self.lower_bound) / max(self.objective, 1e-300)
+        """(objective − lower bound)/objective; None without a bound, or where interpolation misses its targets."""
+        if self.lower_bound is None or (self.ridge == 0 and (self.feasibility or 0.0) > FEASIBLE):
+            return None
+        return (self.objective - self.lower_bound) / max(self.objective, 1e-300)
+
+    def _bound(self, digits: int) -> str:
+        """The lower bound and the gap to it in words."""
+        if self.lower_bound is None:
+            return self.lower_bound_reason
+        gap = "no gap: the targets are missed" if self.gap is None else f"gap {self.gap:.1e}"
+        return f"{self.lower_bound:.{digits}g} ({gap})"
 
     def __repr__(self) -> str:
         task = "interpolation" if self.ridge == 0 else f"{self.loss}, ridge {self.ridge:g}"
@@ -101,11 +112,10 @@ class Certified:
         )
 
     def _repr_html_(self) -> str:
-        bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.6g} (gap {self.gap:.1e})"
         facts = {
             "structure": few_digits(self.structure), "loss": self.loss, "ridge": f"{self.ridge:g}",
             "state": f"{'converged' if self.converged else 'NOT converged'}: {self.reason}",
-            "objective": f"{self.objective:.6g}", "lower bound": bound, "stationarity": f"{self.stationarity:.1e}",
+            "objective": f"{self.objective:.6g}", "lower bound": self._bound(6), "stationarity": f"{self.stationarity:.1e}",
             "rounds": self.rounds,
         }  # fmt: skip
         rows = sorted(self._named.items(), key=lambda row: -float(row[1][0]))
@@ -113,18 +123,17 @@ class Certified:
 
     def _search(self) -> dict[str, tuple[list[float], list[float]]]:
         """The stationarity of every round, for a figure."""
-        values = {k: entry.stationarity for k, entry in enumerate(self.history) if entry.stationarity > 0}
+        values = {k: entry.stationarity for k, entry in enumerate(self.history) if 0 < entry.stationarity < math.inf}
         return {"": (list(values), list(values.values()))}
 
     def summary(self) -> str:
         """The solution and its certificates as text to read."""
-        bound = self.lower_bound_reason if self.lower_bound is None else f"{self.lower_bound:.8g} (gap {self.gap:.1e})"
         loss = {"squared": "squared error"}.get(self.loss, self.loss)
         task = "interpolation" if self.ridge == 0 else f"{loss}, ridge {self.ridge:g}"
         lines = [
             f"{few_digits(self.structure)}, {task}: {'converged' if self.converged else 'NOT converged'}, {self.reason}",
             f"  objective     {self.objective:.8g}",
-            f"  lower bound   {bound}",
+            f"  lower bound   {self._bound(8)}",
         ]
         if self.feasibility is not None:
             lines.append(
@@ -152,7 +161,7 @@ class Fit(Certified):
         ridge: ρ ≥ 0; 0 is interpolation.
         objective: Ω̃(β) + loss.
         feasibility: ‖φβ − r‖/‖r‖; None for cross-entropy.
-        stationarity: ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖.
+        stationarity: ‖∇Ω̃(β) − 2φᵀα‖/‖2φᵀα‖; infinite if the latter alone is zero.
         lower_bound: no model has a lower objective than this; None if the penalty gives no bound.
         lower_bound_reason: how the bound was found, or why there is none.
         converged: whether the search met ``tol``.

@@ -10,34 +10,36 @@ from typing import Literal
 
 import torch
 
+from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.transforms import is_identity
 from adaptive_tangents.solvers import costs
 from adaptive_tangents.solvers.alternation import Alternation, held_coefficients
-from adaptive_tangents.solvers.certificates import certified
+from adaptive_tangents.solvers.certificates import certified, missed
 from adaptive_tangents.solvers.continuation import ZERO_TARGETS, Continuation, Course, stages
 from adaptive_tangents.solvers.curved_systems import curved_system, effort, serves
 from adaptive_tangents.solvers.held_features import Vector
 from adaptive_tangents.solvers.newton import line_search, newton_direction
 from adaptive_tangents.solvers.problem import Point, Problem, Reduced, System
-from adaptive_tangents.solvers.results import Fit
+from adaptive_tangents.solvers.results import FEASIBLE, Fit
 from adaptive_tangents.structures.base import Matrices
 
 Solver = Literal["newton", "anderson", "alternation"]
 
+_NOT_PULLED = "no output that the loss asks for depends on the coefficients, so the model is zero"
+
 
 def searched(problem: Problem, course: Course, solver: Solver, start: Matrices | None) -> Fit:
     """Search from M = I, or from a start, for the optimum at τ = 1."""
+    pulled = _pulled(problem)
+    if not pulled and problem.loss.interpolates:
+        return _at_zero(problem, course, 0.0)
     system = problem.first_system()
+    if not pulled or problem.loss.trivial:
+        return _at_zero(problem, course, system.kernel.jitter)
     beta = problem.zeros
     if start is not None:
         beta = problem.held.layout.join(start).to(beta)
     outputs = problem.inner(beta)
-    if problem.loss.trivial:
-        alpha = torch.zeros_like(outputs)
-        point = problem.point(problem.zeros, alpha)
-        course.record(problem, point.objective, 0.0)
-        jitter = system.kernel.jitter
-        return certified(problem, course, point, alpha, jitter, converged=True, reason=ZERO_TARGETS)
     if start is None:
         beta, outputs, system = held_coefficients(problem, system, outputs)
     else:
@@ -58,8 +60,37 @@ def searched(problem: Problem, course: Course, solver: Solver, start: Matrices |
     return certified(problem, course, search.point, search.alpha, jitter, converged=converged, reason=reason)
 
 
+def _pulled(problem: Problem) -> bool:
+    """Whether the loss pulls coefficients away from zero; raises TangentError where zero features are to interpolate."""
+    loss, outputs = (
+        problem.loss,
+        torch.zeros(problem.n * problem.feats.c, dtype=torch.float64, device=problem.feats.device),
+    )
+    slope = loss.slope(outputs)
+    if loss.interpolates:
+        slope = torch.randn(len(outputs), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    if bool(problem.combine(slope.to(outputs)).any()):
+        return True
+    if loss.interpolates and not loss.trivial:
+        raise TangentError(
+            "fit: the features are zero, so no β interpolates targets that are not; use a positive ridge, or see why no "
+            "output depends on these parameters (dead units?)"
+        )
+    return False
+
+
+def _at_zero(problem: Problem, course: Course, jitter: float) -> Fit:
+    """The fit at β = 0, where nothing pulls it away."""
+    point = problem.point(problem.zeros, problem.inner(problem.zeros))
+    course.record(problem, point.objective, 0.0)
+    alpha = torch.zeros_like(point.outputs)
+    reason = ZERO_TARGETS if problem.loss.trivial else _NOT_PULLED
+    return certified(problem, course, point, alpha, jitter, converged=True, reason=reason)
+
+
 def examined(problem: Problem, course: Course, coefficients: Matrices) -> Fit:
     """The fit at given coefficients, with the best transforms for them."""
+    _pulled(problem)
     problem.first_system()
     vector = problem.held.layout.join(coefficients)
     point = problem.point(vector, problem.inner(vector))
@@ -67,6 +98,9 @@ def examined(problem: Problem, course: Course, coefficients: Matrices) -> Fit:
     _, stationarity = search.measure()
     reason = f"coefficients as given, stationarity {stationarity:.1e} (asked: {course.wanted:.1e})"
     jitter, met = search.system.kernel.jitter, stationarity <= course.wanted
+    miss = missed(problem.loss, point.outputs)
+    if problem.loss.interpolates and miss is not None and miss > FEASIBLE:
+        met, reason = False, f"coefficients as given, which miss the targets by {miss:.1e} relative"
     return certified(problem, course, point, search.alpha, jitter, converged=met, reason=reason)
 
 

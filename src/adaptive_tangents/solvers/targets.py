@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaptive_tangents.checks import as_tensor, check_choice, check_finite, check_real
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.features.blocks import check_finite_blocks
 from adaptive_tangents.features.tangent_features import TangentFeatures, described
 from adaptive_tangents.kernels.derived_kernels import largest
 from adaptive_tangents.kernels.tiles import StoredKernel
@@ -51,11 +52,13 @@ def check_moderate(call: str, size: float, targets: Tensor) -> None:
             )
 
 
-def size_of(feats: TangentFeatures) -> float:
-    """The size of features, from a sum of them with signs."""
+def size_of(call: str, feats: TangentFeatures) -> float:
+    """The size of features, from a sum of them with signs; raises TangentError unless they are finite."""
+    check_finite_blocks(call, feats.blocks)
     signs = torch.ones(feats.n, feats.c, dtype=feats.dtype, device=feats.device)
     signs[::2] = -1
-    return max(largest(matrix) for matrix in feats.combine(signs).values())
+    sizes = [largest(matrix) for matrix in feats.combine(signs).values()]
+    return max(sizes) if all(map(math.isfinite, sizes)) else math.inf  # max hides NaN
 
 
 def check_results(call: str, *values: float) -> None:
@@ -81,7 +84,7 @@ def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: fl
     _check_device(feats, "targets", r)
     check_real("fit", r)
     check_finite("fit", "the target", [r])
-    check_moderate("fit", size_of(feats), r)
+    check_moderate("fit", size_of("fit", feats), r)
     return SquaredError(r.detach().double().flatten(), ridge)
 
 
@@ -99,7 +102,7 @@ def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None
     for name, tensor in (("labels", labels), ("offset", offset)):
         _check_device(feats, name, tensor)
     check_finite("fit", "the offset", [offset])
-    check_moderate("fit", size_of(feats), torch.ones(1, device="cpu"))
+    check_moderate("fit", size_of("fit", feats), torch.ones(1, device="cpu"))
     classes = max(feats.c, 2)
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):
