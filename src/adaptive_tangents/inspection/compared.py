@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.judged import WORDS
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.places import by_layer, by_place
 from adaptive_tangents.inspection.results import STAGES, Inspection
@@ -284,7 +285,7 @@ def _scalars(each: Inspection) -> dict[str, tuple[str, float | None]]:
     )  # fmt: skip
     for when, words in (("start", "at the start"), ("end", "at the end")):
         for kind, value in (results["performance"][when] or {}).items():
-            found[f"{kind}_{when}"] = (f"{kind} {words}, on the samples measured", value)
+            found[f"{kind}_{when}"] = (f"{WORDS.get(kind, kind)} {words}, on the samples measured", value)
     found |= _held_out(results)
     found["parameters"] = ("parameters measured", float(results["network"]["measured"]))
     return found
@@ -298,7 +299,7 @@ def _held_out(results: Results) -> dict[str, tuple[str, float | None]]:
     found: dict[str, tuple[str, float | None]] = {}
     for when, words in (("end", "at the end"), ("start", "at the start")):
         for kind, value in (held["performance"][when] or {}).items():
-            found[f"held_out.{kind}_{when}"] = (f"{kind} {words}, on samples held out", value)
+            found[f"held_out.{kind}_{when}"] = (f"{WORDS.get(kind, kind)} {words}, on samples held out", value)
     found["held_out.growth"] = ("trace of K_T over that of K₀, on samples held out", held["growth"]["final"])
     for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
         sims = held["alignment_centered"].get(goal, {})

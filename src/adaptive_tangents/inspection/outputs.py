@@ -19,6 +19,7 @@ from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.inspection.judged import two_classes
 from adaptive_tangents.loading.outputs import pick
 from adaptive_tangents.loading.reduced import LOSS, Reduced, Target
 
@@ -140,8 +141,13 @@ def _index(word: str, titles: tuple[str, ...]) -> int:
     )
 
 
-def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tensor, "n k"] | None, str]:
-    """The labels as targets of the reduced outputs, and a description: one-hot centered, ±1, or real."""
+def targets(
+    reduction: Reduction, y: Tensor | None, c: int, pair: tuple[int, int] | None = None
+) -> tuple[Float[Tensor, "n k"] | None, str]:
+    """The labels as targets of the reduced outputs, and a description: one-hot centered, ±1, or real.
+
+    ``pair`` are the two class numbers of all samples, which some may lack; None are those of ``y``.
+    """
     if y is None:
         return None, "no labels were given"
     like = reduction.weights
@@ -151,11 +157,10 @@ def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tenso
         if c > 1:
             onehot = torch.nn.functional.one_hot(y, c).to(like)
             return (onehot - onehot.mean(0)) @ like, "one-hot labels, centered, along the outputs measured"
-        kinds = torch.unique(y)
-        if len(kinds) == 2:
-            return torch.where(y == kinds[0], -1.0, 1.0).to(like)[
-                :, None
-            ], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
+        pair = two_classes(y) if pair is None else pair
+        if pair is not None:
+            signs = torch.where(y == pair[0], -1.0, 1.0).to(like)[:, None]
+            return signs, f"−1 for label {pair[0]}, +1 for {pair[1]}"
     y = class_columns("inspect", y, 1 if y.ndim == 1 else None)
     real = (y[:, None] if y.ndim == 1 else y).to(like)
     if real.shape[1] != c:

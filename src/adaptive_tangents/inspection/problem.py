@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.inspection.judged import Judge, judge_of
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
 from adaptive_tangents.inspection.sampling import held_out_note, sampled
@@ -56,6 +57,7 @@ class Problem:
     """The samples, the network's outputs on them at every checkpoint, and what is measured of these."""
 
     data: Data
+    judge: Judge
     reduction: Reduction
     tangents: Tangents
     layout: TangentFeatures  # of one sample
@@ -70,6 +72,11 @@ class Problem:
     fresh: list[str]  # norms that start with the statistics of a new network
     calibrated: int  # of these, how many end with others
     index: Tensor  # of the samples among those given
+
+    @property
+    def performances(self) -> list[dict[str, float] | None]:
+        """How good the outputs are at every checkpoint, if that is known."""
+        return [self.judge.performance(outputs, self.data.y) for outputs in self.outputs]
 
 
 def pose(
@@ -124,10 +131,11 @@ def pose(
         kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))
     first, *_, last = states.values()
     fresh = _fresh_norms(model, first)
-    target, words = targets(reduction, chosen.y, gained.shape[1])
+    judge = judge_of(data, model, gained.shape[1])
+    target, words = targets(reduction, chosen.y, gained.shape[1], judge.pair)
     return Problem(
-        chosen, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes, limits,
-        fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
+        chosen, judge, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes,
+        limits, fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
     )  # fmt: skip
 
 
