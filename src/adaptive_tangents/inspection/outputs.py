@@ -150,7 +150,7 @@ def targets(
     """
     if y is None:
         return None, "no labels were given"
-    like = reduction.weights
+    like = reduction.weights.double()  # a network in bfloat16 would round amounts
     if reduction.kind == "margin":
         return torch.ones(len(y), 1, dtype=like.dtype, device=like.device), "+1 for every margin"
     if not y.is_floating_point() and y.ndim == 1:

@@ -224,7 +224,13 @@ def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
         ends = torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]])
         shown = torch.unique(torch.cat([ends, torch.tensor(_moved(problem.change), device=ends.device)]))
         arrays["images"], arrays["images.index"] = _pixels(images, shown), shown
-    return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
+    return {name: _as_array(value) for name, value in arrays.items()}
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    """The same in NumPy, which has no bfloat16."""
+    short = value.is_floating_point() and value.element_size() < 4
+    return (value.float() if short else value).detach().cpu().numpy()
 
 
 def _pixels(images: Tensor, shown: Tensor) -> Tensor:
