@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.class_order import in_order_of, key_of, named_labels
 from adaptive_tangents.inspection.judged import WORDS
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.places import by_layer, by_place
@@ -25,7 +26,8 @@ Array = NDArray[Any]
 
 def compared(pair: Sequence[Inspection], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
     """The numbers of a comparison, and the arrays that its figures draw."""
-    one, two = pair
+    one, (two, other_classes) = pair[0], in_order_of(*pair)
+    pair = (one, two)
     why_not = _other_samples(one, two)
     same = why_not is None
     places = _places(pair)
@@ -38,11 +40,11 @@ def compared(pair: Sequence[Inspection], names: Sequence[str]) -> tuple[dict[str
         "same_samples": same,
         "outputs": _outputs(one, two),
         "kernels": _kernels(one, two) if same else None,
-        "functions": _functions(one, two) if same else None,
+        "functions": _functions(one, two) if same and other_classes is None else None,
         "places": places,
         "layers": layers,
         "where": _where(layers if len(layers) > 2 else places, "layers" if len(layers) > 2 else "blocks"),
-        "limits": [words for words in (why_not, _other_labels(one, two) if same else None) if words],
+        "limits": [words for words in (why_not, other_classes or _other_labels(one, two) if same else None) if words],
         "versions": versions(),
     }
     return results, _arrays(pair, same=same)
@@ -83,7 +85,7 @@ def _other_samples(one: Inspection, two: Inspection) -> str | None:
 
 def _other_labels(one: Inspection, two: Inspection) -> str | None:
     """What numbers of the labels mean where the same samples have others in the two."""
-    a, b = (each.arrays.get("y") for each in (one, two))
+    a, b = (named_labels(each) for each in (one, two))
     if a is None or b is None or np.array_equal(a, b):
         return None
     differ = (
@@ -97,8 +99,11 @@ def _outputs(one: Inspection, two: Inspection) -> dict[str, Any]:
     a, b = (each.results["outputs"] for each in (one, two))
     direction = None
     if a["weights"] and b["weights"] and a["weights"].keys() == b["weights"].keys():
-        direction = abs(_cosine(*(np.array([*each["weights"].values()]) for each in (a, b))) or 0.0)
-    alike = (a["kind"], a["names"]) == (b["kind"], b["names"])
+        direction = abs(
+            _cosine(*(np.array([each["weights"][name] for name in a["weights"]]) for each in (a, b))) or 0.0
+        )
+    # Kernels are summed over outputs, whose order does not matter.
+    alike = (a["kind"], sorted(map(key_of, a["names"]))) == (b["kind"], sorted(map(key_of, b["names"])))
     return {"same": alike and (a["kind"] != "main" or (direction or 0.0) >= _SAME_DIRECTION), "direction": direction}
 
 
