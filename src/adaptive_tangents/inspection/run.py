@@ -171,7 +171,7 @@ def run(
 def _origin(
     model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data, config: InspectConfig
 ) -> dict[str, str]:
-    """What the stages of a run are made from; the network's code shows in its outputs."""
+    """What the stages of a run are made from; the network's code shows in its outputs and derivatives."""
     return {
         "versions": json.dumps(versions()),
         "settings": json.dumps(asdict(config)),
