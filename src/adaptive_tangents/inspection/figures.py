@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.reporting.drawing import (
     COLORS,
@@ -76,7 +77,7 @@ def sorting(results: Results, arrays: Arrays) -> tuple[NDArray[Any], list[tuple[
 def class_name(results: Results, kind: int) -> str:
     """The class's name if known, else its number."""
     names = results["data"]["classes"]
-    return named(names[kind], most=24) if names is not None and 0 <= kind < len(names) else str(kind)
+    return named(told_apart(names)[kind], most=24) if names is not None and 0 <= kind < len(names) else str(kind)
 
 
 def draw_blocks(results: Results, arrays: Arrays) -> Figure:

@@ -20,6 +20,7 @@ from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inspection.judged import two_classes
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.loading.outputs import pick
 from adaptive_tangents.loading.reduced import LOSS, Reduced, Target
 
@@ -85,7 +86,9 @@ def reduce_outputs(
         )
     if logits and labels is not None and int(labels.min()) < 0:
         raise TangentError(f"inspect: y holds the label {int(labels.min())}; number the classes from 0")
-    titles = classes if classes is not None and len(classes) == c else tuple(f"output {j}" for j in range(c))
+    titles = (
+        told_apart(classes) if classes is not None and len(classes) == c else tuple(f"output {j}" for j in range(c))
+    )
     titles = ("output",) if c == 1 else titles
     how = ("all" if c == 1 else "main") if how == "auto" else how
     eye = torch.eye(c, dtype=change.dtype, device=change.device)

@@ -15,6 +15,7 @@ from adaptive_tangents.inspection.judged import ACCURACY
 from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.layer_rows import layer_rows
 from adaptive_tangents.inspection.measures import defined, spectrum
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.inspection.outputs import Reduction
 from adaptive_tangents.inspection.problem import Problem
 from adaptive_tangents.inspection.sampling import order_of
@@ -147,10 +148,9 @@ def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str,
     if reduction.kind != "main":
         return None
     first = reduction.weights[:, 0].tolist()
-    named = (
-        classes if classes is not None and len(classes) == len(first) else [f"output {j}" for j in range(len(first))]
-    )
-    return dict(zip(named, first, strict=True))
+    known = classes is not None and len(classes) == len(first)
+    names = told_apart(classes) if known and classes else [f"output {j}" for j in range(len(first))]
+    return dict(zip(names, first, strict=True))
 
 
 def checkpoint(
