@@ -18,6 +18,7 @@ import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.inspection import Comparison, Inspection, comparison_told, measures
 from adaptive_tangents.inspection.places import by_layer, by_place, place_of
+from adaptive_tangents.loading import Data
 from study_cases import explained_in_rounds, of_few_pixels, plain_figures
 
 pytestmark = pytest.mark.xdist_group("comparison")
@@ -401,3 +402,67 @@ def test_the_command_refuses_what_is_no_inspection_and_writes_nothing(folders: P
     named = runner.invoke(cli.app, ["compare", "full", "full", "--out", "both", "--names", "one, two"])
     assert named.exit_code == 0, named.output
     assert named.stdout.startswith("two changed the kernel as much as one")
+
+
+NAMES = ("cat", "dog", "owl")
+
+
+def of_classes(seed: int, order: list[int] | None = None, names: tuple[str, ...] = NAMES, **options: Any) -> Inspection:
+    """An inspection whose head has its classes in this order, rows and names together; the network is the same."""
+    model, order = network(), [0, 1, 2] if order is None else order
+    end = trained(model, seed)
+    y = torch.func.functional_call(model, end, X).argmax(1)
+    turned = [
+        {name: value[order] if name.startswith("4.") else value for name, value in state.items()}
+        for state in (start(model), end)
+    ]
+    data = Data(X, torch.tensor(order).argsort()[y], tuple(names[k] for k in order))
+    return at.inspect(model, *turned, data, nodes=2, **{"outputs": "all", **options})
+
+
+@pytest.mark.parametrize("outputs", ["all", "main"])
+def test_classes_are_known_by_name_whatever_their_order(outputs: str) -> None:
+    orders = ((1, None), (1, [2, 0, 1]), (2, [1, 2, 0]))
+    one, same, other = (of_classes(seed, order, outputs=outputs) for seed, order in orders)
+    found = at.compare(one, same)
+    functions = found.results["functions"]
+    assert (functions["cosine"], functions["cosine_centered"]) == (pytest.approx(1), pytest.approx(1))
+    assert functions["distance"] == pytest.approx(0, abs=1e-5)
+    assert functions["same_prediction"] == 1
+    assert found.results["outputs"]["same"]
+    assert found.arrays["b.gained"] == pytest.approx(found.arrays["a.gained"], abs=1e-5)
+    assert not any("labels of the two" in sentence for sentence in found.findings)
+    plain, turned = at.compare(one, of_classes(2, outputs=outputs)).results, at.compare(one, other).results
+    assert turned["functions"] == {name: pytest.approx(value, abs=1e-5) for name, value in plain["functions"].items()}
+    assert turned["outputs"] == {name: pytest.approx(value, abs=1e-4) for name, value in plain["outputs"].items()}
+    assert turned["functions"]["same_prediction"] < 1
+    capitals = of_classes(1, [2, 0, 1], ("Cat", " DOG", "owl"), outputs=outputs)
+    assert at.compare(one, capitals).results["functions"]["same_prediction"] == 1
+
+
+def test_one_logit_of_two_classes_in_the_other_order_is_the_same_function() -> None:
+    made = []
+    for sign, names in ((1.0, ("no", "yes")), (-1.0, ("yes", "no"))):
+        model = nn.Linear(3, 1)
+        ends = [
+            {"weight": sign * torch.tensor([[1.0, 2.0, 0.5]]) * k, "bias": sign * torch.ones(1)} for k in (0.1, 1.0)
+        ]
+        y = (torch.func.functional_call(model, ends[1], X)[:, 0] > 0).long()
+        made.append(at.inspect(model, *ends, Data(X, y, names), nodes=1))
+    found = at.compare(*made)
+    assert found.results["functions"]["cosine"] == pytest.approx(1)
+    assert (found.results["functions"]["distance"], found.results["functions"]["same_prediction"]) == (0, 1)
+    assert not any("labels of the two" in sentence for sentence in found.findings)
+
+
+@pytest.mark.parametrize("names", [("cat", "dog", "emu"), ("cat", "cat", "owl")])
+def test_classes_with_other_names_are_not_compared_by_their_places(names: tuple[str, ...]) -> None:
+    one, other = of_classes(1), of_classes(1, names=names)
+    for pair in ((one, other), (other, one)):
+        found = at.compare(*pair)
+        assert found.results["functions"] is None
+        assert found.results["kernels"]["end"]["cka"] == pytest.approx(1)
+        assert any("The classes of the two have other names" in sentence for sentence in found.findings)
+        assert not any("same prediction" in sentence or "labels of the two" in sentence for sentence in found.findings)
+    again = at.compare(other, of_classes(1, names=names))
+    assert again.results["functions"]["same_prediction"] == 1, "equal names in one order are the same classes"

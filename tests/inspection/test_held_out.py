@@ -142,3 +142,54 @@ def test_what_is_not_known_of_samples_held_out_is_left_out_of_the_sentence() -> 
         "On 3 samples that training did not see, the mean squared error goes from 2 to 0.5 (trained on: 2 to 0.5), and the "
         "kernel becomes 4 times as large (4)."
     )
+
+
+def with_one_logit() -> tuple[nn.Module, dict[str, Mapping[str, Tensor]], Tensor, Tensor]:
+    """A binary classifier of one logit, trained by cross-entropy until its logits are large."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 3, generator=generator)
+    y = (x[:, 0] > 0).long()
+    model = network(1)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y.double().to(x)).backward()
+        optimizer.step()
+    end = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    model.zero_grad()
+    return model, {"start": start, "end": end}, x, y
+
+
+@pytest.mark.parametrize("lacking", ["held out", "trained on", "both"])
+def test_one_logit_is_judged_by_accuracy_also_where_samples_lack_a_class(lacking: str) -> None:
+    model, states, x, y = with_one_logit()
+    one, all_of_them = (y == 1).nonzero()[:10, 0], torch.arange(40)
+    trained_on, held = {"held out": (all_of_them, one), "trained on": (one, all_of_them), "both": (one, one)}[lacking]
+    data = as_data((x[trained_on], y[trained_on]), held_out=(x[held], y[held]))
+    found = run(model, states, data, InspectConfig(nodes=2)).results  # a TangentWarning would be an error
+    for side, rows in (("trained", trained_on), ("held_out", held)):
+        for when, state in states.items():
+            logits = torch.func.functional_call(model, dict(state), (x[rows],)).detach()[:, 0]
+            wanted = float(((logits > 0).long() == y[rows]).double().mean())
+            assert found["held_out"][side]["performance"][when] == {"accuracy": pytest.approx(wanted)}
+    assert "accuracy goes from" in found["held_out"]["sentence"]
+    assert found["outputs"]["labels"] == "−1 for label 0, +1 for 1"
+    assert not any("in doubt" in words for words in found["limits"])
+
+
+def test_the_signs_of_two_classes_do_not_depend_on_the_samples_drawn() -> None:
+    model, states, x, _ = with_one_logit()
+    labels = torch.where(torch.arange(40) == 17, 1, 6)  # the class 1 has one sample, which the draw leaves out
+    seed = next(seed for seed in range(9) if 17 not in run_samples(seed))
+    found = run(model, states, Data(x, labels), InspectConfig(samples=8, nodes=1, seed=seed))
+    assert found.arrays["target"][:, 0].tolist() == [1.0] * 8
+    assert found.results["outputs"]["labels"] == "−1 for label 1, +1 for 6"
+    logits = torch.func.functional_call(model, dict(states["end"]), (x[found.arrays["sample"]],)).detach()[:, 0]
+    assert found.results["performance"]["end"] == {"accuracy": pytest.approx(float((logits > 0).double().mean()))}
+    assert set(found.arrays["predicted"].tolist()) <= {1, 6}
+
+
+def run_samples(seed: int) -> list[int]:
+    return torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:8].tolist()

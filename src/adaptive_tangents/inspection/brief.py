@@ -9,6 +9,7 @@ from adaptive_tangents.inspection.comparison_told import findings as compared_fi
 from adaptive_tangents.inspection.first_screen import headline, layer_rows_of, telling, times
 from adaptive_tangents.inspection.foretold import KIND
 from adaptive_tangents.inspection.foretold_page import brief as foretold_brief
+from adaptive_tangents.inspection.judged import WORDS
 from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.reporting.drawing import real
 from adaptive_tangents.reporting.pages import fixed, number, percent
@@ -57,7 +58,7 @@ def _held_out(results: Results) -> str:
     kind = next(iter(pairs[0][0]))
     shown = percent if kind == "accuracy" else number
     own, seen = (" → ".join(shown(value[kind]) for value in pair) for pair in pairs)
-    name = {"mse": "mean squared error"}.get(kind, kind)
+    name = WORDS.get(kind, kind)
     return f"On {held['samples']} samples held out: {name} {own} (trained on: {seen})."
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.class_order import in_order_of, key_of, named_labels
+from adaptive_tangents.inspection.judged import WORDS
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.places import by_layer, by_place
 from adaptive_tangents.inspection.results import STAGES, Inspection
@@ -24,7 +26,8 @@ Array = NDArray[Any]
 
 def compared(pair: Sequence[Inspection], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
     """The numbers of a comparison, and the arrays that its figures draw."""
-    one, two = pair
+    one, (two, other_classes) = pair[0], in_order_of(*pair)
+    pair = (one, two)
     why_not = _other_samples(one, two)
     same = why_not is None
     places = _places(pair)
@@ -37,11 +40,11 @@ def compared(pair: Sequence[Inspection], names: Sequence[str]) -> tuple[dict[str
         "same_samples": same,
         "outputs": _outputs(one, two),
         "kernels": _kernels(one, two) if same else None,
-        "functions": _functions(one, two) if same else None,
+        "functions": _functions(one, two) if same and other_classes is None else None,
         "places": places,
         "layers": layers,
         "where": _where(layers if len(layers) > 2 else places, "layers" if len(layers) > 2 else "blocks"),
-        "limits": [words for words in (why_not, _other_labels(one, two) if same else None) if words],
+        "limits": [words for words in (why_not, other_classes or _other_labels(one, two) if same else None) if words],
         "versions": versions(),
     }
     return results, _arrays(pair, same=same)
@@ -82,7 +85,7 @@ def _other_samples(one: Inspection, two: Inspection) -> str | None:
 
 def _other_labels(one: Inspection, two: Inspection) -> str | None:
     """What numbers of the labels mean where the same samples have others in the two."""
-    a, b = (each.arrays.get("y") for each in (one, two))
+    a, b = (named_labels(each) for each in (one, two))
     if a is None or b is None or np.array_equal(a, b):
         return None
     differ = (
@@ -96,8 +99,11 @@ def _outputs(one: Inspection, two: Inspection) -> dict[str, Any]:
     a, b = (each.results["outputs"] for each in (one, two))
     direction = None
     if a["weights"] and b["weights"] and a["weights"].keys() == b["weights"].keys():
-        direction = abs(_cosine(*(np.array([*each["weights"].values()]) for each in (a, b))) or 0.0)
-    alike = (a["kind"], a["names"]) == (b["kind"], b["names"])
+        direction = abs(
+            _cosine(*(np.array([each["weights"][name] for name in a["weights"]]) for each in (a, b))) or 0.0
+        )
+    # Kernels are summed over outputs, whose order does not matter.
+    alike = (a["kind"], sorted(map(key_of, a["names"]))) == (b["kind"], sorted(map(key_of, b["names"])))
     return {"same": alike and (a["kind"] != "main" or (direction or 0.0) >= _SAME_DIRECTION), "direction": direction}
 
 
@@ -284,7 +290,7 @@ def _scalars(each: Inspection) -> dict[str, tuple[str, float | None]]:
     )  # fmt: skip
     for when, words in (("start", "at the start"), ("end", "at the end")):
         for kind, value in (results["performance"][when] or {}).items():
-            found[f"{kind}_{when}"] = (f"{kind} {words}, on the samples measured", value)
+            found[f"{kind}_{when}"] = (f"{WORDS.get(kind, kind)} {words}, on the samples measured", value)
     found |= _held_out(results)
     found["parameters"] = ("parameters measured", float(results["network"]["measured"]))
     return found
@@ -298,7 +304,7 @@ def _held_out(results: Results) -> dict[str, tuple[str, float | None]]:
     found: dict[str, tuple[str, float | None]] = {}
     for when, words in (("end", "at the end"), ("start", "at the start")):
         for kind, value in (held["performance"][when] or {}).items():
-            found[f"held_out.{kind}_{when}"] = (f"{kind} {words}, on samples held out", value)
+            found[f"held_out.{kind}_{when}"] = (f"{WORDS.get(kind, kind)} {words}, on samples held out", value)
     found["held_out.growth"] = ("trace of K_T over that of K₀, on samples held out", held["growth"]["final"])
     for goal, words in (("change", "the network’s change"), ("labels", "the labels")):
         sims = held["alignment_centered"].get(goal, {})

@@ -162,6 +162,7 @@ def compare(a: Inspected, b: Inspected, *, names: Sequence[str] = ("A", "B")) ->
 
     Kernels and functions are compared sample by sample if both were measured on the same samples. The cosine of two kernels
     is ⟨K_a, K_b⟩/(‖K_a‖‖K_b‖); CKA is that of the centered kernels.
+    Classes are known by their names, whatever their order in each network.
 
     Args:
         a: an inspection, or the folder of one.

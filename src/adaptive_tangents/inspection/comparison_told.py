@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptive_tangents.checks import listed
+from adaptive_tangents.inspection.judged import KINDS, WORDS
 from adaptive_tangents.reporting.pages import fixed, number
 from adaptive_tangents.runs.results import Results
 
@@ -147,9 +148,9 @@ def _performance(results: Results) -> str:
     parts = []
     for row in results["numbers"]:
         kind, _, when = row["number"].removeprefix("held_out.").rpartition("_")
-        if kind in ("accuracy", "mse", "loss") and when == "end":
+        if kind in KINDS and when == "end":
             held = ", on samples held out" if row["number"].startswith("held_out.") else ""
-            words = row["words"].partition(",")[0].replace("mse", "mean squared error")
+            words = row["words"].partition(",")[0].replace(kind, WORDS.get(kind, kind))
             parts.append(f"{words}{held}: {_each(results, row)}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""

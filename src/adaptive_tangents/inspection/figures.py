@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.inspection.starts import grew
 from adaptive_tangents.reporting.drawing import (
     COLORS,
@@ -21,6 +22,7 @@ from adaptive_tangents.reporting.drawing import (
     fixed,
     grid,
     limit_of,
+    logarithmic,
     named,
     real,
     short,
@@ -76,7 +78,7 @@ def sorting(results: Results, arrays: Arrays) -> tuple[NDArray[Any], list[tuple[
 def class_name(results: Results, kind: int) -> str:
     """The class's name if known, else its number."""
     names = results["data"]["classes"]
-    return named(names[kind], most=24) if names is not None and 0 <= kind < len(names) else str(kind)
+    return named(told_apart(names)[kind], most=24) if names is not None and 0 <= kind < len(names) else str(kind)
 
 
 def draw_blocks(results: Results, arrays: Arrays) -> Figure:
@@ -125,7 +127,7 @@ def draw_trajectory(results: Results, arrays: Arrays) -> Figure:
     _line(row[1], x, [p["cka_start"] for p in points], COLORS[2], "CKA with $K_0$")
     _line(row[1], x, [p["cka_end"] for p in points], COLORS[3], "CKA with $K_T$")
     _line(row[2], x, [p["growth"] for p in points], COLORS[1], None)
-    row[2].set_yscale("log")
+    logarithmic(row[2], "y")
     alignment = "Alignment of $K_t$" if key == "alignment" else "Centered alignment of $K_t$"
     for axes, title in zip(row, (alignment, "Likeness", "Growth of the trace, $K_t$ over $K_0$"), strict=True):
         axes.set_title(title, loc="left")
@@ -168,18 +170,22 @@ def draw_spectra(results: Results, arrays: Arrays) -> Figure:
         if stage not in held(arrays):
             continue
         left.plot(*spectrum(arrays[f"spectrum.{stage}"]), color=color, lw=2, label=f"{STAGES[stage]}, {_WORDS[stage]}")
-    left.set(xscale="log", yscale="log", ylim=(1e-6, 1.6), xlabel="index", ylabel="eigenvalue over the largest")
+    logarithmic(left, "xy")
+    left.set(ylim=(1e-6, 1.6), xlabel="index", ylabel="eigenvalue over the largest")
     left.set_title("Spectra of the kernels", loc="left")
     left.legend(loc="lower left")
     blocks = results["blocks"]
-    heavy = sorted(matrices(results), key=lambda name: -real(blocks[name]["trace_share"]["final"]))[:6]
+    moved = [name for name in matrices(results) if blocks[name]["change_norm"] > 0]
+    heavy = sorted(moved, key=lambda name: -real(blocks[name]["trace_share"]["final"]))[:6]
     for k, name in enumerate(heavy):
         values = arrays[f"singular_values.change.{name}"]
         look = {"color": tint(COLORS[k % 3], 1 - 0.45 * (k // 3)), "ls": DASHES if k >= 3 else "-"}
         right.plot(*spectrum(values), lw=1.8, label=named(name), **look)
-    right.set(xscale="log", yscale="log", ylim=(1e-4, 1.6), xlabel="index", ylabel=r"$\sigma_j / \sigma_1$")
+    logarithmic(right, "xy")
+    right.set(ylim=(1e-4, 1.6), xlabel="index", ylabel=r"$\sigma_j / \sigma_1$")
     right.set_title("Singular values of the weight change Δθ", loc="left")
-    right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    if heavy:
+        right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
@@ -199,7 +205,7 @@ def draw_ranks(results: Results, arrays: Arrays) -> Figure:
         marker, color = marks[key]
         places_of = np.array([real(v) for v in values])
         axes.scatter(places_of, places, s=30, marker=marker, color=color, label=RANKS[key], zorder=3, lw=0)
-    axes.set_xscale("log")
+    logarithmic(axes, "x")
     axes.set_xlabel("effective rank, $(\\Sigma\\sigma^2)^2 / \\Sigma\\sigma^4$")
     _rows(axes, names)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -239,7 +245,8 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
             left.scatter(moved[mask], growth[mask], s=13, color=color, alpha=0.65, lw=0, label=named)
     left.set_xlabel("change of the output" if change.shape[1] == 1 else "size of the change of the outputs")
     grown = STAGES[held(arrays)[1]].strip("$")
-    left.set(ylabel=f"${grown}(x,x) / K_0(x,x)$", yscale="log")
+    logarithmic(left, "y")
+    left.set(ylabel=f"${grown}(x,x) / K_0(x,x)$")
     left.set_title("Sample by sample", loc="left")
     if "predicted" in arrays:
         left.legend()
@@ -249,7 +256,8 @@ def draw_growth(results: Results, arrays: Arrays) -> Figure:
         right.scatter(values, np.full(len(values), place), s=8, color=tint(COLORS[0], 0.45), lw=0)
         right.scatter(np.median(values), place, s=120, marker="|", color=INK, lw=2)
     right.set_yticks(range(len(groups)), [word for _, word, _ in groups])
-    right.set(xscale="log", xlabel=f"${grown}(x,x) / K_0(x,x)$")
+    logarithmic(right, "x")
+    right.set(xlabel=f"${grown}(x,x) / K_0(x,x)$")
     right.set_title("By class" if results["data"]["labels"] == "classes" else "By size of the change", loc="left")
     return figure
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptive_tangents.features.layer_names import layers_of, phrase
+from adaptive_tangents.inspection.judged import WORDS
 from adaptive_tangents.inspection.starts import NEW, NO_KERNEL, ZERO, from_scratch
 from adaptive_tangents.reporting.drawing import real
 from adaptive_tangents.reporting.frame import Tile
@@ -219,8 +220,7 @@ def _performance(results: Results) -> Tile:
     if held is not None and None not in held["performance"].values():
         before, after = (shown(held["performance"][end][kind]) for end in ("start", "end"))
         samples = f"{samples}; {before} → {after} on the {held['samples']} of them held out"
-    title = {"accuracy": "Accuracy", "mse": "Mean squared error"}.get(kind, kind)
-    return Tile(title, shown(last[kind]), before=shown(first[kind]), note=samples)
+    return Tile(WORDS.get(kind, kind).capitalize(), shown(last[kind]), before=shown(first[kind]), note=samples)
 
 
 def _rolled_up(results: Results) -> list[Mapping[str, Any]]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptive_tangents.checks import Values
+from adaptive_tangents.checks import Values, class_columns
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.forecasting.cost import ForecastPlan
 from adaptive_tangents.forecasting.forecast import forecast
 from adaptive_tangents.forecasting.results import Forecast
 from adaptive_tangents.inspection.first_screen import FORETOLD
 from adaptive_tangents.inspection.foretold_plan import Clock, ForetoldPlan, measuring
+from adaptive_tangents.inspection.judged import two_classes
 from adaptive_tangents.inspection.measures import defined
 from adaptive_tangents.inspection.outputs import network_outputs
 from adaptive_tangents.inspection.problem import InspectConfig
@@ -109,7 +110,11 @@ def goal_of(outputs: Tensor, data: Data, loss: str) -> tuple[Values, str]:
     if loss == "squared" and data.labels is not None:
         c = outputs.shape[1]
         if c == 1:
-            return (2.0 * data.labels.to(outputs) - 1)[:, None], loss
+            pair = two_classes(data.labels)
+            if pair is None:
+                class_columns(NAME, data.labels, 1)
+            below = data.labels.min() if pair is None else pair[0]
+            return torch.where(data.labels == below, -1.0, 1.0).to(outputs)[:, None], loss
         return functional.one_hot(data.labels, c).to(outputs), loss
     return data.y, loss
 

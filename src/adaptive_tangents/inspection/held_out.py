@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptive_tangents.inspection import measures
+from adaptive_tangents.inspection.judged import ACCURACY, WORDS
 from adaptive_tangents.inspection.problem import Problem
-from adaptive_tangents.inspection.told import performance_of
 
 _SHOWN = ("growth", "alignment", "alignment_centered", "cka")
 SIDES = ("trained", "held_out")
@@ -31,11 +31,11 @@ def _side(problem: Problem, wholes: Mapping[str, Tensor], rows: Tensor) -> dict[
     kernels = {stage: kernel[index][:, index] for stage, kernel in wholes.items()}
     target = None if problem.target is None else problem.target[index]
     numbers = measures.kernel_numbers(kernels, problem.change[index], target)
-    data = problem.data.take(index)
+    y = None if problem.data.y is None else problem.data.y[index]
     ends = {"start": problem.outputs[0], "end": problem.outputs[-1]}
     return {
         "samples": len(index),
-        "performance": {end: performance_of(outputs[index], data) for end, outputs in ends.items()},
+        "performance": {end: problem.judge.performance(outputs[index], y) for end, outputs in ends.items()},
         **{name: numbers[name] for name in _SHOWN},
     }
 
@@ -77,6 +77,6 @@ def _performance(held: Mapping[str, Any], trained: Mapping[str, Any]) -> list[st
     if any(value is None for value in values):
         return []
     kind = next(iter(values[0]))
-    shown = [f"{100 * v[kind]:.0f} %" if kind == "accuracy" else f"{v[kind]:.3g}" for v in values]
-    name = {"accuracy": "accuracy", "mse": "the mean squared error", "loss": "the loss"}.get(kind, kind)
+    shown = [f"{100 * v[kind]:.0f} %" if kind == ACCURACY else f"{v[kind]:.3g}" for v in values]
+    name = kind if kind == ACCURACY else f"the {WORDS.get(kind, kind)}"
     return [f"{name} goes from {shown[0]} to {shown[1]} (trained on: {shown[2]} to {shown[3]})"]

@@ -41,6 +41,9 @@ class Record:
 class Kept:
     """Finished stages. This class forgets them; `KeptInFolder` lets an interrupted run continue."""
 
+    keeps = False
+    """Whether a later run may continue."""
+
     def claim(self, origin: Mapping[str, str]) -> None:
         """Say what this run's stages are made from, before the first of them."""
 
@@ -58,6 +61,8 @@ class KeptInFolder(Kept):
     Only files that an inspection has written are read, replaced or removed. Raises TangentError where a file is not its own,
     cannot be read or written, or was made from something else.
     """
+
+    keeps = True
 
     def __init__(self, directory: Path, *, resume: bool) -> None:
         self.folder, self.resume = directory / FOLDER, resume

@@ -1,7 +1,8 @@
-"""Results with the names of parameters and modules that users know."""
+"""Names in results: of parameters and modules as users know them, and of classes, each told apart."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,3 +30,16 @@ def renamed(result: RunResult, names: Mapping[str, str]) -> RunResult:
 
     arrays = {told(name): array for name, array in result.arrays.items()}
     return replace(result, results=told(result.results), arrays=arrays)
+
+
+def told_apart(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, with their numbers where several have one name.
+
+    >>> told_apart(["crane", "owl", "crane"])
+    ('crane (0)', 'owl', 'crane (2)')
+    """
+    found = tuple(map(str, names))
+    while len(set(found)) < len(found):
+        counts = Counter(found)
+        found = tuple(f"{name} ({k})" if counts[name] > 1 else name for k, name in enumerate(found))
+    return found

@@ -19,6 +19,8 @@ from adaptive_tangents.capture.lease import LOCK
 from adaptive_tangents.capture.network import Network, OutputFn
 from adaptive_tangents.checks import class_columns
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.inspection.judged import two_classes
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.loading.outputs import pick
 from adaptive_tangents.loading.reduced import LOSS, Reduced, Target
 
@@ -84,7 +86,9 @@ def reduce_outputs(
         )
     if logits and labels is not None and int(labels.min()) < 0:
         raise TangentError(f"inspect: y holds the label {int(labels.min())}; number the classes from 0")
-    titles = classes if classes is not None and len(classes) == c else tuple(f"output {j}" for j in range(c))
+    titles = (
+        told_apart(classes) if classes is not None and len(classes) == c else tuple(f"output {j}" for j in range(c))
+    )
     titles = ("output",) if c == 1 else titles
     how = ("all" if c == 1 else "main") if how == "auto" else how
     eye = torch.eye(c, dtype=change.dtype, device=change.device)
@@ -140,22 +144,26 @@ def _index(word: str, titles: tuple[str, ...]) -> int:
     )
 
 
-def targets(reduction: Reduction, y: Tensor | None, c: int) -> tuple[Float[Tensor, "n k"] | None, str]:
-    """The labels as targets of the reduced outputs, and a description: one-hot centered, ±1, or real."""
+def targets(
+    reduction: Reduction, y: Tensor | None, c: int, pair: tuple[int, int] | None = None
+) -> tuple[Float[Tensor, "n k"] | None, str]:
+    """The labels as targets of the reduced outputs, and a description: one-hot centered, ±1, or real.
+
+    ``pair`` are the two class numbers of all samples, which some may lack; None are those of ``y``.
+    """
     if y is None:
         return None, "no labels were given"
-    like = reduction.weights
+    like = reduction.weights.double()  # a network in bfloat16 would round amounts
     if reduction.kind == "margin":
         return torch.ones(len(y), 1, dtype=like.dtype, device=like.device), "+1 for every margin"
     if not y.is_floating_point() and y.ndim == 1:
         if c > 1:
             onehot = torch.nn.functional.one_hot(y, c).to(like)
             return (onehot - onehot.mean(0)) @ like, "one-hot labels, centered, along the outputs measured"
-        kinds = torch.unique(y)
-        if len(kinds) == 2:
-            return torch.where(y == kinds[0], -1.0, 1.0).to(like)[
-                :, None
-            ], f"−1 for label {kinds[0]}, +1 for {kinds[1]}"
+        pair = two_classes(y) if pair is None else pair
+        if pair is not None:
+            signs = torch.where(y == pair[0], -1.0, 1.0).to(like)[:, None]
+            return signs, f"−1 for label {pair[0]}, +1 for {pair[1]}"
     y = class_columns("inspect", y, 1 if y.ndim == 1 else None)
     real = (y[:, None] if y.ndim == 1 else y).to(like)
     if real.shape[1] != c:

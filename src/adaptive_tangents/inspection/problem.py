@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.features.tangent_features import TangentFeatures
+from adaptive_tangents.inspection.judged import Judge, judge_of
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
+from adaptive_tangents.inspection.same_network import check_marks, marked, outputs_before, place_of
 from adaptive_tangents.inspection.sampling import held_out_note, sampled
 from adaptive_tangents.inspection.tangents import FEWEST_NODES, Cost, Tangents, cost_of, fitting_chunk, making_of
 from adaptive_tangents.loading import Data, fit_data
@@ -19,7 +21,6 @@ from adaptive_tangents.loading import Data, fit_data
 _SAMPLES = 128
 _CHOICES = "choices"
 _ROUNDED = 4  # units of rounding
-_SAME = 1e-3  # relative to the largest output: other networks differ by more, other machines by less
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Problem:
     """The samples, the network's outputs on them at every checkpoint, and what is measured of these."""
 
     data: Data
+    judge: Judge
     reduction: Reduction
     tangents: Tangents
     layout: TangentFeatures  # of one sample
@@ -70,6 +72,11 @@ class Problem:
     fresh: list[str]  # norms that start with the statistics of a new network
     calibrated: int  # of these, how many end with others
     index: Tensor  # of the samples among those given
+
+    @property
+    def performances(self) -> list[dict[str, float] | None]:
+        """How good the outputs are at every checkpoint, if that is known."""
+        return [self.judge.performance(outputs, self.data.y) for outputs in self.outputs]
 
 
 def pose(
@@ -93,7 +100,7 @@ def pose(
         chosen = data.take(index)
         outputs = _outputs(model, states, chosen)
         if before is not None:
-            outputs = _as_before(outputs, before, kept)
+            outputs = outputs_before(outputs, before, kept)
         outputs = [out.clone(memory_format=torch.contiguous_format) for out in outputs]
         gained = outputs[-1] - outputs[0]
         reduction = reduce_outputs(config.outputs, gained, chosen.labels, data.classes)
@@ -119,29 +126,21 @@ def pose(
             f"Memory holds the features of {count} samples, so only that many of the {wanted} requested were used."
         ]
     limits += [*data.notes, *held_out_note(chosen.held_out), *_rounded(outputs)]
-    choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk}
-    if before is None:
-        kept.put(_CHOICES, Record(choices, {f"{k}": value for k, value in enumerate(outputs)}))
+    if before is not None:
+        check_marks(tangents, {"start": start, "end": end}, before, kept)
+    elif kept.keeps:
+        few, marks = marked(tangents, {"start": start, "end": end})
+        choices = {"samples": count, "nodes": nodes, "chunk": tangents.chunk, "marked": few, "blocks": [*layout.blocks]}
+        held = {f"{k}": value for k, value in enumerate(outputs)} | marks
+        kept.put(_CHOICES, Record(choices | place_of(outputs[0]), held))
     first, *_, last = states.values()
     fresh = _fresh_norms(model, first)
-    target, words = targets(reduction, chosen.y, gained.shape[1])
+    judge = judge_of(data, model, gained.shape[1])
+    target, words = targets(reduction, chosen.y, gained.shape[1], judge.pair)
     return Problem(
-        chosen, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes, limits,
-        fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
+        chosen, judge, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes,
+        limits, fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
     )  # fmt: skip
-
-
-def _as_before(outputs: list[Tensor], before: Record, kept: Kept) -> list[Tensor]:
-    """The outputs of the run before, to the last bit; raises TangentError if the network computes something else now."""
-    stored = [before.tensors[f"{k}"].to(out.device) for k, out in enumerate(outputs)]
-    size = max(float(out.abs().max()) for out in stored)
-    for now, then in zip(outputs, stored, strict=True):
-        if now.shape != then.shape or now.dtype != then.dtype or float((now - then).abs().max()) > _SAME * size:
-            raise TangentError(
-                f"inspect: the network's outputs are not those of the run that {kept} holds stages of; give the same "
-                "network, run without --resume, or give another folder with --out"
-            )
-    return stored
 
 
 def _rounded(outputs: Sequence[Tensor]) -> list[str]:

@@ -66,6 +66,7 @@ POINT_COLUMNS = {
     "cka_start": "CKA of its kernel with K₀",
     "cka_end": "CKA of its kernel with K_T",
     "accuracy": "on the samples measured, where labels are known",
+    "bce": "mean binary cross-entropy on the samples measured, where labels are rows of 0 and 1",
     "mse": "mean squared error on the samples measured, where targets are known",
 }
 """The columns of ``Inspection.trajectory``."""

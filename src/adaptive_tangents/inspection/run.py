@@ -20,6 +20,7 @@ from adaptive_tangents.errors import TangentError, TangentWarning
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.inspection import measures
 from adaptive_tangents.inspection.held_out import held_out_numbers
+from adaptive_tangents.inspection.judged import BINARY, WORDS
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.measures import defined, singular_values, total
 from adaptive_tangents.inspection.names import renamed
@@ -27,7 +28,7 @@ from adaptive_tangents.inspection.plan import Plan, planned
 from adaptive_tangents.inspection.problem import InspectConfig, Problem, pose
 from adaptive_tangents.inspection.tangents import Tick
 from adaptive_tangents.inspection.tangents import averaged as averaged_form
-from adaptive_tangents.inspection.told import Measured, arrays_of, checkpoint, performance_of, told
+from adaptive_tangents.inspection.told import Measured, arrays_of, checkpoint, told
 from adaptive_tangents.loading import Data
 from adaptive_tangents.loading.checkpoint_order import doubted
 from adaptive_tangents.measures.alignment import alignment
@@ -137,7 +138,7 @@ def run(
         plan = planned(problem, list(states), config, kept)
     pace.expect(plan.stages)
     show(plan)
-    performances = [performance_of(outputs, problem.data) for outputs in problem.outputs]
+    performances = problem.performances
     doubt = disagreement(list(states), performances)
     if doubt is not None:
         problem.limits.append(doubted(doubt))
@@ -170,7 +171,7 @@ def run(
 def _origin(
     model: nn.Module, states: Mapping[str, Mapping[str, Tensor]], data: Data, config: InspectConfig
 ) -> dict[str, str]:
-    """What the stages of a run are made from; the network's code shows in its outputs."""
+    """What the stages of a run are made from; the network's code shows in its outputs and derivatives."""
     return {
         "versions": json.dumps(versions()),
         "settings": json.dumps(asdict(config)),
@@ -197,15 +198,16 @@ def disagreement(names: list[str], performances: list[dict[str, float] | None]) 
     if len(told) < 2 or len(told) != len(names):
         return None
     kind, sign = told[0][0], 1 if told[0][0] == "accuracy" else -1
+    name = WORDS[kind] if kind == BINARY else kind
     first, *_, last = (value for _, value in told)
     best = max(range(len(told)), key=lambda k: sign * told[k][1])
     gained, most = sign * (last - first), sign * (told[best][1] - first)
     if gained >= 0 and (most == 0 or gained >= most / 2):
         return None
     if gained < 0:
-        moved = f"{kind} {'falls' if sign > 0 else 'rises'} from {first:.3g} at {names[0]} to {last:.3g} at {names[-1]}"
+        moved = f"{name} {'falls' if sign > 0 else 'rises'} from {first:.3g} at {names[0]} to {last:.3g} at {names[-1]}"
     else:
-        moved = f"{kind} is {last:.3g} at {names[-1]}, but {told[best][1]:.3g} at {names[best]} before it"
+        moved = f"{name} is {last:.3g} at {names[-1]}, but {told[best][1]:.3g} at {names[best]} before it"
     return (
         f"{moved}; check the order of the checkpoints: if it is wrong, the findings say the opposite of what happened"
     )

@@ -59,8 +59,7 @@ class Tangents:
         """Features of all samples."""
         parts = []
         for part, done in self._parts():
-            made = tangent_features(self.model, part, params=state, wrt=self.wrt, output_fn=self.output_fn)
-            parts.append(collapsed(made))
+            parts.append(collapsed(self.of(part, state)))
             tick(done)
         return together(parts)
 
@@ -99,9 +98,11 @@ class Tangents:
 
     def layout(self, state: Mapping[str, Tensor]) -> TangentFeatures:
         """The features of one sample, whose blocks show what those of many will take."""
-        return tangent_features(
-            self.model, take(self.x, slice(0, 1)), params=state, wrt=self.wrt, output_fn=self.output_fn
-        )
+        return self.of(take(self.x, slice(0, 1)), state)
+
+    def of(self, part: Batch, state: Mapping[str, Tensor]) -> TangentFeatures:
+        """The features of a few samples, as they are made."""
+        return tangent_features(self.model, part, params=state, wrt=self.wrt, output_fn=self.output_fn)
 
     def _average(
         self, part: Batch, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, nodes: int | None = None,

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from adaptive_tangents.capture.batches import tensors
 from adaptive_tangents.features.layer_names import plain_names
 from adaptive_tangents.inspection import measures
+from adaptive_tangents.inspection.judged import ACCURACY
 from adaptive_tangents.inspection.kept import Record
 from adaptive_tangents.inspection.layer_rows import layer_rows
 from adaptive_tangents.inspection.measures import defined, spectrum
+from adaptive_tangents.inspection.names import told_apart
 from adaptive_tangents.inspection.outputs import Reduction
 from adaptive_tangents.inspection.problem import Problem
 from adaptive_tangents.inspection.sampling import order_of
@@ -63,7 +65,7 @@ def told(model: nn.Module, data: Data, problem: Problem, measured: Measured) -> 
             "labels": problem.target_words,
             "weights": _weights(reduction, data.classes),
         },
-        "performance": {k: performance_of(problem.outputs[i], problem.data) for k, i in (("start", 0), ("end", -1))},
+        "performance": dict(zip(("start", "end"), problem.performances[:: len(problem.outputs) - 1], strict=True)),
         **measures.kernel_numbers(wholes, problem.change, problem.target),
         "path": measured.identity,
         "blocks": {plain[name]: numbers for name, numbers in blocks.items()},
@@ -146,27 +148,9 @@ def _weights(reduction: Reduction, classes: tuple[str, ...] | None) -> dict[str,
     if reduction.kind != "main":
         return None
     first = reduction.weights[:, 0].tolist()
-    named = (
-        classes if classes is not None and len(classes) == len(first) else [f"output {j}" for j in range(len(first))]
-    )
-    return dict(zip(named, first, strict=True))
-
-
-def performance_of(outputs: Tensor, data: Data) -> dict[str, float] | None:
-    """Accuracy for labels, mean squared error for real targets, or the mean of losses, on the measured samples."""
-    if data.loss:
-        return {"loss": float(outputs.double().mean())}
-    if data.y is None:
-        return None
-    if data.labels is not None and (outputs.shape[1] > 1 or len(torch.unique(data.labels)) == 2):
-        return {"accuracy": float((_predicted(outputs, data.labels) == data.labels).double().mean())}
-    y = (data.y[:, None] if data.y.ndim == 1 else data.y).to(outputs)
-    return {"mse": float(((outputs - y) ** 2).mean())} if y.shape == outputs.shape else None
-
-
-def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
-    kinds = torch.unique(labels)
-    return outputs.argmax(1) if outputs.shape[1] > 1 else kinds[(outputs[:, 0] > 0).long().clamp_max(len(kinds) - 1)]
+    known = classes is not None and len(classes) == len(first)
+    names = told_apart(classes) if known and classes else [f"output {j}" for j in range(len(first))]
+    return dict(zip(names, first, strict=True))
 
 
 def checkpoint(
@@ -229,9 +213,9 @@ def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
         arrays["target"] = problem.target
     if data.y is not None:
         arrays["y"] = data.y
-    if data.labels is not None and (problem.outputs[0].shape[1] > 1 or len(torch.unique(data.labels)) == 2):
-        arrays["predicted"] = _predicted(problem.outputs[-1], data.labels)
-        arrays["predicted.start"] = _predicted(problem.outputs[0], data.labels)
+    if problem.judge.kind == ACCURACY:
+        arrays["predicted"] = problem.judge.predicted(problem.outputs[-1])
+        arrays["predicted.start"] = problem.judge.predicted(problem.outputs[0])
     arrays["sample"] = problem.index
     images = _image_like(data)
     if images is not None:
@@ -240,7 +224,13 @@ def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
         ends = torch.cat([order[: _SHOWN // 2], order[-(_SHOWN // 2) :]])
         shown = torch.unique(torch.cat([ends, torch.tensor(_moved(problem.change), device=ends.device)]))
         arrays["images"], arrays["images.index"] = _pixels(images, shown), shown
-    return {name: value.detach().cpu().numpy() for name, value in arrays.items()}
+    return {name: _as_array(value) for name, value in arrays.items()}
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    """The same in NumPy, which has no bfloat16."""
+    short = value.is_floating_point() and value.element_size() < 4
+    return (value.float() if short else value).detach().cpu().numpy()
 
 
 def _pixels(images: Tensor, shown: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Data:
 def fit_data(data: Data, model: nn.Module, call: str = INSPECT) -> Data:
     """The data in the model's precision and on its device: floats are converted, integers become indices.
 
+    Real targets y are in float64, whatever the network's precision.
+
     Raises TangentError if x holds integers but the network has no embedding, so that they are probably pixels.
     """
     parameters = [p for p in model.parameters() if continuous(p)]
@@ -76,7 +78,10 @@ def fit_data(data: Data, model: nn.Module, call: str = INSPECT) -> Data:
             return value.to(device=device, dtype=dtype.to_complex())
         return value.to(device=device, dtype=dtype if value.is_floating_point() else torch.int64)
 
-    return replace(data, x=mapped(_wanted(data.x, model), fitted), y=None if data.y is None else fitted(data.y))
+    y = data.y
+    if y is not None:
+        y = y.to(device, torch.float64) if y.is_floating_point() else fitted(y)
+    return replace(data, x=mapped(_wanted(data.x, model), fitted), y=y)
 
 
 def _wanted(x: Batch, model: nn.Module) -> Batch:

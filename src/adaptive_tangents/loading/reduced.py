@@ -165,7 +165,7 @@ class Target:
         flat = out if out.ndim == 2 else out[:, None]
         if self.kind == "two classes":
             return functional.binary_cross_entropy_with_logits(flat[:, 0], y.to(flat), reduction="none")
-        return (flat - y).square().mean(1)
+        return (flat - y.to(flat)).square().mean(1)
 
 
 def next_tokens(ids: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -89,6 +89,13 @@ def spectrum(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.arange(1, len(values) + 1), values / (values.max() or 1.0)
 
 
+def logarithmic(axes: Axes, along: str) -> None:
+    """Logarithmic scales along "x", "y" or both, each unless nothing drawn is positive there."""
+    for axis in along:
+        if np.isfinite(getattr(axes.dataLim, f"minpos{axis}")):
+            axes.set(**{f"{axis}scale": "log"})
+
+
 def tint(color: str, amount: float) -> str:
     """A color mixed with white; amount 1 is the color itself."""
     red, green, blue = (1 - amount * (1 - channel) for channel in to_rgb(color))

@@ -1,5 +1,6 @@
 """Small figures of results in memory. Matplotlib is imported when one is drawn, and its settings stay as they are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -59,10 +60,14 @@ def lines(
     axes: "Axes", curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, labels: tuple[str, str],
     *, log: str = "", ticks: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """A line for each of the first curves; ``log`` names the axes with a logarithmic scale, ``ticks`` those of x."""
+    """A line for each of the first curves; ``log`` names the axes with a logarithmic scale, ``ticks`` those of x.
+
+    Where nothing is positive, the scale is linear.
+    """
     for (name, (x, y)), color in zip(curves.items(), _COLORS, strict=False):
         axes.plot(x, y, "o-", ms=2.5, lw=1, color=color, label=plain(name))
-    options: dict[str, Any] = {f"{axis}scale": "log" for axis in log}
+    positive = {axis: math.isfinite(getattr(axes.dataLim, f"minpos{axis}")) for axis in log}
+    options: dict[str, Any] = {f"{axis}scale": "log" for axis in log if positive[axis]}
     axes.set(**options)
     if ticks:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
