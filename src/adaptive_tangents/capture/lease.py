@@ -10,7 +10,7 @@ again, covers all loans, and each loan puts back what it found.
 
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import _lru_cache_wrapper, cached_property, partial
@@ -35,6 +35,7 @@ from adaptive_tangents.runtime.cleanup import ensured
 LOCK = threading.RLock()
 """Held while a model is on loan, and while what a model holds is read."""
 
+_TRIES = 5  # of a step that fails; then the others go on, lest the loan never end
 _LATER = 1_000_000  # writes that no user has made to a parameter
 _LARGE = 1 << 28  # bytes of a plain tensor above which it is not copied for every pass
 _Made = TypeVar("_Made")
@@ -155,6 +156,7 @@ class Loan:
         self._counted: dict[str, int] = {}
         self._at: dict[str, int] = {}
         self.instead: Mapping[str, Tensor] = {}
+        self._failures: Counter[int] = Counter()
         self._ended = False
         self._level = forward_ad._current_level
         self.completed = False
@@ -192,10 +194,12 @@ class Loan:
         self._held.restore()
         if not self.completed:
             leave_dual_levels(self._level)
-        for step in reversed(self._undo):
-            step()
-        for step in reversed(self._undo_in_thread) if self._thread == threading.get_ident() else ():
-            step()
+        own = self._undo_in_thread if self._thread == threading.get_ident() else ()
+        for step in (*reversed(self._undo), *reversed(own)):
+            if self._failures[id(step)] < _TRIES:
+                self._failures[id(step)] += 1  # until it is done, as an interrupt may come meanwhile
+                step()
+                self._failures[id(step)] = 0
         if self in _loans:
             _loans.remove(self)
         self._ended = True
@@ -286,7 +290,12 @@ def _as_held(value: Tensor, own: Tensor) -> Tensor:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    """Whether a tensor is a plain one; those that a transform such as vmap left behind are none."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        and tensor.layout == torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _tensor_undo(tensor: Tensor) -> _Step:
