@@ -49,7 +49,7 @@ def read_data(
 ) -> tuple[nn.Module, Data]:  # fmt: skip
     """The network whose output is measured, and the samples in its form; ``show`` prints how the file was read.
 
-    ``most`` is the most samples to read of each file, drawn with ``seed``.
+    ``most`` is the most samples to read of all files, drawn with ``seed``.
     """
     loaded = load_data(
         path, call, held_out=asked.held_out, text=asked.text, label=asked.label,

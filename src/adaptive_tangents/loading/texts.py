@@ -51,9 +51,10 @@ def _padding(tokenizer: Any) -> Any:
 
 
 def tokenized(
-    tokenizer: Tokenizer, texts: Sequence[str], seconds: Sequence[str] | None, max_length: int | None, call: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Tokens of texts, or of pairs, padded to the longest, and a note on those that may be cut."""
+    tokenizer: Tokenizer, texts: Sequence[str], seconds: Sequence[str] | None, max_length: int | None, call: str,
+    where: Callable[[int], str] = "sample {}".format,
+) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    """Tokens of texts, or of pairs, padded to the longest, and a note on those that may be cut; ``where`` names one."""
     if max_length is not None and max_length < 1:
         raise TangentError(f"{call}: --max-length must be at least 1, got {max_length}")
     given = (list(texts),) if seconds is None else (list(texts), list(seconds))
@@ -73,7 +74,7 @@ def tokenized(
         raise TangentError(
             f"{call}: the tokenizer gave {short or 'nothing'} for {len(texts)} texts; it must give tensors with a row each"
         )
-    return batch, _cut(batch, max_length or _limit(tokenizer), call)
+    return batch, _cut(batch, max_length or _limit(tokenizer), call, where)
 
 
 def _limit(tokenizer: Tokenizer) -> int | None:
@@ -98,12 +99,12 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
-def _cut(batch: Mapping[str, Tensor], limit: int | None, call: str) -> list[str]:
+def _cut(batch: Mapping[str, Tensor], limit: int | None, call: str, where: Callable[[int], str]) -> list[str]:
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return []
     if not bool(mask.any(1).all()):
         empty = int((~mask.bool().any(1)).nonzero()[0])
-        raise TangentError(f"{call}: the text of sample {empty} has no tokens; leave it out")
+        raise TangentError(f"{call}: the text of {where(empty)} has no tokens; leave it out")
     full = 0 if limit is None else int((mask.sum(1) >= limit).sum())
     return [f"{full:,} of the {len(mask):,} texts reach {limit} tokens, and what comes after is cut."] if full else []
