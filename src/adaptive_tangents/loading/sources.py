@@ -74,7 +74,7 @@ def load_data(
         label: the column of labels, "none" for no labels; None finds it by its name.
         tokenizer: takes a list of texts and gives a dict of tensors.
         classes: the network's names of its outputs; labels as text become its numbers.
-        max_length: the most tokens of a text; None is the tokenizer's own limit.
+        max_length: the most tokens of a text; None is the limit of the tokenizer or of the network, if it has one.
         images: size and normalization of images; None leaves their size, and scales them to 0…1.
         most: the most samples to read, drawn with ``seed`` from both in proportion, at least a quarter from each; None, and
             an `.npz` file, is read whole.
