@@ -20,7 +20,7 @@ from adaptive_tangents.loading import (
     open_series,
     output_of,
 )
-from adaptive_tangents.loading.hugging_face import places_of
+from adaptive_tangents.loading.hugging_face import is_regression, places_of
 from adaptive_tangents.loading.texts import check_length
 
 
@@ -61,6 +61,7 @@ def read_data(
     loaded = load_data(
         path, call, held_out=asked.held_out, text=asked.text, label=asked.label,
         tokenizer=tokenizer, classes=None if series.causal else series.classes, max_length=asked.max_length,
+        amounts=is_regression(series.model),
         images=image_form(call, size=asked.image_size, normalize=asked.normalize, beside=series.folders),
         most=most, seed=seed,
     )  # fmt: skip

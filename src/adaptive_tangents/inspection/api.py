@@ -20,6 +20,7 @@ from adaptive_tangents.inspection.results import Inspection, made
 from adaptive_tangents.inspection.run import NAME, run
 from adaptive_tangents.loading import Data, as_data, check_runs, fit_data, output_of
 from adaptive_tangents.loading.checkpoint_order import doubted
+from adaptive_tangents.loading.hugging_face import is_regression
 from adaptive_tangents.runtime.progress import Asked, Progress, silent, told, with_bar
 
 State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
@@ -104,7 +105,7 @@ def inspect(
     found = opened(model, start, end, checkpoints, base, merged)
     loaded = as_data(
         data, NAME, held_out=held_out, text=text, label=label, tokenizer=found.tokenizer,
-        classes=None if found.causal else found.classes, most=samples, seed=seed,
+        classes=None if found.causal else found.classes, amounts=is_regression(found.model), most=samples, seed=seed,
     )  # fmt: skip
     named = name_of(data)
     patterns = (wrt,) if isinstance(wrt, str) else tuple(wrt or ())

@@ -26,6 +26,7 @@ class Data:
 
     ``rows`` (n,) are the samples' numbers in their source, and ``sizes`` how many it has, then those of the second one, whose
     samples are held out; None are all samples in order. With ``leading``, they are the first that a DataLoader gave.
+    ``whole_numbers`` says that y holds more than two whole numbers of a table: amounts, if the network has one output.
     """
 
     x: Batch
@@ -38,6 +39,7 @@ class Data:
     rows: Tensor | None = None
     sizes: tuple[int, ...] | None = None
     leading: bool = False
+    whole_numbers: bool = False
 
     @property
     def n(self) -> int:

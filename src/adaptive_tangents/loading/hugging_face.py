@@ -177,6 +177,11 @@ def classes_of(model: nn.Module) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else names
 
 
+def is_regression(model: nn.Module) -> bool:
+    """Whether a network's configuration says that its labels are amounts."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "regression"
+
+
 def places_of(model: nn.Module) -> int | None:
     """How many tokens a network of transformers has positions for, if its configuration says it."""
     config = getattr(model, "config", None)

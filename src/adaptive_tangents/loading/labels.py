@@ -58,16 +58,18 @@ def kind_of(value: Any) -> str:
 
 
 def numbered(
-    columns: Sequence[Column], classes: tuple[str, ...] | None, call: str
+    columns: Sequence[Column], classes: tuple[str, ...] | None, call: str, *, amounts: bool = False
 ) -> tuple[list[Tensor], tuple[str, ...] | None, list[str]]:
     """The labels of several sources as class numbers or real targets, the names of the classes, and notes on the reading.
 
     ``classes`` are the network's. Names are matched exactly, then without regard to capitals. Without the network's, a
-    source's own order counts, else names are sorted.
+    source's own order counts, else names are sorted. With ``amounts``, the network is for regression: all numbers are real.
     """
     for column in columns:
         _check_kinds(column, call)
     values = [value for column in columns for value in column.values]
+    if amounts:
+        return _amounts(columns, call)
     own = next((column.classes for column in columns if column.classes), None)
     if isinstance(values[0], list):
         return [_rows(column, call) for column in columns], classes or own, []
@@ -81,6 +83,29 @@ def numbered(
             return _named(renamed, classes, own, call)
     found, notes = _amounts_or_numbers(columns, classes or own, call)
     return found, classes or own, notes
+
+
+def _amounts(columns: Sequence[Column], call: str) -> tuple[list[Tensor], None, list[str]]:
+    """Numbers, whole or not, as real targets."""
+    if any(isinstance(value, list) for column in columns for value in column.values):
+        return [_rows(column, call).double() for column in columns], None, []
+    numbers = [[plain_number(value) for value in column.values] for column in columns]
+    for column, row in zip(columns, numbers, strict=True):
+        if None in row:
+            k = row.index(None)
+            raise TangentError(
+                f"{call}: the label {column.values[k]!r} at {column.where(k)} of {column.source} is no number, and the "
+                "network is for regression (its configuration's problem_type); give numbers"
+            )
+    whole = all(isinstance(value, int) for row in numbers for value in row)
+    note = f"The network is for regression, so the numbers in {columns[0].name!r} are real targets."
+    return [torch.tensor(row, dtype=torch.float64, device="cpu") for row in numbers], None, [note] if whole else []
+
+
+def several_whole(columns: Sequence[Column]) -> bool:
+    """Whether labels are more than two whole numbers, which are amounts if the network has one output."""
+    values = {plain_number(value) for column in columns for value in column.values if not isinstance(value, list)}
+    return len(values) > 2 and all(isinstance(value, int) for value in values)
 
 
 def _check_kinds(column: Column, call: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptive_tangents.capture.batches import Batch, described, refilled, samples, tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.data import Data
-from adaptive_tangents.loading.labels import Column, numbered
+from adaptive_tangents.loading.labels import Column, numbered, several_whole
 from adaptive_tangents.loading.texts import Tokenizer, tokenized
 
 
@@ -80,13 +80,15 @@ def joined(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
 ) -> Data:
     """One batch of all parts: the samples trained on first, then, if there is a second part, those held out."""
     for part in parts:
         if part.n == 0:
             raise TangentError(f"{call}: {_told(part, parts)} holds no samples; give some, or leave it out")
     xs, notes = _inputs(parts, call, tokenizer, max_length)
-    y, names, told = _targets(parts, call, None if classes is None else tuple(classes))
+    y, names, told = _targets(parts, call, None if classes is None else tuple(classes), amounts)
+    columns = _columns(parts)
     texts = [_shown(part) for part in parts]
     held = torch.repeat_interleave(
         torch.arange(len(parts), device="cpu") > 0, torch.tensor([part.n for part in parts], device="cpu")
@@ -104,6 +106,7 @@ def joined(
         rows=torch.cat([torch.as_tensor(range(p.n) if p.rows is None else p.rows, device="cpu") for p in parts]),
         sizes=tuple(part.size for part in parts),
         leading=any(part.leading for part in parts),
+        whole_numbers=names is None and len(columns) == len(parts) and several_whole(columns),
     )
 
 
@@ -175,8 +178,17 @@ def _form(x: Batch) -> Any:
     return names, [(tuple(t.shape[1:]), t.dtype) for t in ordered]
 
 
+def _columns(parts: Sequence[Samples]) -> list[Column]:
+    """Labels that are values still."""
+    return [
+        Column(part.source, part.column, part.labels, part.where if part.labels_of_all else part.place, part.classes)
+        for part in parts
+        if part.labels is not None
+    ]
+
+
 def _targets(
-    parts: Sequence[Samples], call: str, classes: tuple[str, ...] | None
+    parts: Sequence[Samples], call: str, classes: tuple[str, ...] | None, amounts: bool
 ) -> tuple[Tensor | None, tuple[str, ...] | None, list[str]]:
     """Labels of all parts, numbered alike, and their names."""
     given = [part for part in parts if part.y is not None or part.labels is not None]
@@ -189,20 +201,18 @@ def _targets(
             f"{call}: {_told(given[0], parts)} has labels and {_told(without, parts)} has none; give labels in both, or in "
             "neither"
         )
-    raw = [
-        Column(part.source, part.column, part.labels, part.where if part.labels_of_all else part.place, part.classes)
-        for part in parts
-        if part.labels is not None
-    ]
+    raw = _columns(parts)
     known, notes = classes or named, list[str]()
     values = iter(list[Tensor]())
     if raw:
         # Names that go with numbers of another part are its classes, too.
         fixed = classes or (named if len(raw) < len(parts) else None)
-        found, known, notes = numbered(raw, fixed, call)
+        found, known, notes = numbered(raw, fixed, call, amounts=amounts)
         chosen = (part.rows if part.labels_of_all else None for part in parts if part.labels is not None)
         values = iter([y if rows is None else y[list(rows)] for y, rows in zip(found, chosen, strict=True)])
     ys = [part.y if part.y is not None else next(values) for part in parts]
+    if amounts:
+        known, ys = None, [y.double() for y in ys]
     _check_range(parts, ys, classes, call)
     if len({(y.is_floating_point(), tuple(y.shape[1:])) for y in ys}) > 1:
         raise TangentError(

@@ -58,6 +58,7 @@ def load_data(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
     images: ImageForm | None = None,
     most: int | None = None,
     seed: int = 0,
@@ -75,6 +76,7 @@ def load_data(
         tokenizer: takes a list of texts and gives a dict of tensors.
         classes: the network's names of its outputs; labels as text become its numbers.
         max_length: the most tokens of a text; None is the limit of the tokenizer or of the network, if it has one.
+        amounts: whether the network is for regression, so that labels are real targets.
         images: size and normalization of images; None leaves their size, and scales them to 0…1.
         most: the most samples to read, drawn with ``seed`` from both in proportion, at least a quarter from each; None, and
             an `.npz` file, is read whole.
@@ -85,7 +87,7 @@ def load_data(
     """
     return as_data(
         Path(path), call, held_out=None if held_out is None else Path(held_out), text=text, label=label, tokenizer=tokenizer,
-        classes=classes, max_length=max_length, images=images, most=most, seed=seed,
+        classes=classes, max_length=max_length, amounts=amounts, images=images, most=most, seed=seed,
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def as_data(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
     images: ImageForm | None = None,
     most: int | None = None,
     seed: int = 0,
@@ -115,6 +118,7 @@ def as_data(
         tokenizer: as in `load_data`.
         classes: as in `load_data`.
         max_length: as in `load_data`.
+        amounts: as in `load_data`.
         images: as in `load_data`.
         most: the most samples to take, of both in proportion, at least a quarter of each; an IterableDataset needs it, and
             what is in memory is taken whole.
@@ -141,7 +145,7 @@ def as_data(
     for each, source, rows in zip(given, sources, drawn([source.n for source in sources], most, seed), strict=True):
         with _readable(each, call):
             parts.append(source.read(rows))
-    return joined(parts, call, tokenizer=tokenizer, classes=classes, max_length=max_length)
+    return joined(parts, call, tokenizer=tokenizer, classes=classes, max_length=max_length, amounts=amounts)
 
 
 @contextmanager
