@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import adaptive_tangents as at
 from adaptive_tangents import cli
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.loading import as_data, fit_data, load_data, load_tokenizer, open_series, output_of
+from adaptive_tangents.loading import as_data, check_runs, fit_data, load_data, load_tokenizer, open_series, output_of
 from training_cases import TEXTS, bert_config, library, tokenizer
 
 runner = CliRunner()
@@ -138,3 +138,28 @@ def test_whole_numbers_of_a_table_are_amounts_if_the_network_has_one_output(tmp_
     two.write_text("v,w,label\n" + "".join(f"{k},{k * k % 7},{k % 2}\n" for k in range(20)))
     _, made = output_of(None, model, fit_data(load_data(two), model))
     assert made.labels is not None  # two classes
+
+
+def test_a_network_that_lacks_a_padding_token_is_refused_with_the_setting_to_make(tmp_path: Path) -> None:
+    transformers = library("transformers")
+    words = {
+        "vocab_size": 14,
+        "n_embd": 4,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 16,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**words)).eval()
+    data = as_data({"input_ids": torch.tensor([[5, 7, 9], [5, 0, 0]])})
+    with pytest.raises(
+        TangentError, match=r"say which token pads, as its pad_token_id: in the config\.json of its folder"
+    ):
+        check_runs(model, data, Path("a.csv"))
+    model.config.pad_token_id = 0  # as the message says
+    check_runs(model, data, Path("a.csv"))
+    far = as_data({"input_ids": torch.tensor([[5, 7, 90], [5, 0, 0]])})
+    with pytest.raises(TangentError, match="give tokens of its own tokenizer, and no more of them than it takes"):
+        check_runs(model, far, Path("a.csv"))
