@@ -78,7 +78,7 @@ def inspect(
         label: the column of labels, "none" for no labels; None finds it by its name.
         base: the folder of the network that adapters were trained on; None is the one that they name.
         merged: whether adapters are merged into the weights, so that these are measured.
-        wrt: patterns of parameter names; None measures all. The others must be the same in all states.
+        wrt: patterns of parameter names; None is all that require a gradient. The others must be the same in all states.
         nodes: of the path average; None takes as many as it needs, at most 8.
         quick: few samples and nodes, to see it work.
         progress: called with a stage's name and the share of the expected time that has passed; True shows a bar.
