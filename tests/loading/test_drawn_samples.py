@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.inspection import InspectConfig, run
+from adaptive_tangents.inspection.samples import moved
 from adaptive_tangents.loading import Data, as_data, load_data, output_of
 
 N, READ, SEED = 60, 12, 5
@@ -131,6 +132,10 @@ def test_an_inspection_of_a_table_is_that_of_the_same_samples_in_an_npz_file(
             flag = torch.from_numpy(each.arrays["held_out"])
             assert int(flag.sum()) == samples // 4
             assert numbers[flag].max() < 10
+            most, least = moved(each.results, each.arrays)
+            order = np.argsort(-np.linalg.norm(each.arrays["change"], axis=1), kind="stable")
+            titles = [f"{'held-out ' if flag[k] else ''}sample {numbers[k]}" for k in order]
+            assert [sample.title for sample in (*most, *least)] == titles[: len(most)] + titles[-len(least) :]
             rows = torch.where(flag[:, None], other[numbers.clamp_max(9)], x[numbers])
         else:
             assert torch.equal(numbers, draw(50, samples))
