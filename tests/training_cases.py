@@ -31,9 +31,10 @@ def library(name: str) -> Any:
 
 def bert_config(**options: Any) -> Any:
     transformers = library("transformers")
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     return transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=16, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}, **options,
+        max_position_embeddings=16, **{**labels, **options},
     )  # fmt: skip
 
 

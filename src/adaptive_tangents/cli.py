@@ -62,7 +62,9 @@ Output = Annotated[
         "the network returns (default: its output; of a causal language model the loss)."
     ),
 ]
-MaxLength = Annotated[int | None, typer.Option(help="The most tokens of a text (default: the tokenizer's limit).")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="The most tokens of a text (default: as tokenizer and network allow).")
+]
 TokenizerFolder = Annotated[Path | None, typer.Option("--tokenizer", help="Folder with tokenizer.json, for texts.")]
 ImageSize = Annotated[
     str | None, typer.Option(help="Size that images are scaled to: 224, or height and width, 224x256.")

@@ -169,6 +169,21 @@ def test_parameters_that_change_outside_wrt_are_refused() -> None:
     refused(message, model, start, end, x, wrt="2.*")
 
 
+def test_parameters_that_change_without_a_gradient_are_refused_in_these_words() -> None:
+    model, x, start, end = segment("Tanh")
+    model[0].requires_grad_(False)
+    try:
+        message = (
+            r"0\.weight, 0\.bias change along the path but require no gradient \(requires_grad=False\).*let wrt be '\*'"
+        )
+        refused(message, model, start, end, x)
+        assert at.average_features(model, start, end, x, wrt="*").error <= 1e-3  # as the message says
+        same = {**end, "0.weight": start["0.weight"], "0.bias": start["0.bias"]}
+        assert at.average_features(model, start, same, x).error <= 1e-3
+    finally:
+        model[0].requires_grad_(True)
+
+
 def test_buffers_that_change_are_refused() -> None:
     model, x, start, end = segment("BatchNorm in eval")
     end["1.running_var"] = end["1.running_var"] + 1

@@ -11,8 +11,8 @@ import adaptive_tangents as at
 from adaptive_tangents.inspection import InspectConfig, run
 from adaptive_tangents.inspection.first_screen import tiles
 from adaptive_tangents.inspection.held_out import sentence
-from adaptive_tangents.inspection.sampling import sampled
 from adaptive_tangents.loading import Data, as_data, output_of
+from adaptive_tangents.loading.draws import sampled
 
 
 def network(outputs: int) -> nn.Module:

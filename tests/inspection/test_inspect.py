@@ -390,6 +390,38 @@ def test_outputs_that_do_not_exist_are_refused(how: str, labels: Tensor | None, 
         outputs.reduce_outputs(how, normal(6, 3), labels, None)
 
 
+def test_frozen_parameters_that_differ_between_checkpoints_are_told_of_as_that() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    model[0].requires_grad_(False)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    end = {name: 1.5 * value for name, value in start.items()}
+    data = Data(normal(6, 3))
+    with pytest.raises(
+        at.TangentError, match=r"^inspect: 0\.weight, 0\.bias change .*requires_grad=False.*let wrt be '\*'"
+    ):
+        run(model, {"start": start, "end": end}, data, InspectConfig(nodes=1))
+    with pytest.raises(at.TangentError, match=r"^inspect: 2\.weight, 2\.bias change .*wrt leaves them out"):
+        run(model, {"start": start, "end": end}, data, InspectConfig(nodes=1, wrt=("0.*",)))
+    found = run(model, {"start": start, "end": end}, data, InspectConfig(nodes=1, wrt=("*",)))
+    assert found.results["network"]["blocks"] == 2
+
+
+def test_names_of_outputs_may_hold_commas_and_are_one_output_each() -> None:
+    classes = ("tench, Tinca", "crane", "tench", "Tinca", "crane", "a,b")
+    for how, columns in (
+        ("tench, Tinca", [0]), ("tench, Tinca, 2", [0, 2]), ("Tinca, tench", [3, 2]),
+        ("a,b,1,tench, Tinca", [5, 1, 0]), ("4", [4]),
+    ):  # fmt: skip
+        made = outputs.reduce_outputs(how, normal(8, 6), None, classes)
+        assert torch.equal(made.weights, torch.eye(6, dtype=torch.float64)[:, columns])
+        assert made.names == tuple(classes[j] for j in columns)
+    with pytest.raises(
+        at.TangentError, match=r"^inspect: --outputs: 'crane' is the name of several outputs, 1, 4; give"
+    ):
+        outputs.reduce_outputs("a,b, crane", normal(8, 6), None, classes)
+
+
 def test_outputs_are_found_in_what_networks_return() -> None:
     class Named:
         logits = torch.ones(2, 3)

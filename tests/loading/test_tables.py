@@ -149,6 +149,26 @@ def test_numbers_of_classes_do_not_depend_on_which_rows_are_read(tmp_path: Path)
         assert data.y.tolist() == [int(text[1:]) % 3 for text in data.texts]
 
 
+def test_a_label_that_names_several_classes_is_refused_and_others_are_matched(tmp_path: Path) -> None:
+    birds = ("crane", "Kite", "crane", "tench, Tinca", "kite")
+    words = r"the label 'crane' at line 3 of .*a\.csv names several of the network's classes, 0, 2; give labels as"
+    with pytest.raises(TangentError, match=words):
+        read(tmp_path, "a.csv", 'text,label\na,"tench, Tinca"\nb,crane\n', classes=birds)
+    with pytest.raises(TangentError, match=r"the label 'KITE' at line 2 of .* names several .* 1, 4"):
+        read(tmp_path, "a.csv", "text,label\na,KITE\n", classes=birds)
+    with pytest.raises(TangentError, match=r"the label 'owl' at line 2 of .* is none of the network's classes"):
+        read(tmp_path, "a.csv", "text,label\na,owl\n", classes=birds)
+    data = read(tmp_path, "a.csv", 'text,label\na,"TENCH, tinca"\nb,kite\nc,Kite\n', classes=birds)
+    assert data.y is not None
+    assert data.y.tolist() == [3, 4, 1]
+    numbers = read(tmp_path, "a.csv", "text,label\na,2\nb,0\n", classes=birds)
+    assert numbers.y is not None
+    assert numbers.y.tolist() == [2, 0]
+    numerals = read(tmp_path, "a.csv", "text,label\na,2\nb,0\n", classes=("0", "2", "2"))
+    assert numerals.y is not None
+    assert numerals.y.tolist() == [2, 0]
+
+
 def test_texts_held_out_are_padded_and_numbered_together_with_the_others(tmp_path: Path) -> None:
     held = written(tmp_path, "held.csv", "text,label\na longer text,c\n")
     data = read(tmp_path, "a.csv", "text,label\nab,b\nc,a\n", held_out=held)
@@ -234,7 +254,7 @@ def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) -> None
         (lambda texts: {"input_ids": [[1], [1, 2]]}, "the tokenizer failed on 2 texts"),
         (lambda texts: {"input_ids": torch.zeros(3, 1)}, "must give tensors with a row each"),
         (lambda texts: 1 / 0, "ZeroDivisionError"),
-        (lambda texts: {"attention_mask": torch.tensor([[1], [0]])}, "sample 1 has no tokens"),
+        (lambda texts: {"attention_mask": torch.tensor([[1], [0]])}, r"line 3 of .*a\.csv has no tokens"),
     ],
 )  # fmt: skip
 def test_tokenizers_that_fail_are_named(tmp_path: Path, tokenizer: Callable[..., Any], words: str) -> None:

@@ -123,10 +123,13 @@ def unwarned(
     model: nn.Module, start: Params, end: Params, x: Batch, *,
     tol: float = 1e-3, nodes: int | None = None, max_nodes: int = 256, wrt: Selection | None = None,
     output_fn: OutputFn | None = None, memory_limit: int | None = None, buffers: Buffers = "same",
-    progress: Progress | None = None,
+    progress: Progress | None = None, call: str = "average_features",
 ) -> tuple[AverageFeatures, str]:  # fmt: skip
-    """``average_features``, with its warning as words, for callers that expect it; empty if the identity holds."""
-    call, doubt = "average_features", ""
+    """``average_features``, with its warning as words, for callers that expect it; empty if the identity holds.
+
+    ``call`` is the one that errors name.
+    """
+    doubt = ""
     if not tol > 0:
         raise TangentError(f"{call}: tol is a positive number, got {tol}")
     if (nodes is not None and nodes < 1) or max_nodes < 1:
@@ -139,9 +142,13 @@ def unwarned(
     names = first.network.selected
     moved = [k for k, p in first.network.parameters.items() if k not in names and not torch.equal(p, theta1[k])]
     if moved:
+        left, remedy = "wrt leaves them out", "widen wrt"
+        if wrt is None:
+            left = "require no gradient (requires_grad=False) and are left out"
+            remedy = "set requires_grad=True, let wrt be '*', which takes all parameters"
         raise TangentError(
-            f"{call}: {', '.join(moved[:4])} change along the path but wrt leaves them out, so the identity cannot hold; "
-            "widen wrt, or give both ends the same values there"
+            f"{call}: {', '.join(moved[:4])} change along the path but {left}, so the identity cannot hold; {remedy}, or "
+            "give both ends the same values there"
         )
     shift = _moved_buffers(call, first.network.buffers, buffers1, refuse=buffers == "same")
     first.forget()

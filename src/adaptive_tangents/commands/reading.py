@@ -20,6 +20,8 @@ from adaptive_tangents.loading import (
     open_series,
     output_of,
 )
+from adaptive_tangents.loading.hugging_face import is_regression, places_of
+from adaptive_tangents.loading.texts import check_length
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ def read_data(
 ) -> tuple[nn.Module, Data]:  # fmt: skip
     """The network whose output is measured, and the samples in its form; ``show`` prints how the file was read.
 
-    ``most`` is the most samples to read of each file, drawn with ``seed``.
+    ``most`` is the most samples to read of all files, drawn with ``seed``.
     """
+    tokenizer = series.tokenizer
+    if asked.tokenizer is not None:
+        places = places_of(series.model)
+        check_length(asked.max_length, places, call)
+        tokenizer = load_tokenizer(asked.tokenizer, call, places)
     loaded = load_data(
         path, call, held_out=asked.held_out, text=asked.text, label=asked.label,
-        tokenizer=series.tokenizer if asked.tokenizer is None else load_tokenizer(asked.tokenizer, call),
-        classes=None if series.causal else series.classes, max_length=asked.max_length,
+        tokenizer=tokenizer, classes=None if series.causal else series.classes, max_length=asked.max_length,
+        amounts=is_regression(series.model),
         images=image_form(call, size=asked.image_size, normalize=asked.normalize, beside=series.folders),
         most=most, seed=seed,
     )  # fmt: skip

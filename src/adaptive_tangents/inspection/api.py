@@ -20,6 +20,7 @@ from adaptive_tangents.inspection.results import Inspection, made
 from adaptive_tangents.inspection.run import NAME, run
 from adaptive_tangents.loading import Data, as_data, check_runs, fit_data, output_of
 from adaptive_tangents.loading.checkpoint_order import doubted
+from adaptive_tangents.loading.hugging_face import is_regression
 from adaptive_tangents.runtime.progress import Asked, Progress, silent, told, with_bar
 
 State = Mapping[str, Any] | nn.Module | str | os.PathLike[str]
@@ -77,7 +78,7 @@ def inspect(
         label: the column of labels, "none" for no labels; None finds it by its name.
         base: the folder of the network that adapters were trained on; None is the one that they name.
         merged: whether adapters are merged into the weights, so that these are measured.
-        wrt: patterns of parameter names; None measures all. The others must be the same in all states.
+        wrt: patterns of parameter names; None is all that require a gradient. The others must be the same in all states.
         nodes: of the path average; None takes as many as it needs, at most 8.
         quick: few samples and nodes, to see it work.
         progress: called with a stage's name and the share of the expected time that has passed; True shows a bar.
@@ -104,7 +105,7 @@ def inspect(
     found = opened(model, start, end, checkpoints, base, merged)
     loaded = as_data(
         data, NAME, held_out=held_out, text=text, label=label, tokenizer=found.tokenizer,
-        classes=None if found.causal else found.classes, most=samples, seed=seed,
+        classes=None if found.causal else found.classes, amounts=is_regression(found.model), most=samples, seed=seed,
     )  # fmt: skip
     named = name_of(data)
     patterns = (wrt,) if isinstance(wrt, str) else tuple(wrt or ())

@@ -127,15 +127,35 @@ def reduce_outputs(
         )
         share = float((moved * weights.double()).sum(1).square().sum() / (c / (c - 1)) / max(total, 1e-300))
         return Reduction("margin", ("margin",), sentence, weights, min(share, 1.0))
-    chosen = [_index(word.strip(), titles) for word in how.split(",")]
+    chosen = [_index(word, titles) for word in _words(how, titles)]
     share = float(moved[:, chosen].square().sum()) / max(total, 1e-300)
     names = tuple(titles[j] for j in chosen)
     return Reduction("some", names, f"Features are of {', '.join(names)}, out of {c} outputs.", eye[:, chosen], share)
 
 
+def _words(how: str, titles: tuple[str, ...]) -> list[str]:
+    """Numbers and names that commas separate; names may hold commas themselves.
+
+    >>> _words("tench, Tinca, 2", ("tench, Tinca", "goldfish"))
+    ['tench, Tinca', '2']
+    """
+    parts, found = how.split(","), list[str]()
+    while parts:
+        joined = (",".join(parts[:k]).strip() for k in range(len(parts), 1, -1))
+        word = next((name for name in joined if name in titles), parts[0].strip())
+        found.append(word)
+        parts = parts[word.count(",") + 1 :]
+    return found
+
+
 def _index(word: str, titles: tuple[str, ...]) -> int:
-    if word in titles:
-        return titles.index(word)
+    places = [j for j, title in enumerate(titles) if title == word]
+    if len(places) > 1:
+        raise TangentError(
+            f"inspect: --outputs: {word!r} is the name of several outputs, {', '.join(map(str, places))}; give their numbers"
+        )
+    if places:
+        return places[0]
     if word.isdigit() and int(word) < len(titles):
         return int(word)
     raise TangentError(

@@ -14,7 +14,7 @@ from adaptive_tangents.inspection.judged import Judge, judge_of
 from adaptive_tangents.inspection.kept import Kept, Record
 from adaptive_tangents.inspection.outputs import Reduction, network_outputs, reduce_outputs, targets
 from adaptive_tangents.inspection.same_network import check_marks, marked, outputs_before, place_of
-from adaptive_tangents.inspection.sampling import held_out_note, sampled
+from adaptive_tangents.inspection.sampling import held_out_note
 from adaptive_tangents.inspection.tangents import FEWEST_NODES, Cost, Tangents, cost_of, fitting_chunk, making_of
 from adaptive_tangents.loading import Data, fit_data
 
@@ -71,7 +71,6 @@ class Problem:
     limits: list[str]
     fresh: list[str]  # norms that start with the statistics of a new network
     calibrated: int  # of these, how many end with others
-    index: Tensor  # of the samples among those given
 
     @property
     def performances(self) -> list[dict[str, float] | None]:
@@ -88,16 +87,13 @@ def pose(
     """
     data = fit_data(data, model)
     wanted = min(config.samples, data.n)
-    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(config.seed), device="cpu").to(
-        tensors(data.x)[0].device
-    )
     before = kept.get(_CHOICES)
     limits, count = list[str](), wanted if before is None else int(before.numbers["samples"])
-    if wanted < data.n:
-        limits.append(f"Kernels are of {wanted} of the {data.n:,} samples, drawn with seed {config.seed}.")
+    if wanted < data.size:
+        how = "" if data.leading and wanted == data.n else f", drawn with seed {config.seed}"
+        limits.append(f"Kernels are of {wanted} of the {data.size:,} samples{how}.")
     while True:
-        index = sampled(count, data.held_out, order)
-        chosen = data.take(index)
+        chosen = data.take(data.drawn(count, config.seed).to(tensors(data.x)[0].device))
         outputs = _outputs(model, states, chosen)
         if before is not None:
             outputs = outputs_before(outputs, before, kept)
@@ -139,7 +135,7 @@ def pose(
     target, words = targets(reduction, chosen.y, gained.shape[1], judge.pair)
     return Problem(
         chosen, judge, reduction, tangents, layout, cost, seconds, outputs, reduction.apply(gained), target, words, nodes,
-        limits, fresh, len(set(fresh) - set(_fresh_norms(model, last))), index,
+        limits, fresh, len(set(fresh) - set(_fresh_norms(model, last))),
     )  # fmt: skip
 
 

@@ -42,13 +42,19 @@ def _sample(results: Results, arrays: Arrays, k: int) -> Sample:
     start, end = (float(arrays[f"kernel.{stage}"][k, k]) for stage in ("initial", "final"))
     label, before, after, right = _told(results, arrays, k)
     return Sample(
-        title=f"sample {int(arrays['sample'][k]) if 'sample' in arrays else k}",
+        title=_title(arrays, k),
         text=None if text is None else text if len(text) <= _SHORT else text[: _SHORT - 1].rstrip() + "…",
         image=image(arrays["images"][places[k]]) if k in places else None,
         label=label, before=before, after=after, right=right,
         moved=number(float(np.linalg.norm(arrays["change"][k].astype(float)))),
         kernel=f"{number(end / start)}×" if start > 1e-6 * end else "from almost nothing",
     )  # fmt: skip
+
+
+def _title(arrays: Arrays, k: int) -> str:
+    """Its number in the file that it is of."""
+    held = "held_out" in arrays and bool(arrays["held_out"][k])
+    return f"{'held-out ' if held else ''}sample {int(arrays['sample'][k]) if 'sample' in arrays else k}"
 
 
 def _told(results: Results, arrays: Arrays, k: int) -> tuple[str, str, str, bool | None]:

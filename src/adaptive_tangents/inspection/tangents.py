@@ -111,7 +111,7 @@ class Tangents:
         # The identity's error is told with the findings, so it needs no warning.
         found, _ = unwarned(
             self.model, start, end, part, nodes=nodes, tol=tol, max_nodes=max_nodes, wrt=self.wrt, output_fn=self.output_fn,
-            buffers="path", progress=progress,
+            buffers="path", progress=progress, call="inspect",
         )  # fmt: skip
         return found
 

@@ -116,7 +116,7 @@ def _described(data: Data, problem: Problem) -> dict[str, Any]:
     x = tensors(problem.data.x)[0]
     return {
         "samples": problem.data.n,
-        "of": data.n,
+        "of": data.size,
         "shape": list(x.shape[1:]),
         "images": _image_like(problem.data) is not None,
         **_texts(problem),
@@ -216,7 +216,9 @@ def arrays_of(problem: Problem, measured: Measured) -> dict[str, np.ndarray]:
     if problem.judge.kind == ACCURACY:
         arrays["predicted"] = problem.judge.predicted(problem.outputs[-1])
         arrays["predicted.start"] = problem.judge.predicted(problem.outputs[0])
-    arrays["sample"] = problem.index
+    arrays["sample"] = data.numbers
+    if data.held_out is not None:
+        arrays["held_out"] = data.held_out
     images = _image_like(data)
     if images is not None:
         growth = wholes.get("average", wholes["final"]).diagonal() / wholes["initial"].diagonal()

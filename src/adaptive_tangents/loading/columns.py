@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.labels import kind_of, missing, plain_number
-from adaptive_tangents.loading.samples import Samples
+from adaptive_tangents.loading.samples import Samples, drawn_note
 from adaptive_tangents.loading.tables import Table
 from adaptive_tangents.loading.words import listed_names
 
@@ -123,10 +123,19 @@ def from_table(table: Table, call: str, *, text: str | None = None, label: str |
     )  # fmt: skip
 
 
-def of_some(found: Samples, table: Table, rows: Sequence[int], note: str) -> Samples:
+def of_some(found: Samples, table: Table, rows: Sequence[int], total: int, seed: int) -> Samples:
     """Samples of some rows of a table, with the labels of all."""
     labels = None if found.labels is None else tuple(table.columns[found.column])
-    return replace(found, labels=labels, kept=tuple(rows), where=table.where, notes=(note, *found.notes))
+    note = drawn_note(table.source, total, len(rows), seed)
+    return replace(
+        found,
+        labels=labels,
+        rows=tuple(rows),
+        total=total,
+        labels_of_all=True,
+        where=table.where,
+        notes=(note, *found.notes),
+    )
 
 
 def _texts(columns: _Columns, words: tuple[str, ...], target: str | None, label: str | None) -> Samples:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from adaptive_tangents.capture.batches import Batch, mapped, take, tensors
 from adaptive_tangents.errors import TangentError
+from adaptive_tangents.loading.draws import sampled, shuffled
 from adaptive_tangents.loading.words import INSPECT, continuous
 
 # Inputs that tokenizers add, and that a network without an argument for them has no use of.
@@ -21,6 +23,10 @@ class Data:
 
     ``texts`` are what x was made from, ``held_out`` (n,) marks samples that training did not see, and ``notes`` are sentences
     on how the source was read. With ``loss``, the network's output is the loss of each sample.
+
+    ``rows`` (n,) are the samples' numbers in their source, and ``sizes`` how many it has, then those of the second one, whose
+    samples are held out; None are all samples in order. With ``leading``, they are the first that a DataLoader gave.
+    ``whole_numbers`` says that y holds more than two whole numbers of a table: amounts, if the network has one output.
     """
 
     x: Batch
@@ -30,11 +36,40 @@ class Data:
     held_out: Tensor | None = None
     notes: tuple[str, ...] = ()
     loss: bool = False
+    rows: Tensor | None = None
+    sizes: tuple[int, ...] | None = None
+    leading: bool = False
+    whole_numbers: bool = False
 
     @property
     def n(self) -> int:
         """Number of samples."""
         return tensors(self.x)[0].shape[0]
+
+    @property
+    def size(self) -> int:
+        """Number of samples that there are, read or not."""
+        return self.n if self.sizes is None else sum(self.sizes)
+
+    @property
+    def numbers(self) -> Int[Tensor, " n"]:
+        """Every sample's number in the source that it is of."""
+        return torch.arange(self.n, device="cpu") if self.rows is None else self.rows
+
+    def told(self, k: int) -> str:
+        """A sample in words."""
+        held = self.held_out is not None and bool(self.held_out[k])
+        return f"{'held-out ' if held else ''}sample {int(self.numbers[k])}"
+
+    def drawn(self, count: int, seed: int) -> Int[Tensor, " count"]:
+        """Places of ``count`` samples, the same samples whether all were read or only more than these."""
+        places, share = self.numbers, None
+        if self.held_out is not None and self.sizes is not None and len(self.sizes) > 1:
+            places = places + self.sizes[0] * self.held_out.to(places)
+            share = sum(self.sizes[1:]) / self.size
+        rank = torch.empty(self.size, dtype=torch.int64, device="cpu")
+        rank[shuffled(self.size, seed)] = torch.arange(self.size, device="cpu")
+        return sampled(count, self.held_out, rank[places].argsort(stable=True), share)
 
     @property
     def labels(self) -> Tensor | None:
@@ -50,6 +85,8 @@ class Data:
             y=None if self.y is None else self.y[index],
             texts=None if self.texts is None else tuple(self.texts[k] for k in places),
             held_out=None if self.held_out is None else self.held_out[index.to(self.held_out.device)],
+            rows=self.numbers[index.cpu()],
+            sizes=(self.n,) if self.sizes is None else self.sizes,
         )
 
 

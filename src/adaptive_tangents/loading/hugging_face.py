@@ -177,6 +177,22 @@ def classes_of(model: nn.Module) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(names)) else names
 
 
+def is_regression(model: nn.Module) -> bool:
+    """Whether a network's configuration says that its labels are amounts."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "regression"
+
+
+def places_of(model: nn.Module) -> int | None:
+    """How many tokens a network of transformers has positions for, if its configuration says it."""
+    config = getattr(model, "config", None)
+    places = getattr(config, "max_position_embeddings", None)
+    if not isinstance(places, int) or places < 1:
+        return None
+    if getattr(config, "model_type", "") in _OFFSET:
+        places -= (getattr(config, "pad_token_id", 0) or 0) + 1
+    return places
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether it is a causal language model of transformers."""
     return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)
@@ -198,14 +214,12 @@ class Tokenizer:
     def __call__(
         self, texts: Sequence[str], seconds: Sequence[str] | None = None, max_length: int | None = None
     ) -> dict[str, Tensor]:
-        if not self._made:
-            self._made.append(self._make())
-        made = self._made[0]
+        made = self._found()
         with quiet():
             try:
                 given = made(
                     *(list(each) for each in (texts, seconds) if each is not None), padding="longest", truncation=True,
-                    max_length=min(max_length or _LONGEST, self.longest(made)), return_tensors="pt",
+                    max_length=min(max_length or self.model_max_length, self.places or _LONGEST), return_tensors="pt",
                 )  # fmt: skip
             except Exception as error:
                 raise TangentError(
@@ -216,13 +230,20 @@ class Tokenizer:
         wild = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
         return {name: value for name, value in given.items() if name in taken or wild}
 
-    def longest(self, made: Any) -> int:
+    @property
+    def places(self) -> int | None:
         """How many tokens the model takes."""
-        config = getattr(self.model, "config", None)
-        places = getattr(config, "max_position_embeddings", None) or _LONGEST
-        if getattr(config, "model_type", "") in _OFFSET:
-            places -= (getattr(config, "pad_token_id", 0) or 0) + 1
-        return int(min(made.model_max_length, places))
+        return places_of(self.model)
+
+    @property
+    def model_max_length(self) -> int:
+        """How many tokens texts are cut at, by the limits of the tokenizer and of the model."""
+        return int(min(self._found().model_max_length, self.places or _LONGEST, _LONGEST))
+
+    def _found(self) -> Any:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
 
     def _make(self) -> Any:
         folder = next((f for f in self.folders if any(os.path.isfile(f / name) for name in _TOKENIZER)), None)

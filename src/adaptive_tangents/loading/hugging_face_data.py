@@ -8,7 +8,7 @@ from typing import Any
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.columns import from_table, of_some
 from adaptive_tangents.loading.images import ImageForm, stacked
-from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
+from adaptive_tangents.loading.samples import Opened, Samples
 from adaptive_tangents.loading.tables import Table
 from adaptive_tangents.loading.words import listed_names, optional, told
 
@@ -48,11 +48,11 @@ def _check_one(found: Any, source: str, call: str, remedy: str) -> None:
         )
 
 
-def from_dataset(
+def open_dataset(
     found: Any, call: str, source: str = "the data set", *, text: str | None = None, label: str | None = None,
     form: ImageForm | None = None, most: int | None = None, seed: int = 0,
-) -> Samples:  # fmt: skip
-    """The samples of a data set: as a table, or its images."""
+) -> Opened:  # fmt: skip
+    """The samples of a data set: as a table, or its images. Of a stream, ``most`` are read."""
     datasets = sys.modules["datasets"]
     _check_one(found, source, call, f"data[{next(iter(found))!r}]" if isinstance(found, dict) and found else "")
     if not hasattr(found, "__len__"):
@@ -62,8 +62,20 @@ def from_dataset(
         found = datasets.Dataset.from_list(records, features=found.features)
     if not len(found):
         raise TangentError(f"{call}: {source} holds no samples")
-    rows = drawn(len(found), most, seed)
-    found = found.with_format(None)
+    plain = found.with_format(None)
+
+    def read(rows: list[int] | None) -> Samples:
+        return _chosen(plain, rows, call, source, text=text, label=label, form=form, seed=seed)
+
+    return Opened(len(plain), read)
+
+
+def _chosen(
+    found: Any, rows: list[int] | None, call: str, source: str, *, text: str | None, label: str | None,
+    form: ImageForm | None, seed: int,
+) -> Samples:  # fmt: skip
+    """Some of the samples, with the labels of all; None is all of them."""
+    datasets = sys.modules["datasets"]
     chosen = found if rows is None else found.select(rows)
     classes = {
         name: tuple(kind.names) for name, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)
@@ -78,7 +90,7 @@ def from_dataset(
     if rows is None:
         return made
     whole = Table(source, {} if made.labels is None else {made.column: list(found[made.column])})
-    return of_some(made, whole, rows, drawn_note(source, len(found), len(rows), seed))
+    return of_some(made, whole, rows, len(found), seed)
 
 
 def _pictures(

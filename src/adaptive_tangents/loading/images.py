@@ -1,7 +1,7 @@
 """Images in folders, one a class, as tensors (n, channels, height, width)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
+from adaptive_tangents.loading.samples import Opened, Samples, drawn_note
 from adaptive_tangents.loading.words import listed_names, optional, told
 from adaptive_tangents.runtime.memory import format_bytes, limit_for
 
@@ -133,10 +133,8 @@ def _images(folder: Path) -> list[Path]:
     return sorted(each for each in found if not each.name.startswith("."))
 
 
-def read_images(
-    path: Path, call: str, form: ImageForm | None = None, *, most: int | None = None, seed: int = 0
-) -> Samples:
-    """The images in a folder of class folders, whose sorted names are the classes.
+def open_images(path: Path, call: str, form: ImageForm | None = None, *, seed: int = 0) -> Opened:
+    """The images in a folder of class folders, whose sorted names are the classes; ``seed`` is that of a draw.
 
     Raises TangentError for images of several sizes without a size asked for, for splits, and for files that are no images.
     """
@@ -146,29 +144,32 @@ def read_images(
         raise TangentError(
             f"{call}: {path} holds splits, {listed_names(named)}; give one, such as {path / next(iter(named))}"
         )
-    classes = tuple(held)
-    files = [(file, k) for k, name in enumerate(classes) for file in held[name]]
-    rows = drawn(len(files), most, seed)
-    notes = [] if rows is None else [drawn_note(str(path), len(files), len(rows), seed)]
-    files = files if rows is None else [files[k] for k in rows]
-    opened = [file for file, _ in files]
-    x, said = stacked(opened, [str(file) for file in opened], str(path), call, form or ImageForm())
+    files = [file for name in held for file in held[name]]
+    labels = tuple(name for name in held for _ in held[name])
+
+    def read(rows: list[int] | None) -> Samples:
+        notes = [] if rows is None else [drawn_note(str(path), len(files), len(rows), seed)]
+        opened = files if rows is None else [files[k] for k in rows]
+        x, said = stacked(opened, [str(file) for file in opened], str(path), call, form or ImageForm())
+        return Samples(
+            str(path), x=x, labels=labels, classes=tuple(held), column="folder", where=lambda k: str(files[k]),
+            notes=(*notes, *_left_out(path, held), *said), rows=None if rows is None else tuple(rows), total=len(files),
+            labels_of_all=True,
+        )  # fmt: skip
+
+    return Opened(len(files), read)
+
+
+def _left_out(path: Path, held: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Sentences on images beside the class folders, and on folders without any."""
+    notes = []
     loose = sum(each.suffix.lower() in ENDINGS for each in path.iterdir() if each.is_file())
     if loose:
         notes.append(f"{loose} images beside the class folders of {path} were left out.")
     empty = [name for name, found in held.items() if not found]
     if empty:
         notes.append(f"The class folders {listed_names(empty)} of {path} hold no images.")
-    y = tuple(classes[k] for _, k in files)
-    return Samples(
-        str(path),
-        x=x,
-        labels=y,
-        classes=classes,
-        column="folder",
-        where=lambda k: str(opened[k]),
-        notes=(*notes, *said),
-    )
+    return notes
 
 
 def stacked(

@@ -58,21 +58,25 @@ def kind_of(value: Any) -> str:
 
 
 def numbered(
-    columns: Sequence[Column], classes: tuple[str, ...] | None, call: str
+    columns: Sequence[Column], classes: tuple[str, ...] | None, call: str, *, amounts: bool = False
 ) -> tuple[list[Tensor], tuple[str, ...] | None, list[str]]:
     """The labels of several sources as class numbers or real targets, the names of the classes, and notes on the reading.
 
     ``classes`` are the network's. Names are matched exactly, then without regard to capitals. Without the network's, a
-    source's own order counts, else names are sorted.
+    source's own order counts, else names are sorted. With ``amounts``, the network is for regression: all numbers are real.
     """
     for column in columns:
         _check_kinds(column, call)
     values = [value for column in columns for value in column.values]
+    if amounts:
+        return _amounts(columns, call)
     own = next((column.classes for column in columns if column.classes), None)
     if isinstance(values[0], list):
         return [_rows(column, call) for column in columns], classes or own, []
     numbers = [plain_number(value) for value in values]
     by_name = _matched(values, classes) if classes else None
+    if None not in numbers and any(len(found) > 1 for found in _places(values, classes or ()).values()):
+        by_name = None  # names that are numbers, and not one class each
     if any(number is None for number in numbers) or by_name is not None:
         return _named(columns, classes, own, call)
     if own and classes and own != classes:
@@ -81,6 +85,29 @@ def numbered(
             return _named(renamed, classes, own, call)
     found, notes = _amounts_or_numbers(columns, classes or own, call)
     return found, classes or own, notes
+
+
+def _amounts(columns: Sequence[Column], call: str) -> tuple[list[Tensor], None, list[str]]:
+    """Numbers, whole or not, as real targets."""
+    if any(isinstance(value, list) for column in columns for value in column.values):
+        return [_rows(column, call).double() for column in columns], None, []
+    numbers = [[plain_number(value) for value in column.values] for column in columns]
+    for column, row in zip(columns, numbers, strict=True):
+        if None in row:
+            k = row.index(None)
+            raise TangentError(
+                f"{call}: the label {column.values[k]!r} at {column.where(k)} of {column.source} is no number, and the "
+                "network is for regression (its configuration's problem_type); give numbers"
+            )
+    whole = all(isinstance(value, int) for row in numbers for value in row)
+    note = f"The network is for regression, so the numbers in {columns[0].name!r} are real targets."
+    return [torch.tensor(row, dtype=torch.float64, device="cpu") for row in numbers], None, [note] if whole else []
+
+
+def several_whole(columns: Sequence[Column]) -> bool:
+    """Whether labels are more than two whole numbers, which are amounts if the network has one output."""
+    values = {plain_number(value) for column in columns for value in column.values if not isinstance(value, list)}
+    return len(values) > 2 and all(isinstance(value, int) for value in values)
 
 
 def _check_kinds(column: Column, call: str) -> None:
@@ -123,16 +150,33 @@ def _key(value: Any) -> str:
     return str(value).strip().casefold()
 
 
+def _places(values: Sequence[Any], classes: Sequence[str]) -> dict[str, list[int]]:
+    """Every value with the numbers of the classes of that name: exactly, or else without regard to capitals."""
+    exact, folded = dict[str, list[int]](), dict[str, list[int]]()
+    for k, name in enumerate(classes):
+        exact.setdefault(name.strip(), []).append(k)
+        folded.setdefault(_key(name), []).append(k)
+    texts = sorted({str(value).strip() for value in values})
+    return {text: exact.get(text) or folded.get(_key(text), []) for text in texts}
+
+
 def _matched(values: Sequence[Any], classes: Sequence[str]) -> dict[str, int] | None:
-    """Class numbers by name if every value is the name of a class: exactly, or without regard to capitals."""
-    texts = {str(value).strip() for value in values}
-    exact = {name.strip(): k for k, name in enumerate(classes)}
-    if texts <= exact.keys():
-        return {text: exact[text] for text in sorted(texts)}
-    folded = {_key(name): k for k, name in enumerate(classes)}
-    if len(folded) == len(classes) and {_key(text) for text in texts} <= folded.keys():
-        return {text: folded[_key(text)] for text in sorted(texts)}
-    return None
+    """Class numbers by name if every value is the name of a class; of several of that name the first."""
+    places = _places(values, classes)
+    return {text: found[0] for text, found in places.items()} if all(places.values()) else None
+
+
+def _check_one_each(columns: Sequence[Column], names: Sequence[str], whose: str, call: str) -> None:
+    """Raise TangentError for labels whose name several classes have."""
+    for column in columns:
+        several = {text: found for text, found in _places(column.values, names).items() if len(found) > 1}
+        for k, value in enumerate(column.values if several else ()):
+            found = several.get(str(value).strip())
+            if found:
+                raise TangentError(
+                    f"{call}: the label {value!r} at {column.where(k)} of {column.source} names several of {whose} classes, "
+                    f"{listed_names(map(str, found))}; give labels as class numbers, in a table or an .npz file"
+                )
 
 
 def _named(
@@ -146,6 +190,7 @@ def _named(
         numbers = _matched(values, classes)
         if numbers is None:
             raise _unknown(columns, classes, call)
+        _check_one_each(columns, classes, "the network's", call)
         if any(plain_number(text) not in (None, number) for text, number in numbers.items()):
             text, number = next((t, k) for t, k in numbers.items() if plain_number(t) != k)
             notes.append(
@@ -164,6 +209,7 @@ def _named(
         order = "in the file's own order" if own and kept == tuple(own) else "in the order of the alphabet"
         listed = ", ".join(f"{k} is {name!r}" for k, name in enumerate(kept[:6])) + (", …" if len(kept) > 6 else "")
         notes.append(f"The network does not name its classes, so labels are numbered {order}: {listed}.")
+        _check_one_each(columns, kept, "its own", call)
         numbers = _matched(values, kept) or {}
         names = kept + tuple((classes or ())[len(kept) :])
     return (
@@ -184,9 +230,12 @@ def _sorted_names(values: Sequence[Any], notes: list[str]) -> tuple[str, ...]:
 
 
 def _unknown(columns: Sequence[Column], classes: tuple[str, ...], call: str) -> TangentError:
-    folded = {_key(name) for name in classes}
+    places = _places([value for column in columns for value in column.values], classes)
     column, k, value = next(
-        (column, k, value) for column in columns for k, value in enumerate(column.values) if _key(value) not in folded
+        (column, k, value)
+        for column in columns
+        for k, value in enumerate(column.values)
+        if not places[str(value).strip()]
     )
     return TangentError(
         f"{call}: the label {value!r} at {column.where(k)} of {column.source} is none of the network's classes, "

@@ -168,10 +168,23 @@ def check_runs(model: nn.Module, data: Data, path: Path, call: str = INSPECT) ->
     except Exception as error:
         shapes = [f"{tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for t in tensors(x)]
         named = [f"{name} {shape}" for name, shape in zip(keywords, shapes, strict=True)] if keywords else shapes
-        remedy = "save them in the shape that it was trained on, with channels first, (1, 28, 28) for gray images"
-        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-            remedy = "name them x, or as the network's forward names its arguments (and the labels y)"
+        remedy = _remedy(error, model, any(t.is_floating_point() for t in tensors(x)))
         raise TangentError(
             f"{call}: the network cannot take the samples of {path}, each {' and '.join(named)} "
             f"({told(error)}); {remedy}, or write a factory whose network takes these"
         ) from error
+
+
+def _remedy(error: Exception, model: nn.Module, real: bool) -> str:
+    """What to do about samples, real or integers, that a network does not take."""
+    config = getattr(model, "config", None)
+    if "padding token" in str(error) and getattr(config, "pad_token_id", None) is None:
+        return (
+            "say which token pads, as its pad_token_id: in the config.json of its folder, or in Python "
+            "model.config.pad_token_id = tokenizer.pad_token_id"
+        )
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return "name them x, or as the network's forward names its arguments (and the labels y)"
+    if not real:
+        return "give tokens of its own tokenizer, and no more of them than it takes"
+    return "save them in the shape that it was trained on, with channels first, (1, 28, 28) for gray images"

@@ -72,6 +72,7 @@ def output_of(
     out = found_output(first_output(model, data.x))
     out = found_output(out[0]) if isinstance(out, tuple | list) and out else out
     positions = isinstance(out, Tensor) and out.ndim == 3 and sequences(data.x) is not None
+    data = _of_one_output(data, out)
     if name in (None, "auto") and not positions:
         return model, data
     if not isinstance(out, Tensor):
@@ -106,6 +107,15 @@ def _noted(data: Data, sentence: str) -> Data:
     return replace(data, notes=(sentence, *data.notes))
 
 
+def _of_one_output(data: Data, out: Any) -> Data:
+    """The data with whole numbers of a table as real targets, if that is what they are for one output."""
+    one = isinstance(out, Tensor) and (out.ndim == 1 or (out.ndim == 2 and out.shape[1] == 1))
+    if not one or not data.whole_numbers or data.labels is None:
+        return data
+    sentence = "The network has one output, so labels, which are more than two whole numbers, are real targets."
+    return _noted(replace(data, y=data.labels.to(out.dtype.to_real())), sentence)
+
+
 def _without_token_labels(data: Data) -> Data:
     return replace(data, y=None) if data.y is not None and data.y.ndim == 2 and not data.y.is_floating_point() else data
 
@@ -130,7 +140,8 @@ def _by_function(
             f"{call}: the output function {name} gave {got} for {few} samples; it must give real numbers (n, c), "
             "one row a sample"
         )
-    return network, _noted(_without_token_labels(data), f"The output measured is that of {name}.")
+    data = _of_one_output(_without_token_labels(data), out)
+    return network, _noted(data, f"The output measured is that of {name}.")
 
 
 def first_output(model: nn.Module, x: Batch) -> Any:

@@ -125,7 +125,7 @@ class Target:
                     f"{call}: the network's output is {tuple(out.shape)}, one for every token, and labels are "
                     f"{tuple(y.shape)}; give a label for every token ({_IGNORED} where there is none)"
                 )
-            _check_counted(y, y, call)
+            _check_counted(y, y, data, call)
             return Target("tokens", True), y, "the mean cross-entropy of the tokens that have labels"
         c = out.shape[1] if out.ndim == 2 else 1
         if data.labels is not None and c > 1:
@@ -198,17 +198,17 @@ def _next_tokens(data: Data, y: Tensor | None, call: str) -> tuple[Target, Tenso
         )
     mask = data.x.get("attention_mask") if isinstance(data.x, Mapping) else None
     goal = y if y is not None else next_tokens(ids, mask)
-    _check_counted(goal[:, 1:], goal, call)
+    _check_counted(goal[:, 1:], goal, data, call)
     words = "the mean cross-entropy of its next tokens, padding left out"
     return Target("next tokens", y is not None), y, words
 
 
-def _check_counted(counted: Tensor, goal: Tensor, call: str) -> None:
+def _check_counted(counted: Tensor, goal: Tensor, data: Data, call: str) -> None:
     """Raise TangentError for samples without a token that counts."""
     bad = ~(counted != _IGNORED).any(1)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
         raise TangentError(
-            f"{call}: sample {first} ({goal.shape[1]} tokens with padding) has no token whose loss counts; leave it out, or "
-            "give it at least two tokens"
+            f"{call}: {data.told(first)} ({goal.shape[1]} tokens with padding) has no token whose loss counts; leave it out, "
+            "or give it at least two tokens"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptive_tangents.capture.batches import Batch, described, refilled, samples, tensors
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.data import Data
-from adaptive_tangents.loading.labels import Column, numbered
+from adaptive_tangents.loading.labels import Column, numbered, several_whole
 from adaptive_tangents.loading.texts import Tokenizer, tokenized
 
 
@@ -18,9 +18,10 @@ from adaptive_tangents.loading.texts import Tokenizer, tokenized
 class Samples:
     """Inputs as tensors ``x`` or as ``texts`` (with ``seconds`` if they are pairs), and labels as ``y`` or as values.
 
-    ``classes`` are the names that the source itself gives its labels, ``where`` says where a sample is in it, and ``notes``
-    are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only some
-    samples were read, ``labels`` are those of all, so that their names do not depend on the draw, and ``kept`` says which.
+    ``classes`` are the names that the source itself gives its labels, ``where`` says where its k-th sample is in it, and
+    ``notes`` are sentences on what was taken for what. ``shown`` are texts that x was made of before. If only some samples
+    were read, ``rows`` are their numbers and ``total`` is how many there are; with ``labels_of_all``, ``labels`` are of all,
+    so that their names do not depend on the draw. ``leading`` says that the source gave its first samples, in its own order.
     """
 
     source: str
@@ -34,20 +35,37 @@ class Samples:
     where: Callable[[int], str] = "sample {}".format
     notes: tuple[str, ...] = ()
     shown: tuple[str, ...] | None = None
-    kept: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    total: int | None = None
+    labels_of_all: bool = False
+    leading: bool = False
 
     @property
     def n(self) -> int:
         """Number of samples."""
         return len(self.texts) if self.texts is not None else samples(self.x)  # type: ignore[arg-type]
 
+    @property
+    def size(self) -> int:
+        """Number of samples that the source has, read or not."""
+        return self.n if self.total is None else self.total
 
-def drawn(n: int, most: int | None, seed: int) -> list[int] | None:
-    """Which of n samples to read if at most ``most`` are wanted, in order; None is all of them."""
-    if most is None or n <= most:
-        return None
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")[:most]
-    return sorted(chosen.tolist())
+    def place(self, k: int) -> str:
+        """Where the k-th sample read is in the source."""
+        return self.where(k if self.rows is None else self.rows[k])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose samples are not read yet: how many there are, and what reads those of some numbers; None is all."""
+
+    n: int
+    read: Callable[[list[int] | None], Samples]
+
+
+def as_read(found: Samples) -> Opened:
+    """A source that is read already, whole."""
+    return Opened(found.n, lambda rows: found)
 
 
 def drawn_note(source: str, n: int, most: int, seed: int) -> str:
@@ -62,20 +80,22 @@ def joined(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
 ) -> Data:
     """One batch of all parts: the samples trained on first, then, if there is a second part, those held out."""
     for part in parts:
         if part.n == 0:
             raise TangentError(f"{call}: {_told(part, parts)} holds no samples; give some, or leave it out")
     xs, notes = _inputs(parts, call, tokenizer, max_length)
-    y, names, told = _targets(parts, call, None if classes is None else tuple(classes))
+    y, names, told = _targets(parts, call, None if classes is None else tuple(classes), amounts)
+    columns = _columns(parts)
     texts = [_shown(part) for part in parts]
     held = torch.repeat_interleave(
         torch.arange(len(parts), device="cpu") > 0, torch.tensor([part.n for part in parts], device="cpu")
     )
     said = [note for part in parts for note in part.notes] + notes + told
     if len(parts) > 1:
-        said.insert(0, f"{parts[1].n:,} samples are held out ({parts[1].source}): training did not see them.")
+        said.insert(0, f"{parts[1].size:,} samples are held out ({parts[1].source}): training did not see them.")
     return Data(
         _together(xs, parts, call),
         y,
@@ -83,6 +103,10 @@ def joined(
         texts=None if None in texts else tuple(text for each in texts if each for text in each),
         held_out=held if len(parts) > 1 else None,
         notes=tuple(dict.fromkeys(said)),
+        rows=torch.cat([torch.as_tensor(range(p.n) if p.rows is None else p.rows, device="cpu") for p in parts]),
+        sizes=tuple(part.size for part in parts),
+        leading=any(part.leading for part in parts),
+        whole_numbers=names is None and len(columns) == len(parts) and several_whole(columns),
     )
 
 
@@ -90,6 +114,11 @@ def _told(part: Samples, parts: Sequence[Samples]) -> str:
     """Its source, and of two that are called the same which one it is."""
     alike = len({each.source for each in parts}) < len(parts)
     return f"{part.source} (held out)" if alike and part is parts[-1] else part.source
+
+
+def _place(part: Samples, k: int, parts: Sequence[Samples]) -> str:
+    """Where a sample is, and of two sources in which."""
+    return f"{part.place(k)} of {_told(part, parts)}"
 
 
 def _shown(part: Samples) -> tuple[str, ...] | None:
@@ -116,7 +145,8 @@ def _inputs(
         )
     texts = [text for part in written for text in part.texts or ()]
     seconds = None if written[0].seconds is None else [text for part in written for text in part.seconds or ()]
-    whole, notes = tokenized(tokenizer, texts, seconds, max_length, call)
+    places = [(part, k) for part in written for k in range(part.n)]
+    whole, notes = tokenized(tokenizer, texts, seconds, max_length, call, lambda k: _place(*places[k], parts))
     found: list[Batch] = []
     first = 0
     for part in parts:
@@ -148,8 +178,17 @@ def _form(x: Batch) -> Any:
     return names, [(tuple(t.shape[1:]), t.dtype) for t in ordered]
 
 
+def _columns(parts: Sequence[Samples]) -> list[Column]:
+    """Labels that are values still."""
+    return [
+        Column(part.source, part.column, part.labels, part.where if part.labels_of_all else part.place, part.classes)
+        for part in parts
+        if part.labels is not None
+    ]
+
+
 def _targets(
-    parts: Sequence[Samples], call: str, classes: tuple[str, ...] | None
+    parts: Sequence[Samples], call: str, classes: tuple[str, ...] | None, amounts: bool
 ) -> tuple[Tensor | None, tuple[str, ...] | None, list[str]]:
     """Labels of all parts, numbered alike, and their names."""
     given = [part for part in parts if part.y is not None or part.labels is not None]
@@ -162,20 +201,18 @@ def _targets(
             f"{call}: {_told(given[0], parts)} has labels and {_told(without, parts)} has none; give labels in both, or in "
             "neither"
         )
-    raw = [
-        Column(part.source, part.column, part.labels, part.where, part.classes)
-        for part in parts
-        if part.labels is not None
-    ]
+    raw = _columns(parts)
     known, notes = classes or named, list[str]()
     values = iter(list[Tensor]())
     if raw:
         # Names that go with numbers of another part are its classes, too.
         fixed = classes or (named if len(raw) < len(parts) else None)
-        found, known, notes = numbered(raw, fixed, call)
-        chosen = (part.kept for part in parts if part.labels is not None)
-        values = iter([y if kept is None else y[list(kept)] for y, kept in zip(found, chosen, strict=True)])
+        found, known, notes = numbered(raw, fixed, call, amounts=amounts)
+        chosen = (part.rows if part.labels_of_all else None for part in parts if part.labels is not None)
+        values = iter([y if rows is None else y[list(rows)] for y, rows in zip(found, chosen, strict=True)])
     ys = [part.y if part.y is not None else next(values) for part in parts]
+    if amounts:
+        known, ys = None, [y.double() for y in ys]
     _check_range(parts, ys, classes, call)
     if len({(y.is_floating_point(), tuple(y.shape[1:])) for y in ys}) > 1:
         raise TangentError(

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from adaptive_tangents.checks import from_array
 from adaptive_tangents.errors import TangentError
 from adaptive_tangents.loading.columns import from_table, of_some
 from adaptive_tangents.loading.data import Data
+from adaptive_tangents.loading.draws import drawn
 from adaptive_tangents.loading.hugging_face_data import (
-    from_dataset,
     is_dataset,
     is_dataset_folder,
     load_dataset_folder,
+    open_dataset,
 )
-from adaptive_tangents.loading.images import ImageForm, is_image_folder, read_images
+from adaptive_tangents.loading.images import ImageForm, is_image_folder, open_images
 from adaptive_tangents.loading.npz import read_npz
-from adaptive_tangents.loading.samples import Samples, drawn, drawn_note, joined
-from adaptive_tangents.loading.streams import from_stream, is_stream, split
+from adaptive_tangents.loading.samples import Opened, Samples, as_read, joined
+from adaptive_tangents.loading.streams import is_stream, open_stream, split
 from adaptive_tangents.loading.tables import READERS, Table, from_frame, read_table
 from adaptive_tangents.loading.texts import Tokenizer
 from adaptive_tangents.loading.words import INSPECT, check_file, listed_names, told
@@ -56,6 +58,7 @@ def load_data(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
     images: ImageForm | None = None,
     most: int | None = None,
     seed: int = 0,
@@ -72,9 +75,11 @@ def load_data(
         label: the column of labels, "none" for no labels; None finds it by its name.
         tokenizer: takes a list of texts and gives a dict of tensors.
         classes: the network's names of its outputs; labels as text become its numbers.
-        max_length: the most tokens of a text; None is the tokenizer's own limit.
+        max_length: the most tokens of a text; None is the limit of the tokenizer or of the network, if it has one.
+        amounts: whether the network is for regression, so that labels are real targets.
         images: size and normalization of images; None leaves their size, and scales them to 0…1.
-        most: the most samples to read from each, drawn with ``seed``; None reads all.
+        most: the most samples to read, drawn with ``seed`` from both in proportion, at least a quarter from each; None, and
+            an `.npz` file, is read whole.
         seed: of that draw.
 
     Raises:
@@ -82,7 +87,7 @@ def load_data(
     """
     return as_data(
         Path(path), call, held_out=None if held_out is None else Path(held_out), text=text, label=label, tokenizer=tokenizer,
-        classes=classes, max_length=max_length, images=images, most=most, seed=seed,
+        classes=classes, max_length=max_length, amounts=amounts, images=images, most=most, seed=seed,
     )  # fmt: skip
 
 
@@ -96,6 +101,7 @@ def as_data(
     tokenizer: Tokenizer | None = None,
     classes: Sequence[str] | None = None,
     max_length: int | None = None,
+    amounts: bool = False,
     images: ImageForm | None = None,
     most: int | None = None,
     seed: int = 0,
@@ -112,8 +118,10 @@ def as_data(
         tokenizer: as in `load_data`.
         classes: as in `load_data`.
         max_length: as in `load_data`.
+        amounts: as in `load_data`.
         images: as in `load_data`.
-        most: the most samples to take of each; an IterableDataset needs it.
+        most: the most samples to take, of both in proportion, at least a quarter of each; an IterableDataset needs it, and
+            what is in memory is taken whole.
         seed: of which samples are taken of those that can be indexed.
 
     Raises:
@@ -125,49 +133,71 @@ def as_data(
     """
     if isinstance(thing, Data) and held_out is None:
         return thing
-    if most is not None and most < 1:
-        raise TangentError(f"{call}: most must be at least 1, got {most}")
-    parts = [
-        _read(each, call, text=text, label=label, images=images, most=most, seed=seed)
-        for each in (thing, held_out)
-        if each is not None
-    ]
-    return joined(parts, call, tokenizer=tokenizer, classes=classes, max_length=max_length)
+    fewest = 1 if held_out is None else 2
+    if most is not None and most < fewest:
+        raise TangentError(f"{call}: most must be at least {fewest}, got {most}")
+    given = [each for each in (thing, held_out) if each is not None]
+    sources = list[Opened]()
+    for each in given:
+        with _readable(each, call):
+            sources.append(_open(each, call, text=text, label=label, images=images, most=most, seed=seed))
+    parts = list[Samples]()
+    for each, source, rows in zip(given, sources, drawn([source.n for source in sources], most, seed), strict=True):
+        with _readable(each, call):
+            parts.append(source.read(rows))
+    return joined(parts, call, tokenizer=tokenizer, classes=classes, max_length=max_length, amounts=amounts)
 
 
-def _read(
+@contextmanager
+def _readable(thing: Any, call: str) -> Iterator[None]:
+    """Raise TangentError for a file that the system does not let us read."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(thing, str | Path):
+            raise
+        raise TangentError(f"{call}: {thing} cannot be read ({told(error)}); check the file") from error
+
+
+def _open(
     thing: Any, call: str, *, text: str | None, label: str | None, images: ImageForm | None, most: int | None, seed: int
-) -> Samples:
+) -> Opened:
+    """What becomes samples, before they are drawn."""
     if isinstance(thing, Data):
-        return Samples("the data", x=thing.x, y=thing.y, classes=thing.classes, notes=thing.notes, shown=thing.texts)
+        return as_read(_of_data(thing))
     if isinstance(thing, str | Path):
-        try:
-            return _stored(Path(thing), call, text=text, label=label, images=images, most=most, seed=seed)
-        except OSError as error:
-            raise TangentError(f"{call}: {thing} cannot be read ({told(error)}); check the file") from error
+        return _stored(Path(thing), call, text=text, label=label, images=images, seed=seed)
     if is_dataset(thing):
-        return from_dataset(thing, call, text=text, label=label, form=images, most=most, seed=seed)
+        return open_dataset(thing, call, text=text, label=label, form=images, most=most, seed=seed)
     if is_stream(thing):
-        return from_stream(thing, call, most=most, seed=seed)
+        return open_stream(thing, call, most=most, seed=seed)
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(thing, pandas.DataFrame):
-        return _tabled(from_frame(thing), call, text, label, most, seed)
-    return _in_memory(thing, call)
+        return _tabled(from_frame(thing), call, text, label, seed)
+    return as_read(_in_memory(thing, call))
+
+
+def _of_data(data: Data) -> Samples:
+    rows = None if data.rows is None else tuple(data.rows.tolist())
+    return Samples(
+        "the data", x=data.x, y=data.y, classes=data.classes, notes=data.notes, shown=data.texts, rows=rows, total=data.size,
+        leading=data.leading,
+    )  # fmt: skip
 
 
 def _stored(
-    path: Path, call: str, *, text: str | None, label: str | None, images: ImageForm | None, most: int | None, seed: int
-) -> Samples:
+    path: Path, call: str, *, text: str | None, label: str | None, images: ImageForm | None, seed: int
+) -> Opened:
     """The samples in a file or a folder."""
     if os.path.isdir(path):
         if is_dataset_folder(path):
             found = load_dataset_folder(path, call)
-            return from_dataset(found, call, str(path), text=text, label=label, form=images, most=most, seed=seed)
-        return _folder(path, call, images, most, seed)
+            return open_dataset(found, call, str(path), text=text, label=label, form=images, seed=seed)
+        return _folder(path, call, images, seed)
     if path.suffix.lower() in READERS:
-        return _tabled(read_table(path, call), call, text, label, most, seed)
+        return _tabled(read_table(path, call), call, text, label, seed)
     _check_ending(path, call)
-    return read_npz(path, call)
+    return as_read(read_npz(path, call))
 
 
 def _check_ending(path: Path, call: str) -> None:
@@ -176,9 +206,9 @@ def _check_ending(path: Path, call: str) -> None:
         raise TangentError(f"{call}: {path} ends in {path.suffix}; data are {_TAKEN}")
 
 
-def _folder(path: Path, call: str, images: ImageForm | None, most: int | None, seed: int) -> Samples:
+def _folder(path: Path, call: str, images: ImageForm | None, seed: int) -> Opened:
     if is_image_folder(path):
-        return read_images(path, call, images, most=most, seed=seed)
+        return open_images(path, call, images, seed=seed)
     held = sorted(each.name for each in path.iterdir())
     files = [name for name in held if Path(name).suffix.lower() in (*READERS, ".npz")]
     inner = [name for name in held if (path / name).is_dir() and is_dataset_folder(path / name)]
@@ -188,12 +218,15 @@ def _folder(path: Path, call: str, images: ImageForm | None, most: int | None, s
     )
 
 
-def _tabled(table: Table, call: str, text: str | None, label: str | None, most: int | None, seed: int) -> Samples:
+def _tabled(table: Table, call: str, text: str | None, label: str | None, seed: int) -> Opened:
     if not table.columns or not table.n:
         raise TangentError(f"{call}: {table.source} holds no samples")
-    rows = drawn(table.n, most, seed)
-    found = from_table(table.take(rows), call, text=text, label=label)
-    return found if rows is None else of_some(found, table, rows, drawn_note(table.source, table.n, len(rows), seed))
+
+    def read(rows: list[int] | None) -> Samples:
+        found = from_table(table.take(rows), call, text=text, label=label)
+        return found if rows is None else of_some(found, table, rows, table.n, seed)
+
+    return Opened(table.n, read)
 
 
 def _in_memory(thing: Any, call: str) -> Samples:

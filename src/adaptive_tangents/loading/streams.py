@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -14,7 +15,7 @@ from adaptive_tangents.capture.batches import mapped, refilled, tensors
 from adaptive_tangents.capture.process_state import random_state, set_random_state
 from adaptive_tangents.checks import from_array
 from adaptive_tangents.errors import TangentError
-from adaptive_tangents.loading.samples import Samples, drawn, drawn_note
+from adaptive_tangents.loading.samples import Opened, Samples, as_read, drawn_note
 from adaptive_tangents.loading.words import told
 
 LABELS = ("labels", "label", "label_ids")
@@ -33,24 +34,28 @@ def untouched(*holders: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def from_stream(found: Any, call: str, *, most: int | None = None, seed: int = 0) -> Samples:
-    """The samples of a Dataset or DataLoader, at most ``most``; the random numbers of the process are as before.
+def open_stream(found: Any, call: str, *, most: int | None = None, seed: int = 0) -> Opened:
+    """The samples of a Dataset or DataLoader; the random numbers of the process are as before.
 
-    A Dataset's samples are drawn with ``seed``; a DataLoader's are its first, in its own order. Samples are (x, y), x alone,
-    or mappings with labels. Raises TangentError for streams without an end and for samples that do not form a batch.
+    A Dataset's samples are drawn, as ``seed`` says; a DataLoader's are its first, in its own order, as are those of a stream
+    without an end, of which ``most`` are read. Samples are (x, y), x alone, or mappings with labels. Raises TangentError for
+    such streams without ``most`` and for samples that do not form a batch.
     """
     if isinstance(found, DataLoader):
-        samplers = (found.sampler, getattr(found, "batch_sampler", None), getattr(found.batch_sampler, "sampler", None))
-        with untouched(found, *samplers):
-            return _loaded(found, call, most)
+        return _open_loader(found, call, most)
     with untouched():
         if isinstance(found, IterableDataset):
-            return split(_batch(_first(found, most, call), default_collate, call), call, "the data set")
+            return as_read(split(_batch(_first(found, most, call), default_collate, call), call, "the data set"))
         n = len(found)
-        rows = drawn(n, most, seed)
+
+    def read(rows: list[int] | None) -> Samples:
         notes = () if rows is None else (drawn_note("the data set", n, len(rows), seed),)
-        batch = _batch(_items(found, range(n) if rows is None else rows), default_collate, call)
-        return split(batch, call, "the data set", notes)
+        with untouched():
+            batch = _batch(_items(found, range(n) if rows is None else rows), default_collate, call)
+        made = split(batch, call, "the data set", notes)
+        return made if rows is None else replace(made, rows=tuple(rows), total=n)
+
+    return Opened(n, read)
 
 
 def is_stream(thing: Any) -> bool:
@@ -58,18 +63,43 @@ def is_stream(thing: Any) -> bool:
     return isinstance(thing, Dataset | DataLoader)
 
 
-def _loaded(loader: DataLoader[Any], call: str, most: int | None) -> Samples:
+def _open_loader(loader: DataLoader[Any], call: str, most: int | None) -> Opened:
+    samplers = (
+        loader.sampler,
+        getattr(loader, "batch_sampler", None),
+        getattr(loader.batch_sampler, "sampler", None),
+    )
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        with untouched(loader, *samplers):
+            return as_read(_streamed(loader, call, most))
+    n = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
+
+    def read(rows: list[int] | None) -> Samples:
+        with untouched(loader, *samplers):
+            return _first_of(loader, call, most if rows is None else len(rows), n)
+
+    return as_read(read(None)) if n is None else Opened(n, read)
+
+
+def _streamed(loader: DataLoader[Any], call: str, most: int | None) -> Samples:
+    """The first samples of a loader that takes them from a stream, or one by one."""
     source = "the DataLoader"
-    collate = loader.collate_fn
     if isinstance(loader.dataset, IterableDataset):
-        return split(_batch(_first(loader.dataset, most, call), collate, call), call, source)
-    if loader.batch_sampler is None:
-        return split(_concatenated(_batches(loader, most), call, source, most), call, source)
-    # Samples are collated at once, so that batches of several lengths are padded alike.
+        return split(_batch(_first(loader.dataset, most, call), loader.collate_fn, call), call, source)
+    return split(_concatenated(_batches(loader, most), call, source, most), call, source)
+
+
+def _first_of(loader: DataLoader[Any], call: str, most: int | None, n: int | None) -> Samples:
+    """The first samples of a loader, collated at once, so that batches of several lengths are padded alike."""
+    source = "the DataLoader"
+    assert loader.batch_sampler is not None
     index = list(islice(chain.from_iterable(loader.batch_sampler), most))
-    total = len(loader.dataset) if hasattr(loader.dataset, "__len__") else len(index)
-    notes = (f"Of {source}, the first {len(index)} of the {total:,} samples were read.",) if len(index) < total else ()
-    return split(_batch(_items(loader.dataset, index), collate, call), call, source, notes)
+    some = n is not None and len(index) < n
+    notes = (f"Of {source}, the first {len(index)} of the {n:,} samples were read.",) if some else ()
+    made = split(_batch(_items(loader.dataset, index), loader.collate_fn, call), call, source, notes)
+    if n is None or made.n != len(index) or not all(isinstance(k, int) and 0 <= k < n for k in index):
+        return made
+    return replace(made, rows=tuple(index), total=n, leading=some)
 
 
 def _first(found: Any, most: int | None, call: str) -> list[Any]:

@@ -19,8 +19,11 @@ Tokenizer = Callable[..., Any]
 _UNBOUNDED = 1_000_000  # tokenizers without a limit name a larger one
 
 
-def load_tokenizer(folder: str | Path, call: str) -> Tokenizer:
-    """The tokenizer in a folder with tokenizer.json or the files of a Hugging Face tokenizer; nothing is downloaded."""
+def load_tokenizer(folder: str | Path, call: str, places: int | None = None) -> Tokenizer:
+    """The tokenizer in a folder with tokenizer.json or the files of a Hugging Face tokenizer; nothing is downloaded.
+
+    ``places`` is how many tokens the network takes, at which texts are cut.
+    """
     path = Path(folder)
     if not os.path.isdir(path):
         raise TangentError(f"{call}: there is no folder {path}; --tokenizer is a folder with tokenizer.json")
@@ -37,7 +40,19 @@ def load_tokenizer(folder: str | Path, call: str) -> Tokenizer:
             f"{call}: {path} holds no tokenizer that can be read ({told(error)}); give a folder with tokenizer.json, as "
             "tokenizer.save_pretrained writes it"
         ) from error
+    made.model_max_length = min(made.model_max_length, places or made.model_max_length)
     return made  # type: ignore[no-any-return]
+
+
+def check_length(max_length: int | None, places: int | None, call: str) -> None:
+    """Raise TangentError if texts are to be longer than the network takes, or empty."""
+    if max_length is not None and max_length < 1:
+        raise TangentError(f"{call}: --max-length must be at least 1, got {max_length}")
+    if max_length is not None and places is not None and max_length > places:
+        raise TangentError(
+            f"{call}: --max-length {max_length} is more than the {places} tokens that the network has positions for; give at "
+            "most that many, or leave it out"
+        )
 
 
 def _padding(tokenizer: Any) -> Any:
@@ -51,11 +66,11 @@ def _padding(tokenizer: Any) -> Any:
 
 
 def tokenized(
-    tokenizer: Tokenizer, texts: Sequence[str], seconds: Sequence[str] | None, max_length: int | None, call: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Tokens of texts, or of pairs, padded to the longest, and a note on those that may be cut."""
-    if max_length is not None and max_length < 1:
-        raise TangentError(f"{call}: --max-length must be at least 1, got {max_length}")
+    tokenizer: Tokenizer, texts: Sequence[str], seconds: Sequence[str] | None, max_length: int | None, call: str,
+    where: Callable[[int], str] = "sample {}".format,
+) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    """Tokens of texts, or of pairs, padded to the longest, and a note on those that may be cut; ``where`` names one."""
+    check_length(max_length, getattr(tokenizer, "places", None), call)
     given = (list(texts),) if seconds is None else (list(texts), list(seconds))
     try:
         found = _padding(tokenizer)(*given, **_options(tokenizer, max_length))
@@ -73,7 +88,7 @@ def tokenized(
         raise TangentError(
             f"{call}: the tokenizer gave {short or 'nothing'} for {len(texts)} texts; it must give tensors with a row each"
         )
-    return batch, _cut(batch, max_length or _limit(tokenizer), call)
+    return batch, _cut(batch, max_length or _limit(tokenizer), call, where)
 
 
 def _limit(tokenizer: Tokenizer) -> int | None:
@@ -98,12 +113,12 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
-def _cut(batch: Mapping[str, Tensor], limit: int | None, call: str) -> list[str]:
+def _cut(batch: Mapping[str, Tensor], limit: int | None, call: str, where: Callable[[int], str]) -> list[str]:
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return []
     if not bool(mask.any(1).all()):
         empty = int((~mask.bool().any(1)).nonzero()[0])
-        raise TangentError(f"{call}: the text of sample {empty} has no tokens; leave it out")
+        raise TangentError(f"{call}: the text of {where(empty)} has no tokens; leave it out")
     full = 0 if limit is None else int((mask.sum(1) >= limit).sum())
     return [f"{full:,} of the {len(mask):,} texts reach {limit} tokens, and what comes after is cut."] if full else []
