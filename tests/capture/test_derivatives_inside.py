@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import adaptive_tangents as at
 import reference
+from adaptive_tangents.capture import lease
 from cases import Forward, normal
 from prepared import fingerprint
 
@@ -234,3 +235,56 @@ def test_bytes_are_counted_where_saved_tensors_cannot_be_watched() -> None:
 
     model, x = build("by_grad")
     assert bytes_kept(lambda: by_grad(model, x), set())[1] > len(x) * 5 * 8
+
+
+class Leaves(nn.Module):
+    """A network that keeps what it sees, also inside transforms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.seen = nn.Linear(3, 2), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        out: Tensor = self.a(x)
+        return out
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.jacrev(lambda x: f(x).sum())])
+def test_tensors_that_a_transform_left_in_a_model_are_let_be(
+    transform: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+) -> None:
+    model, x = Leaves().double(), normal(4, 3)
+    transform(model)(x)
+    left = list(model.seen)
+    for _ in range(2):
+        feats = at.tangent_features(model, x).dense().numpy()
+        assert abs(feats - reference.jacobian(Unseen(model.a), x)).max() < 1e-12
+    assert len(model.seen) == len(left) == 1
+    assert model.seen[0] is left[0]
+
+
+class Unseen(nn.Module):
+    def __init__(self, a: nn.Module) -> None:
+        super().__init__()
+        self.a = a
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.a(x)
+        return out
+
+
+def test_a_loan_ends_although_something_cannot_be_put_back() -> None:
+    model, done = nn.Linear(3, 2), list[int]()
+
+    def fails() -> None:
+        raise ValueError("not to be put back")
+
+    def lent(loan: lease.Loan) -> None:
+        loan._undo += [lambda: done.append(1), fails, lambda: done.append(2)]
+
+    with pytest.raises(ValueError, match="not to be put back"):
+        lease.on_loan(model, lent)
+    assert set(done) == {1, 2}
+    assert lease.current(model) is None
+    assert at.tangent_features(model, torch.randn(4, 3)).n == 4

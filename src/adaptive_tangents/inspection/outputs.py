@@ -149,7 +149,7 @@ def _words(how: str, titles: tuple[str, ...]) -> list[str]:
 
 
 def _index(word: str, titles: tuple[str, ...]) -> int:
-    places = [j for j, title in enumerate(titles) if title == word]
+    places = [j for j, title in enumerate(titles) if title in (word, f"{word} ({j})")]  # see `told_apart`
     if len(places) > 1:
         raise TangentError(
             f"inspect: --outputs: {word!r} is the name of several outputs, {', '.join(map(str, places))}; give their numbers"
