@@ -43,7 +43,7 @@ def test_an_output_is_chosen_by_the_name_that_tells_it_apart() -> None:
     found = inspected(("crane", "owl", "crane"), outputs="crane (2)")
     change = found.arrays["outputs.end"] - found.arrays["outputs.start"]
     assert found.arrays["change"][:, 0] == pytest.approx(change[:, 2])
-    with pytest.raises(at.TangentError, match=r"has no 'crane'; give .* names among crane \(0\), owl, crane \(2\)"):
+    with pytest.raises(at.TangentError, match="'crane' is the name of several outputs, 0, 2; give their numbers"):
         inspected(("crane", "owl", "crane"), outputs="crane")
 
 
