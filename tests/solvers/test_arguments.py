@@ -386,3 +386,15 @@ def test_tensors_are_handed_on_as_they_are_and_arrays_are_shared() -> None:
     assert as_tensor("f", "x", array, cpu).data_ptr() == array.ctypes.data
     assert as_tensor("f", "x", [1.0, 2.0], cpu).dtype == torch.float64
     assert as_tensor("f", "x", np.arange(3)[::-1], cpu).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_fit_keeps_the_targets_it_was_given_when_these_change_in_place(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=torch.float64)
+    y = torch.randn(6, 2, dtype=dtype)
+    given = y.clone()
+    fit = at.fit(at.tangent_features(model, x), y, ridge=0.1)
+    before = fit.kernel_change().summary()
+    y.zero_()
+    torch.testing.assert_close(fit.targets.reshape(6, 2), given.double())
+    assert fit.kernel_change().summary() == before

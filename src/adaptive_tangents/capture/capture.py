@@ -132,7 +132,9 @@ class Capture:
         return sum(self.network.parameters[name].nbytes for name in self.network.selected)
 
     def check_more(self, x: Any) -> None:
-        """Check and probe a second batch."""
+        """Check and probe a second batch, unless it is the first one."""
+        if self._own_probe(x) is not None:
+            return
         check_batch(self.call, x, self.network.parameters)
 
         def probed() -> Probe:
@@ -164,7 +166,7 @@ class Capture:
             with worded(self.network, self._users(x), x):
                 return [self._features(x if chunk == n else take(x, part)) for part in ranges(n, chunk)]
 
-        there = [made for batch, made in self._made if batch is x and chunk == n]
+        there = [made for batch, made in self._made if batch is x and chunk == n][:1]
         self._made = [(batch, made) for batch, made in self._made if batch is not x]
         made = there or room_for(self.call, passes)
         out = torch.cat([found for found, _ in made])

@@ -33,7 +33,7 @@ class KernelOperator(KernelProducts, LinearOperator):  # type: ignore[misc]
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
 
     def _rmatmat(self, x: NDArray[Any]) -> NDArray[np.float64]:
-        if self.shape[0] == self.shape[1]:
+        if self.kernel.symmetric:
             return self._matmat(x)
         return np.asarray(self.apply(torch.tensor(x, dtype=torch.float64, device="cpu"), mirrored=True).cpu().numpy())
 

@@ -85,7 +85,7 @@ def _squared(feats: TangentFeatures, r: Tensor, offset: Tensor | None, ridge: fl
     check_real("fit", r)
     check_finite("fit", "the target", [r])
     check_moderate("fit", size_of("fit", feats), r)
-    return SquaredError(r.detach().double().flatten(), ridge)
+    return SquaredError(r.detach().to(torch.float64, copy=True).flatten(), ridge)  # y may change in place later
 
 
 def _cross_entropy(feats: TangentFeatures, labels: Tensor, offset: Tensor | None, ridge: float) -> CrossEntropy:
