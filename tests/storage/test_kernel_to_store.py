@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import adaptive_tangents as at
 import clean_process
@@ -399,9 +399,28 @@ def test_a_store_of_another_version_or_network_is_not_resumed(begun: Path, tmp_p
     # Another function with the same parameters and data; no hash can tell them apart.
     relu = network()
     relu[1] = nn.ReLU()
-    message = "was made with another network: parameters and data are the same, but the kernel of the first sample is"
+    message = "was made with another network: parameters and data are the same, but the kernel of a few samples is"
     with pytest.raises(at.TangentError, match=message):
         store(begun, model=relu, outputs="full", resume=True)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "outputs in another order": lambda out: out.flip(1),
+    "an output of the other sign": lambda out: out * torch.tensor([1, -1, 1][: out.shape[1]]).to(out),
+    "outputs rotated": lambda out: out @ torch.linalg.qr(torch.randn(2 * [out.shape[1]], dtype=out.dtype))[0],
+}
+
+
+@pytest.mark.parametrize("outputs", ["full", "diagonal"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_store_of_other_outputs_with_the_same_trace_is_not_resumed(change: str, outputs: str, tmp_path: Path) -> None:
+    path = store(tmp_path / "K.zarr", outputs=outputs).path
+    before = files(path)
+    if change != "an output of the other sign" or outputs == "full":
+        with pytest.raises(at.TangentError, match="was made with another network"):
+            store(path, outputs=outputs, output_fn=CHANGES[change], resume=True)
+    assert store(path, outputs=outputs, resume=True).complete
+    assert files(path) == before
 
 
 def test_a_store_that_is_there_is_not_overwritten(begun: Path, tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from adaptive_tangents.capture.network import OutputFn, Selection, check_model, 
 from adaptive_tangents.capture.state_names import Params
 from adaptive_tangents.errors import TangentError, raised_as
 from adaptive_tangents.features.kernel_layout import Outputs, entries, working_dtype
+from adaptive_tangents.features.summands import sum_tensors
 from adaptive_tangents.features.tangent_features import TangentFeatures
 from adaptive_tangents.features.transforms import Transform
 from adaptive_tangents.storage.planning import Sizes
 
 _MEASURED = 16  # samples whose features are made to measure the memory of one
+_FORMS = 8  # quadratic forms of a probe
 
 
 @runtime_checkable
@@ -81,11 +83,22 @@ class Stream:
         return self.features(batch if whole else take(batch, rows), pass_samples)
 
     def probed(self) -> Float[Tensor, " k"]:
-        """The kernel's trace for a few samples, each with itself: nearly the same for the same network on any machine."""
+        """The kernel's trace for a few samples, each with itself: nearly the same for the same network on any machine.
+
+        Then, unless outputs are summed over, rᵀKr for random r, as no rotation of the outputs changes a trace.
+        """
         index = self.capture.probe.index
         feats = self.features(take(self.x, index.to(tensors(self.x)[0].device)), len(index))
         with raised_as(self.capture.call, "kernel"):
-            return feats.kernel(outputs="trace").diagonal()
+            traces = feats.kernel(outputs="trace").diagonal()
+        if self.outputs == "trace" or self.c == 1:
+            return traces
+        drawn = torch.randn(_FORMS, feats.n, self.c, generator=torch.Generator().manual_seed(0), device="cpu").to(
+            traces
+        )
+        blocks = [block.map(dtype=drawn.dtype) for block in feats.blocks.values()]
+        forms = [sum_tensors([block.combine(r).square().sum() for block in blocks]) for r in drawn]
+        return torch.cat([traces, torch.stack(forms).to(traces) / self.c])
 
     def some(self) -> TangentFeatures:
         """The features of a few samples, to estimate the cost of all of them."""
